@@ -1,0 +1,477 @@
+"""What a run is made of: one frozen `Config`, read from a profile, a JSON file or a dict, and checked key by key.
+
+A file may leave out what it takes over: it builds on the profile that its key "profile" names. A file without that key
+builds on `classic` when it names a policy or generator of its own (the flat form of VLM-GRPO), else on `tiny`.
+"""
+
+import difflib
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+PROFILE_FOLDER = Path(__file__).resolve().parent / "profiles"
+PROFILES = ("tiny", "workshop", "full", "classic")
+# Settings that hold a path. A model may also be a hub id, so it is a path only where something lies there.
+MODEL_PATHS = (("model_settings", "vlm_model"), ("model_settings", "sd_model"), ("model_settings", "clip_model"))
+PROMPT_PATHS = (("training_settings", "train_prompts"), ("evaluation_settings", "val_prompts"))
+
+
+class KitError(ValueError):
+    """A mistake that the user can mend; its text is one line: what, the value found, what is allowed, what to do."""
+
+
+class ConfigError(KitError):
+    """A setting that is unknown, missing, of the wrong type or impossible."""
+
+
+def _not_a_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a boolean is no number")
+    return value
+
+
+_NUMERIC = BeforeValidator(_not_a_bool)  # stands last, so that the bounds before it stay visible in the JSON schema
+Whole = Annotated[int, _NUMERIC]
+Count = Annotated[int, Field(ge=1), _NUMERIC]
+Pixels = Annotated[int, Field(ge=8), _NUMERIC]
+Number = Annotated[float, _NUMERIC]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values never change, numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class LoraSettings(Section):
+    """A low-rank adapter on the policy (peft's `LoraConfig`)."""
+
+    r: Count = Field(16, description="rank of the adapter")
+    alpha: Count = Field(32, description="scale of the adapter; its weight is alpha / r")
+    dropout: Number = Field(0.0, ge=0, lt=1)
+    target_modules: list[Name] | None = Field(None, description="layers that get an adapter; null is peft's choice")
+
+
+class ModelSettings(Section):
+    """Which models, where they run and what the policy is told."""
+
+    vlm_model: Name = Field(description="the policy: hub id or folder of a transformers model")
+    sd_model: Name = Field(description="the generator: hub id or folder of a diffusers pipeline")
+    clip_model: Name = Field(description="the reward model: hub id, folder or open_clip name")
+    clip_pretrained: Name | None = Field(None, description="open_clip's tag of the weights, where clip_model is a name")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto is the best one here")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    lora: LoraSettings | None = Field(None, description="null trains all weights")
+    drop_t5: bool = Field(True, description="leave out SD3's third text encoder")
+    system_prompt: str = ""
+    instruction: str = Field("Improve: {prompt}", description="what the policy is asked; {prompt} is the user's prompt")
+    use_image: bool = Field(False, description="the policy sees the picture that the user's own prompt gives")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
+
+    @field_validator("instruction")
+    @classmethod
+    def _names_the_prompt(cls, value: str) -> str:
+        if value.count("{prompt}") != 1:
+            raise ValueError("a text that contains {prompt} once")
+        return value
+
+
+class GenerationSettings(Section):
+    """How the policy samples text and the generator draws."""
+
+    max_new_tokens: Count = Field(description="the longest rewrite, in tokens")
+    temperature: Number = Field(1.0, gt=0, description="of sampling during training")
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: Whole = Field(0, ge=0, description="0 samples from the whole vocabulary")
+    num_inference_steps: Count
+    guidance_scale: Number = Field(ge=0)
+    height: Pixels | None = Field(None, description="pixels; null is the generator's own size")
+    width: Pixels | None = Field(None, description="pixels; null is the generator's own size")
+    images_per_prompt: Count = 1
+    share_seeds: bool = Field(True, description="the rewrites of one prompt are drawn from the same latents")
+    max_sequence_length: Annotated[int, Field(ge=0), _NUMERIC] | None = Field(
+        None, description="T5 tokens; null is the pipeline's default"
+    )
+    image_batch_size: Count = Field(16, description="images in one call of the pipeline")
+
+
+class RewardSettings(Section):
+    """What is rewarded, and what is only watched."""
+
+    weights: dict[Name, Number] = Field(min_length=1, description="weight of each reward in the total")
+    monitors: list[Name] = Field(default_factory=list, description="scored and logged, never rewarded")
+
+    @field_validator("monitors")
+    @classmethod
+    def _only_watched(cls, value: list[str], info: Any) -> list[str]:
+        rewarded = sorted(set(value) & set(info.data.get("weights", {})))
+        if rewarded:
+            raise ValueError(f"names that are not among the weights ({', '.join(rewarded)} is rewarded)")
+        return value
+
+
+class TrainingSettings(Section):
+    """The GRPO loop, in TRL's vocabulary."""
+
+    train_prompts: Name = Field(description="JSONL file with the prompts to train on")
+    learning_rate: Number = Field(ge=0, le=1)
+    group_size: Whole = Field(ge=2, description="rewrites per prompt, which are compared with each other")
+    num_iterations: Count = Field(description="iterations of rollout and update")
+    prompts_per_iteration: Count
+    updates_per_rollout: Count = Field(1, description="optimizer steps on one rollout")
+    beta: Number = Field(0.0, ge=0, description="weight of the KL term; 0 needs no reference")
+    epsilon: Number = Field(0.2, gt=0, lt=1)
+    epsilon_high: Annotated[float, Field(gt=0), _NUMERIC] | None = Field(None, description="null is epsilon")
+    delta: Annotated[float, Field(gt=1), _NUMERIC] | None = Field(
+        None, description="upper bound of the ratio where the advantage is negative"
+    )
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    advantage_eps: Number = Field(1e-4, gt=0)
+    max_grad_norm: Number = Field(1.0, gt=0)
+    weight_decay: Number = Field(0.0, ge=0)
+    micro_batch_size: Count | None = Field(None, description="samples in one backward pass; null is all")
+    seed: Whole = Field(0, ge=0, lt=2**63)
+    validate_every: Count = Field(20, description="iterations between validations")
+    save_every: Count = Field(20, description="iterations between checkpoints")
+    keep_checkpoints: Whole = Field(2, ge=2, description="checkpoints kept; the older one serves when one is damaged")
+
+
+class EvaluationSettings(Section):
+    """The paired comparison on held-out prompts."""
+
+    val_prompts: Name = Field(description="JSONL file with the held-out prompts")
+    num_prompts: Annotated[int, Field(ge=2), _NUMERIC] | None = Field(None, description="how many of them; null is all")
+    seeds_per_prompt: Count = Field(4, description="latents per prompt, the same for every variant")
+    confidence: Number = Field(0.95, gt=0, lt=1)
+    n_resamples: Whole = Field(2000, ge=100, description="bootstrap resamples")
+    temperature: Number = Field(0.0, ge=0, description="0 is greedy")
+    validation_prompts: Count = Field(32, description="prompts of the periodic validation")
+    gold: Literal["shapeworld"] | None = Field(None, description="the check by a program, where the world has one")
+
+
+class TrackingSettings(Section):
+    """Where a run is reported besides its folder."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    project: Name = "grpo_kit"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+class Config(Section):
+    """All settings of a run. Paths are absolute, hub ids are left as they are."""
+
+    profile: Literal["tiny", "workshop", "full", "classic"] = Field(description="the profile that it builds on")
+    model_settings: ModelSettings
+    generation_settings: GenerationSettings
+    reward_settings: RewardSettings
+    training_settings: TrainingSettings
+    evaluation_settings: EvaluationSettings
+    tracking_settings: TrackingSettings
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> "Config":
+        training = self.training_settings
+        upper = 1 + (training.epsilon if training.epsilon_high is None else training.epsilon_high)
+        if training.delta is not None and training.delta <= upper:
+            raise ValueError(
+                f"training_settings.delta: found {training.delta}, allowed: number > {upper} (1 + epsilon_high). "
+                "Raise it, or set null for no bound"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values, with paths inside the project relative to it, so that they can move."""
+        data = self.model_dump(mode="json")
+        for section, key in MODEL_PATHS + PROMPT_PATHS:
+            path = Path(data[section][key])
+            if path.is_relative_to(PROJECT_ROOT):
+                data[section][key] = path.relative_to(PROJECT_ROOT).as_posix()
+        return data
+
+    def save(self, path: str | Path, versions: Mapping[str, str] | None = None) -> Path:
+        """Write the settings as JSON that `load_config` reads; `versions` of the libraries are kept as a record."""
+        data = self.to_dict()
+        if versions is not None:
+            data["versions"] = dict(versions)
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+
+def load_config(
+    name_or_path: str | Path | Mapping[str, Any] | Config = "tiny", overrides: Mapping[str, object] | None = None
+) -> Config:
+    """Read a configuration and check every key.
+
+    Args:
+        name_or_path: a profile (`tiny`, `workshop`, `full`, `classic`), a JSON file, a run folder (its config.json),
+            a dict of the same shape, or a `Config`.
+        overrides: dotted keys, such as `{"training_settings.group_size": 8}`; values may be given as text ("1e-6").
+
+    Relative paths count from the file's folder, then from the project's; in a profile, a dict or an override from the
+    project's. Raises `ConfigError`, one line that names the key, the value found and what is allowed.
+    """
+    source = ""
+    if isinstance(name_or_path, Config):
+        data = name_or_path.model_dump()
+    elif isinstance(name_or_path, Mapping):
+        data = _complete(name_or_path, [PROJECT_ROOT])
+    elif str(name_or_path) in PROFILES:
+        data = _profile(str(name_or_path))
+    else:
+        path = _config_file(name_or_path)
+        source = f" (in {path})"
+        data = _complete(_read_json(path), [path.parent.resolve(), PROJECT_ROOT], source)
+    for key, value in (overrides or {}).items():
+        _override(data, key, value)
+    _resolve_paths(data, [PROJECT_ROOT])
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, source)) from None
+
+
+def _config_file(name_or_path: str | Path) -> Path:
+    try:
+        path = Path(name_or_path).expanduser()
+        path = path / "config.json" if path.is_dir() else path
+        found = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no home folder
+        found = False
+    if not found:
+        allowed = ", ".join(PROFILES)
+        raise ConfigError(
+            f"configuration {_shown(str(name_or_path))}: neither a profile nor a file"
+            f"{_nearest(str(name_or_path), PROFILES)}; allowed: {allowed}, or the path of a JSON file or run folder"
+        )
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        data = json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save the file as UTF-8") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply to be a configuration") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a key that stands twice, an integer of thousands of digits
+        raise ConfigError(f"{path}: {_printable(str(error))}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: found {_kind(data)}, allowed: a JSON object with the sections of a profile")
+    return data
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the key {_shown(twice)} stands twice. Keep one of them")
+    return dict(pairs)
+
+
+@functools.cache
+def _profile_text(name: str) -> str:
+    return (PROFILE_FOLDER / f"{name}.json").read_text(encoding="utf-8")
+
+
+def _profile(name: str) -> dict[str, Any]:
+    data = json.loads(_profile_text(name))
+    _resolve_paths(data, [PROJECT_ROOT], owned=True)
+    if "profile" in data:
+        data = _merged(_profile(data["profile"]), data)
+    return data | {"profile": name}
+
+
+def _complete(data: Mapping[str, Any], bases: list[Path], source: str = "") -> dict[str, Any]:
+    """Fill what a user's settings leave out from the profile that they build on; their paths count from `bases`."""
+    data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    data.pop("versions", None)  # a record in a run's config.json, no setting
+    name = data.get("profile")
+    if name is None:
+        models = data.get("model_settings")
+        names_models = isinstance(models, dict) and not {"vlm_model", "sd_model"}.isdisjoint(models)
+        name = "classic" if names_models else "tiny"
+    if name not in PROFILES:
+        hint = _nearest(str(name), PROFILES)
+        raise ConfigError(f"profile: found {_shown(name)}{hint}; allowed: {', '.join(PROFILES)}{source}")
+    _resolve_paths(data, bases)
+    return _merged(_profile(name), data) | {"profile": name}
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; a value inside a section, a dict too, replaces the one below it."""
+    result = dict(base)
+    for key, value in changes.items():
+        below = base.get(key)
+        result[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _resolve_paths(data: dict[str, Any], bases: list[Path], owned: bool = False) -> None:
+    for section, key in MODEL_PATHS + PROMPT_PATHS:
+        settings = data.get(section)
+        value = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(value, str) and value:
+            always = (section, key) in PROMPT_PATHS or (owned and value.startswith("data/"))
+            settings[key] = _resolved(value, bases, always)
+
+
+def _resolved(value: str, bases: list[Path], always: bool) -> str:
+    """The absolute path of `value` under the first base where it exists; a hub id unless it looks like a path."""
+    if "\0" in value:
+        raise ConfigError(f"path {_shown(value)}: allowed: text without NUL characters")
+    try:
+        path = Path(value).expanduser()
+        candidates = [Path(os.path.normpath(base / path)) for base in bases]
+        found = next((str(candidate) for candidate in candidates if candidate.exists()), None)
+    except (OSError, RuntimeError):  # a name that is too long for the file system, no home folder
+        return value
+    if found is None and (always or path.is_absolute() or value.startswith((".", "~"))):
+        found = str(candidates[0])
+    return found or value
+
+
+def _override(data: dict[str, Any], key: str, value: object) -> None:
+    """Set one dotted key; the checks of `Config` say whether key and value are allowed."""
+    parts = key.split(".")
+    if len(parts) == 1 and key in TrainingSettings.model_fields:
+        raise ConfigError(f"{key}: no section named. Write training_settings.{key}")
+    section = data
+    for part in parts[:-1]:
+        if section.get(part) is None:
+            section[part] = {}
+        if not isinstance(section[part], dict):
+            raise ConfigError(f"{_shown(key)}: {_shown(part)} is a single value. Set it without a further dot")
+        section[part] = dict(section[part])
+        section = section[part]
+    section[parts[-1]] = _value(key, value) if isinstance(value, str) else value
+
+
+def _value(key: str, text: str) -> object:
+    """Read an override given as text: JSON where the setting takes other things than text, else the text itself."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    kinds = {kind for kind in _schema_at(key).get("kinds", ())}
+    if "string" in kinds and (value is not None or "null" not in kinds):
+        return value if isinstance(value, list) and "array" in kinds else text
+    return value
+
+
+# -- errors in one line ------------------------------------------------------------------------------------------------
+
+
+def _one_line(error: ValidationError, source: str) -> str:
+    problems = error.errors(include_url=False, include_context=False)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _printable(_problem(problems[0])) + more + source
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"] if part != "[key]"]
+    key = ".".join(location)
+    if not location:  # from _bounds_agree, which wrote the whole line
+        return problem["msg"].removeprefix("Value error, ")
+    schema = _schema_at(key)
+    what = f" ({schema['description']})" if "description" in schema and "properties" not in schema else ""
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_schema_at(".".join(location[:-1])).get("properties", {}))
+        hint = _nearest(location[-1], known)
+        return f"{_shown_key(key) or repr(key)}: unknown key{hint}; allowed: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing, allowed: {schema.get('allowed', 'a value')}{what}"
+    allowed = schema.get("allowed", "another value")
+    if problem["type"] == "value_error" and "boolean" not in problem["msg"]:
+        allowed = problem["msg"].removeprefix("Value error, ")
+    return f"{_shown_key(key)}: found {_shown(problem['input'])}, allowed: {allowed}{what}"
+
+
+@functools.cache
+def _json_schema() -> dict[str, Any]:
+    return Config.model_json_schema()
+
+
+def _schema_at(key: str) -> dict[str, Any]:
+    """What the settings under a dotted key may be: their JSON schema, with `kinds` and `allowed` in words added."""
+    node = _json_schema()
+    for part in filter(None, key.split(".")):
+        node = _followed(node)
+        child = node.get("properties", {}).get(part, node.get("additionalProperties", node.get("items")))
+        if not isinstance(child, dict):
+            break
+        node = child
+    options = [_followed(option) for option in node.get("anyOf", [node])]
+    inner = next((option for option in options if "properties" in option), options[0])
+    kinds = [kind for option in options for kind in _kinds(option)]
+    return {**inner, **node, "kinds": kinds, "allowed": " or ".join(_in_words(option) for option in options)}
+
+
+def _followed(node: dict[str, Any]) -> dict[str, Any]:
+    for option in node.get("anyOf", [node]):
+        if "$ref" in option:
+            return _json_schema()["$defs"][option["$ref"].rsplit("/", 1)[-1]]
+    return node
+
+
+def _kinds(option: dict[str, Any]) -> list[str]:
+    if "enum" in option or isinstance(option.get("const"), str):
+        return ["string"]
+    return [option.get("type", "any")]
+
+
+def _in_words(option: dict[str, Any]) -> str:
+    if "enum" in option:
+        return ", ".join(map(str, option["enum"]))
+    if "const" in option:
+        return str(option["const"])
+    if "pattern" in option:
+        return option["pattern"].strip("^()$").replace("|", ", ").replace(r"(:\d+)?", " or cuda:N")
+    words = {"string": "text", "boolean": "true or false", "array": "a list", "object": "a JSON object"}
+    kind = option.get("type", "a value")
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {option[name]:g}" for name, sign in bounds.items() if name in option]
+    if option.get("minLength") or option.get("minProperties"):
+        limits.append("not empty")
+    return f"{words.get(kind, kind)} {' and '.join(limits)}".strip().replace("text not empty", "a text, not empty")
+
+
+def _nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name[:100], known, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return _printable(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _shown_key(key: str) -> str:
+    return _printable(key if len(key) <= 100 else f"{key[:97]}...")
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
