@@ -1,0 +1,64 @@
+# Two commands on a fresh machine: `make run` and `make test`. `make help` lists the others.
+#
+# The environment is made once, in .venv, from the ranges in pyproject.toml at the versions in requirements.lock.
+# `make run PYTHON=path/to/python` uses an environment that exists and installs only what it lacks.
+
+VENV ?= .venv
+JOBS ?= 2
+PROFILE ?= tiny
+ARGS ?=
+
+ifdef PYTHON
+PY := $(PYTHON)
+READY := build/ready$(subst /,-,$(PYTHON))
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# Threads that wait for work leave the core to others; several processes share the cores well with one thread each.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lab bench models format
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+
+run: $(READY) ## train and evaluate on the embedded world through the notebooks, and write the report
+	$(PY) -m grpo_kit.cli run --profile $(PROFILE) $(ARGS)
+
+test: $(READY) ## run the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(PY) -m jupyter lab --notebook-dir notebooks $(ARGS)
+
+bench: $(READY) ## measure speed and memory, beside TRL
+	@test -d benchmarks || { echo "make bench: this checkout has no benchmarks/ yet"; exit 2; }
+	$(PY) -m benchmarks $(ARGS)
+
+models: $(READY) ## train the embedded world's models again, from nothing
+	$(PY) -m grpo_kit.shapeworld.build $(ARGS)
+
+format: $(READY) ## format the code, and strip the notebooks of what does not belong into history
+	$(PY) -m ruff check --fix grpo_kit tests
+	$(PY) -m ruff format grpo_kit tests
+	find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0 | xargs -0 -r $(PY) -m nbstripout \
+		--keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets"
+
+$(VENV)/.ready: pyproject.toml requirements.lock
+	@base=; for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+		if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then base=$$name; break; fi; done; \
+	if [ -z "$$base" ]; then \
+		echo "grpo_kit needs Python 3.11 or newer; found: $$(python3 --version 2>&1). Install one, or name it: make run PYTHON=..." >&2; \
+		exit 2; fi; \
+	$$base -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[dev]"
+	@touch $@
+
+build/ready%: pyproject.toml
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "grpo_kit needs Python 3.11 or newer; PYTHON=$(PY) is $$($(PY) --version 2>&1). Name another one." >&2; exit 2; }
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@mkdir -p $(@D) && touch $@
