@@ -1,0 +1,188 @@
+"""What a run's numbers say: a headline, a paragraph, tables, and which cases to look at; all of it computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from grpo_kit.show.record import RunRecord
+from grpo_kit.show.style import SHARES, VARIANT_NAMES, VARIANTS, format_metric, metric_name
+
+RISES, FALLS, UNCLEAR = "rises", "falls", "unclear"
+Interval = Mapping[str, float]
+Case = tuple[int, int]  # (prompt_id, seed)
+
+
+def direction(difference: Interval | None) -> str:
+    """Say where an interval of differences lies: above 0, below 0, or on both sides."""
+    if difference is None:
+        return UNCLEAR
+    return RISES if difference["low"] > 0 else FALLS if difference["high"] < 0 else UNCLEAR
+
+
+def headline(results: Mapping) -> str:
+    """Return one sentence on what the evaluation shows, no more than its intervals allow."""
+    change = results.get("differences", {}).get("trained-raw")
+    if not change:
+        return "This run has not been evaluated yet."
+    reward, gold = direction(change.get("reward")), direction(change.get("gold"))
+    if "gold" not in change:
+        gold = reward
+    if reward == gold == RISES:
+        return "The trained policy's prompts are drawn better than the users' own."
+    if reward == RISES:
+        return {
+            FALLS: "The reward rose while the gold check fell: the policy is gaming its reward.",
+            UNCLEAR: "The reward rose; the gold check shows no clear change.",
+        }[gold]
+    return {
+        FALLS: "Training made it worse: the users' own prompts score higher.",
+        UNCLEAR: "No clear difference from the users' own prompts yet.",
+    }[reward]
+
+
+def paragraph(record: RunRecord) -> str:
+    """Return the run in a few sentences whose figures come from its files."""
+    sentences = [_training_sentence(record)]
+    results = record.results
+    variants, changes = results.get("variants", {}), results.get("differences", {})
+    if "trained-raw" in changes:
+        count, seeds = results["num_prompts"], results["seeds_per_prompt"]
+        sentences.append(f"It was judged on {count} held-out prompts, {seeds} images each.")
+        sentences += [_change_sentence(variants, changes["trained-raw"], m) for m in ("reward", "gold")]
+    closed = results.get("gap_closed", {}).get("gold")
+    if closed is not None:
+        way = f"{100 * closed:.0f} % of the way from the raw prompt to the oracle, a rewrite that knows the answer"
+        sentences.append(f"In the gold check that is {way}.")
+    better = results.get("success_rate", {}).get("reward")
+    if better is not None:
+        sentences.append(f"{100 * better:.0f} % of the prompts score better than before.")
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _training_sentence(record: RunRecord) -> str:
+    if not record.iterations:
+        return "No iteration has been logged yet."
+    training = record.config.get("training_settings", {})
+    size = ""
+    if {"prompts_per_iteration", "group_size"} <= set(training):
+        size = f" of {training['prompts_per_iteration']} prompts × {training['group_size']} rewrites"
+    minutes = record.metrics["step_time"].sum() / 60 if "step_time" in record.metrics else None
+    time = f" in {minutes:.1f} minutes" if minutes is not None else ""
+    return f"The policy was trained for {record.iterations} iterations{size}{time}."
+
+
+def _change_sentence(variants: Mapping, change: Mapping, metric: str) -> str:
+    if metric not in change:
+        return ""
+    start, end = (format_metric(metric, variants[v][metric]["mean"]) for v in ("raw", "trained"))
+    name = {
+        "reward": "The reward",
+        "gold": "The gold check, a program that reads the image and that training never saw,",
+    }
+    unit = " points" if metric in SHARES else ""
+    return f"{name[metric]} goes from {start} to {end}: {interval_text(metric, change[metric], signed=True)}{unit}."
+
+
+def interval_text(metric: str, value: Interval | None, signed: bool = False) -> str:
+    """Return a mean with its interval: `0.673 [0.652, 0.694]`; shares as per cent."""
+    if value is None:
+        return "–"
+    low, high = (format_metric(metric, value[end], signed).removesuffix(" %") for end in ("low", "high"))
+    return f"{format_metric(metric, value['mean'], signed)} [{low}, {high}]".replace("-", "−")
+
+
+def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[str], str]]]:
+    """Return the comparison as a table: the metrics' names, then rows of (label, cells, kind).
+
+    The kind is `variant`, `difference` or `share`.
+    """
+    variants, changes = results.get("variants", {}), results.get("differences", {})
+    found = {metric for values in variants.values() for metric in values}
+    order = ["reward", "gold", "keeps_objects", "grammatical"]
+    metrics = [m for m in order if m in found] + sorted(found - set(order))
+    rows = []
+    for variant in [v for v in VARIANTS if v in variants]:
+        rows.append((VARIANT_NAMES[variant], [interval_text(m, variants[variant].get(m)) for m in metrics], "variant"))
+    for pair, change in changes.items():
+        cells = [interval_text(m, change.get(m), signed=True) for m in metrics]
+        rows.append((pair.replace("-", " − "), cells, "difference"))
+    for key, label in (("gap_closed", "way from raw to oracle"), ("success_rate", "prompts better than raw")):
+        values = results.get(key, {})
+        if any(values.get(m) is not None for m in metrics):
+            rows.append((label, [_percent(values.get(m)) for m in metrics], "share"))
+    return [metric_name(m) for m in metrics], rows
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{100 * value:.0f} %".replace("-", "−")
+
+
+def comparison_table(final_results: Mapping) -> str:
+    """Return the comparison as plain text: means with intervals, paired differences, the way to the oracle."""
+    names, rows = comparison_rows(final_results)
+    if not rows:
+        return "not evaluated yet"
+    confidence = _percent(final_results.get("confidence", 0.95))
+    count, seeds = final_results.get("num_prompts", "?"), final_results.get("seeds_per_prompt", "?")
+    widths = [max(len(row[1][i]) for row in rows) for i in range(len(names))]
+    widths = [max(width, len(name)) for width, name in zip(widths, names, strict=True)]
+    first = max(len(label) for label, _, _ in rows)
+    lines = [f"{count} held-out prompts, {seeds} images each; mean [{confidence} interval over prompts]", ""]
+    lines.append(
+        "  ".join([" " * first, *(name.ljust(width) for name, width in zip(names, widths, strict=True))]).rstrip()
+    )
+    previous = "variant"
+    for label, cells, kind in rows:
+        if kind != previous:
+            lines.append("")
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([label.ljust(first), *padded]).rstrip())
+        previous = kind
+    return "\n".join(lines)
+
+
+def representative_cases(rows: pd.DataFrame, count: int) -> list[Case]:
+    """Choose cases without looking at scores: the first prompt of each category, then the second of each, …"""
+    if rows.empty:
+        return []
+    prompts = rows.drop_duplicates("prompt_id").sort_values("prompt_id")
+    turn = prompts.groupby("category").cumcount()
+    ordered = prompts.assign(turn=turn).sort_values(["turn", "prompt_id"])["prompt_id"].head(count)
+    seeds = rows.groupby("prompt_id")["seed"].min()
+    return [(int(prompt_id), int(seeds[prompt_id])) for prompt_id in ordered]
+
+
+def worst_cases(rows: pd.DataFrame, count: int, metric: str = "gold") -> list[Case]:
+    """Return the (prompt, seed) where the trained policy lost most against the raw prompt; only those where it lost."""
+    if rows.empty or metric not in rows:
+        return []
+    table = rows.pivot_table(index=["prompt_id", "seed"], columns="variant", values=[metric, "reward"])
+    if not {"raw", "trained"} <= set(table[metric].columns):
+        return []
+    loss = pd.DataFrame({m: table[m]["trained"] - table[m]["raw"] for m in dict.fromkeys((metric, "reward"))})
+    lost = loss[loss[metric] < 0].sort_values(list(loss.columns), kind="stable")
+    prompts = lost[~lost.index.get_level_values("prompt_id").duplicated()]  # each prompt once, at its worst seed
+    return [(int(prompt_id), int(seed)) for prompt_id, seed in prompts.index[:count]]
+
+
+def category_rows(record: RunRecord, metrics: Sequence[str] = ("reward", "gold")) -> tuple[list[str], list[list[str]]]:
+    """Return a table by category: the header, then per category its prompts and each metric of each variant."""
+    categories = record.results.get("by_category", {})
+    present = [v for v in VARIANTS if any(v in values for values in categories.values())]
+    columns = [
+        (m, v) for m in metrics for v in present if any(m in values.get(v, {}) for values in categories.values())
+    ]
+    counts = record.evaluation.groupby("category")["prompt_id"].nunique() if len(record.evaluation) else {}
+    body = [
+        [name, str(counts.get(name, "–")), *(format_metric(m, values.get(v, {}).get(m)) for m, v in columns)]
+        for name, values in sorted(categories.items())
+    ]
+    return ["category", "prompts", *(f"{metric_name(m)}: {v}" for m, v in columns)], body
+
+
+def training_minutes(metrics: pd.DataFrame) -> dict[str, float]:
+    """Return the minutes that each part of an iteration took over the whole run."""
+    parts = [name for name in metrics if name.startswith("time/")]
+    return {name.removeprefix("time/"): float(metrics[name].sum()) / 60 for name in parts}
