@@ -294,7 +294,7 @@ def _profile_text(name: str) -> str:
 
 def _profile(name: str) -> dict[str, Any]:
     data = json.loads(_profile_text(name))
-    _resolve_paths(data, [PROJECT_ROOT], owned=True)
+    _resolve_paths(data, [PROJECT_ROOT])
     if "profile" in data:
         data = _merged(_profile(data["profile"]), data)
     return data | {"profile": name}
@@ -325,17 +325,16 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _resolve_paths(data: dict[str, Any], bases: list[Path], owned: bool = False) -> None:
+def _resolve_paths(data: dict[str, Any], bases: list[Path]) -> None:
     for section, key in MODEL_PATHS + PROMPT_PATHS:
         settings = data.get(section)
         value = settings.get(key) if isinstance(settings, dict) else None
         if isinstance(value, str) and value:
-            always = (section, key) in PROMPT_PATHS or (owned and value.startswith("data/"))
-            settings[key] = _resolved(value, bases, always)
+            settings[key] = _resolved(value, bases, (section, key) in PROMPT_PATHS)
 
 
-def _resolved(value: str, bases: list[Path], always: bool) -> str:
-    """The absolute path of `value` under the first base where it exists; a hub id unless it looks like a path."""
+def _resolved(value: str, bases: list[Path], is_path: bool) -> str:
+    """The absolute path of `value` under the first base where it exists; else a hub id unless it looks like a path."""
     if "\0" in value:
         raise ConfigError(f"path {_shown(value)}: allowed: text without NUL characters")
     try:
@@ -344,7 +343,9 @@ def _resolved(value: str, bases: list[Path], always: bool) -> str:
         found = next((str(candidate) for candidate in candidates if candidate.exists()), None)
     except (OSError, RuntimeError):  # a name that is too long for the file system, no home folder
         return value
-    if found is None and (always or path.is_absolute() or value.startswith((".", "~"))):
+    if found is None and value.startswith("data/"):
+        found = str(candidates[-1])  # the project's own folder
+    if found is None and (is_path or path.is_absolute() or value.startswith((".", "~"))):
         found = str(candidates[0])
     return found or value
 

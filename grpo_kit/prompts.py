@@ -34,6 +34,8 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     bounded by the longest line allowed (1 MB). Raises `PromptError` with file:line at the first line that is broken.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise PromptError(f"{str(path)!r:.100}: no path, since it has a NUL. Name a JSONL file with one prompt a line")
     try:
         with path.open("rb") as file:
             prompts = [_parsed(line, f"{path}:{number}") for number, line in _lines(file, path)]

@@ -1,0 +1,212 @@
+"""Run notebooks without a browser: papermill, with every parameter checked before the first notebook starts.
+
+papermill only warns of a parameter that a notebook does not have, and writes a parameter's name into the notebook's
+code as it stands; so names and types are checked here against the notebook's own parameters cell.
+"""
+
+import ast
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_kit.config import PROFILES, PROJECT_ROOT, KitError, TrainingSettings, load_config
+
+NOTEBOOK_FOLDER = PROJECT_ROOT / "notebooks"
+# These come from the command's own options.
+OWN_PARAMETERS = {"profile": "--profile", "run_dir": "--run-dir or --name"}
+
+
+class NotebookError(KitError):
+    """A notebook or a parameter that does not exist, or a value that the notebook does not take."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A notebook with the parameters that it will get, checked."""
+
+    path: Path
+    parameters: Mapping[str, object]
+
+    @property
+    def name(self) -> str:
+        """The notebook's name, such as `07_train`."""
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A notebook that was run: where it lies, how long it took, and what stopped it, if anything did."""
+
+    name: str
+    path: Path
+    minutes: float
+    error: str | None = None
+
+
+def select_notebooks(wanted: Sequence[str] = (), folder: Path = NOTEBOOK_FOLDER) -> list[Path]:
+    """The numbered notebooks of `folder` in their order: all, or those named by number (`07`) or name (`07_train`)."""
+    series = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    if not series:
+        raise NotebookError(f"{folder}: no numbered notebooks. Run from a checkout of the whole repository")
+    if not wanted:
+        return list(series.values())
+    chosen = []
+    for name in wanted:
+        stem = name.strip().removesuffix(".ipynb")
+        found = [path for key, path in series.items() if stem and stem in (key, key[:2])]
+        if len(found) != 1:
+            raise NotebookError(f"notebook {name!r:.60}: allowed: {', '.join(series)}, or their numbers")
+        chosen.extend(found)
+    return sorted(set(chosen))
+
+
+def plan(notebooks: Sequence[Path], profile: str, run_dir: Path, parameters: Mapping[str, str]) -> list[Planned]:
+    """Check the parameters against the notebooks that will run, and say which notebook gets which.
+
+    Args:
+        notebooks: what `select_notebooks` chose.
+        profile: a profile's name or the path of a JSON file.
+        run_dir: the run's folder, which every notebook reads and writes.
+        parameters: values as text, by name; each goes to the notebooks that have such a parameter.
+    Raises:
+        NotebookError: no notebook has the parameter, or the value is not of its type.
+        ConfigError: the value is of the right type, but the setting of that name does not allow it.
+    """
+    declared = {path: _declared(path) for path in notebooks}
+    for name in parameters:
+        _check_name(name, declared)
+    planned = []
+    for path, known in declared.items():
+        values: dict[str, object] = {"profile": _absolute(profile), "run_dir": str(Path(run_dir).resolve())}
+        values |= {name: _typed(name, text, known[name]) for name, text in parameters.items() if name in known}
+        planned.append(Planned(path, {name: value for name, value in values.items() if name in known}))
+    _check_settings(profile, planned, declared)
+    return planned
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    kind: str  # as annotated, or as its default shows: int, float, str, bool, list, dict
+    default: object
+
+
+def _declared(path: Path) -> dict[str, _Parameter]:
+    import papermill
+
+    try:
+        found = papermill.inspect_notebook(_verbatim(path))
+    except ValueError as error:  # not JSON, or not a notebook
+        raise NotebookError(f"{path}: not a notebook: {str(error).splitlines()[0]:.100}") from None
+    return {name: _parameter(entry["inferred_type_name"], entry["default"]) for name, entry in found.items()}
+
+
+def _parameter(kind: str, source: str) -> _Parameter:
+    try:
+        default = ast.literal_eval(source)
+    except (ValueError, SyntaxError):
+        default = None
+    if kind in ("None", "", None):
+        kind = type(default).__name__
+    return _Parameter(kind.split("[")[0].strip(), default)
+
+
+def _check_name(name: str, declared: Mapping[Path, Mapping[str, _Parameter]]) -> None:
+    known = sorted({key for parameters in declared.values() for key in parameters} - OWN_PARAMETERS.keys())
+    if name in OWN_PARAMETERS:
+        raise NotebookError(f"parameter {name}: set it with {OWN_PARAMETERS[name]}")
+    if name not in known:
+        close = difflib.get_close_matches(name[:100], known, n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise NotebookError(f"parameter {name!r:.60}: unknown{hint}; allowed: {', '.join(known) or 'none'}")
+
+
+def _typed(name: str, text: str, parameter: _Parameter) -> object:
+    """Read the text of a value as the type that the notebook declares."""
+    kind = parameter.kind
+    if kind == "str":
+        return text
+    readers = {"int": int, "float": float, "bool": _boolean, "list": _literal, "dict": _literal, "tuple": _literal}
+    if kind not in readers:
+        raise NotebookError(f"parameter {name}: its type {kind!r:.40} cannot be given on the command line")
+    try:
+        value = readers[kind](text)
+    except (ValueError, SyntaxError):
+        value = None
+    if type(value).__name__ != kind or (isinstance(value, float) and not math.isfinite(value)):
+        raise NotebookError(f"parameter {name}: found {text!r:.60}, allowed: {kind}, such as {parameter.default!r:.60}")
+    return value
+
+
+def _boolean(text: str) -> bool | None:
+    return {"true": True, "false": False}.get(text.lower())
+
+
+def _literal(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
+
+
+def _check_settings(
+    profile: str, planned: Sequence[Planned], declared: Mapping[Path, Mapping[str, _Parameter]]
+) -> None:
+    """A parameter that is named like a training setting must be a value which that setting allows."""
+    for notebook in planned:
+        overrides = {
+            f"training_settings.{name}": value
+            for name, value in notebook.parameters.items()
+            if name in TrainingSettings.model_fields and value != declared[notebook.path][name].default
+        }
+        load_config(profile, overrides)
+
+
+def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> Executed:
+    """Run one notebook into `folder`; one that fails keeps what it did, with the error in its cell."""
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / notebook.path.name
+    error = None
+    try:
+        papermill.execute_notebook(
+            _verbatim(notebook.path),
+            _verbatim(output),
+            parameters=dict(notebook.parameters),
+            kernel_name="python3",
+            progress_bar=False,
+            execution_timeout=max(1, round(minutes_per_cell * 60)),
+            cwd=str(PROJECT_ROOT),
+        )
+    except papermill.PapermillExecutionError as failure:
+        error = f"cell [{failure.exec_count}]: {failure.ename}: {_first_line(failure.evalue)}"
+    except CellTimeoutError:
+        error = f"a cell ran longer than {minutes_per_cell:g} minutes. Raise --minutes-per-cell"
+    except DeadKernelError:
+        error = "its kernel died, most likely for want of memory. Close other programs, or take a smaller profile"
+    return Executed(notebook.name, output, _minutes(output), error)
+
+
+def _minutes(output: Path) -> float:
+    metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"] if output.exists() else {}
+    return (metadata.get("papermill", {}).get("duration") or 0.0) / 60
+
+
+def _verbatim(path: Path) -> str:
+    """papermill formats paths with the parameters: braces in a folder's name are doubled, so that they stay."""
+    return re.sub(r"([{}])", r"\1\1", str(path))
+
+
+def _absolute(profile: str) -> str:
+    return profile if profile in PROFILES else str(Path(profile).expanduser().resolve())
+
+
+def _first_line(text: object) -> str:
+    lines = str(text).strip().splitlines()
+    return "".join(character for character in lines[0][:300] if character.isprintable()) if lines else ""
