@@ -269,8 +269,8 @@ def test_plain_text_is_printable_and_bounded() -> None:
 
 
 def test_the_loop_lights_each_stage_by_name_and_number() -> None:
-    pictures = [pixels(loop_figure(stage)) for stage in (None, *STAGES)]
-    assert all((pictures[i] != pictures[j]).any() for i in range(7) for j in range(i))
+    pictures = [pixels(loop_figure(stage)) for stage in (None, *STAGES, [1, 2])]
+    assert all((pictures[i] != pictures[j]).any() for i in range(8) for j in range(i))
     for number, stage in enumerate(STAGES, start=1):
         assert (pixels(loop_figure(number)) == pixels(loop_figure(stage))).all()
 

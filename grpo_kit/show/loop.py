@@ -9,6 +9,7 @@ The four rewards are the hand-made toy of notebook 00, and the advantages are co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +27,8 @@ STAGES = {
     "advantages": "better or worse\nthan its own group",
     "step": "make the rewrites above their group's mean likelier, the others less likely",
 }
-TOY_PROMPT = "two crimson balls"
-TOY_REWRITES = ("two red circles, sharp", "two red circles, faded", "one red circle, sharp", "red red ball ball")
+TOY_PROMPT = "a pair of\ncrimson balls"
+TOY_REWRITES = ("two red circles, sharp", "two red circles, faded", "a red circle, sharp", "a red square, sharp")
 TOY_REWARDS = (0.80, 0.60, 0.40, 0.20)
 
 LANES = (3.30, 2.45, 1.60, 0.75)  # the height of each sample's lane
@@ -39,23 +40,23 @@ DIM = "#aeb6bf"  # text and lines of the stages that are not lit
 
 @dataclass(frozen=True)
 class _Light:
-    """Which stage is lit; all of them when `stage` is None."""
+    """Which stages are lit; all of them when there is none."""
 
-    stage: str | None
+    stages: frozenset[str]
 
     def on(self, *stages: str) -> bool:
-        return self.stage is None or self.stage in stages
+        return not self.stages or not self.stages.isdisjoint(stages)
 
     def ink(self, *stages: str, colour: str = INK) -> str:
         return colour if self.on(*stages) else DIM
 
 
 @styled
-def loop_figure(highlight: str | int | None = None) -> Drawing:
-    """Draw the loop, with one stage lit.
+def loop_figure(highlight: str | int | Sequence[str | int] | None = None) -> Drawing:
+    """Draw the loop, with some stages lit.
 
     Args:
-        highlight: a stage's name or its number from 1; None lights them all.
+        highlight: a stage by name or by number from 1, or several; None lights them all.
 
     Raises:
         KitError: there is no such stage.
@@ -63,7 +64,8 @@ def loop_figure(highlight: str | int | None = None) -> Drawing:
     figure = Drawing(figsize=(11.9, 5.8))
     axes = bare(figure.add_axes((0, 0, 1, 1)))
     axes.set(xlim=(0.05, 11.95), ylim=(-1.05, 4.75))
-    light = _Light(_stage(highlight))
+    chosen = [highlight] if isinstance(highlight, (str, int)) else highlight or []
+    light = _Light(frozenset(_stage(stage) for stage in chosen))
     _draw_headings(axes, light)
     _draw_prompt(axes, light)
     _draw_model(axes, 2.32, "policy", "VLM, learning", light, "rewrites", BLUE)
@@ -76,9 +78,9 @@ def loop_figure(highlight: str | int | None = None) -> Drawing:
     return figure
 
 
-def _stage(highlight: str | int | None) -> str | None:
+def _stage(highlight: str | int) -> str:
     names = list(STAGES)
-    if highlight is None or highlight in names:
+    if highlight in names:
         return highlight
     if isinstance(highlight, int) and 1 <= highlight <= len(names):
         return names[highlight - 1]
@@ -87,7 +89,7 @@ def _stage(highlight: str | int | None) -> str | None:
 
 def _draw_headings(axes: Axes, light: _Light) -> None:
     for number, (stage, x) in enumerate(COLUMNS.items(), start=1):
-        if light.stage == stage:
+        if stage in light.stages:
             _lit_panel(axes, stage, x)
         _badge(axes, x - 0.56, 4.45, number, light.on(stage))
         axes.text(x - 0.31, 4.44, stage, va="center", fontsize=11, weight="bold", color=light.ink(stage))
@@ -95,7 +97,9 @@ def _draw_headings(axes: Axes, light: _Light) -> None:
 
 
 def _lit_panel(axes: Axes, stage: str, x: float) -> None:
-    left, right = {"rewrites": (1.86, 5.02), "images": (5.16, 7.5)}.get(stage, (x - 0.98, x + 0.98))
+    left, right = {"prompts": (0.06, 1.78), "rewrites": (1.86, 5.02), "images": (5.16, 7.5)}.get(
+        stage, (x - 0.98, x + 0.98)
+    )
     style = "round,pad=0,rounding_size=0.12"
     axes.add_patch(
         FancyBboxPatch((left, 0.2), right - left, 4.5, boxstyle=style, facecolor="#e8f1f8", edgecolor="none", zorder=0)
@@ -212,11 +216,11 @@ def _draw_step(axes: Axes, light: _Light) -> None:
             (left, BACK), (left, 0.36), arrowstyle="-|>", mutation_scale=15, color=colour, lw=width, zorder=1
         )
     )
-    if light.stage == "step":
+    if "step" in light.stages:
         style = "round,pad=0,rounding_size=0.12"
         axes.add_patch(FancyBboxPatch((2.6, -0.95), 8.0, 0.8, boxstyle=style, facecolor="#e8f1f8", edgecolor="none"))
     middle = (left + right) / 2
-    box = dict(boxstyle="round,pad=0.35", facecolor="#e8f1f8" if light.stage == "step" else PAPER, edgecolor="none")
+    box = dict(boxstyle="round,pad=0.35", facecolor="#e8f1f8" if "step" in light.stages else PAPER, edgecolor="none")
     words = dict(va="center", color=light.ink("step"), bbox=box, zorder=3)
     axes.text(middle + 0.55, BACK, STAGES["step"], ha="center", fontsize=9.5, **words)
     axes.text(3.2, BACK, "GRPO step", fontsize=11, weight="bold", **words)
