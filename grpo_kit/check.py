@@ -36,8 +36,11 @@ def check_machine(config: Config) -> Iterator[Finding]:
     yield _libraries()
     yield _found("device", lambda: _device(config))
     models, data = config.model_settings, (config.training_settings, config.evaluation_settings)
-    parts = [("policy", models.vlm_model), ("generator", models.sd_model), ("reward model", models.clip_model)]
-    files = [_found(name, lambda where=where: weights_text(where)) for name, where in parts]
+    files = [
+        _found("policy", lambda: weights_text(models.vlm_model)),
+        _found("generator", lambda: weights_text(models.sd_model)),
+        _found("reward model", lambda: _reward_model(models.clip_model)),
+    ]
     yield from files
     yield _found("train prompts", lambda: prompts_text(data[0].train_prompts))
     yield _found("val prompts", lambda: prompts_text(data[1].val_prompts))
@@ -93,6 +96,12 @@ def weights_text(where: str) -> str:
     return f"{where}: {size:.1f} MB of weights, {told}"
 
 
+def _reward_model(where: str) -> str:
+    if Path(where).is_absolute():
+        return weights_text(where)
+    return f"{where}: open_clip keeps its weights in its own cache, and fetches them at first use"
+
+
 def _check_sum(path: Path, expected: str) -> None:
     if not path.is_file():
         raise KitError(f"{path}: missing. Restore it (git checkout), or train it again: make models")
@@ -108,10 +117,7 @@ def _check_sum(path: Path, expected: str) -> None:
 def _cached(where: str) -> str:
     from huggingface_hub import try_to_load_from_cache
 
-    if "/" not in where:
-        return f"{where}: a name that open_clip knows; its weights come from the hub at first use"
-    names = ("model_index.json", "config.json", "open_clip_config.json")
-    if any(isinstance(try_to_load_from_cache(where, name), str) for name in names):
+    if any(isinstance(try_to_load_from_cache(where, name), str) for name in ("model_index.json", "config.json")):
         return f"{where}: in the hub cache"
     raise KitError(
         f"{where}: not on this machine. It is fetched at first use, which needs network and, where it is gated, the "

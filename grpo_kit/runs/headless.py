@@ -47,8 +47,9 @@ class Executed:
     error: str | None = None
 
 
-def select_notebooks(wanted: Sequence[str] = (), folder: Path = NOTEBOOK_FOLDER) -> list[Path]:
-    """The numbered notebooks of `folder` in their order: all, or those named by number (`07`) or name (`07_train`)."""
+def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
+    """The numbered notebooks of a folder in their order: all, or those named by number (`07`) or name (`07_train`)."""
+    folder = NOTEBOOK_FOLDER if folder is None else Path(folder)
     series = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not series:
         raise NotebookError(f"{folder}: no numbered notebooks. Run from a checkout of the whole repository")
