@@ -22,6 +22,7 @@ from grpo_kit.show import (
     gallery_figure,
     group_figure,
     image_grid,
+    learning_figure,
     loop_figure,
     read_run,
     representative_cases,
@@ -243,6 +244,18 @@ def test_a_group_is_shown_best_first_and_framed_by_its_advantage() -> None:
     widths = [axes.spines["left"].get_linewidth() for axes in figure.axes[:3]]
     assert widths[0] == widths[2] > widths[1]
     assert len({axes.spines["left"].get_edgecolor() for axes in figure.axes[:3]}) == 3
+
+
+def test_a_step_is_drawn_with_better_and_worse_samples_apart() -> None:
+    figure = learning_figure([1.0, -1.0, 0.5, 0.0], [0.2, -0.3, 0.1, 0.0])
+    better, worse = figure.axes[0].lines[2:]
+    assert list(better.get_xdata()) == [1.0, 0.5] and list(worse.get_ydata()) == [-0.3, 0.0]
+    assert better.get_marker() != worse.get_marker()
+
+
+def test_a_sample_without_a_picture_is_shown_as_such() -> None:
+    figure = group_figure([None, Image.new("RGB", (8, 8))], ["a", "b"], [float("nan"), 0.5], [0.0, 0.0], "p")
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no picture"]
 
 
 def test_grid_refuses_captions_that_do_not_match() -> None:

@@ -7,6 +7,7 @@ from grpo_kit.show.plots import (
     gallery_figure,
     group_figure,
     image_grid,
+    learning_figure,
     training_curves,
 )
 from grpo_kit.show.record import RunRecord, read_run
@@ -21,6 +22,7 @@ __all__ = [
     "gallery_figure",
     "group_figure",
     "image_grid",
+    "learning_figure",
     "loop_figure",
     "read_run",
     "representative_cases",

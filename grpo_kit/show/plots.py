@@ -150,9 +150,13 @@ def _cells(figure: Drawing, rows: int, columns: int, used: int) -> list[Axes]:
     return cells[:used]
 
 
-def show_image(axes: Axes, image: Image.Image, edge: str | None = None, width: float = 1.0) -> None:
+def show_image(axes: Axes, image: Image.Image | None, edge: str | None = None, width: float = 1.0) -> None:
     """Draw an image as it is: no smoothing between the pixels of a small one; the frame is faint, or `edge`."""
-    axes.imshow(image, interpolation="nearest" if image.width < 128 else "antialiased")
+    if image is None:
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axes.text(0.5, 0.5, "no picture", ha="center", va="center", color=GREY)
+    else:
+        axes.imshow(image, interpolation="nearest" if image.width < 128 else "antialiased")
     for spine in axes.spines.values():
         spine.set(visible=True, color=edge or FAINT, linewidth=width, capstyle="butt")
 
@@ -174,7 +178,7 @@ def plain_text_lines(text: object) -> list[str]:
 
 @styled
 def group_figure(
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | None],
     texts: Sequence[str],
     rewards: Sequence[float],
     advantages: Sequence[float],
@@ -194,23 +198,24 @@ def group_figure(
     sizes = {len(images), len(texts), len(rewards), len(advantages)}
     if len(sizes) != 1 or 0 in sizes:
         raise KitError(f"group_figure: found lengths {sorted(sizes)}, allowed: one of each a sample. Pass one group.")
+    rewards, advantages = [float(r) for r in rewards], [float(a) for a in advantages]
     order = sorted(range(len(images)), key=lambda i: _for_sorting(rewards[i]), reverse=True)
     columns = min(len(order), 4 if len(order) % 4 == 0 else 6)
     rows = -(-len(order) // columns)
     figure = new_figure(2.05 * columns, 0.3 + 2.75 * rows)
     figure.get_layout_engine().set(h_pad=0.06, w_pad=0.07)
-    spread = pd.Series(list(rewards), dtype=float).std()
+    spread = pd.Series(rewards).std()
     figure.suptitle(f"“{plain_text(prompt, 90)}”   reward spread {spread:.3f}", x=0.01, ha="left", weight="bold")
     for axes, i in zip(_cells(figure, rows, columns, len(order)), order, strict=True):
-        _draw_sample(axes, images[i], texts[i], float(rewards[i]), float(advantages[i]))
+        _draw_sample(axes, images[i], texts[i], rewards[i], advantages[i])
     return figure
 
 
 def _for_sorting(reward: float) -> float:
-    return float(reward) if reward == reward else float("-inf")
+    return reward if reward == reward else float("-inf")
 
 
-def _draw_sample(axes: Axes, image: Image.Image, text: str, reward: float, advantage: float) -> None:
+def _draw_sample(axes: Axes, image: Image.Image | None, text: str, reward: float, advantage: float) -> None:
     colour = GREY if advantage == 0 else BLUE if advantage > 0 else VERMILION
     show_image(axes, image, colour, 1.2 + 2.2 * min(abs(advantage), 2.0))
     for spine in axes.spines.values():
@@ -218,6 +223,26 @@ def _draw_sample(axes: Axes, image: Image.Image, text: str, reward: float, advan
     sign = f"{advantage:+.2f}".replace("-", "−")
     axes.set_title(f"{reward:.3f}   {sign}", color=colour if advantage else INK, fontsize=10.5, loc="center", pad=7)
     axes.set_xlabel(wrap(text, 27, 4), fontsize=8.5, labelpad=6)
+
+
+@styled
+def learning_figure(advantages: Sequence[float], changes: Sequence[float]) -> Drawing:
+    """Draw what a step did: each sample's advantage against the change of its log-probability.
+
+    Args:
+        advantages, changes: one of each a sample; the change is new minus old, summed over the sample's tokens.
+    """
+    figure = new_figure(5.2, 3.6)
+    axes = figure.subplots()
+    axes.axhline(0, color=GREY, lw=0.8)
+    axes.axvline(0, color=GREY, lw=0.8)
+    for above, colour, marker in ((True, BLUE, "o"), (False, VERMILION, "s")):
+        points = [(float(a), float(c)) for a, c in zip(advantages, changes, strict=True) if (a > 0) == above]
+        if points:
+            axes.plot(*zip(*points, strict=True), ls="", marker=marker, color=colour, mec="white", mew=0.8, ms=7)
+    axes.set(xlabel="advantage", ylabel="change of log-probability")
+    axes.set_title("What the step made likelier (up) and less likely (down)")
+    return figure
 
 
 @styled
@@ -253,8 +278,7 @@ def gallery_figure(
 
 
 def _draw_case(axes: Axes, row: pd.Series, image: Image.Image | None) -> None:
-    if image is not None:
-        show_image(axes, image)
+    show_image(axes, image)
     scores = f"reward {format_metric('reward', row['reward'])}"
     if row.get("gold") is not None:
         scores += f" · gold {format_metric('gold', row['gold'])}"
