@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked
 import contextlib
 import json
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -65,7 +66,8 @@ def run(
             if ran[-1].error:
                 break
     except KeyboardInterrupt:
-        raise _interrupted(f"grpo-kit run --run-dir {folder}") from None
+        given = [part for text in parameter or [] for part in ("-p", text)]
+        raise _interrupted("run", "--profile", profile, "--run-dir", str(folder), *given) from None
     _finish(folder, ran)
     if ran[-1].error:
         print(f"{ran[-1].name} failed: {ran[-1].error} (as far as it came: {ran[-1].path})", file=sys.stderr)
@@ -74,18 +76,19 @@ def run(
 
 @app.command()
 def train(
-    profile: Profile = "tiny",
-    override: Annotated[
-        list[str] | None, typer.Option("-o", help="section.key=value, such as training_settings.seed=1.")
-    ] = None,
+    profile: Annotated[str, typer.Option("--profile", "--config", help="As for run; tiny when left out.")] = "",
+    override: Annotated[list[str] | None, typer.Option("-o", help="section.key=value; may be repeated.")] = None,
     run_dir: RunDir = None,
     name: Name = "",
 ) -> None:
-    """Train a policy into a run folder, or continue the run that is there."""
+    """Train a policy into a run folder; a run that is there goes on, with its own settings unless others are given."""
     from grpo_kit.config import load_config
 
-    config = load_config(profile, _overrides(override or []))
+    changes = _overrides(override or [])
+    config = load_config(profile or "tiny", changes)
     folder = new_run_folder(config.profile, run_dir, name)
+    if not profile and (folder / "config.json").is_file():
+        config = load_config(folder, changes)
     print(f"run folder: {folder}", flush=True)
     from grpo_kit import load_experiment
     from grpo_kit import train as train_policy
@@ -93,24 +96,27 @@ def train(
     try:
         train_policy(load_experiment(config), folder)
     except KeyboardInterrupt:
-        raise _interrupted(f"grpo-kit train --run-dir {folder}") from None
+        raise _interrupted("train", "--run-dir", str(folder)) from None
     print(f"done. Next: grpo-kit evaluate {folder}")
 
 
 @app.command()
 def evaluate(run: Run) -> None:
     """Compare raw prompt, initial policy and trained policy on the held-out prompts."""
-    from grpo_kit.config import load_config
+    from grpo_kit.config import KitError, load_config
 
     folder = existing_run(run)
     config = load_config(folder)
     from grpo_kit import evaluate as evaluate_policy
     from grpo_kit import load_experiment
 
+    if not (folder / "best").is_dir():
+        raise KitError(f"run {folder}: no trained policy in it (best/). Train it: grpo-kit train --run-dir {folder}")
+    compare = ("raw", "initial", "trained") + (("oracle",) if config.evaluation_settings.gold else ())
     try:
-        evaluate_policy(load_experiment(config), run_dir=folder)
+        evaluate_policy(load_experiment(config, trained=folder / "best"), compare=compare, run_dir=folder)
     except KeyboardInterrupt:
-        raise _interrupted(f"grpo-kit evaluate {folder}") from None
+        raise _interrupted("evaluate", str(folder)) from None
     _print_results(folder)
     print(f"Next: grpo-kit report {folder}")
 
@@ -224,8 +230,8 @@ def _last_metrics(path: Path) -> str:
         return ""
 
 
-def _interrupted(again: str) -> typer.Exit:
-    print(f"\ninterrupted; it goes on where it stopped with: {again}", file=sys.stderr)
+def _interrupted(*again: str) -> typer.Exit:
+    print(f"\ninterrupted; it goes on where it stopped with: grpo-kit {shlex.join(again)}", file=sys.stderr)
     return typer.Exit(130)
 
 

@@ -283,6 +283,36 @@ def test_interrupted_training_says_how_to_go_on(
     assert f"grpo-kit train --run-dir {tmp_path / 'r'}" in capsys.readouterr().err
 
 
+def test_run_that_is_there_goes_on_with_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import grpo_kit
+
+    seen = []
+    monkeypatch.setitem(vars(grpo_kit), "load_experiment", seen.append)
+    monkeypatch.setitem(vars(grpo_kit), "train", lambda kit, run_dir: None)
+    config = grpo_kit.load_config("workshop", {"training_settings.seed": 5})
+    config.save(tmp_path / "config.json")
+    assert _run("train", "--run-dir", str(tmp_path)) == 0
+    assert _run("train", "--run-dir", str(tmp_path), "--profile", "tiny") == 0
+    assert seen == [config, grpo_kit.load_config("tiny")]
+
+
+def test_evaluate_compares_the_trained_policy_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    import grpo_kit
+
+    seen = {}
+    monkeypatch.setitem(vars(grpo_kit), "load_experiment", lambda config, trained: (config.profile, trained))
+    monkeypatch.setitem(vars(grpo_kit), "evaluate", lambda kit, **options: seen.update(kit=kit, **options))
+    grpo_kit.load_config("workshop").save(tmp_path / "config.json")
+    assert _run("evaluate", str(tmp_path)) == 2
+    assert "no trained policy" in _one_line(capsys)
+    (tmp_path / "best").mkdir()
+    assert _run("evaluate", str(tmp_path)) == 0
+    assert seen["kit"] == ("workshop", tmp_path / "best") and seen["run_dir"] == tmp_path
+    assert seen["compare"] == ("raw", "initial", "trained", "oracle")
+
+
 @pytest.mark.parametrize("command", ["evaluate", "report"])
 @pytest.mark.parametrize("run", ["no_such_run", "../..", "/", "a\0b", "x" * 5000])
 def test_unknown_run_is_one_line(command: str, run: str, capsys: pytest.CaptureFixture):
