@@ -339,7 +339,7 @@ def test_a_missing_picture_is_said_and_not_invented(synthetic_run: Path) -> None
 def executed_notebook(folder: Path, name: str = "00_start_here") -> Path:
     """Write a notebook as papermill leaves it, with outputs that try to run something."""
     outputs = [
-        nbformat.v4.new_output("stream", text="a line\n"),
+        nbformat.v4.new_output("stream", text="a line\nbar 1%\rbar 50%\rbar 100%\nlast\n"),
         nbformat.v4.new_output(
             "display_data",
             data={
@@ -365,6 +365,7 @@ def test_notebooks_become_safe_pages_with_their_minutes(synthetic_run: Path) -> 
     page = path.with_suffix(".html").read_text()
     assert active_nodes(page) == [] and "example.com" not in page
     assert 'href="07_train.html"' in page and "cell</td>" in page and "A title</h1>" in page
+    assert "bar 100%" in page and "bar 50%" not in page and "a line" in page
     assert 'href="notebooks/00_start_here.html"' in index and "1.5 min" in index
 
 

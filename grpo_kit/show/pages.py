@@ -99,6 +99,8 @@ def _notebook_html(notebook: nbformat.NotebookNode, path: Path) -> str:
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)  # a progress bar's last state
             if "data" in output:
                 output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN_OUTPUTS}
     exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_anchor_links=True)

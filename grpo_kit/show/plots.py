@@ -198,6 +198,7 @@ def group_figure(
     sizes = {len(images), len(texts), len(rewards), len(advantages)}
     if len(sizes) != 1 or 0 in sizes:
         raise KitError(f"group_figure: found lengths {sorted(sizes)}, allowed: one of each a sample. Pass one group.")
+    images, texts = list(images), list(texts)
     rewards, advantages = [float(r) for r in rewards], [float(a) for a in advantages]
     order = sorted(range(len(images)), key=lambda i: _for_sorting(rewards[i]), reverse=True)
     columns = min(len(order), 4 if len(order) % 4 == 0 else 6)

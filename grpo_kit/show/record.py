@@ -56,6 +56,13 @@ class RunRecord:
             raise RecordError(f"rollout of iteration {iteration}: not kept in this run, allowed: {kept}. Choose one.")
         return _read_parquet(path)
 
+    def widest_group(self, iteration: int) -> pd.DataFrame:
+        """Return the group of a kept rollout whose rewards differ most, best first: the one with most to learn from."""
+        rollout = self.rollout(iteration)
+        widest = rollout.groupby("group_id")["reward"].std().fillna(0.0).idxmax()
+        group = rollout[rollout["group_id"] == widest]
+        return group.sort_values("reward", ascending=False, kind="stable").reset_index(drop=True)
+
     def image(self, thumbnail: str) -> Image.Image:
         """Open a thumbnail named by a row of this run."""
         with Image.open(self.file(thumbnail)) as image:

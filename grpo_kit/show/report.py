@@ -173,9 +173,7 @@ def _groups(record: RunRecord) -> list[dict[str, object]]:
 
 
 def _group(record: RunRecord, iteration: int) -> dict[str, object]:
-    rollout = record.rollout(iteration)
-    widest = rollout.groupby("group_id")["reward"].std().fillna(0.0).idxmax()
-    group = rollout[rollout["group_id"] == widest].sort_values("reward", ascending=False)
+    group = record.widest_group(iteration)
     samples = [_sample(record, row) for _, row in group.iterrows()]
     return {"iteration": iteration, "prompt": group["user_prompt"].iloc[0], "samples": samples}
 
