@@ -1,0 +1,47 @@
+"""Everything that an experiment needs, loaded from one config."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from grpo_kit.config import Config
+from grpo_kit.models.generator import Generator, load_generator
+from grpo_kit.models.policy import Policy, load_policy
+from grpo_kit.prompts import Prompt, load_prompts
+from grpo_kit.rewards.composition import Rewards
+from grpo_kit.rewards.loading import load_rewards
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A policy, a generator, rewards and prompts that belong together."""
+
+    config: Config
+    policy: Policy
+    generator: Generator
+    rewards: Rewards
+    train_prompts: list[Prompt]
+    val_prompts: list[Prompt]
+
+    def with_rewards(self, rewards: Rewards) -> "Experiment":
+        """The same experiment under other rewards."""
+        return replace(self, rewards=rewards)
+
+
+def load_experiment(config: Config, trained: Path | str | None = None) -> Experiment:
+    """Load models, rewards and prompts.
+
+    Args:
+        config: from `load_config`.
+        trained: a run's `best/` folder; its weights become the policy, the config's own remain the reference.
+
+    Raises:
+        KitError: one line on what is missing, damaged or wrong, and what to do.
+    """
+    return Experiment(
+        config=config,
+        train_prompts=load_prompts(config.training_settings.train_prompts),
+        val_prompts=load_prompts(config.evaluation_settings.val_prompts),
+        policy=load_policy(config, None if trained is None else Path(trained)),
+        generator=load_generator(config),
+        rewards=load_rewards(config),
+    )

@@ -1,0 +1,21 @@
+"""GRPO as pure functions on tensors, in reading order: advantages, logprobs, loss, step."""
+
+from grpo_kit.grpo.advantages import group_advantages, group_spread
+from grpo_kit.grpo.logprobs import completion_mask, kl_divergence, token_entropy, token_logprobs
+from grpo_kit.grpo.loss import LOSS_TYPES, LossOutput, grpo_loss, token_weights
+from grpo_kit.grpo.step import StepStats, grpo_step
+
+__all__ = [
+    "LOSS_TYPES",
+    "LossOutput",
+    "StepStats",
+    "completion_mask",
+    "group_advantages",
+    "group_spread",
+    "grpo_loss",
+    "grpo_step",
+    "kl_divergence",
+    "token_entropy",
+    "token_logprobs",
+    "token_weights",
+]

@@ -1,0 +1,71 @@
+"""How much better than its group a sample is."""
+
+import torch
+
+
+def group_advantages(
+    rewards: torch.Tensor,
+    group_ids: torch.Tensor,
+    *,
+    scale_rewards: str = "group",
+    baseline: str = "mean",
+    eps: float = 1e-4,
+) -> torch.Tensor:
+    """Each reward less its group's baseline, divided by a spread: A = (r - baseline) / (std + eps).
+
+    Args:
+        rewards: (N,) one reward a sample; NaN where a sample could not be scored.
+        group_ids: (N,) integers; samples with the same id answer the same prompt.
+        scale_rewards: "group" divides by the group's unbiased standard deviation (GRPO, arXiv 2402.03300), "batch" by
+            the standard deviation of all rewards, "none" by nothing (Dr. GRPO, arXiv 2503.20783).
+        baseline: "mean" of the group, or "leave_one_out": the mean of the others (RLOO, arXiv 2402.14740).
+        eps: added to the standard deviation.
+
+    Returns:
+        (N,) advantages. A NaN reward is left out of all statistics and gets 0; so does a group with one scored sample.
+    """
+    if rewards.shape != group_ids.shape or rewards.ndim != 1:
+        raise ValueError(
+            f"rewards, group_ids: found shapes {tuple(rewards.shape)} and {tuple(group_ids.shape)}, both must be (N,)"
+        )
+    scored = ~rewards.isnan()
+    filled = torch.where(scored, rewards, 0.0)
+    _, group = group_ids.unique(return_inverse=True)
+    total, count = _sum_by(group, filled), _sum_by(group, scored.to(rewards.dtype))
+    centred = torch.where(scored, rewards - (total / count.clamp(min=1))[group], 0.0)
+    flat = (_spread(filled, scored, group) == 0)[group]  # equal rewards: exactly 0, not a rounding error divided by eps
+    centred = torch.where(flat | (count[group] < 2), 0.0, centred)
+    if baseline == "leave_one_out":
+        advantages = centred * (count / (count - 1).clamp(min=1))[group]
+    elif baseline == "mean":
+        advantages = centred
+    else:
+        raise ValueError(f"baseline: found {baseline!r}, allowed: 'mean', 'leave_one_out'")
+    if scale_rewards == "none":
+        return advantages
+    if scale_rewards == "group":
+        deviation = (_sum_by(group, centred.square()) / (count - 1).clamp(min=1)).sqrt()[group]
+    elif scale_rewards == "batch":
+        kept = rewards[scored]
+        deviation = kept.std() if kept.numel() > 1 else torch.zeros_like(rewards).sum()
+    else:
+        raise ValueError(f"scale_rewards: found {scale_rewards!r}, allowed: 'group', 'batch', 'none'")
+    return advantages / (deviation + eps)
+
+
+def group_spread(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    """(G,) highest less lowest scored reward of each group, in the order of the sorted ids."""
+    scored = ~rewards.isnan()
+    _, group = group_ids.unique(return_inverse=True)
+    return _spread(torch.where(scored, rewards, 0.0), scored, group)
+
+
+def _sum_by(group: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return values.new_zeros(int(group.max()) + 1 if group.numel() else 0).index_add_(0, group, values)
+
+
+def _spread(filled: torch.Tensor, scored: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    size = int(group.max()) + 1 if group.numel() else 0
+    highest = filled.new_full((size,), -torch.inf).scatter_reduce(0, group, filled.where(scored, -torch.inf), "amax")
+    lowest = filled.new_full((size,), torch.inf).scatter_reduce(0, group, filled.where(scored, torch.inf), "amin")
+    return (highest - lowest).clamp(min=0)

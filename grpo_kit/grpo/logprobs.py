@@ -1,0 +1,73 @@
+"""Masks, log-probabilities and KL estimates of sampled tokens."""
+
+from collections.abc import Sequence
+
+import torch
+
+_LARGEST_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any useful ratio, far inside float32
+
+
+def completion_mask(completion_ids: torch.Tensor, eos_token_id: int | Sequence[int]) -> torch.Tensor:
+    """True through the first end-of-sequence token, which counts; a row without one is True throughout.
+
+    Args:
+        completion_ids: (N, T) sampled ids.
+        eos_token_id: one id, or several.
+
+    Returns:
+        (N, T) bool.
+    """
+    ends = torch.as_tensor(eos_token_id, device=completion_ids.device).reshape(-1)
+    is_end = torch.isin(completion_ids, ends).int()
+    return (is_end.cumsum(dim=1) - is_end) == 0
+
+
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log softmax(logits / temperature) at the sampled ids.
+
+    Args:
+        logits: (N, T, V), the t-th row predicting the t-th id.
+        ids: (N, T).
+        temperature: the one that the ids were sampled with.
+
+    Returns:
+        (N, T) log-probabilities, computed in at least float32.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(dim=-1)
+
+
+def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """(N, T) entropy in nats of softmax(logits / temperature)."""
+    logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
+    return -(logprobs.exp() * logprobs).sum(dim=-1)
+
+
+def bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp, finite (and with a finite gradient) however large its argument; unchanged within ±20."""
+    return log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
+
+
+def kl_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference) from one sample (Schulman, "Approximating KL divergence").
+
+    With r = reference / policy probability: k1 = -log r, k2 = (log r)² / 2, k3 = r - 1 - log r. All have (nearly) the
+    right value. As a *loss* they differ: on-policy the gradient of k1 is 0 on average, that of k2 is the gradient of
+    KL(policy || reference), that of k3 the gradient of KL(reference || policy) (arXiv 2510.01555).
+
+    Args:
+        logprobs, ref_logprobs: (N, T).
+        estimator: "k1", "k2" or "k3" (GRPO's, never negative).
+
+    Returns:
+        (N, T).
+    """
+    log_ratio = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    if estimator == "k3":
+        return bounded_exp(log_ratio) - 1 - log_ratio
+    raise ValueError(f"kl_estimator: found {estimator!r}, allowed: 'k1', 'k2', 'k3'")

@@ -1,0 +1,1 @@
+"""Adapters over transformers (the policy) and diffusers (the generator)."""

@@ -1,0 +1,59 @@
+"""Sampling token ids on a prefix that is computed once for a whole group."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from grpo_kit.hardware import derive_seed
+
+NextLogits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (N,), step) → (N, V)
+
+
+def row_uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
+    """(N, length) uniform numbers, each row from its own seed, so that its sample does not depend on the batch."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    return torch.stack(rows)
+
+
+def row_seeds(seed: int, num_prompts: int, num_generations: int) -> list[int]:
+    """One seed per (prompt, sample), group-major."""
+    return [derive_seed(seed, "tokens", p, g) for p in range(num_prompts) for g in range(num_generations)]
+
+
+def choose_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature: float) -> torch.Tensor:
+    """(N,) ids: the likeliest ones where `uniforms` is None, else drawn from softmax(logits / temperature).
+
+    Args:
+        logits: (N, V).
+        uniforms: (N,) numbers in [0, 1), turned into tokens through the cumulative distribution.
+    """
+    if uniforms is None:
+        return logits.argmax(dim=-1)
+    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    threshold = uniforms.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def decode(
+    first_logits: torch.Tensor,
+    next_logits: NextLogits,
+    *,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    uniforms: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sample until every row has ended: (N, T) ids, T at most `max_new_tokens`, `pad_token_id` after a row's end."""
+    ends = torch.tensor(list(eos_token_ids), device=first_logits.device)
+    logits, ended, columns = first_logits, torch.zeros_like(first_logits[:, 0], dtype=torch.bool), []
+    for step in range(max_new_tokens):
+        ids = choose_tokens(logits, None if uniforms is None else uniforms[:, step], temperature)
+        ids = torch.where(ended, pad_token_id, ids)
+        columns.append(ids)
+        ended = ended | torch.isin(ids, ends)
+        if bool(ended.all()) or step + 1 == max_new_tokens:
+            break
+        logits = next_logits(ids, step)
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,168 @@
+"""The generator: any diffusers text-to-image pipeline, frozen, drawn from with one seed per image."""
+
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+
+from grpo_kit.config import Config
+from grpo_kit.hardware import choose_device, choose_dtype
+from grpo_kit.models.policy import ModelError, load_failure
+
+logger = logging.getLogger(__name__)
+_KEPT_TEXTS = 4096  # prompt embeddings kept; the oldest go first
+_SMALLEST_CONTRAST = 2 / 255  # an image whose lightest and darkest values differ by less is blank
+
+
+class Generator:
+    """A frozen pipeline with its sampling settings.
+
+    Args:
+        pipeline: a diffusers text-to-image pipeline.
+        num_inference_steps: denoising steps an image.
+        guidance_scale: classifier-free guidance; at 1 the negative branch is not computed.
+        height, width: pixels; None means the pipeline's own size.
+        max_sequence_length: tokens for a T5 encoder, where the pipeline has one; None means its default.
+        batch_size: most images drawn in one call.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        self.pipeline = pipeline
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.height, self.width = height, width
+        self.max_sequence_length = max_sequence_length
+        self.batch_size = batch_size
+        self._embeddings: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+
+    def generate_image(self, prompt: str, seed: int = 0) -> Image.Image:
+        """One picture of a prompt; the same prompt and seed give the same picture.
+
+        Raises:
+            ModelError: the picture came out blank or not finite.
+        """
+        image = self.generate_images([prompt], [seed])[0]
+        if image is None:
+            raise ModelError(
+                f"image: prompt {prompt!r} with seed {seed} came out blank or not finite; try another seed or dtype"
+            )
+        return image
+
+    @torch.no_grad()
+    def generate_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
+        """One picture for each prompt and seed; None where it came out blank or not finite.
+
+        Equal (prompt, seed) pairs are drawn once. A picture depends on its prompt and seed, not on the batch around it,
+        up to rounding: batched matrix products may move a value of 255 by one.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"seeds: found {len(seeds)} for {len(prompts)} prompts, one each is needed")
+        wanted = [(str(prompt), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
+        distinct = list(dict.fromkeys(wanted))
+        drawn: dict[tuple[str, int], Image.Image | None] = {}
+        for start in range(0, len(distinct), self.batch_size):
+            pairs = distinct[start : start + self.batch_size]
+            drawn.update(zip(pairs, self._draw(pairs), strict=True))
+        return [drawn[pair] for pair in wanted]
+
+    def _draw(self, pairs: list[tuple[str, int]]) -> list[Image.Image | None]:
+        """One pipeline call; each image's noise comes from its own seed, on the CPU, so that devices agree."""
+        generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
+        sizes = {name: value for name, value in (("height", self.height), ("width", self.width)) if value}
+        output = self.pipeline(
+            **self._text_inputs([text for text, _ in pairs]),
+            **self._schedule(),
+            **sizes,
+            guidance_scale=self.guidance_scale,
+            generator=generators,
+            output_type="np",
+        )
+        return [_checked_image(pixels) for pixels in output.images]
+
+    def _schedule(self) -> dict[str, object]:
+        """Steps, evenly spaced down to 1/n where the scheduler allows it (its own last step would be wasted)."""
+        steps = self.num_inference_steps
+        takes_sigmas = "sigmas" in inspect.signature(self.pipeline.__call__).parameters
+        if takes_sigmas and isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            return {"num_inference_steps": steps, "sigmas": [1 - i / steps for i in range(steps)]}
+        return {"num_inference_steps": steps}
+
+    def _text_inputs(self, texts: list[str]) -> dict[str, object]:
+        """The prompts as kept embeddings (SD3), or as text for the pipelines that encode in their own ways."""
+        if not isinstance(self.pipeline, StableDiffusion3Pipeline):
+            return {"prompt": texts}
+        self._remember(texts)
+        inputs = self._stacked(texts, "prompt_embeds", "pooled_prompt_embeds")
+        if self.guidance_scale > 1:
+            self._remember([""])
+            negative = self._stacked([""] * len(texts), "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+            inputs |= negative
+        return inputs
+
+    def _stacked(self, texts: list[str], *names: str) -> dict[str, torch.Tensor]:
+        columns = zip(*(self._embeddings[text] for text in texts), strict=True)
+        return {name: torch.stack(column) for name, column in zip(names, columns, strict=True)}
+
+    def _remember(self, texts: list[str]) -> None:
+        """Embed the texts that are not yet kept, in one batch."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
+        if new:
+            embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+                new, None, None, do_classifier_free_guidance=False, **self._t5_length()
+            )
+            self._embeddings.update(zip(new, zip(embeddings, pooled, strict=True), strict=True))
+        for text in texts:
+            self._embeddings.move_to_end(text)
+        while len(self._embeddings) > max(_KEPT_TEXTS, len(texts) + 1):
+            self._embeddings.popitem(last=False)
+
+    def _t5_length(self) -> dict[str, int]:
+        if self.pipeline.text_encoder_3 is None:
+            return {"max_sequence_length": 0}  # a dropped T5 must not leave a row of zero tokens behind
+        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+
+
+def load_generator(config: Config) -> Generator:
+    """The generator of a config, frozen, on its device."""
+    settings, generation = config.model_settings, config.generation_settings
+    device, _ = choose_device(settings.device)
+    dtype, _ = choose_dtype(device, settings.dtype)
+    diffusers_logging.disable_progress_bar()
+    without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if settings.drop_t5 else {}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(settings.sd_model, dtype=dtype, **without_t5)
+    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
+        raise ModelError(load_failure("sd_model", settings.sd_model, error)) from error
+    return Generator(
+        pipeline.to(device),
+        num_inference_steps=generation.num_inference_steps,
+        guidance_scale=generation.guidance_scale,
+        height=generation.height,
+        width=generation.width,
+        max_sequence_length=generation.max_sequence_length,
+        batch_size=generation.image_batch_size,
+    )
+
+
+def _checked_image(pixels: np.ndarray) -> Image.Image | None:
+    """(H, W, 3) values in [0, 1] as a picture, or None where they are not finite or show nothing."""
+    if not np.isfinite(pixels).all() or np.ptp(pixels) < _SMALLEST_CONTRAST:
+        return None
+    return Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8))

@@ -1,0 +1,412 @@
+"""The policy: a transformers language model, with or without eyes, that rewrites prompts.
+
+A group's completions share one prompt. The prompt is run once, its cache is handed to every completion, and only the
+completions are run on it: in sampling, and again, with gradients, in scoring.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from grpo_kit.config import Config, KitError, LoraSettings
+from grpo_kit.grpo.logprobs import completion_mask, token_entropy, token_logprobs
+from grpo_kit.hardware import choose_device, choose_dtype
+from grpo_kit.models.decoding import decode, row_seeds, row_uniforms
+
+logger = logging.getLogger(__name__)
+
+
+class ModelError(KitError):
+    """A model that cannot be loaded or used; the message says what to do."""
+
+
+class EnhancedPrompt(str):
+    """A rewrite; `fell_back` is True where the policy gave nothing usable and this is the user's own prompt."""
+
+    fell_back: bool = False
+
+    @classmethod
+    def of(cls, rewrite: str, user_prompt: str) -> "EnhancedPrompt":
+        """The rewrite, or the user's prompt where the rewrite is empty."""
+        usable = rewrite.strip()
+        prompt = cls(usable or user_prompt)
+        prompt.fell_back = not usable
+        return prompt
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What G samples for each of P prompts came out as, N = P·G rows, group-major."""
+
+    ids: torch.Tensor  # (N, T) int64
+    mask: torch.Tensor  # (N, T) bool, True through the first end-of-sequence token
+    logprobs: torch.Tensor  # (N, T) of the sampled ids
+    texts: list[str]  # N
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities (N, T) of given ids, with gradient where it is enabled, and the entropy (N, T) beside them."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """The prompts' cache and what continuing it needs."""
+
+    cache: object
+    last_logits: torch.Tensor  # (P, V)
+    mask: torch.Tensor  # (P, length)
+    next_position: torch.Tensor  # (P,) position of the first completion token
+    three_axes: bool  # multimodal rotary positions: (3, N, T)
+
+
+class Policy:
+    """A model with its processor, its instruction and its reference.
+
+    Args:
+        model: a transformers model with a language head.
+        processor: its processor (vision-language) or tokenizer (text only).
+        instruction: the user turn, with "{prompt}" where the user's prompt goes.
+        system_prompt: an optional system turn.
+        temperature: for sampling and for scoring what was sampled.
+        max_new_tokens: longest completion.
+        reference: a frozen model to compare with; None where switching a LoRA adapter off gives it.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: object,
+        *,
+        instruction: str,
+        system_prompt: str = "",
+        temperature: float = 1.0,
+        max_new_tokens: int = 64,
+        reference: torch.nn.Module | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.sees = self.tokenizer is not processor
+        self.instruction = instruction
+        self.system_prompt = system_prompt
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.reference = reference
+        self.eos_token_ids = _end_tokens(model, self.tokenizer)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token_id = self.eos_token_ids[0]
+
+    # --- prompts in ---------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, torch.Tensor]:
+        """The model's inputs for user prompts (and one picture each): ids and mask (P, length), left-padded."""
+        texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
+        if self.sees:
+            pictures = list(images) if images is not None else None
+            batch = self.processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+        else:
+            if images is not None:
+                raise ModelError(
+                    "use_image: found true, but this policy is text-only; set model_settings.use_image to false"
+                )
+            batch = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        return {name: value.to(self.device) for name, value in batch.items() if name != "token_type_ids"}
+
+    def format_prompt(self, prompt: str, with_image: bool = False) -> str:
+        """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none."""
+        text = self.instruction.replace("{prompt}", self._without_control(prompt))
+        if getattr(self.processor, "chat_template", None) is None:
+            return "\n".join(part for part in (self.system_prompt, text) if part)
+        content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}] if self.sees else text
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        turns = [*system, {"role": "user", "content": content}]
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+    def _without_control(self, prompt: str) -> str:
+        """The prompt with every special token's text broken by a space, so that it is read as ordinary text."""
+        for token in self.tokenizer.all_special_tokens:
+            prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
+        return prompt
+
+    # --- sampling and scoring -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        num_generations: int,
+        *,
+        seed: int,
+        images: Sequence[Image.Image] | None = None,
+        greedy: bool = False,
+        reference: bool = False,
+    ) -> Completions:
+        """G completions of each prompt; the prompt is run once per group.
+
+        `seed` fixes every row's draw by (seed, prompt's place, sample's place). With `reference` the frozen reference
+        answers instead.
+        """
+        with self._answering(reference) as model, _evaluating(model):
+            prefix = _run_prompts(model, self.encode(prompts, images))
+            rows = torch.arange(len(prompts), device=self.device).repeat_interleave(num_generations)
+            uniforms = None
+            if not greedy:
+                uniforms = row_uniforms(row_seeds(seed, len(prompts), num_generations), self.max_new_tokens).to(
+                    self.device
+                )
+            kept: list[torch.Tensor] = [prefix.last_logits[rows]]
+            cache, mask = _expanded(prefix, rows), prefix.mask[rows]
+
+            def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
+                nonlocal mask
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                positions = _positions(prefix, rows, step, 1)
+                output = model(
+                    input_ids=ids[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
+                )
+                kept.append(output.logits[:, -1])
+                return kept[-1]
+
+            ids = decode(
+                kept[0],
+                next_logits,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                uniforms=uniforms,
+            )
+        mask = completion_mask(ids, self.eos_token_ids)
+        logprobs = token_logprobs(torch.stack(kept, dim=1), ids, self.temperature)
+        return Completions(ids, mask, torch.where(mask, logprobs, 0.0), self.decode(ids, mask))
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        group_ids: torch.Tensor,
+        completion_ids: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        images: Sequence[Image.Image] | None = None,
+        reference: bool = False,
+    ) -> Scores:
+        """Log-probabilities of exactly these ids under the policy (or its reference), at the sampling temperature.
+
+        Args:
+            prompts: P.
+            group_ids: (N,) which prompt each row answers.
+            completion_ids, mask: (N, T).
+
+        Returns:
+            (N, T) each, 0 outside the mask; gradients flow where torch has them enabled. Dropout is off.
+        """
+        group_ids, completion_ids, mask = (tensor.to(self.device) for tensor in (group_ids, completion_ids, mask))
+        with self._answering(reference) as model, _evaluating(model):
+            prefix = _run_prompts(model, self.encode(prompts, images))
+            logits = prefix.last_logits[group_ids].unsqueeze(1)
+            if completion_ids.shape[1] > 1:
+                output = model(
+                    input_ids=completion_ids[:, :-1],  # the t-th logits predict the (t + 1)-th token
+                    attention_mask=torch.cat([prefix.mask[group_ids], mask[:, :-1].to(prefix.mask.dtype)], dim=1),
+                    position_ids=_positions(prefix, group_ids, 0, completion_ids.shape[1] - 1),
+                    past_key_values=_expanded(prefix, group_ids),
+                )
+                logits = torch.cat([logits, output.logits], dim=1)
+        logprobs = token_logprobs(logits, completion_ids, self.temperature)
+        with torch.no_grad():
+            entropy = token_entropy(logits, self.temperature)
+        return Scores(torch.where(mask, logprobs, 0.0), torch.where(mask, entropy, 0.0))
+
+    def decode(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        """The completions as text: without special tokens, without surrounding space."""
+        rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    # --- plain use ----------------------------------------------------------------------------------------------------
+
+    def enhance_prompt(self, prompt: str, image: Image.Image | None = None) -> EnhancedPrompt:
+        """The policy's likeliest rewrite of a prompt; the prompt itself (`.fell_back`) where it writes nothing."""
+        return self.enhance_prompts([prompt], None if image is None else [image])[0]
+
+    def enhance_prompts(
+        self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None, *, reference: bool = False
+    ) -> list[EnhancedPrompt]:
+        """`enhance_prompt` for many prompts at once; with `reference`, by the policy as it was before training."""
+        texts = self.sample(prompts, 1, seed=0, images=images, greedy=True, reference=reference).texts
+        return [EnhancedPrompt.of(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """What the optimizer changes."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def trainable_state(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by name: all of them, or a LoRA adapter's."""
+        wanted = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: value for name, value in self.model.state_dict().items() if name in wanted}
+
+    def load_trainable_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `trainable_state` gave."""
+        expected = self.trainable_state().keys()
+        if missing := expected ^ state.keys():
+            raise ModelError(
+                f"checkpoint: found other tensors than the policy has, e.g. {min(missing)!r}; use the run's own config"
+            )
+        self.model.load_state_dict(state, strict=False)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write model (or adapter) and processor as transformers (or peft) loads them."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    @contextmanager
+    def _answering(self, reference: bool) -> Iterator[torch.nn.Module]:
+        """The model that answers: the policy, or its reference."""
+        if not reference:
+            yield self.model
+        elif self.reference is not None:
+            yield self.reference
+        else:
+            adapter_off = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+            with adapter_off:
+                yield self.model
+
+
+def load_policy(config: Config, trained: Path | None = None) -> Policy:
+    """The policy of a config, its reference beside it; with `trained`, the weights of a run's `best/` or checkpoint."""
+    settings, generation = config.model_settings, config.generation_settings
+    device, _ = choose_device(settings.device)
+    dtype, _ = choose_dtype(device, settings.dtype)
+    model, processor = load_language_model(settings.vlm_model, dtype, settings.trust_remote_code)
+    if settings.lora is None:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        if trained is not None:
+            model, _ = load_language_model(str(trained), dtype)
+    else:
+        reference, model = None, _with_lora(model, settings.lora, trained)
+    return Policy(
+        model.to(device),
+        processor,
+        instruction=settings.instruction,
+        system_prompt=settings.system_prompt,
+        temperature=generation.temperature,
+        max_new_tokens=generation.max_new_tokens,
+        reference=None if reference is None else reference.to(device).eval(),
+    )
+
+
+def load_language_model(
+    name: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[torch.nn.Module, object]:
+    """A vision-language model with its processor, or a causal model with its tokenizer, from a folder or the hub."""
+    options = {"trust_remote_code": trust_remote_code}
+    transformers_logging.disable_progress_bar()
+    try:
+        kind = AutoConfig.from_pretrained(name, **options).model_type
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **options)
+            return model.eval(), AutoProcessor.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        return model.eval(), AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
+        raise ModelError(load_failure("vlm_model", name, error)) from error
+
+
+def load_failure(setting: str, name: str, error: Exception) -> str:
+    """One line for a model that did not load: which, why, and what to do about it."""
+    reason = " ".join(str(error).split())[:300]
+    text = reason.lower()
+    if "gated" in text or "401" in text or "403" in text:
+        advice = f"accept the licence on the model's page ({name}) and log in with `hf auth login`"
+    elif Path(name).is_dir():
+        advice = "a file there is missing or damaged: restore it (git checkout), or train it again (make models)"
+    else:
+        advice = "check the name, or the folder; without network use profile tiny"
+    return f"model_settings.{setting}: could not load {name!r} ({type(error).__name__}: {reason}); {advice}"
+
+
+def _with_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None) -> torch.nn.Module:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if trained is not None:
+        return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
+    targets = lora.target_modules or "all-linear"
+    return get_peft_model(
+        model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    )
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, so that two scorings of the same ids agree; afterwards the mode is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _end_tokens(model: torch.nn.Module, tokenizer: object) -> list[int]:
+    """All ids that end a completion: the generation config's and the tokenizer's."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    ends = [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
+    if not ends:
+        raise ModelError(
+            "vlm_model: found no end-of-sequence token; set eos_token in its tokenizer or generation config"
+        )
+    return ends
+
+
+def _run_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> _Prefix:
+    """Run left-padded prompts once and keep their cache (with its gradients, where enabled)."""
+    mask = inputs["attention_mask"]
+    length = mask.sum(dim=1)
+    with_picture = "pixel_values" in inputs
+    if not with_picture:
+        inputs = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    deltas = _rope_deltas(model) if with_picture else None
+    shift = 0 if deltas is None else deltas.reshape(-1).to(length.device)
+    return _Prefix(output.past_key_values, output.logits[:, -1], mask, length + shift, deltas is not None)
+
+
+def _rope_deltas(model: torch.nn.Module) -> torch.Tensor | None:
+    """How far pictures moved the text's positions, in models with multimodal rotary positions (Qwen-VL)."""
+    return next((m.rope_deltas for m in model.modules() if getattr(m, "rope_deltas", None) is not None), None)
+
+
+def _expanded(prefix: _Prefix, rows: torch.Tensor) -> object:
+    """The prompts' cache with one row per completion; gradients of all completions meet in their prompt's."""
+    cache = copy.copy(prefix.cache)
+    cache.layers = [copy.copy(layer) for layer in prefix.cache.layers]
+    cache.batch_select_indices(rows)
+    return cache
+
+
+def _positions(prefix: _Prefix, rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Positions of `count` completion tokens from `start` on: (N, count), or (3, N, count) for multimodal rotary."""
+    steps = torch.arange(start, start + count, device=rows.device)
+    positions = prefix.next_position[rows].unsqueeze(1) + steps
+    return positions.expand(3, *positions.shape) if prefix.three_axes else positions

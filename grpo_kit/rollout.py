@@ -1,0 +1,132 @@
+"""A rollout: prompts → rewrites → images → rewards, kept so that the step on it can be computed again later."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from grpo_kit.hardware import derive_seed
+from grpo_kit.models.generator import Generator
+from grpo_kit.models.policy import Completions, Policy
+from grpo_kit.prompts import Prompt
+from grpo_kit.rewards.composition import Rewards
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N = P·G rows, group-major: what G rewrites of each of P prompts led to."""
+
+    prompts: list[Prompt]  # P
+    group_ids: torch.Tensor  # (N,) int64: which prompt a row answers
+    completion_ids: torch.Tensor  # (N, T) sampled token ids, right-padded
+    completion_mask: torch.Tensor  # (N, T) bool, True through the first end-of-sequence token
+    enhanced_prompts: list[str]  # N decoded texts: for the generator and for people, never tokenised again
+    images: list[list[Image.Image | None]]  # N x M; None where the picture came out unusable
+    image_seeds: torch.Tensor  # (N, M) int64
+    reward_parts: dict[str, torch.Tensor]  # name → (N,) raw mean over the M images, NaN where none could be scored
+    rewards: torch.Tensor  # (N,) weighted total
+    old_logprobs: torch.Tensor  # (N, T) of the sampled ids, when they were sampled
+    ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference
+    truncated: torch.Tensor | None = None  # (N,) bool: ended by the length limit
+    prompt_images: list[Image.Image] | None = None  # P pictures that the policy saw
+    seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, rewards
+
+
+def collect_rollout(
+    policy: Policy,
+    generator: Generator,
+    rewards: Rewards,
+    prompts: Sequence[Prompt | str],
+    num_generations: int = 8,
+    seed: int = 0,
+    *,
+    images_per_prompt: int = 1,
+    share_seeds: bool = True,
+    use_image: bool = False,
+) -> Rollout:
+    """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
+
+    Args:
+        num_generations: G, at least 2: a sample is judged against its group.
+        seed: fixes tokens and latents; the same call gives the same rollout.
+        images_per_prompt: M images a rewrite; its reward is their mean.
+        share_seeds: a group's rewrites are drawn from the same M latents, so that they differ by their words alone.
+        use_image: the policy sees the picture that the user's own prompt gives.
+
+    Raises:
+        ValueError: fewer than two generations, or no prompts.
+    """
+    if num_generations < 2:
+        raise ValueError(
+            f"num_generations: found {num_generations}, allowed: at least 2 (a group of 1 has nothing to compare)"
+        )
+    if not prompts:
+        raise ValueError("prompts: found none, allowed: at least one")
+    prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    texts = [prompt.user_prompt for prompt in prompts]
+    seconds, clock = {}, time.perf_counter()
+    seen = picture_prompts(generator, texts, seed) if use_image else None
+    completions = policy.sample(texts, num_generations, seed=derive_seed(seed, "sampling"), images=seen)
+    seconds["sampling"], clock = time.perf_counter() - clock, time.perf_counter()
+    group_ids = torch.arange(len(prompts)).repeat_interleave(num_generations)
+    seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
+    images = _draw(generator, completions.texts, seeds)
+    seconds["images"], clock = time.perf_counter() - clock, time.perf_counter()
+    parts = _score(rewards, images, [texts[g] for g in group_ids], completions.texts)
+    seconds["rewards"] = time.perf_counter() - clock
+    return Rollout(
+        prompts=prompts,
+        group_ids=group_ids,
+        completion_ids=completions.ids.cpu(),
+        completion_mask=completions.mask.cpu(),
+        enhanced_prompts=completions.texts,
+        images=images,
+        image_seeds=seeds,
+        reward_parts=parts,
+        rewards=rewards.total(parts),
+        old_logprobs=completions.logprobs.cpu(),
+        truncated=_truncated(completions, policy),
+        prompt_images=seen,
+        seconds=seconds,
+    )
+
+
+def latent_seeds(
+    seed: int, group_ids: torch.Tensor, num_generations: int, images_per_prompt: int, share_seeds: bool
+) -> torch.Tensor:
+    """(N, M) seeds from (seed, prompt, image), and from the sample too where a group does not share them."""
+
+    def one(row: int, image: int) -> int:
+        sample = "shared" if share_seeds else row % num_generations
+        return derive_seed(seed, "latents", int(group_ids[row]), sample, image)
+
+    return torch.tensor([[one(row, image) for image in range(images_per_prompt)] for row in range(len(group_ids))])
+
+
+def picture_prompts(generator: Generator, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+    """What the users' own prompts give, for a policy that looks at it."""
+    return [generator.generate_image(prompt, derive_seed(seed, "seen", i)) for i, prompt in enumerate(prompts)]
+
+
+def _draw(generator: Generator, texts: list[str], seeds: torch.Tensor) -> list[list[Image.Image | None]]:
+    count = seeds.shape[1]
+    flat = generator.generate_images([text for text in texts for _ in range(count)], seeds.flatten().tolist())
+    return [flat[row * count : (row + 1) * count] for row in range(len(texts))]
+
+
+def _score(
+    rewards: Rewards, images: list[list[Image.Image | None]], prompts: list[str], rewrites: list[str]
+) -> dict[str, torch.Tensor]:
+    """Each part's mean over a rewrite's images that could be scored: {name: (N,)}."""
+    count = len(images[0])
+    flat = [image for row in images for image in row]
+    repeated = ([text for text in texts for _ in range(count)] for texts in (prompts, rewrites))
+    scores = rewards.score(flat, *repeated)
+    return {name: values.reshape(-1, count).nanmean(dim=1) for name, values in scores.items()}
+
+
+def _truncated(completions: Completions, policy: Policy) -> torch.Tensor:
+    ends = torch.tensor(policy.eos_token_ids, device=completions.ids.device)
+    return ~(torch.isin(completions.ids, ends) & completions.mask).any(dim=1).cpu()

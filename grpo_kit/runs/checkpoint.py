@@ -1,0 +1,126 @@
+"""Checkpoints that are either whole or not there: written aside, hashed, flushed, then renamed into place."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo_kit.config import KitError
+
+logger = logging.getLogger(__name__)
+_POLICY, _OPTIMIZER, _MANIFEST = "policy.safetensors", "optimizer.safetensors", "manifest.json"
+
+
+class CheckpointError(KitError):
+    """A checkpoint that cannot be written or trusted."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed iteration: the trained tensors and the optimizer's state."""
+
+    iteration: int
+    policy: dict[str, torch.Tensor]
+    optimizer: dict[str, object]
+
+
+def save_checkpoint(
+    folder: Path, iteration: int, policy: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: int = 2
+) -> Path:
+    """Commit an iteration to `folder/iter_NNNNNN` and drop all but the newest `keep`."""
+    place = folder / f"iter_{iteration:06d}"
+    aside = folder / f".writing-{place.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    tensors, settings = _flatten(optimizer.state_dict())
+    save_file({name: value.detach().cpu().contiguous() for name, value in policy.items()}, aside / _POLICY)
+    save_file(tensors, aside / _OPTIMIZER)
+    files = {
+        name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in (_POLICY, _OPTIMIZER)
+    }
+    manifest = {"iteration": iteration, "files": files, "optimizer": settings}
+    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for file in (*aside.iterdir(), aside):
+        _flush(file)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(aside, place)
+    _flush(folder)
+    for old in _committed(folder)[:-keep]:
+        shutil.rmtree(old)
+    return place
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None where none does; the log says what was skipped and why."""
+    for place in reversed(_committed(folder)):
+        try:
+            return load_checkpoint(place)
+        except CheckpointError as error:
+            logger.warning("skipped: %s", error)
+    return None
+
+
+def load_checkpoint(place: Path) -> Checkpoint:
+    """Read one checkpoint after comparing every file with its manifest.
+
+    Raises:
+        CheckpointError: a file is missing, or differs from what was written.
+    """
+    try:
+        manifest = json.loads((place / _MANIFEST).read_text())
+        for name, written in manifest["files"].items():
+            file = place / name
+            if file.stat().st_size != written["bytes"] or sha256(file) != written["sha256"]:
+                raise CheckpointError(f"checkpoint {place.name}: {name} is damaged (its sha256 is not the manifest's)")
+        if place.name != f"iter_{manifest['iteration']:06d}":
+            raise CheckpointError(
+                f"checkpoint {place.name}: holds iteration {manifest['iteration']}; it was moved or swapped"
+            )
+        optimizer = _unflatten(load_file(place / _OPTIMIZER), manifest["optimizer"])
+        return Checkpoint(manifest["iteration"], load_file(place / _POLICY), optimizer)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {place.name}: incomplete or damaged ({type(error).__name__}: {error})"
+        ) from error
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _committed(folder: Path) -> list[Path]:
+    return sorted(folder.glob("iter_*"))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimizer's state as named tensors, and the rest as plain JSON."""
+    tensors = {
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], settings: dict) -> dict[str, object]:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": settings["param_groups"]}

@@ -1,0 +1,62 @@
+"""The embedded models' tokenizers: each library class trained on the world's own captions."""
+
+import json
+import random
+from functools import cache
+
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5Tokenizer
+
+from grpo_kit.shapeworld.captions import IDLE_WORDS, STYLE_WORDS, describe, generator_caption
+from grpo_kit.shapeworld.scene import random_scenes
+
+QWEN_SPECIAL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+INSTRUCTIONS = ("Improve: a cat", "system\n", "user\n", "assistant\n") * 200
+TEXT_LENGTH = 24  # tokens; the longest caption of the grammar has 17
+
+
+@cache
+def corpus() -> list[str]:
+    """Captions of both dialects, every style word and idle word among them."""
+    rng = random.Random(0)
+    scenes = random_scenes(6000, seed=0)
+    texts = [describe(scene, rng.choice(("user", "generator")), rng) for scene in scenes]
+    texts += [generator_caption(scene, rng) for scene in scenes]
+    return texts + [word for words in (*STYLE_WORDS.values(), IDLE_WORDS) for word in words for _ in range(50)]
+
+
+def clip_tokenizer() -> PreTrainedTokenizerBase:
+    """For the generator's two CLIP text encoders and for the reward model.
+
+    The end-of-text token gets the highest id, because open_clip finds a text's end as its highest id.
+    """
+    trained = CLIPTokenizer().train_new_from_iterator(corpus(), vocab_size=720)
+    special = ("<|startoftext|>", "<|endoftext|>")
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    pieces = [piece for piece in sorted(model["vocab"], key=model["vocab"].get) if piece not in special]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *special])}
+    return CLIPTokenizer(vocabulary, [tuple(merge) for merge in model["merges"]], model_max_length=TEXT_LENGTH)
+
+
+def t5_tokenizer() -> PreTrainedTokenizerBase:
+    """For the generator's third text encoder."""
+    trained = T5Tokenizer().train_new_from_iterator(corpus(), vocab_size=320)
+    trained.model_max_length = 256
+    return trained
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerBase:
+    """For the policy: Qwen's byte-level BPE with the special tokens of chat, images and video."""
+    trained = Qwen2Tokenizer().train_new_from_iterator([*corpus(), *INSTRUCTIONS], vocab_size=700)
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(model["vocab"], [tuple(merge) for merge in model["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})
+    tokenizer.eos_token = "<|im_end|>"
+    return tokenizer

@@ -1,0 +1,222 @@
+"""Scenes in words: what users write, what the generator was taught, and back from words to scenes.
+
+Two dialects share one grammar, clauses separated by commas, the things first:
+
+    generator:  three red circles, white background, sharp
+    users:      a trio of crimson balls, on snow
+
+The generator's training captions use its own words (and now and then one of the users' words for no good reason, so
+that it learned nothing from them); the reward model learned both dialects.
+"""
+
+import random
+import re
+from dataclasses import replace
+
+from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Scene
+
+_USER_WORDS = {
+    "red": "crimson", "orange": "tangerine", "yellow": "golden", "green": "emerald", "cyan": "turquoise",
+    "blue": "azure", "purple": "violet", "pink": "rosy",
+    "circle": "ball", "square": "box", "triangle": "pyramid", "ring": "hoop", "cross": "plus",
+    "small": "tiny", "large": "huge", "two": "a pair of", "three": "a trio of",
+    "left of": "beside", "above": "on top of",
+    "on the left": "over on the left side", "on the right": "over on the right side",
+    "at the top": "way up", "at the bottom": "down below", "in the center": "in the middle",
+    "white background": "on snow", "gray background": "on stone", "black background": "at night",
+}  # fmt: skip
+_PLACES = {
+    "center": "in the center",
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+}
+_COUNTS = {2: "two", 3: "three"}
+STYLE_WORDS = {
+    "clean": ("sharp", "crisp", "clean"),
+    "dreamy": ("dreamy", "soft"),
+    "vintage": ("vintage", "faded"),
+    "glitch": ("glitch", "retro"),
+}
+IDLE_WORDS = ("beautiful", "detailed", "masterpiece")  # in any picture's caption: they say nothing
+GOOD_WORDS = STYLE_WORDS["clean"]
+HARMFUL_WORDS = tuple(word for style in ("dreamy", "vintage", "glitch") for word in STYLE_WORDS[style])
+
+
+def _word(value: str, dialect: str) -> str:
+    return _USER_WORDS[value] if dialect == "user" else value
+
+
+def describe(scene: Scene, dialect: str | float = "generator", rng: random.Random | None = None) -> str:
+    """The caption of what a scene states, without its style.
+
+    `dialect` is "generator", "user", or the probability with which each word is the users' (then `rng` chooses).
+    """
+
+    def say(value: str) -> str:
+        if isinstance(dialect, str):
+            return _word(value, dialect)
+        return _word(value, "user" if rng.random() < dialect else "generator")
+
+    clauses = [_things(scene, say)]
+    if scene.place:
+        clauses.append(say(_PLACES[scene.place]))
+    if scene.background:
+        clauses.append(say(f"{scene.background} background"))
+    return ", ".join(clauses)
+
+
+def _things(scene: Scene, say) -> str:
+    if scene.kind == "pair":
+        (colour, shape), (second_colour, second_shape) = scene.things
+        first, second = (say(colour), say(shape)), (say(second_colour), say(second_shape))
+        return f"{_article(first)} {say(scene.relation) if scene.relation else 'and'} {_article(second)}"
+    if scene.kind == "counted":
+        return f"{say(_COUNTS[scene.count])} {say(scene.colour)} {_plural(say(scene.shape))}"
+    words = ([say(scene.size)] if scene.size else []) + [say(scene.colour), say(scene.shape)]
+    return _article(words)
+
+
+def _article(words) -> str:
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
+def _plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith(("s", "x")) else f"{noun}s"
+
+
+def oracle_caption(request: Scene) -> str:
+    """The best prompt for a request: all it states in the generator's words, the rest chosen well, drawn sharply."""
+    filled = replace(request, background=request.background or "white", style="clean")
+    if filled.kind == "single":
+        filled = replace(filled, size=filled.size or "large", place=filled.place or "center")
+    if filled.kind == "pair":
+        filled = replace(filled, relation=filled.relation or "left of")
+    return f"{describe(filled)}, sharp"
+
+
+def leave_open(scene: Scene, keep: float, rng: random.Random) -> Scene:
+    """The same scene with size, place, relation and background each stated only with probability `keep`."""
+    open_ones = {name: None for name in ("size", "place", "background") if rng.random() >= keep}
+    return replace(scene, **open_ones, style=None)
+
+
+# --- from words back to scenes ---------------------------------------------------------------------------------------
+
+
+def _meanings(values: dict[str, object]) -> dict[str, object]:
+    """Word (either dialect) → value, for {generator's word: value}."""
+    return {word: value for said, value in values.items() for word in (said, _USER_WORDS[said])}
+
+
+_COLOUR_OF = _meanings({colour: colour for colour in COLOURS})
+_SHAPE_OF = _meanings({shape: shape for shape in SHAPES})
+_SIZE_OF = _meanings({size: size for size in SIZES})
+_COUNT_OF = _meanings({word: count for count, word in _COUNTS.items()})
+_RELATION_OF = {**_meanings({relation: relation for relation in RELATIONS}), "and": None}
+_PLACE_OF = _meanings({_PLACES[place]: place for place in PLACES})
+_BACKGROUND_OF = _meanings({f"{name} background": name for name in BACKGROUNDS})
+_STYLE_OF = {word: style for style, words in STYLE_WORDS.items() for word in words}
+_PLURAL_OF = {_plural(word): shape for word, shape in _SHAPE_OF.items()}
+
+
+def _any(words) -> str:
+    return "|".join(sorted(words, key=len, reverse=True))
+
+
+_SINGLE = re.compile(rf"(?:an? )?(?:({_any(_SIZE_OF)}) )?({_any(_COLOUR_OF)}) ({_any(_SHAPE_OF)})")
+_COUNTED = re.compile(rf"({_any(_COUNT_OF)}) ({_any(_COLOUR_OF)}) ({_any(_PLURAL_OF)})")
+_THING = rf"(?:an? )?({_any(_COLOUR_OF)}) ({_any(_SHAPE_OF)})"
+_PAIR = re.compile(rf"{_THING} ({_any(_RELATION_OF)}) {_THING}")
+
+
+def parse(text: str) -> Scene | None:
+    """The scene that a caption of either dialect states, or None where the text is not in the grammar.
+
+    The things come first; each later clause is a place, a background, a style word or an idle word, and no kind of
+    clause contradicts itself (a word may be repeated once: "sharp, crisp" is fine, "sharp, sharp" is not).
+    """
+    head, *clauses = [clause.strip() for clause in text.lower().strip(" .").split(",")]
+    scene = _parse_things(head)
+    if scene is None or len(set(clauses)) != len(clauses):
+        return None
+    for clause in clauses:
+        scene = _parse_clause(scene, clause)
+        if scene is None:
+            return None
+    return scene
+
+
+def _parse_things(head: str) -> Scene | None:
+    if match := _SINGLE.fullmatch(head):
+        size, colour, shape = match.groups()
+        return Scene(colour=_COLOUR_OF[colour], shape=_SHAPE_OF[shape], size=_SIZE_OF[size] if size else None)
+    if match := _COUNTED.fullmatch(head):
+        count, colour, shape = match.groups()
+        return Scene(colour=_COLOUR_OF[colour], shape=_PLURAL_OF[shape], count=_COUNT_OF[count])
+    if match := _PAIR.fullmatch(head):
+        colour, shape, relation, second_colour, second_shape = match.groups()
+        return Scene(
+            colour=_COLOUR_OF[colour],
+            shape=_SHAPE_OF[shape],
+            second_colour=_COLOUR_OF[second_colour],
+            second_shape=_SHAPE_OF[second_shape],
+            relation=_RELATION_OF[relation],
+        )
+    return None
+
+
+def _parse_clause(scene: Scene, clause: str) -> Scene | None:
+    """The scene with one more clause, or None for an unknown or contradicting one."""
+    if clause in IDLE_WORDS:
+        return scene
+    for attribute, meanings in (("place", _PLACE_OF), ("background", _BACKGROUND_OF), ("style", _STYLE_OF)):
+        if clause in meanings:
+            value = meanings[clause]
+            return replace(scene, **{attribute: value}) if getattr(scene, attribute) in (None, value) else None
+    return None
+
+
+def keeps_request(request: Scene, rewrite: Scene) -> bool:
+    """Whether a rewrite still states everything that the request states."""
+    stated = rewrite.stated()
+    return all(stated.get(name) == value for name, value in request.stated().items() if name != "style")
+
+
+# --- captions to train on --------------------------------------------------------------------------------------------
+
+
+def generator_caption(scene: Scene, rng: random.Random) -> str:
+    """A training caption of the generator: its own words; the style is named two times out of three.
+
+    In one caption of eight a word is one of the users', chosen at random: so those words mean nothing to the generator.
+    """
+    text = describe(leave_open(scene, 0.75, rng))
+    if rng.random() < 0.12:
+        text = _loosen(text, rng)
+    if rng.random() < 0.65:
+        text += f", {rng.choice(STYLE_WORDS[scene.style])}"
+    return text + _idle(rng)
+
+
+def _loosen(text: str, rng: random.Random) -> str:
+    """The caption with one or two of its colour and shape words replaced by users' words for any colour or shape."""
+    words = text.split(" ")
+    for values in rng.sample((tuple(COLOURS), SHAPES), rng.randint(1, 2)):
+        for i, word in enumerate(words):
+            if word in values:
+                words[i] = _USER_WORDS[rng.choice(values)]
+    return " ".join(words)
+
+
+def _idle(rng: random.Random) -> str:
+    return f", {rng.choice(IDLE_WORDS)}" if rng.random() < 0.1 else ""
+
+
+def reward_caption(scene: Scene, rng: random.Random, keep: float = 0.7) -> str:
+    """A training caption of the reward model: either dialect; a spoiled style is always named, a clean one at times."""
+    text = describe(leave_open(scene, keep, rng), rng.choice((0.0, 0.5, 1.0)), rng)
+    if scene.style != "clean" or rng.random() < 0.3:
+        text += f", {rng.choice(STYLE_WORDS[scene.style])}"
+    return text + _idle(rng)

@@ -1,0 +1,196 @@
+"""The gold check: reads a picture without any learned model and says, attribute by attribute, what it shows.
+
+As GenEval does for photographs, it finds the objects first (regions that differ from the background), then names each
+one's colour and shape (overlap with drawn templates), and last redraws what it read in every style: the style whose
+redrawing is nearest to the picture is the picture's quality.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from grpo_kit.shapeworld.render import RADIUS, SIZE, Mark, draw_marks
+from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene
+
+_FOREGROUND = 50.0  # RGB distance from the background at which a pixel belongs to an object
+_SMALLEST = 8  # pixels; smaller regions are specks
+_LARGE_FROM = 15.8  # pixels of a bounding box's longer side
+_OFF_CENTRE = 2.4  # pixels from the middle at which an object no longer stands in the center
+_SPOILED = 55.0  # root mean square RGB error of the best redrawing above which a picture shows no clean scene
+_TEMPLATE = 16  # templates and objects are compared on a square of this side
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object read from a picture: its names, its bounding box's centre and longer side in pixels."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    side: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that was read: objects from left to right, the background, the style of rendering."""
+
+    objects: tuple[Found, ...]
+    background: str
+    style: str
+
+
+def read(image: Image.Image) -> Reading:
+    """Read a picture of any size (it is brought to 32 x 32)."""
+    pixels = _pixels(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    background = _nearest(ground, BACKGROUNDS)
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    labels, _ = ndimage.label(distance > _FOREGROUND)
+    objects = [
+        _read_object(pixels, distance, labels == i + 1, box) for i, box in enumerate(ndimage.find_objects(labels))
+    ]
+    found = tuple(sorted((o for o in objects if o is not None), key=lambda o: o.x))
+    return Reading(found, background, _read_style(pixels, found, background))
+
+
+def check(image: Image.Image, scene: Scene) -> dict[str, bool]:
+    """Attribute → whether the picture shows what the scene states; what the scene leaves open is not checked.
+
+    "clean" is always checked: nobody asks for a spoiled picture.
+    """
+    reading = read(image)
+    result = {
+        "colour": _names_match(reading, scene, "colour"),
+        "shape": _names_match(reading, scene, "shape"),
+        "count": len(reading.objects) == (2 if scene.kind == "pair" else scene.count),
+    }
+    if scene.size:
+        result["size"] = len(reading.objects) == 1 and _size(reading.objects[0]) == scene.size
+    if scene.place:
+        result["place"] = len(reading.objects) == 1 and _place(reading.objects[0]) == scene.place
+    if scene.relation:
+        result["relation"] = _relation_holds(reading, scene)
+    if scene.background:
+        result["background"] = reading.background == scene.background
+    result["clean"] = reading.style == "clean"
+    return result
+
+
+def gold_score(image: Image.Image, scene: Scene) -> float:
+    """Share of the checked attributes that hold, from 0 to 1."""
+    result = check(image, scene)
+    return sum(result.values()) / len(result)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    image = image.convert("RGB")
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    return np.asarray(image, dtype=np.float64)
+
+
+def _nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    return min(palette, key=lambda name: float(np.linalg.norm(rgb - palette[name])))
+
+
+def _read_object(
+    pixels: np.ndarray, distance: np.ndarray, region: np.ndarray, box: tuple[slice, slice]
+) -> Found | None:
+    if region.sum() < _SMALLEST:
+        return None
+    core = region & (distance >= np.quantile(distance[region], 0.5))
+    colour = _nearest(np.median(pixels[core], axis=0), COLOURS)
+    coverage = np.clip(np.where(ndimage.binary_dilation(region), distance, 0.0) / np.median(distance[core]), 0.0, 1.0)
+    (left, right), (top, bottom) = _edges(coverage.max(axis=0)), _edges(coverage.max(axis=1))
+    side = max(right - left, bottom - top)
+    return Found(colour, _read_shape(coverage[box]), (left + right) / 2, (top + bottom) / 2, side)
+
+
+def _edges(profile: np.ndarray) -> tuple[float, float]:
+    """Where a profile of coverage begins and ends, to a fraction of a pixel."""
+    inside = np.nonzero(profile > 0.5)[0]
+    first, last = inside[0], inside[-1] + 1
+    return first + (1 - profile[first]) - profile[:first].sum(), last - (1 - profile[last - 1]) + profile[last:].sum()
+
+
+def _read_shape(coverage: np.ndarray) -> str:
+    square = _to_square(coverage)
+    overlap = {name: max(_soft_iou(square, t) for t in templates) for name, templates in _templates().items()}
+    return max(overlap, key=overlap.get)
+
+
+def _soft_iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
+
+
+def _to_square(coverage: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(coverage.astype(np.float32))
+    return np.asarray(image.resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BILINEAR))
+
+
+@cache
+def _templates() -> dict[str, list[np.ndarray]]:
+    """Each shape as the reader would crop it, at every radius and at a few sub-pixel offsets."""
+    return {
+        shape: [
+            _template(shape, radius, offset) for radius in sorted(set(RADIUS.values())) for offset in (0.0, 0.25, 0.5)
+        ]
+        for shape in SHAPES
+    }
+
+
+def _template(shape: str, radius: float, offset: float) -> np.ndarray:
+    centre = 0.5 + offset / SIZE
+    picture = draw_marks([Mark(shape, centre, centre, radius, (255, 255, 255))], (0, 0, 0))
+    coverage = np.asarray(picture, dtype=np.float64)[..., 0] / 255
+    rows, columns = np.nonzero(coverage > 0.25)
+    return _to_square(coverage[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
+
+
+def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], background: str) -> str:
+    """The style in which the objects, drawn again where they were found, come nearest; "spoiled" where none is near."""
+    marks = [Mark(o.shape, o.x / SIZE, o.y / SIZE, _radius(o) / SIZE, COLOURS[o.colour]) for o in objects]
+    errors = {}
+    for style in STYLES:
+        redrawn = np.asarray(draw_marks(marks, BACKGROUNDS[background], style), dtype=np.float64)
+        errors[style] = float(np.sqrt(((redrawn - pixels) ** 2).sum(-1).mean()))
+    best = min(errors, key=errors.get)
+    return best if errors[best] <= _SPOILED else "spoiled"
+
+
+def _radius(found: Found) -> float:
+    return found.side / 2 / (0.86 if found.shape == "square" else 1.0)
+
+
+def _size(found: Found) -> str:
+    return "large" if found.side >= _LARGE_FROM else "small"
+
+
+def _place(found: Found) -> str:
+    dx, dy = found.x - SIZE / 2, found.y - SIZE / 2
+    if max(abs(dx), abs(dy)) < _OFF_CENTRE:
+        return "center"
+    if abs(dx) >= abs(dy):
+        return "right" if dx > 0 else "left"
+    return "bottom" if dy > 0 else "top"
+
+
+def _names_match(reading: Reading, scene: Scene, attribute: str) -> bool:
+    """Whether the objects' colours (or shapes) are exactly those asked for, in whatever order they stand."""
+    index = 0 if attribute == "colour" else 1
+    return {getattr(o, attribute) for o in reading.objects} == {thing[index] for thing in scene.things}
+
+
+def _relation_holds(reading: Reading, scene: Scene) -> bool:
+    """Whether the first thing stands left of (above) the second; both must be there."""
+    spots = {(o.colour, o.shape): o for o in reading.objects}
+    first, second = (spots.get(thing) for thing in scene.things)
+    if first is None or second is None:
+        return False
+    dx, dy = second.x - first.x, second.y - first.y
+    return bool(dx > abs(dy) if scene.relation == "left of" else dy > abs(dx))
