@@ -164,11 +164,14 @@ def final_results(rows: pd.DataFrame, seeds: int) -> dict:
     pairs = ("trained-raw", "trained-initial", "oracle-raw")
     differences = {pair: difference(pair) for pair in pairs}
     categories = rows.groupby(["category", "variant"])[["reward", "gold"]].mean()
+    variants = {v: {m: interval(means[m][v]) for m in ("reward", "gold")} for v in VARIANTS}
+    for number, values in enumerate(variants.values()):  # a check of the texts
+        values["keeps_objects"] = {"mean": 0.8 + number / 20, "low": 0.75 + number / 20, "high": 0.85 + number / 20}
     return {
         "num_prompts": int(rows["prompt_id"].nunique()),
         "seeds_per_prompt": seeds,
         "confidence": 0.95,
-        "variants": {v: {m: interval(means[m][v]) for m in ("reward", "gold")} for v in VARIANTS},
+        "variants": variants,
         "differences": differences,
         "by_category": {
             c: {v: categories.loc[(c, v)].to_dict() for v in VARIANTS} for c in sorted(rows["category"].unique())

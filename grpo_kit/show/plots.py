@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
@@ -132,7 +133,7 @@ def image_grid(
     if not images or len(captions) not in (0, len(images)):
         raise KitError(f"image_grid: found {len(images)} images and {len(captions)} captions. Give a caption for each.")
     columns = min(columns, len(images))
-    texts = [wrap(caption, int(size * 13), 5) for caption in captions] or [""] * len(images)
+    texts = [wrap(caption, int(size * 13), 8) for caption in captions] or [""] * len(images)
     lines = max(text.count("\n") + 1 if text else 0 for text in texts)
     rows = -(-len(images) // columns)
     figure = new_figure(size * columns, rows * (size + 0.17 * lines + 0.1))
@@ -354,7 +355,7 @@ def _tidy_rows(axes: Axes, count: int, metric: str) -> None:
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.12)
     if format_metric(metric, 0.0).endswith("%"):
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}".replace("-", "−"))
 
 
 @styled
@@ -373,19 +374,25 @@ def category_plot(results: Mapping, metrics: Sequence[str] = ("reward", "gold"))
     if not measured:
         raise KitError(f"category_plot: found no categories with {', '.join(metrics)}. Run the evaluation first.")
     names = sorted(categories, reverse=True)
-    figure = new_figure(5.4 * len(measured), 0.9 + 0.4 * len(names))
+    figure = new_figure(5.4 * len(measured), 1.3 + 0.4 * len(names))
     figure.get_layout_engine().set(w_pad=0.09)
     for axes, metric in zip(figure.subplots(1, len(measured), squeeze=False, sharey=True)[0], measured, strict=True):
         for y, name in enumerate(names):
-            _draw_way(axes, y, categories[name], metric, labels=y == len(names) - 1)
-        axes.set_title(metric_name(metric), pad=16)
+            _draw_way(axes, y, categories[name], metric)
+        axes.set_title(metric_name(metric))
         axes.set_yticks(range(len(names)), [plain_text(name, 30) for name in names])
         _tidy_rows(axes, len(names), metric)
-        axes.set_ylim(-0.6, len(names) - 0.25)
+    figure.legend(handles=_variant_marks(categories), loc="outside upper left", ncols=4, frameon=False)
     return figure
 
 
-def _draw_way(axes: Axes, y: int, values: Mapping, metric: str, labels: bool) -> None:
+def _variant_marks(categories: Mapping) -> list[Line2D]:
+    present = [v for v in VARIANTS if any(v in values for values in categories.values())]
+    marks = {v: dict(marker=VARIANT_MARKERS[v], color=VARIANT_COLOURS[v], ls="", ms=7.5) for v in present}
+    return [Line2D([], [], label=VARIANT_NAMES[v], **style) for v, style in marks.items()]
+
+
+def _draw_way(axes: Axes, y: int, values: Mapping, metric: str) -> None:
     """Draw one category: a line from raw to trained, a mark for each variant that was measured."""
     points = {v: values[v][metric] for v in VARIANTS if values.get(v, {}).get(metric) is not None}
     if "raw" in points and "trained" in points:
@@ -394,5 +401,3 @@ def _draw_way(axes: Axes, y: int, values: Mapping, metric: str, labels: bool) ->
         small = variant in ("initial", "oracle")
         style = dict(marker=VARIANT_MARKERS[variant], color=VARIANT_COLOURS[variant], ms=7.5 if small else 9)
         axes.plot(x, y, mec="white", mew=1, ls="", zorder=2 if small else 3, **style)
-        if labels:
-            _label(axes, variant, (x, y), (0, 8), ha="center", fontsize=8.5, color=VARIANT_COLOURS[variant])

@@ -98,7 +98,7 @@ class Drawing(Figure):
             warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")  # drawn as a box: that says it
             super().savefig(fname, **kwargs)
 
-    def to_png(self, dpi: int = 110) -> bytes:
+    def to_png(self, dpi: int = 100) -> bytes:
         """Return the figure as PNG bytes."""
         return self._encode("png", dpi=dpi)
 

@@ -120,26 +120,30 @@ def _percent(value: float | None) -> str:
 
 
 def comparison_table(final_results: Mapping) -> str:
-    """Return the comparison as plain text: means with intervals, paired differences, the way to the oracle."""
+    """Return the comparison as plain text: means with intervals, paired differences, the way to the oracle.
+
+    Metrics stand two by two, so that a line fits a terminal.
+    """
     names, rows = comparison_rows(final_results)
     if not rows:
         return "not evaluated yet"
     confidence = _percent(final_results.get("confidence", 0.95))
     count, seeds = final_results.get("num_prompts", "?"), final_results.get("seeds_per_prompt", "?")
-    widths = [max(len(row[1][i]) for row in rows) for i in range(len(names))]
-    widths = [max(width, len(name)) for width, name in zip(widths, names, strict=True)]
-    first = max(len(label) for label, _, _ in rows)
-    lines = [f"{count} held-out prompts, {seeds} images each; mean [{confidence} interval over prompts]", ""]
-    lines.append(
-        "  ".join([" " * first, *(name.ljust(width) for name, width in zip(names, widths, strict=True))]).rstrip()
-    )
-    previous = "variant"
-    for label, cells, kind in rows:
-        if kind != previous:
-            lines.append("")
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        lines.append("  ".join([label.ljust(first), *padded]).rstrip())
-        previous = kind
+    title = f"{count} held-out prompts, {seeds} images each; mean [{confidence} interval over prompts]"
+    blocks = [_text_block(names, rows, slice(start, start + 2)) for start in range(0, len(names), 2)]
+    return "\n\n".join([title, *blocks])
+
+
+def _text_block(names: Sequence[str], rows: Sequence[tuple[str, list[str], str]], columns: slice) -> str:
+    """Return some columns of the table, aligned, a blank line between kinds of rows; rows without a figure left out."""
+    kept = [(label, cells[columns], kind) for label, cells, kind in rows if set(cells[columns]) != {"–"}]
+    table = [["", *names[columns]], *([label, *cells] for label, cells, _ in kept)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    kinds = [kind for _, _, kind in kept]
+    starts = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    for place in reversed(starts):
+        lines.insert(place + 1, "")
     return "\n".join(lines)
 
 
