@@ -339,7 +339,9 @@ def test_a_missing_picture_is_said_and_not_invented(synthetic_run: Path) -> None
 def executed_notebook(folder: Path, name: str = "00_start_here") -> Path:
     """Write a notebook as papermill leaves it, with outputs that try to run something."""
     outputs = [
-        nbformat.v4.new_output("stream", text="a line\nbar 1%\rbar 50%\rbar 100%\nlast\n"),
+        nbformat.v4.new_output("stream", text="a line\n\rbar 1%"),
+        nbformat.v4.new_output("stream", text="\rbar 50%"),
+        nbformat.v4.new_output("stream", text="\rbar 100%\n"),
         nbformat.v4.new_output(
             "display_data",
             data={

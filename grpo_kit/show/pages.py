@@ -17,6 +17,7 @@ import bleach
 import jinja2
 import nbformat
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 
 SHOWN_OUTPUTS = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
@@ -99,11 +100,10 @@ def _notebook_html(notebook: nbformat.NotebookNode, path: Path) -> str:
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)  # a progress bar's last state
             if "data" in output:
                 output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN_OUTPUTS}
     exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_anchor_links=True)
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # a progress bar's last state only
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"path": str(path.parent)}})
     return re.sub(r'href="([\w./-]+)\.ipynb"', r'href="\1.html"', body)
 

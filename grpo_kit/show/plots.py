@@ -33,6 +33,7 @@ from grpo_kit.show.style import (
     metric_name,
     new_figure,
     plain_text,
+    score_text,
     styled,
 )
 
@@ -136,7 +137,7 @@ def image_grid(
     texts = [wrap(caption, int(size * 13), 8) for caption in captions] or [""] * len(images)
     lines = max(text.count("\n") + 1 if text else 0 for text in texts)
     rows = -(-len(images) // columns)
-    figure = new_figure(size * columns, rows * (size + 0.17 * lines + 0.1))
+    figure = new_figure(size * columns, rows * (size + 0.185 * lines + 0.15))
     figure.get_layout_engine().set(h_pad=0.05, w_pad=0.05)
     for axes, image, text in zip(_cells(figure, rows, columns, len(images)), images, texts, strict=True):
         show_image(axes, image)
@@ -222,8 +223,8 @@ def _draw_sample(axes: Axes, image: Image.Image | None, text: str, reward: float
     show_image(axes, image, colour, 1.2 + 2.2 * min(abs(advantage), 2.0))
     for spine in axes.spines.values():
         spine.set_linestyle("-" if advantage >= 0 else (0, (2.2, 0.9)))
-    sign = f"{advantage:+.2f}".replace("-", "−")
-    axes.set_title(f"{reward:.3f}   {sign}", color=colour if advantage else INK, fontsize=10.5, loc="center", pad=7)
+    scores = f"{format_metric('reward', reward)}   {advantage:+.2f}".replace("-", "−")
+    axes.set_title(scores, color=colour if advantage else INK, fontsize=10.5, loc="center", pad=7)
     axes.set_xlabel(wrap(text, 27, 4), fontsize=8.5, labelpad=6)
 
 
@@ -243,7 +244,7 @@ def learning_figure(advantages: Sequence[float], changes: Sequence[float]) -> Dr
         if points:
             axes.plot(*zip(*points, strict=True), ls="", marker=marker, color=colour, mec="white", mew=0.8, ms=7)
     axes.set(xlabel="advantage", ylabel="change of log-probability")
-    axes.set_title("What the step made likelier (up) and less likely (down)")
+    axes.set_title("What the step made likelier, and less likely")
     return figure
 
 
@@ -281,10 +282,7 @@ def gallery_figure(
 
 def _draw_case(axes: Axes, row: pd.Series, image: Image.Image | None) -> None:
     show_image(axes, image)
-    scores = f"reward {format_metric('reward', row['reward'])}"
-    if row.get("gold") is not None:
-        scores += f" · gold {format_metric('gold', row['gold'])}"
-    axes.set_xlabel(f"{wrap(row['text'], 28, 3)}\n{scores}", fontsize=8.5, labelpad=4)
+    axes.set_xlabel(f"{wrap(row['text'], 28, 3)}\n{score_text(row)}", fontsize=8.5, labelpad=4)
 
 
 @styled
@@ -343,7 +341,7 @@ def _draw_interval(
 ) -> None:
     axes.plot([value["low"], value["high"]], [y, y], color=colour, lw=3.2, alpha=0.55, solid_capstyle="butt")
     axes.plot(value["mean"], y, marker=marker, color=colour, ms=8, mec="white", mew=1)
-    text = format_metric(metric, value["mean"], signed).replace("-", "−")
+    text = format_metric(metric, value["mean"], signed)
     _label(axes, text, (value["mean"], y), (0, 7), ha="center", fontsize=9.5)
 
 

@@ -14,7 +14,7 @@ from grpo_kit.show.loop import loop_figure
 from grpo_kit.show.pages import NotebookPage, data_uri, image_uri, render, write_notebook_pages
 from grpo_kit.show.plots import CURVES, category_plot, comparison_plot, training_curves
 from grpo_kit.show.record import RunRecord, read_run
-from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, Drawing, format_metric
+from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, Drawing, format_metric, score_text
 from grpo_kit.show.summary import (
     FALLS,
     RISES,
@@ -103,7 +103,7 @@ def _tiles(results: Mapping) -> list[dict[str, str]]:
     labels = {"reward": "reward over the raw prompt", "gold": "points in the gold check over the raw prompt"}
     tiles = []
     for metric in [m for m in labels if m in change]:
-        value = format_metric(metric, change[metric]["mean"], signed=True).replace("-", "−")
+        value = format_metric(metric, change[metric]["mean"], signed=True)
         interval = interval_text(metric, change[metric], signed=True).split(" ", 1)[1]
         tiles.append({"value": value, "label": f"{labels[metric]} {interval}"})
     for key, label in (
@@ -144,14 +144,12 @@ def _case(record: RunRecord, case: Case) -> dict[str, object]:
 
 
 def _picture(record: RunRecord, variant: str, row: pd.Series) -> dict[str, str | None]:
-    measured = [m for m in ("reward", "gold") if m in row]
-    scores = " · ".join(f"{m} {format_metric(m, row[m])}" for m in measured)
     address = _thumbnail(record, row.get("thumbnail"))
     return {
         "variant": variant,
         "name": VARIANT_NAMES[variant],
         "text": row["text"],
-        "scores": scores,
+        "scores": score_text(row),
         "address": address,
     }
 

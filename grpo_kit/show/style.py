@@ -11,7 +11,7 @@ import functools
 import io
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -150,8 +150,16 @@ def format_metric(metric: str, value: float | None, signed: bool = False) -> str
         return "–"
     sign = "+" if signed else ""
     if metric in SHARES:
-        return f"{100 * value:{sign}.1f}" + ("" if signed else " %")
-    return f"{value:{sign}.3f}"
+        return f"{100 * value:{sign}.1f}".replace("-", "−") + ("" if signed else " %")
+    return f"{value:{sign}.3f}".replace("-", "−")
+
+
+def score_text(row: Mapping[str, float]) -> str:
+    """Return one picture's scores, short: `reward 0.301 · gold 25 %`."""
+    scores = [f"reward {format_metric('reward', row['reward'])}"]
+    if row.get("gold") is not None and row["gold"] == row["gold"]:
+        scores.append(f"gold {100 * row['gold']:.0f}\N{NO-BREAK SPACE}%")
+    return " · ".join(scores)
 
 
 def bare(axes: Axes) -> Axes:

@@ -90,7 +90,7 @@ def interval_text(metric: str, value: Interval | None, signed: bool = False) -> 
     if value is None:
         return "–"
     low, high = (format_metric(metric, value[end], signed).removesuffix(" %") for end in ("low", "high"))
-    return f"{format_metric(metric, value['mean'], signed)} [{low}, {high}]".replace("-", "−")
+    return f"{format_metric(metric, value['mean'], signed)} [{low}, {high}]"
 
 
 def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[str], str]]]:
