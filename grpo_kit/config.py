@@ -88,8 +88,6 @@ class GenerationSettings(Section):
 
     max_new_tokens: Count = Field(description="the longest rewrite, in tokens")
     temperature: Number = Field(1.0, gt=0, description="of sampling during training")
-    top_p: Number = Field(1.0, gt=0, le=1)
-    top_k: Whole = Field(0, ge=0, description="0 samples from the whole vocabulary")
     num_inference_steps: Count
     guidance_scale: Number = Field(ge=0)
     height: Pixels | None = Field(None, description="pixels; null is the generator's own size")
@@ -155,7 +153,6 @@ class EvaluationSettings(Section):
     seeds_per_prompt: Count = Field(4, description="latents per prompt, the same for every variant")
     confidence: Number = Field(0.95, gt=0, lt=1)
     n_resamples: Whole = Field(2000, ge=100, description="bootstrap resamples")
-    temperature: Number = Field(0.0, ge=0, description="0 is greedy")
     validation_prompts: Count = Field(32, description="prompts of the periodic validation")
     gold: Literal["shapeworld"] | None = Field(None, description="the check by a program, where the world has one")
 
