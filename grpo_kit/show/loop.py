@@ -4,7 +4,8 @@ Every notebook shows it re-lit at its own stage, and the code's comments carry t
 
     1 prompts → 2 rewrites → 3 images → 4 rewards → 5 advantages → 6 step → (back to 2)
 
-The four rewards are the hand-made toy of notebook 00, and the advantages are computed from them here as they are there. The README's copy is `loop_figure().save(Path("notebooks/images/loop.png"), dpi=140)`.
+The four rewards are the hand-made toy of notebook 00, and the advantages are computed from them here as they are there.
+The README's copy is drawn by `loop_figure().save(Path("notebooks/images/loop.png"), dpi=140)`.
 """
 
 from __future__ import annotations
