@@ -49,6 +49,7 @@ def train(kit: Experiment, run_dir: Path | str, *, progress: bool = True) -> Tra
         start = resume(kit, optimizer, folder)
         if start == 0:
             _validate(kit, folder, tracker, 0)
+            _commit(kit, optimizer, folder, 0)  # so that a run stopped before its first checkpoint starts afresh
         bar = tqdm(
             range(start + 1, settings.num_iterations + 1),
             initial=start,
@@ -67,8 +68,7 @@ def train(kit: Experiment, run_dir: Path | str, *, progress: bool = True) -> Tra
             if last or iteration % settings.validate_every == 0:
                 _validate(kit, folder, tracker, iteration)
             if last or iteration % settings.save_every == 0:
-                state = kit.policy.trainable_state()
-                save_checkpoint(folder.checkpoints, iteration, state, optimizer, settings.keep_checkpoints)
+                _commit(kit, optimizer, folder, iteration)
     logged = folder.metrics()
     return TrainResult(folder.path, max(start, settings.num_iterations), start, logged[-1] if logged else {})
 
@@ -123,6 +123,11 @@ def _iterate(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolde
     metrics["step_time"] = time.perf_counter() - started
     metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
     return metrics
+
+
+def _commit(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int) -> None:
+    keep = kit.config.training_settings.keep_checkpoints
+    save_checkpoint(folder.checkpoints, iteration, kit.policy.trainable_state(), optimizer, keep)
 
 
 def _validate(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> None:

@@ -50,6 +50,7 @@ class Generator:
         self.height, self.width = height, width
         self.max_sequence_length = max_sequence_length
         self.batch_size = batch_size
+        self.truncated = 0  # texts that were longer than the pipeline's CLIP encoders read, and were cut
         self._embeddings: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def generate_image(self, prompt: str, seed: int = 0) -> Image.Image:
@@ -124,6 +125,7 @@ class Generator:
         """Embed the texts that are not yet kept, in one batch."""
         new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
         if new:
+            self._count_truncated(new)
             embeddings, _, pooled, _ = self.pipeline.encode_prompt(
                 new, None, None, do_classifier_free_guidance=False, **self._t5_length()
             )
@@ -132,6 +134,14 @@ class Generator:
             self._embeddings.move_to_end(text)
         while len(self._embeddings) > max(_KEPT_TEXTS, len(texts) + 1):
             self._embeddings.popitem(last=False)
+
+    def _count_truncated(self, texts: list[str]) -> None:
+        """Count over-long texts; the first are reported, since a flood of warnings hides everything else."""
+        longest = self.pipeline.tokenizer.model_max_length
+        cut = sum(len(ids) > longest for ids in self.pipeline.tokenizer(texts).input_ids)
+        if cut and not self.truncated:
+            logger.warning("generator: %d prompt(s) longer than %d tokens were cut, as CLIP encoders do", cut, longest)
+        self.truncated += cut
 
     def _t5_length(self) -> dict[str, int]:
         if self.pipeline.text_encoder_3 is None:
@@ -145,6 +155,7 @@ def load_generator(config: Config) -> Generator:
     device, _ = choose_device(settings.device)
     dtype, _ = choose_dtype(device, settings.dtype)
     diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()  # it warns of every cut prompt; the generator counts them instead
     without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if settings.drop_t5 else {}
     try:
         pipeline = DiffusionPipeline.from_pretrained(settings.sd_model, dtype=dtype, **without_t5)

@@ -29,6 +29,7 @@ _T5_LENGTHS = (
     (48, 0.22),
     (256, 0.08),
 )  # in the last part of the training; SD3 too is trained to do without T5
+_HIGH_NOISE_FROM = 0.4  # share of the steps
 _T5_FROM = 0.85  # share of the steps after which T5 joins
 
 
@@ -114,7 +115,7 @@ def train_generator(
         embeddings, pooled = encoders(captions, _t5_length(step / steps, rng))
         clean = latents[rows]
         noise = torch.randn_like(clean)
-        sigma = torch.sigmoid(torch.randn(BATCH))
+        sigma = torch.sigmoid(_noise_level(step / steps) + torch.randn(BATCH))
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
         predicted = denoise(
             hidden_states=noisy,
@@ -129,6 +130,14 @@ def train_generator(
     parts["t5"] = encoders.t5
     outcome = train_recipe(Recipe("generator", parts, steps, 2e-3, loss, warmup=0.05, ema_decay=0.999, seed=seed), work)
     return assemble(vae, transformer, encoders), outcome
+
+
+def _noise_level(progress: float) -> float:
+    """Mean of the logit-normal noise levels: SD3's 0 at first, later higher.
+
+    In a picture this small the shapes show through moderate noise, so only at high noise do captions decide them.
+    """
+    return 0.0 if progress < _HIGH_NOISE_FROM else 0.8
 
 
 def _t5_length(progress: float, rng: random.Random) -> int:
