@@ -52,4 +52,4 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._run is not None:
-            self._run.finish(exit_code=0 if kind is None else 1, quiet=True)
+            self._run.finish(exit_code=0 if kind is None else 1)

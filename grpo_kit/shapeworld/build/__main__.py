@@ -13,7 +13,7 @@ from grpo_kit.models.generator import load_generator
 from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.clip_similarity import load_clip_similarity
 from grpo_kit.shapeworld.build import measure
-from grpo_kit.shapeworld.build.cards import write_card
+from grpo_kit.shapeworld.build.cards import contact_sheet, write_card
 from grpo_kit.shapeworld.build.generator import train_generator
 from grpo_kit.shapeworld.build.pictures import draw_all
 from grpo_kit.shapeworld.build.policy import train_policy
@@ -82,6 +82,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
         "verifier": measure.verifier_accuracy(),
     }
     minutes = {"vae": vae_outcome.minutes, "generator": outcome.minutes}
+    contact_sheet(generator, scenes[:40], folder / "contact_sheet.png")
     write_card(folder, "generator", command=f"{COMMAND} generator", seed=seed, minutes=minutes, metrics=metrics)
 
 

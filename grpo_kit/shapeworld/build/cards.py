@@ -1,11 +1,19 @@
 """A card beside each model's weights: how it was made, what it can do, what it is good for, and its files' hashes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_kit.hardware import library_versions
-from grpo_kit.runs.checkpoint import sha256
+from PIL import Image
 
+from grpo_kit.hardware import library_versions
+from grpo_kit.models.generator import Generator
+from grpo_kit.runs.checkpoint import sha256
+from grpo_kit.shapeworld.captions import oracle_caption
+from grpo_kit.shapeworld.scene import Scene
+from grpo_kit.show.plots import image_grid
+
+_SHEET = "contact_sheet.png"
 _PURPOSE = {
     "policy": (
         "Qwen2_5_VLForConditionalGeneration, 0.8 M parameters: rewrites prompts of the embedded world, some well, some "
@@ -28,7 +36,9 @@ def write_card(folder: Path, name: str, *, command: str, seed: int, minutes: dic
     """Write `card.json` (read by `grpo-kit check`) and the same as a README for people."""
     good_for, not_for = _PURPOSE[name]
     files = [
-        file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in ("card.json", "README.md")
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in ("card.json", "README.md", _SHEET)
     ]
     card = {
         "name": name,
@@ -43,6 +53,13 @@ def write_card(folder: Path, name: str, *, command: str, seed: int, minutes: dic
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_readme(card), encoding="utf-8")
+
+
+def contact_sheet(generator: Generator, scenes: Sequence[Scene], place: Path) -> None:
+    """Draw scenes from their best captions, one picture each, and save them with the captions below."""
+    captions = [oracle_caption(scene) for scene in scenes]
+    images = generator.generate_images(captions, range(len(scenes)))
+    image_grid([image or Image.new("RGB", (32, 32)) for image in images], captions, columns=8).save(place, dpi=80)
 
 
 def _readme(card: dict) -> str:
@@ -61,6 +78,7 @@ def _readme(card: dict) -> str:
         "|---|---|",
         *(f"| {name} | {value:.3f} |" for name, value in _flat(card["metrics"]).items()),
         "",
+        *([f"![Held-out scenes, drawn from their best captions]({_SHEET})", ""] if card["name"] == "generator" else []),
         "`card.json` has the same figures, the library versions and the sha256 of every file.",
     ]
     return "\n".join(lines) + "\n"
