@@ -82,9 +82,10 @@ def grpo_loss(
         importance_sampling_level: "token", or "sequence": one ratio a row, from its mean log-ratio (GSPO, 2507.18071).
         delta: upper bound of the unclipped ratio, so that a negative advantage cannot push without limit.
         weights: (N, T) from `token_weights` of a whole batch of which these rows are a part; None computes them here.
-        constants: sapo_temperature_pos, sapo_temperature_neg; vespo_k_pos, vespo_lambda_pos, vespo_k_neg,
-            vespo_lambda_neg.
+        constants: those of `_soft_gated` (sapo) and `_gamma_weight` (vespo).
     """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type: found {loss_type!r}, allowed: {', '.join(LOSS_TYPES)}")
     if weights is None:
         weights = token_weights(mask, loss_type, max_completion_length, num_items_in_batch)
     advantages = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages
@@ -94,14 +95,12 @@ def grpo_loss(
     high = epsilon if epsilon_high is None else epsilon_high
     if loss_type in _CLIPPED:
         per_token = _clipped(ratio, advantages, epsilon, high, delta)
-    elif loss_type == "cispo":
-        per_token = -ratio.clamp(max=high).detach() * advantages * logprobs
     elif loss_type == "sapo":
         per_token = _soft_gated(ratio, advantages, **constants)
-    elif loss_type == "vespo":
-        per_token = -_gamma_weight(log_ratio, advantages, mask, **constants) * advantages * logprobs
+    elif loss_type == "cispo":  # these two weigh the log-probability itself, by a weight without gradient
+        per_token = -ratio.clamp(max=high).detach() * advantages * logprobs
     else:
-        raise ValueError(f"loss_type: found {loss_type!r}, allowed: {', '.join(LOSS_TYPES)}")
+        per_token = -_gamma_weight(log_ratio, advantages, mask, **constants) * advantages * logprobs
     metrics = _clip_metrics(ratio, advantages, mask, loss_type, epsilon, high, delta)
     if beta != 0.0:
         if ref_logprobs is None:
@@ -109,8 +108,7 @@ def grpo_loss(
         kl = kl_divergence(logprobs, ref_logprobs, kl_estimator)
         per_token = per_token + beta * kl
         metrics["kl"] = _masked_mean(kl, mask)
-    loss = (torch.where(mask, per_token, 0.0) * weights).sum()
-    return LossOutput(loss, metrics)
+    return LossOutput((torch.where(mask, per_token, 0.0) * weights).sum(), metrics)
 
 
 def _at_level(log_ratio: torch.Tensor, mask: torch.Tensor, level: str) -> torch.Tensor:
