@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from synthetic_run import write_synthetic_run
+
+if TYPE_CHECKING:
+    from grpo_kit.experiment import Experiment
+    from grpo_kit.models.policy import Policy
+    from grpo_kit.rollout import Rollout
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; test processes share the cores
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +30,31 @@ def synthetic_run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def synthetic_run(synthetic_run_template: Path, tmp_path: Path) -> Path:
     """A run folder of one's own."""
     return Path(shutil.copytree(synthetic_run_template, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def kit() -> Experiment:
+    """The embedded world's models, rewards and prompts; do not train its policy."""
+    from grpo_kit import load_config, load_experiment
+
+    return load_experiment(load_config("tiny", {"model_settings.device": "cpu"}))
+
+
+@pytest.fixture
+def own_policy(kit: Experiment) -> Policy:
+    """The embedded policy, to be changed at will."""
+    return copy.deepcopy(kit.policy)
+
+
+@pytest.fixture
+def own_kit(kit: Experiment, own_policy: Policy) -> Experiment:
+    """The embedded world with a policy that may be trained."""
+    return dataclasses.replace(kit, policy=own_policy)
+
+
+@pytest.fixture(scope="session")
+def rollout(kit: Experiment) -> Rollout:
+    """Four rewrites of each of three prompts, drawn and scored."""
+    from grpo_kit.rollout import collect_rollout
+
+    return collect_rollout(kit.policy, kit.generator, kit.rewards, kit.train_prompts[:3], 4, seed=0)
