@@ -103,6 +103,16 @@ def test_each_text_is_encoded_once(generator: Generator, monkeypatch: pytest.Mon
     assert sorted(asked) == sorted(CAPTIONS)
 
 
+@pytest.mark.xfail(reason="new texts are encoded together, and rounding depends on how many those are")
+def test_kept_embeddings_do_not_depend_on_the_texts_beside_them(generator: Generator, kit: Experiment):
+    texts = [f"{text}, {word}" for text in CAPTIONS for word in ("beautiful", "crisp", "soft", "vintage")]
+    alone = Generator(kit.generator.pipeline, num_inference_steps=4, guidance_scale=1.0)
+    together = generator._text_inputs(texts)
+    for row, text in enumerate(texts):
+        for name, values in alone._text_inputs([text]).items():
+            assert torch.equal(values[0], together[name][row])
+
+
 def test_kept_texts_give_the_pictures_that_the_pipeline_gives(generator: Generator):
     generator.guidance_scale = 1.5
     mine = generator.generate_images(CAPTIONS, [0, 1, 2])

@@ -69,6 +69,14 @@ def test_a_score_is_the_same_alone_in_a_batch_and_again(own_clip: ClipSimilarity
     assert torch.equal(own_clip(IMAGES, TEXTS, TEXTS), together)
 
 
+@pytest.mark.xfail(reason="new texts are encoded together, and rounding depends on how many those are")
+def test_kept_features_do_not_depend_on_the_texts_beside_them(own_clip: ClipSimilarity, clip: ClipSimilarity):
+    texts = [f"{text}, {word}" for text in TEXTS for word in ("sharp", "crisp", "soft", "vintage")]
+    together = own_clip.encode_texts(texts)
+    alone = ClipSimilarity(clip.model, clip.preprocess, clip.tokenizer, clip.device)
+    assert torch.equal(together, torch.cat([alone.encode_texts([text]) for text in texts]))
+
+
 def test_the_right_picture_scores_above_the_others(clip: ClipSimilarity):
     prompts = ["a red circle", "a blue square", "three green rings", "a pink cross"]
     images = [render(parse(best_prompt(prompt))) for prompt in prompts]
