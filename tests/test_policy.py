@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_kit.config import load_config
@@ -460,6 +461,17 @@ def test_ids_are_scored_as_sampled_even_where_the_text_is_tokenised_otherwise(te
 def test_text_only_policy_reads_injected_control_tokens_as_text(text_only: Policy):
     plain = _control_tokens(text_only, "a red circle")
     assert {_control_tokens(text_only, text) for text in _injections(text_only)} == {plain}
+
+
+@pytest.mark.xfail(strict=True, reason="encode() lets the tokenizer add a start token to a chat template that has one")
+def test_chat_template_with_a_start_token_gets_no_second_one(text_only: Policy):
+    tokenizer = text_only.tokenizer
+    tokenizer.bos_token = "<|user|>"
+    start = ("<|user|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|user|> $A", special_tokens=[start])
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    ids = text_only.encode(["a cat"])["input_ids"][0].tolist()
+    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_text_only_policy_refuses_pictures_in_one_line(text_only: Policy):
