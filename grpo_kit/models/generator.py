@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from transformers import logging as transformers_logging
 
 from grpo_kit.config import Config
 from grpo_kit.hardware import choose_device, choose_dtype
@@ -155,7 +156,8 @@ def load_generator(config: Config) -> Generator:
     device, _ = choose_device(settings.device)
     dtype, _ = choose_dtype(device, settings.dtype)
     diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()  # it warns of every cut prompt; the generator counts them instead
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()  # they warn of every cut prompt; the generator counts them instead
     without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if settings.drop_t5 else {}
     try:
         pipeline = DiffusionPipeline.from_pretrained(settings.sd_model, dtype=dtype, **without_t5)
