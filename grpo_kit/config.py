@@ -179,6 +179,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _bounds_agree(self) -> "Config":
         training = self.training_settings
+        if training.loss_type == "cispo" and (training.epsilon_high or 0.0) < 1:
+            raise ValueError(
+                f"training_settings.epsilon_high: found {training.epsilon_high}, allowed for loss_type 'cispo': "
+                "number >= 1 (it caps the ratio itself). Set 5.0, as its authors do"
+            )
         upper = 1 + (training.epsilon if training.epsilon_high is None else training.epsilon_high)
         if training.delta is not None and training.delta <= upper:
             raise ValueError(

@@ -165,7 +165,7 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings) -> dict:
     """Means, paired differences and success rates with intervals; the bootstrap resamples prompts."""
     metrics = [name for name in ("reward", "gold") if name in rows]
     monitors = [name for name in ("keeps_objects", "grammatical") if f"reward/{name}" in rows]
-    rows = rows.rename(columns={f"reward/{name}": name for name in monitors})
+    rows, excluded = _complete_cells(rows.rename(columns={f"reward/{name}": name for name in monitors}))
     metrics += monitors
     variants = list(dict.fromkeys(rows["variant"]))
     by_prompt = rows.groupby(["variant", "prompt_id"])[metrics].mean()
@@ -178,6 +178,7 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings) -> dict:
     results = {
         "num_prompts": int(rows["prompt_id"].nunique()),
         "seeds_per_prompt": int(rows["seed"].nunique()),
+        "excluded_cells": excluded,
         "confidence": settings.confidence,
         "variants": {v: {m: interval(values(v, m), settings) for m in metrics} for v in variants},
         "differences": {
@@ -193,6 +194,15 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings) -> dict:
     if {"trained", "raw", "oracle"} <= set(variants):
         results["gap_closed"] = {m: _gap_closed(results["variants"], m) for m in metrics[:2]}
     return results
+
+
+def _complete_cells(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Leave out (and count) the (prompt, seed) cells in which a variant could not be scored: pairs must stay pairs."""
+    failed = rows.loc[rows["reward"].isna(), ["prompt_id", "seed"]].drop_duplicates()
+    if failed.empty:
+        return rows, 0
+    kept = rows.merge(failed, on=["prompt_id", "seed"], how="left", indicator=True)["_merge"] == "left_only"
+    return rows[kept.to_numpy()], len(failed)
 
 
 def interval(values: np.ndarray, settings: EvaluationSettings) -> dict[str, float]:

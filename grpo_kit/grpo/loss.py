@@ -27,7 +27,7 @@ def token_weights(
     """What each token counts for, so that loss = Σ weight · token loss.
 
     With N rows and Lᵢ tokens in row i: grpo and sapo 1 / (N Lᵢ); dr_grpo 1 / (N · max_completion_length); luspo 1 / N;
-    bnpo, dapo, cispo and vespo 1 / Σ Lᵢ, where `num_items_in_batch` gives that sum when the batch is only a part.
+    bnpo, dapo, cispo and vespo 1 / Σ Lᵢ, where (but for bnpo) `num_items_in_batch` gives the sum of a larger batch.
 
     Args:
         mask: (N, T), True at tokens that count.
@@ -44,7 +44,8 @@ def token_weights(
     if loss_type == "luspo":
         return mask / rows
     if loss_type in LOSS_TYPES:
-        total = mask.sum().clamp(min=1) if num_items_in_batch is None else max(1.0, float(num_items_in_batch))
+        own = num_items_in_batch is None or loss_type == "bnpo"
+        total = mask.sum().clamp(min=1) if own else max(1.0, float(num_items_in_batch))
         return mask / total
     raise ValueError(f"loss_type: found {loss_type!r}, allowed: {', '.join(LOSS_TYPES)}")
 
@@ -86,6 +87,10 @@ def grpo_loss(
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type: found {loss_type!r}, allowed: {', '.join(LOSS_TYPES)}")
+    if constants and loss_type not in ("sapo", "vespo"):
+        raise TypeError(
+            f"{min(constants)}: unknown to loss_type {loss_type!r}; only sapo and vespo have further constants"
+        )
     if weights is None:
         weights = token_weights(mask, loss_type, max_completion_length, num_items_in_batch)
     advantages = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages
@@ -105,7 +110,7 @@ def grpo_loss(
     if beta != 0.0:
         if ref_logprobs is None:
             raise ValueError(f"ref_logprobs: found None, needed because beta is {beta}; pass them or set beta to 0")
-        kl = kl_divergence(logprobs, ref_logprobs, kl_estimator)
+        kl = kl_divergence(*(torch.where(mask, values, 0.0) for values in (logprobs, ref_logprobs)), kl_estimator)
         per_token = per_token + beta * kl
         metrics["kl"] = _masked_mean(kl, mask)
     return LossOutput((torch.where(mask, per_token, 0.0) * weights).sum(), metrics)

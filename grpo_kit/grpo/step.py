@@ -144,8 +144,11 @@ def _accumulate(policy: "Policy", rollout: "Rollout", batch: _Batch, settings: T
         scored = time.perf_counter()
         output = _loss(scores, part, settings)
         output.loss.backward()
-        tokens = float(part.mask.sum() / batch.mask.sum())
-        measured = {name: value * tokens for name, value in output.metrics.items()}
+        shares = {True: len(keep) / len(batch.ids), False: float(part.mask.sum() / batch.mask.sum())}
+        by_row = settings.importance_sampling_level == "sequence"  # then a row is clipped as a whole
+        measured = {
+            name: value * shares[by_row and name.startswith("clip_ratio")] for name, value in output.metrics.items()
+        }
         measured["entropy"] = float(scores.entropy.sum() / batch.mask.sum())
         measured["loss"] = float(output.loss.detach())
         measured["time/scoring"] = scored - started

@@ -11,7 +11,7 @@ NextLogits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (N,), step) →
 
 def row_uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
     """(N, length) uniform numbers, each row from its own seed, so that its sample does not depend on the batch."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)
 
 
@@ -29,7 +29,8 @@ def choose_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperatu
     """
     if uniforms is None:
         return logits.argmax(dim=-1)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    cumulative = (logits.to(precise) / temperature).softmax(dim=-1).cumsum(dim=-1)
     threshold = uniforms.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 

@@ -123,26 +123,28 @@ class Generator:
         return {name: torch.stack(column) for name, column in zip(names, columns, strict=True)}
 
     def _remember(self, texts: list[str]) -> None:
-        """Embed the texts that are not yet kept, in one batch."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
-        if new:
-            self._count_truncated(new)
-            embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-                new, None, None, do_classifier_free_guidance=False, **self._t5_length()
-            )
-            self._embeddings.update(zip(new, zip(embeddings, pooled, strict=True), strict=True))
+        """Embed the texts that are not yet kept, one at a time, so that none depends on what it came with."""
+        for text in dict.fromkeys(texts):
+            if text not in self._embeddings:
+                self._count_truncated(text)
+                embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+                    text, None, None, do_classifier_free_guidance=False, **self._t5_length()
+                )
+                self._embeddings[text] = (embeddings[0], pooled[0])
         for text in texts:
             self._embeddings.move_to_end(text)
         while len(self._embeddings) > max(_KEPT_TEXTS, len(texts) + 1):
             self._embeddings.popitem(last=False)
 
-    def _count_truncated(self, texts: list[str]) -> None:
-        """Count over-long texts; the first are reported, since a flood of warnings hides everything else."""
+    def _count_truncated(self, text: str) -> None:
+        """Count over-long texts; only the first is reported, since a flood of warnings hides everything else."""
         longest = self.pipeline.tokenizer.model_max_length
-        cut = sum(len(ids) > longest for ids in self.pipeline.tokenizer(texts).input_ids)
-        if cut and not self.truncated:
-            logger.warning("generator: %d prompt(s) longer than %d tokens were cut, as CLIP encoders do", cut, longest)
-        self.truncated += cut
+        if len(self.pipeline.tokenizer(text).input_ids) > longest:
+            if not self.truncated:
+                logger.warning(
+                    "generator: a prompt longer than %d tokens was cut, as CLIP encoders do: %r", longest, text
+                )
+            self.truncated += 1
 
     def _t5_length(self) -> dict[str, int]:
         if self.pipeline.text_encoder_3 is None:

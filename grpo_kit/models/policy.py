@@ -114,31 +114,38 @@ class Policy:
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, torch.Tensor]:
         """The model's inputs for user prompts (and one picture each): ids and mask (P, length), left-padded."""
         texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        options["add_special_tokens"] = not self._chats  # a chat template has written them already
         if self.sees:
             pictures = list(images) if images is not None else None
-            batch = self.processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+            batch = self.processor(text=texts, images=pictures, **options)
         else:
             if images is not None:
                 raise ModelError(
                     "use_image: found true, but this policy is text-only; set model_settings.use_image to false"
                 )
-            batch = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+            batch = self.tokenizer(texts, **options)
         return {name: value.to(self.device) for name, value in batch.items() if name != "token_type_ids"}
 
     def format_prompt(self, prompt: str, with_image: bool = False) -> str:
         """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none."""
         text = self.instruction.replace("{prompt}", self._without_control(prompt))
-        if getattr(self.processor, "chat_template", None) is None:
+        if not self._chats:
             return "\n".join(part for part in (self.system_prompt, text) if part)
         content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}] if self.sees else text
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         turns = [*system, {"role": "user", "content": content}]
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
+    @property
+    def _chats(self) -> bool:
+        return getattr(self.processor, "chat_template", None) is not None
+
     def _without_control(self, prompt: str) -> str:
-        """The prompt with every special token's text broken by a space, so that it is read as ordinary text."""
-        for token in self.tokenizer.all_special_tokens:
-            prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
+        """The prompt with every added token's text broken by a space, so that it is read as ordinary text."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        for token in sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True):
+            prompt = prompt.replace(token, f"{token[:1]} {token[1:]}" if len(token) > 1 else " ")
         return prompt
 
     # --- sampling and scoring -----------------------------------------------------------------------------------------
@@ -334,11 +341,10 @@ def load_language_model(
 def load_failure(setting: str, name: str, error: Exception) -> str:
     """One line for a model that did not load: which, why, and what to do about it."""
     reason = " ".join(str(error).split())[:300]
-    text = reason.lower()
-    if "gated" in text or "401" in text or "403" in text:
-        advice = f"accept the licence on the model's page ({name}) and log in with `hf auth login`"
-    elif Path(name).is_dir():
+    if Path(name).is_dir():
         advice = "a file there is missing or damaged: restore it (git checkout), or train it again (make models)"
+    elif any(sign in reason.lower() for sign in ("gated", "401 client", "403 client")):
+        advice = f"accept the licence on the model's page ({name}) and log in with `hf auth login`"
     else:
         advice = "check the name, or the folder; without network use profile tiny"
     return f"model_settings.{setting}: could not load {name!r} ({type(error).__name__}: {reason}); {advice}"

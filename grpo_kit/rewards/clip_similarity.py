@@ -51,12 +51,11 @@ class ClipSimilarity:
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """(N, D) unit vectors; each distinct text is encoded once and kept."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._features]
-        if new:
-            ids = self.tokenizer(new)
-            self._count_truncated(ids)
-            features = self.model.encode_text(ids.to(self.device), normalize=True).float()
-            self._features.update(zip(new, features, strict=True))
+        for text in dict.fromkeys(texts):
+            if text not in self._features:  # one at a time: a text's features must not depend on what it came with
+                ids = self.tokenizer([text])
+                self._count_truncated(ids)
+                self._features[text] = self.model.encode_text(ids.to(self.device), normalize=True).float()[0]
         rows = torch.stack([self._features[text] for text in texts])
         while len(self._features) > _KEPT_TEXTS:
             self._features.popitem(last=False)

@@ -62,7 +62,7 @@ class Rewards:
 
 def _as_column(name: str, values: object, count: int) -> torch.Tensor:
     try:
-        column = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        column = torch.as_tensor(values).detach().cpu().to(torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
             f"reward {name!r}: found {type(values).__name__}, {count} numbers are needed ({error})"

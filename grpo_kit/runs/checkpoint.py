@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo_kit.config import KitError
@@ -45,6 +46,7 @@ def save_checkpoint(
         name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in (_POLICY, _OPTIMIZER)
     }
     manifest = {"iteration": iteration, "files": files, "optimizer": settings}
+    manifest["sha256"] = _digest(manifest)
     (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for file in (*aside.iterdir(), aside):
         _flush(file)
@@ -74,6 +76,8 @@ def load_checkpoint(place: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((place / _MANIFEST).read_text())
+        if manifest.pop("sha256") != _digest(manifest):
+            raise CheckpointError(f"checkpoint {place.name}: {_MANIFEST} is damaged (its sha256 is not its own)")
         for name, written in manifest["files"].items():
             file = place / name
             if file.stat().st_size != written["bytes"] or sha256(file) != written["sha256"]:
@@ -84,7 +88,9 @@ def load_checkpoint(place: Path) -> Checkpoint:
             )
         optimizer = _unflatten(load_file(place / _OPTIMIZER), manifest["optimizer"])
         return Checkpoint(manifest["iteration"], load_file(place / _POLICY), optimizer)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"checkpoint {place.name}: incomplete or damaged ({type(error).__name__}: {error})"
         ) from error
@@ -94,6 +100,10 @@ def sha256(file: Path) -> str:
     """Hex digest of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _committed(folder: Path) -> list[Path]:

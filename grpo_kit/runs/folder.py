@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -93,7 +94,7 @@ class RunFolder:
     def append_metrics(self, metrics: dict[str, float]) -> None:
         """One line a finished iteration."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(_without_nan(metrics), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines so far."""
@@ -113,7 +114,8 @@ class RunFolder:
     def write_json(self, name: str, data: dict) -> Path:
         """Write a JSON file whole or not at all."""
         place = self.path / name
-        replace_file(place, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(_without_nan(data), indent=2, ensure_ascii=False, allow_nan=False)
+        replace_file(place, f"{text}\n".encode())
         return place
 
     def validations(self) -> list[dict]:
@@ -178,6 +180,15 @@ def replace_file(place: Path, content: bytes) -> None:
     aside = place.with_name(f".writing-{place.name}")
     aside.write_bytes(content)
     os.replace(aside, place)
+
+
+def _without_nan(data: object) -> object:
+    """The same with null for every number that JSON does not have."""
+    if isinstance(data, dict):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _first_difference(old: dict, new: dict) -> str | None:

@@ -171,6 +171,8 @@ def _parse_clause(scene: Scene, clause: str) -> Scene | None:
     """The scene with one more clause, or None for an unknown or contradicting one."""
     if clause in IDLE_WORDS:
         return scene
+    if clause in _STYLE_OF and "clean" not in (scene.style, _STYLE_OF[clause]):
+        return replace(scene, style=_STYLE_OF[clause])  # a picture can be spoiled in two ways at once
     for attribute, meanings in (("place", _PLACE_OF), ("background", _BACKGROUND_OF), ("style", _STYLE_OF)):
         if clause in meanings:
             value = meanings[clause]
