@@ -330,7 +330,6 @@ def test_mistake_is_one_line_that_names_it(options: dict[str, object], named: st
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="only sapo and vespo look at **constants; elsewhere a typo is swallowed")
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo"])
 def test_misspelt_setting_is_refused(loss_type: str):
     with pytest.raises((TypeError, ValueError), match="epsilom"):

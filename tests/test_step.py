@@ -87,7 +87,7 @@ def test_micro_batches_do_not_change_the_gradient(
     "level",
     [
         "token",
-        pytest.param("sequence", marks=pytest.mark.xfail(strict=True, reason="shares of rows are averaged by tokens")),
+        "sequence",
     ],
 )
 def test_micro_batches_do_not_change_what_is_logged(own_policy: Policy, rollout: Rollout, kit: Experiment, level: str):

@@ -72,10 +72,6 @@ WEIGHTS = (
     "validation_iter_000004.json",
 )
 
-# ClipSimilarity.encode_texts encodes the new texts of a call together, and rounding depends on how many those are;
-# after a resume it is other ones. Encoding texts one by one mends it; then this mark goes.
-rounds_by_batch = pytest.mark.xfail(reason="kept text features depend on the batch that they were encoded in")
-
 
 @pytest.fixture(scope="module")
 def run(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,7 +85,6 @@ def run(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- a stopped run (T24) ----------------------------------------------------------------------------------------------
 
 
-@rounds_by_batch
 def test_two_and_two_iterations_are_four_byte_for_byte(run: Path, kit: Experiment, tmp_path: Path):
     _train(kit, tmp_path, num_iterations=2)
     result = _train(kit, tmp_path)
@@ -102,7 +97,7 @@ class Stop(Exception):
     """Somebody pulls the plug."""
 
 
-@pytest.mark.parametrize("iteration", [1, *(pytest.param(i, marks=rounds_by_batch) for i in (3, 4))])
+@pytest.mark.parametrize("iteration", [1, 3, 4])
 def test_run_that_was_killed_goes_on_from_its_last_checkpoint(
     run: Path, kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
 ):
@@ -125,7 +120,6 @@ def test_run_that_was_killed_goes_on_from_its_last_checkpoint(
     assert _without_times(tmp_path) == _without_times(run)
 
 
-@rounds_by_batch
 def test_damaged_checkpoint_costs_iterations_and_nothing_else(run: Path, kit: Experiment, tmp_path: Path):
     _train(kit, tmp_path)
     (tmp_path / WEIGHTS[0]).write_bytes(b"")
