@@ -13,7 +13,7 @@ from PIL import Image
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator, load_generator
-from grpo_kit.models.policy import ModelError
+from grpo_kit.models.loading import ModelError
 
 CAPTIONS = ["a large red circle, in the center, white background, sharp", "two blue crosses", "a rosy hoop, at night"]
 
@@ -93,8 +93,8 @@ def test_equal_pairs_are_drawn_once_and_given_back_in_place(generator: Generator
 def test_each_text_is_encoded_once(generator: Generator, monkeypatch: pytest.MonkeyPatch):
     asked, encode = [], generator.pipeline.encode_prompt
 
-    def counting(prompt: list[str] | None, *args: object, **options: object) -> object:
-        asked.extend(prompt or [])
+    def counting(prompt: str, *args: object, **options: object) -> object:
+        asked.append(prompt)
         return encode(prompt, *args, **options)
 
     monkeypatch.setattr(generator.pipeline, "encode_prompt", counting)

@@ -179,7 +179,8 @@ def advantage_with_the_ratio_taken_away(
 
 
 def every_type_a_mean_of_row_means(*args: object, **options: object) -> LossOutput:
-    return grpo_loss(*args, **options | {"loss_type": "grpo"})
+    general = {name: value for name, value in options.items() if not name.startswith(("sapo_", "vespo_"))}
+    return grpo_loss(*args, **general | {"loss_type": "grpo"})
 
 
 def padding_included(logprobs, advantages, mask, **options: object) -> LossOutput:

@@ -17,14 +17,8 @@ from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import policy as policy_module
 from grpo_kit.models.decoding import choose_tokens, row_seeds, row_uniforms
-from grpo_kit.models.policy import (
-    Completions,
-    EnhancedPrompt,
-    ModelError,
-    Policy,
-    load_language_model,
-    load_policy,
-)
+from grpo_kit.models.loading import ModelError, load_language_model
+from grpo_kit.models.policy import Completions, EnhancedPrompt, Policy, load_policy
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import random_scenes
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
-from grpo_kit.models.policy import ModelError
+from grpo_kit.models.loading import ModelError
 from grpo_kit.rewards.clip_similarity import ClipSimilarity, load_clip_similarity
 from grpo_kit.rewards.composition import RewardError, Rewards
 from grpo_kit.rewards.loading import load_rewards

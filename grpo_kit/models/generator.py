@@ -14,7 +14,7 @@ from transformers import logging as transformers_logging
 
 from grpo_kit.config import Config
 from grpo_kit.hardware import choose_device, choose_dtype
-from grpo_kit.models.policy import ModelError, load_failure
+from grpo_kit.models.loading import ModelError, load_failure
 
 logger = logging.getLogger(__name__)
 _KEPT_TEXTS = 4096  # prompt embeddings kept; the oldest go first

@@ -5,7 +5,6 @@ completions are run on it: in sampling, and again, with gradients, in scoring.
 """
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,20 +12,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from transformers import logging as transformers_logging
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from grpo_kit.config import Config, KitError, LoraSettings
+from grpo_kit.config import Config
 from grpo_kit.grpo.logprobs import completion_mask, token_entropy, token_logprobs
 from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.decoding import decode, row_seeds, row_uniforms
-
-logger = logging.getLogger(__name__)
-
-
-class ModelError(KitError):
-    """A model that cannot be loaded or used; the message says what to do."""
+from grpo_kit.models.loading import ModelError, add_lora, load_language_model
 
 
 class EnhancedPrompt(str):
@@ -309,7 +300,7 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
         if trained is not None:
             model, _ = load_language_model(str(trained), dtype)
     else:
-        reference, model = None, _with_lora(model, settings.lora, trained)
+        reference, model = None, add_lora(model, settings.lora, trained)
     return Policy(
         model.to(device),
         processor,
@@ -318,46 +309,6 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
         temperature=generation.temperature,
         max_new_tokens=generation.max_new_tokens,
         reference=None if reference is None else reference.to(device).eval(),
-    )
-
-
-def load_language_model(
-    name: str, dtype: torch.dtype, trust_remote_code: bool = False
-) -> tuple[torch.nn.Module, object]:
-    """A vision-language model with its processor, or a causal model with its tokenizer, from a folder or the hub."""
-    options = {"trust_remote_code": trust_remote_code}
-    transformers_logging.disable_progress_bar()
-    try:
-        kind = AutoConfig.from_pretrained(name, **options).model_type
-        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **options)
-            return model.eval(), AutoProcessor.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        return model.eval(), AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
-        raise ModelError(load_failure("vlm_model", name, error)) from error
-
-
-def load_failure(setting: str, name: str, error: Exception) -> str:
-    """One line for a model that did not load: which, why, and what to do about it."""
-    reason = " ".join(str(error).split())[:300]
-    if Path(name).is_dir():
-        advice = "a file there is missing or damaged: restore it (git checkout), or train it again (make models)"
-    elif any(sign in reason.lower() for sign in ("gated", "401 client", "403 client")):
-        advice = f"accept the licence on the model's page ({name}) and log in with `hf auth login`"
-    else:
-        advice = "check the name, or the folder; without network use profile tiny"
-    return f"model_settings.{setting}: could not load {name!r} ({type(error).__name__}: {reason}); {advice}"
-
-
-def _with_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None) -> torch.nn.Module:
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if trained is not None:
-        return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
-    targets = lora.target_modules or "all-linear"
-    return get_peft_model(
-        model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     )
 
 

@@ -9,7 +9,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from grpo_kit.models.policy import ModelError, load_failure
+from grpo_kit.models.loading import ModelError, load_failure
 
 logger = logging.getLogger(__name__)
 _KEPT_TEXTS = 4096

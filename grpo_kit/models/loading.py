@@ -1,0 +1,55 @@
+"""Loading models by folder or hub id, and saying in one line what to do where that fails."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from grpo_kit.config import KitError, LoraSettings
+
+
+class ModelError(KitError):
+    """A model that cannot be loaded or used; the message says what to do."""
+
+
+def load_language_model(
+    name: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[torch.nn.Module, object]:
+    """A vision-language model with its processor, or a causal model with its tokenizer, from a folder or the hub."""
+    options = {"trust_remote_code": trust_remote_code}
+    transformers_logging.disable_progress_bar()
+    try:
+        kind = AutoConfig.from_pretrained(name, **options).model_type
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **options)
+            return model.eval(), AutoProcessor.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        return model.eval(), AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
+        raise ModelError(load_failure("vlm_model", name, error)) from error
+
+
+def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None) -> torch.nn.Module:
+    """The model with a new adapter, or with the trained one of a run's folder."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if trained is not None:
+        return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
+    targets = lora.target_modules or "all-linear"
+    return get_peft_model(
+        model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    )
+
+
+def load_failure(setting: str, name: str, error: Exception) -> str:
+    """One line for a model that did not load: which, why, and what to do about it."""
+    reason = " ".join(str(error).split())[:300]
+    if Path(name).is_dir():
+        advice = "a file there is missing or damaged: restore it (git checkout), or train it again (make models)"
+    elif any(sign in reason.lower() for sign in ("gated", "401 client", "403 client")):
+        advice = f"accept the licence on the model's page ({name}) and log in with `hf auth login`"
+    else:
+        advice = "check the name, or the folder; without network use profile tiny"
+    return f"model_settings.{setting}: could not load {name!r} ({type(error).__name__}: {reason}); {advice}"
