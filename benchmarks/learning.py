@@ -1,18 +1,18 @@
 """Does it learn? Several training seeds on the embedded world, and a control that is trained on random rewards.
 
 Each seed trains once, then its policy is compared with the initial policy, the raw prompts and the oracle's rewrites on
-held-out prompts. `python -m benchmarks.learning --seeds 5` writes `reports/learning/` and prints the table.
+held-out prompts. `python -m benchmarks.learning` writes `reports/learning/` and prints the table.
 """
 
 import json
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import torch
 import typer
+from scipy import stats
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
@@ -25,7 +25,7 @@ COMPARE = ("raw", "initial", "trained", "oracle")
 def main(
     seeds: Annotated[int, typer.Option(help="how many training seeds")] = 5,
     first: Annotated[int, typer.Option(help="the first training seed")] = 0,
-    control: Annotated[bool, typer.Option(help="also train once on random rewards")] = True,
+    controls: Annotated[int, typer.Option(help="how many seeds to train on random rewards")] = 5,
     profile: Annotated[str, typer.Option(help="a profile of the embedded world")] = "tiny",
     out: Annotated[Path, typer.Option(help="where the runs and the table go")] = PROJECT_ROOT / "reports" / "learning",
     threads: Annotated[int, typer.Option(help="of torch; 0 leaves its default")] = 0,
@@ -33,27 +33,30 @@ def main(
     """Train and compare; a stopped measurement goes on where it was."""
     if threads:
         torch.set_num_threads(threads)
-    names = [f"seed_{seed}" for seed in range(first, first + seeds)] + (["random_rewards"] if control else [])
-    for name in names:
-        seed = 0 if name == "random_rewards" else int(name.removeprefix("seed_"))
-        measure(out / name, profile, seed, random_rewards=name == "random_rewards")
-    table = pd.DataFrame(
-        [row for name in sorted(p.parent.name for p in out.glob("*/final_results.json")) for row in rows(out / name)]
-    )
+    for seed in range(first, first + max(seeds, controls)):
+        if seed < first + seeds:
+            measure(out / f"seed_{seed}", profile, seed, random_rewards=False)
+        if seed < first + controls:
+            measure(out / f"random_rewards_{seed}", profile, seed, random_rewards=True)
+    finished = sorted(place.parent for place in out.glob("*/final_results.json"))
+    table = pd.DataFrame([row for run_dir in finished for row in rows(run_dir)])
+    table = pd.concat([table, pooled(table)], ignore_index=True)
     table.to_json(out / "table.json", orient="records", indent=2)
-    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
 
 
 def measure(run_dir: Path, profile: str, seed: int, random_rewards: bool) -> None:
-    """Train one seed and evaluate it, unless that was done."""
+    """Train one seed and evaluate its `best/`, unless that was done.
+
+    A control is judged by its last weights: to choose among them by a score would be to learn from that score.
+    """
     if (run_dir / "final_results.json").is_file():
         return
     config = gk.load_config(profile, {"training_settings.seed": seed})
     kit = gk.load_experiment(config)
     gk.train(with_random_rewards(kit) if random_rewards else kit, run_dir)
-    trained = gk.load_experiment(config, trained=None if random_rewards else run_dir / "best")
-    trained = replace(trained, policy=kit.policy) if random_rewards else trained  # its last weights, not its luckiest
-    gk.evaluate(trained, compare=COMPARE, run_dir=run_dir)
+    judged = kit if random_rewards else gk.load_experiment(config, trained=run_dir / "best")
+    gk.evaluate(judged, compare=COMPARE, run_dir=run_dir)
 
 
 def with_random_rewards(kit: Experiment) -> Experiment:
@@ -82,6 +85,21 @@ def rows(run_dir: Path) -> list[dict[str, object]]:
     for metric, share in results["gap_closed"].items():
         table.append({"run": run_dir.name, "difference": "gap closed", "metric": metric, "mean": share})
     return table
+
+
+def pooled(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over training seeds with 95 % t-intervals, of the real runs and of the controls."""
+    table = table.assign(run=table["run"].str.replace(r"_\d+$", "", regex=True) + ", all")
+    lines = []
+    for (run, difference, metric), group in table.groupby(["run", "difference", "metric"], sort=False):
+        means = group["mean"].to_numpy()
+        low, high = (
+            stats.t.interval(0.95, len(means) - 1, means.mean(), stats.sem(means)) if len(means) > 1 else (None, None)
+        )
+        lines.append(
+            {"run": run, "difference": difference, "metric": metric, "mean": means.mean(), "low": low, "high": high}
+        )
+    return pd.DataFrame(lines)
 
 
 if __name__ == "__main__":
