@@ -82,6 +82,11 @@ def rows(run_dir: Path) -> list[dict[str, object]]:
             table.append(
                 {"run": run_dir.name, "difference": name, "metric": metric, **found, "above 0": found["low"] > 0}
             )
+    logged = pd.read_json(run_dir / "metrics.jsonl", lines=True)
+    for metric, name in (("reward", "clip_similarity"), ("gold", "gold")):
+        scores = logged[f"rewards/{name}/mean"]  # of sampled rewrites: the evaluation's are the likeliest ones
+        change = scores.tail(30).mean() - scores.head(30).mean()
+        table.append({"run": run_dir.name, "difference": "sampled, last-first 30", "metric": metric, "mean": change})
     for metric, share in results["gap_closed"].items():
         table.append({"run": run_dir.name, "difference": "gap closed", "metric": metric, "mean": share})
     return table
