@@ -20,7 +20,8 @@ _SMALLEST = 8  # pixels; smaller regions are specks
 _LARGE_FROM = 15.8  # pixels of a bounding box's longer side
 _OFF_CENTRE = 2.4  # pixels from the middle at which an object no longer stands in the center
 _SPOILED = 55.0  # root mean square RGB error of the best redrawing above which a picture shows no clean scene
-_SOFTER = 0.85  # a picture counts as blurred only where the blurred redrawing is nearer than the clean one by so much
+# A picture this near to its clean redrawing counts as blurred only where the blurred one is nearer by this factor.
+_NEAR, _SOFTER = 40.0, 0.92
 _TEMPLATE = 16  # templates and objects are compared on a square of this side
 
 
@@ -162,10 +163,10 @@ def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], background: str)
         redrawn = np.asarray(draw_marks(marks, BACKGROUNDS[background], style), dtype=np.float64)
         errors[style] = float(np.sqrt(((redrawn - pixels) ** 2).sum(-1).mean()))
     best = min(errors, key=errors.get)
-    if errors[best] > _SPOILED:
+    if not objects or errors[best] > _SPOILED:
         return "spoiled"
     slightly_soft = best == "dreamy" and errors["dreamy"] > _SOFTER * errors["clean"]
-    return "clean" if slightly_soft else best
+    return "clean" if slightly_soft and errors["clean"] < _NEAR else best
 
 
 def _radius(found: Found) -> float:
