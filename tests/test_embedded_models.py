@@ -11,6 +11,7 @@ from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards.clip_similarity import ClipSimilarity
 from grpo_kit.shapeworld.build import measure
+from grpo_kit.shapeworld.build.vocabulary import clip_tokenizer, qwen_tokenizer
 from grpo_kit.shapeworld.scene import random_scenes
 
 SHIPPED = PROJECT_ROOT / "data" / "shapeworld"
@@ -46,6 +47,12 @@ def test_the_recorded_policy_beats_where_it_started_and_the_users_own_words() ->
     for other in ("raw", "initial"):
         for metric in ("reward", "gold"):
             assert result["differences"][f"trained-{other}"][metric]["low"] > 0, (other, metric)
+
+
+def test_a_build_that_goes_on_numbers_its_words_as_before() -> None:
+    """The library's trainer numbers single letters differently each time; the embeddings must not notice."""
+    assert clip_tokenizer().get_vocab() == clip_tokenizer().get_vocab()
+    assert qwen_tokenizer().get_vocab() == qwen_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize("name", ["policy", "generator", "clip"])

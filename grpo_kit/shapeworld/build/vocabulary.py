@@ -40,9 +40,11 @@ def clip_tokenizer() -> PreTrainedTokenizerBase:
     trained = CLIPTokenizer().train_new_from_iterator(corpus(), vocab_size=720)
     special = ("<|startoftext|>", "<|endoftext|>")
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
-    pieces = [piece for piece in sorted(model["vocab"], key=model["vocab"].get) if piece not in special]
-    vocabulary = {piece: i for i, piece in enumerate([*pieces, *special])}
-    return CLIPTokenizer(vocabulary, [tuple(merge) for merge in model["merges"]], model_max_length=TEXT_LENGTH)
+    merges = [tuple(merge) for merge in model["merges"]]
+    merged = list(dict.fromkeys("".join(merge) for merge in merges))
+    letters = sorted(set(model["vocab"]) - set(merged) - set(special))  # the trainer numbers them anew each time
+    vocabulary = {piece: i for i, piece in enumerate([*letters, *merged, *special])}
+    return CLIPTokenizer(vocabulary, merges, model_max_length=TEXT_LENGTH)
 
 
 def t5_tokenizer() -> PreTrainedTokenizerBase:
