@@ -85,12 +85,7 @@ def grpo_loss(
         weights: (N, T) from `token_weights` of a whole batch of which these rows are a part; None computes them here.
         constants: those of `_soft_gated` (sapo) and `_gamma_weight` (vespo).
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type: found {loss_type!r}, allowed: {', '.join(LOSS_TYPES)}")
-    if constants and loss_type not in ("sapo", "vespo"):
-        raise TypeError(
-            f"{min(constants)}: unknown to loss_type {loss_type!r}; only sapo and vespo have further constants"
-        )
+    _check_settings(loss_type, beta, ref_logprobs, constants)
     if weights is None:
         weights = token_weights(mask, loss_type, max_completion_length, num_items_in_batch)
     advantages = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages
@@ -108,12 +103,21 @@ def grpo_loss(
         per_token = -_gamma_weight(log_ratio, advantages, mask, **constants) * advantages * logprobs
     metrics = _clip_metrics(ratio, advantages, mask, loss_type, epsilon, high, delta)
     if beta != 0.0:
-        if ref_logprobs is None:
-            raise ValueError(f"ref_logprobs: found None, needed because beta is {beta}; pass them or set beta to 0")
         kl = kl_divergence(*(torch.where(mask, values, 0.0) for values in (logprobs, ref_logprobs)), kl_estimator)
         per_token = per_token + beta * kl
         metrics["kl"] = _masked_mean(kl, mask)
     return LossOutput((torch.where(mask, per_token, 0.0) * weights).sum(), metrics)
+
+
+def _check_settings(
+    loss_type: str, beta: float, ref_logprobs: torch.Tensor | None, constants: dict[str, float]
+) -> None:
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type: found {loss_type!r}, allowed: {', '.join(LOSS_TYPES)}")
+    if constants and loss_type not in ("sapo", "vespo"):
+        raise TypeError(f"{min(constants)}: unknown to loss_type {loss_type!r}; only sapo and vespo have constants")
+    if beta != 0.0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs: found None, needed because beta is {beta}; pass them or set beta to 0")
 
 
 def _at_level(log_ratio: torch.Tensor, mask: torch.Tensor, level: str) -> torch.Tensor:
