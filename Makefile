@@ -16,9 +16,6 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-# Threads that wait for work leave the core to others; several processes share the cores well with one thread each.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .DEFAULT_GOAL := help
 .PHONY: help run test lab bench models format
 
