@@ -97,7 +97,7 @@ def oracle_caption(request: Scene) -> str:
 
 
 def leave_open(scene: Scene, keep: float, rng: random.Random) -> Scene:
-    """The same scene with size, place, relation and background each stated only with probability `keep`."""
+    """The same scene with size, place and background each stated only with probability `keep`, and without style."""
     open_ones = {name: None for name in ("size", "place", "background") if rng.random() >= keep}
     return replace(scene, **open_ones, style=None)
 
@@ -134,8 +134,8 @@ _PAIR = re.compile(rf"{_THING} ({_any(_RELATION_OF)}) {_THING}")
 def parse(text: str) -> Scene | None:
     """The scene that a caption of either dialect states, or None where the text is not in the grammar.
 
-    The things come first; each later clause is a place, a background, a style word or an idle word, and no kind of
-    clause contradicts itself (a word may be repeated once: "sharp, crisp" is fine, "sharp, sharp" is not).
+    The things come first; each later clause is a place, a background, a style word or an idle word. No clause stands
+    twice, and none contradicts another ("sharp, crisp" is fine; "sharp, sharp" and "sharp, dreamy" are not).
     """
     head, *clauses = [clause.strip() for clause in text.lower().strip(" .").split(",")]
     scene = _parse_things(head)
