@@ -93,11 +93,11 @@ def test_a_spoiled_picture_scores_below_the_clean_one(clip: ClipSimilarity):
 
 
 def test_each_text_is_encoded_once(own_clip: ClipSimilarity, monkeypatch: pytest.MonkeyPatch):
-    asked, tokenizer = [], own_clip.tokenizer
-    monkeypatch.setattr(own_clip, "tokenizer", lambda texts: asked.extend(texts) or tokenizer(texts))
+    asked, encode = [], own_clip.model.encode_text
+    monkeypatch.setattr(own_clip.model, "encode_text", lambda ids, **k: asked.extend(ids.tolist()) or encode(ids, **k))
     for _ in range(3):
         own_clip(IMAGES, [TEXTS[0], TEXTS[1], TEXTS[0]], TEXTS)
-    assert asked == TEXTS[:2]
+    assert asked == own_clip.tokenizer(TEXTS[:2]).tolist()
 
 
 def test_text_that_is_too_long_is_counted_and_reported(own_clip: ClipSimilarity, caplog: pytest.LogCaptureFixture):
@@ -109,7 +109,14 @@ def test_text_that_is_too_long_is_counted_and_reported(own_clip: ClipSimilarity,
         own_clip.encode_texts([long, TEXTS[0]])
         own_clip.encode_texts([f"{long}, sharp"])
     assert own_clip.truncated == 2
-    assert len(caplog.records) == 1 and "were cut" in caplog.text
+    assert len(caplog.records) == 1 and "was cut" in caplog.text
+
+
+def test_text_that_just_fits_is_not_counted(own_clip: ClipSimilarity):
+    own_clip.encode_texts([" ".join(["red"] * 22)])  # and a start and an end: 24 tokens
+    assert own_clip.truncated == 0
+    own_clip.encode_texts([" ".join(["red"] * 23)])
+    assert own_clip.truncated == 1
 
 
 def test_clip_that_is_not_there_is_one_line(tmp_path):

@@ -9,10 +9,22 @@ from pathlib import Path
 import pytest
 
 from grpo_kit.config import PROJECT_ROOT
+from grpo_kit.runs.checkpoint import sha256
+
+
+def _recorded() -> dict[str, str]:
+    """Every file of the recorded run, with its hash."""
+    return {str(path): sha256(path) for path in (PROJECT_ROOT / "data" / "demo_run").rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def before() -> dict[str, str]:
+    """The recorded run before anything here has run."""
+    return _recorded()
+
+
+@pytest.fixture(scope="module")
+def finished(before: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A short run of the three notebooks from another working directory: its folder and what it printed."""
     place = tmp_path_factory.mktemp("elsewhere")
     run = place / "run"
@@ -60,8 +72,5 @@ def test_the_page_needs_no_network_and_runs_nothing(finished: tuple[Path, str]) 
         assert parsed.images > 0 and not parsed.active and not parsed.outside, page
 
 
-def test_a_run_leaves_the_recorded_data_alone(finished: tuple[Path, str]) -> None:
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "data"], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
-    )
-    assert not changed.stdout.strip()
+def test_a_run_leaves_the_recorded_data_alone(before: dict[str, str], finished: tuple[Path, str]) -> None:
+    assert before and _recorded() == before

@@ -54,19 +54,20 @@ class ClipSimilarity:
         for text in dict.fromkeys(texts):
             if text not in self._features:  # one at a time: a text's features must not depend on what it came with
                 ids = self.tokenizer([text])
-                self._count_truncated(ids)
+                self._count_truncated(text, ids)
                 self._features[text] = self.model.encode_text(ids.to(self.device), normalize=True).float()[0]
         rows = torch.stack([self._features[text] for text in texts])
         while len(self._features) > _KEPT_TEXTS:
             self._features.popitem(last=False)
         return rows
 
-    def _count_truncated(self, ids: torch.Tensor) -> None:
-        """A row that fills the context with no padding after its end was (or was all but) cut; reported once."""
-        full = int((ids[:, -1] == ids.max(dim=1).values).logical_and(ids[:, -2] != ids[:, -1]).sum())
-        if full and not self.truncated:
-            logger.warning("clip_similarity: %d text(s) longer than %d tokens were cut", full, ids.shape[1])
-        self.truncated += full
+    def _count_truncated(self, text: str, ids: torch.Tensor) -> None:
+        """A text was cut where one more place in the context changes what stands in the places before it."""
+        length = ids.shape[1]
+        if not torch.equal(self.tokenizer([text], context_length=length + 1)[:, :length], ids):
+            if not self.truncated:
+                logger.warning("clip_similarity: a text longer than %d tokens was cut: %r", length, text)
+            self.truncated += 1
 
 
 def load_clip_similarity(name: str, pretrained: str | None, device: torch.device) -> ClipSimilarity:

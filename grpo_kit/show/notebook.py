@@ -47,18 +47,6 @@ def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
     return {name: namespace[name] for name in declared}
 
 
-def quiet_libraries() -> None:
-    """Keep the bars that transformers and diffusers show while they read weights out of the notebook.
-
-    Downloads still show theirs, and warnings and errors still appear.
-    """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-
-
 def _check_type(name: str, value: object, kind: str) -> None:
     allowed = (int, float) if kind == "float" else (TYPES[kind],)
     if type(value) not in allowed:

@@ -40,7 +40,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of data, weights and batches")] = 0,
     threads: Annotated[int, typer.Option(help="of torch; 0 leaves its default")] = 0,
 ) -> None:
-    """Train the embedded world's models; about two hours on two cores. A stopped build goes on where it was."""
+    """Train the embedded world's models; an hour and a half on two cores. A stopped build goes on where it was."""
     if threads:
         torch.set_num_threads(threads)
     unknown = set(stages or STAGES) - set(STAGES)
