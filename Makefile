@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab bench models format
+.PHONY: help run test traps lab bench models format
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -27,6 +27,9 @@ run: $(READY) ## train and evaluate on the embedded world through the notebooks,
 
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+traps: $(READY) ## show that each known trap of GRPO is avoided, and that deliberately broken versions are caught
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m trap --traps -n $(JOBS) --dist loadfile $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyter lab --notebook-dir notebooks $(ARGS)

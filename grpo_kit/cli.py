@@ -1,4 +1,4 @@
-"""The command line: `grpo-kit run | train | evaluate | report | check`.
+"""The command line: `grpo-kit run | train | evaluate | report | check | doctor`.
 
 Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked (one line says which), 130 interrupted.
 """
@@ -143,6 +143,29 @@ def check(profile: Profile = "tiny") -> None:
         print(finding, flush=True)
     if problems:
         print(f"{problems} problem{'s' if problems > 1 else ''} found", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    loss: Annotated[str, typer.Argument(help="A loss function, as module:function.")],
+    advantages: Annotated[str, typer.Option(help="The advantage function that goes with it, as module:function.")] = "",
+) -> None:
+    """Say which known traps of GRPO a loss function falls into; for example, of the file my_code.py in this folder:
+
+    grpo-kit doctor my_code:my_loss --advantages my_code:my_advantages
+
+    The loss may take any of: logprobs, old_logprobs, ref_logprobs, mask (each one value a token), advantages or rewards
+    with group_ids (one value a row), beta, epsilon, epsilon_high, delta, loss_type, importance_sampling_level,
+    kl_estimator, use_bias_correction_kl, weights, num_items_in_batch, max_completion_length. It returns a scalar
+    tensor, or an object with one in .loss. An advantage function takes rewards and group_ids: one value a row in, one
+    out. Exit code 1 where a trap is fallen into.
+    """
+    from grpo_kit.doctor import FALLS_IN, examine, load_subject, table
+
+    findings = examine(load_subject(loss, advantages))
+    print(table(findings))
+    if any(finding.outcome == FALLS_IN for finding in findings):
         raise typer.Exit(1)
 
 

@@ -133,9 +133,16 @@ class TrainingSettings(Section):
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    use_bias_correction_kl: bool = Field(
+        False, description="weigh the KL estimate by the ratio; needed for an unbiased one after the first inner update"
+    )
     scale_rewards: Literal["group", "batch", "none"] = "group"
     baseline: Literal["mean", "leave_one_out"] = "mean"
     advantage_eps: Number = Field(1e-4, gt=0)
+    reward_noise_floor: Number = Field(0.0, ge=0, description="a group whose rewards differ by no more teaches nothing")
+    on_bad_reward: Literal["raise", "drop_sample", "drop_group"] = Field(
+        "drop_sample", description="what a reward that is not finite leads to"
+    )
     max_grad_norm: Number = Field(1.0, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
     micro_batch_size: Count | None = Field(None, description="samples in one backward pass; null is all")

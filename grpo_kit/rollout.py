@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
+from grpo_kit.grpo.advantages import group_spread
 from grpo_kit.hardware import derive_seed
 from grpo_kit.models.generator import Generator
-from grpo_kit.models.policy import Completions, Policy
+from grpo_kit.models.policy import Completions, Policy, Scores
 from grpo_kit.prompts import Prompt
 from grpo_kit.rewards.composition import Rewards
 
@@ -27,11 +28,39 @@ class Rollout:
     image_seeds: torch.Tensor  # (N, M) int64
     reward_parts: dict[str, torch.Tensor]  # name → (N,) raw mean over the M images, NaN where none could be scored
     rewards: torch.Tensor  # (N,) weighted total
-    old_logprobs: torch.Tensor  # (N, T) of the sampled ids, when they were sampled
+    old_logprobs: torch.Tensor | None  # (N, T) of the sampled ids, when they were sampled
     ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference
     truncated: torch.Tensor | None = None  # (N,) bool: ended by the length limit
     prompt_images: list[Image.Image] | None = None  # P pictures that the policy saw
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, rewards
+
+    def score(self, policy: Policy, rows: torch.Tensor | None = None, *, reference: bool = False) -> Scores:
+        """Score some of its rows (all where None) under a policy or its reference, running only the prompts they need.
+
+        Returns:
+            Log-probabilities and entropy, (rows, T) each.
+        """
+        rows = torch.arange(len(self.group_ids)) if rows is None else rows.cpu()
+        groups, local = self.group_ids[rows].unique(return_inverse=True)
+        prompts = [self.prompts[group].user_prompt for group in groups.tolist()]
+        seen = None if self.prompt_images is None else [self.prompt_images[group] for group in groups.tolist()]
+        ids, mask = self.completion_ids[rows], self.completion_mask[rows]
+        return policy.score(prompts, local, ids, mask, images=seen, reference=reference)
+
+    def metrics(self) -> dict[str, float]:
+        """Rewards and lengths under TRL's names; samples that could not be scored are left out of the means."""
+        spread = group_spread(self.rewards.where(self.rewards.isfinite(), torch.nan), self.group_ids)
+        deviations = [_mean_and_std(self.rewards[self.group_ids == group])[1] for group in self.group_ids.unique()]
+        found = {
+            "reward": _mean_and_std(self.rewards)[0],
+            "reward_std": float(torch.tensor(deviations).nanmean().nan_to_num(0.0)),  # within groups
+            "frac_reward_zero_std": float((spread == 0).float().mean()),
+            "completions/mean_length": float(self.completion_mask.sum(dim=1).float().mean()),
+            "completions/clipped_ratio": float(self.truncated.float().mean()),
+        }
+        for name, values in self.reward_parts.items():
+            found[f"rewards/{name}/mean"], found[f"rewards/{name}/std"] = _mean_and_std(values)
+        return found
 
 
 def collect_rollout(
@@ -91,6 +120,12 @@ def collect_rollout(
         prompt_images=seen,
         seconds=seconds,
     )
+
+
+def _mean_and_std(values: torch.Tensor) -> tuple[float, float]:
+    """Mean and unbiased standard deviation of the finite values; NaN where there are too few."""
+    kept = values[values.isfinite()]
+    return float(kept.mean()), float(kept.std()) if len(kept) > 1 else float("nan")
 
 
 def latent_seeds(

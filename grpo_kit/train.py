@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +33,21 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train(kit: Experiment, run_dir: Path | str, *, progress: bool = True) -> TrainResult:
+def train(
+    kit: Experiment,
+    run_dir: Path | str,
+    *,
+    progress: bool = True,
+    on_iteration: Callable[[dict[str, float]], None] | None = None,
+) -> TrainResult:
     """Train the kit's policy as its config says and leave everything in `run_dir`.
 
     A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
     if it had not stopped.
+
+    Args:
+        progress: show a progress bar.
+        on_iteration: called with each iteration's metrics, after all that the iteration writes is on disk.
 
     Raises:
         KitError: the folder belongs to another run, is in use, or cannot be written.
@@ -69,6 +80,8 @@ def train(kit: Experiment, run_dir: Path | str, *, progress: bool = True) -> Tra
                 _validate(kit, folder, tracker, iteration)
             if last or iteration % settings.save_every == 0:
                 _commit(kit, optimizer, folder, iteration)
+            if on_iteration is not None:
+                on_iteration(metrics)
     logged = folder.metrics()
     return TrainResult(folder.path, max(start, settings.num_iterations), start, logged[-1] if logged else {})
 
@@ -76,9 +89,8 @@ def train(kit: Experiment, run_dir: Path | str, *, progress: bool = True) -> Tra
 def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
     """AdamW over what the policy trains."""
     settings = config.training_settings
-    return torch.optim.AdamW(
-        kit.policy.trainable_parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    parameters = kit.policy.trainable_parameters()
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
 def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder) -> int:
@@ -117,12 +129,25 @@ def _iterate(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolde
     started = time.perf_counter()
     rollout, stats = run_iteration(kit, optimizer, iteration)
     if iteration == 1 or iteration % settings.validate_every == 0 or iteration == settings.num_iterations:
-        folder.save_rollout(iteration, rollout, stats.advantages.tolist())
+        _keep_rollout(kit, folder, iteration, rollout, stats)
     seconds = {f"time/{name}": value for name, value in rollout.seconds.items()}
     metrics = {"iteration": iteration, **stats.metrics, **seconds, "learning_rate": settings.learning_rate}
     metrics["step_time"] = time.perf_counter() - started
     metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
     return metrics
+
+
+def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> None:
+    """Save a rollout with what the step did to each of its tokens."""
+    size = kit.config.training_settings.micro_batch_size or len(rollout.rewards)
+    parts = torch.arange(len(rollout.rewards)).split(size)
+    logprobs = {"old_logprobs": rollout.old_logprobs}
+    with torch.no_grad():
+        for name, reference in (("ref_logprobs", True), ("new_logprobs", False)):
+            scores = [rollout.score(kit.policy, rows, reference=reference).logprobs.cpu() for rows in parts]
+            logprobs[name] = torch.cat(scores)
+    tokens = kit.policy.token_texts(rollout.completion_ids, rollout.completion_mask)
+    folder.save_rollout(iteration, rollout, stats.advantages.tolist(), tokens, logprobs)
 
 
 def _commit(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int) -> None:

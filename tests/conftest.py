@@ -1,4 +1,4 @@
-"""Fixtures that several tests share."""
+"""Fixtures that several tests share, and the table that `make traps` ends with."""
 
 from __future__ import annotations
 
@@ -10,14 +10,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import traps
 from synthetic_run import write_synthetic_run
 
 if TYPE_CHECKING:
+    from policy_forms import Form
+
     from grpo_kit.experiment import Experiment
     from grpo_kit.models.policy import Policy
     from grpo_kit.rollout import Rollout
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; test processes share the cores
+
+
+# --- the table of `make traps` ----------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--traps` ends a run with the table, and makes it fail where a trap is not wholly covered."""
+    parser.addoption("--traps", action="store_true", help="print which trap each test excludes; fail where one is open")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gather the results where the reports arrive: in the process that xdist's workers report to."""
+    if config.getoption("--traps") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(traps.TrapReport(), "traps")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let a test's report say what it shows, so that a worker's report does too."""
+    item.user_properties.extend(("trap", claim) for claim in traps.claims(item))
+
+
+# --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +83,17 @@ def rollout(kit: Experiment) -> Rollout:
     from grpo_kit.rollout import collect_rollout
 
     return collect_rollout(kit.policy, kit.generator, kit.rewards, kit.train_prompts[:3], 4, seed=0)
+
+
+@pytest.fixture(scope="session", params=["words", "pictures", "adapter", "adapter-pictures"])
+def sampled_form(request: pytest.FixtureRequest, kit: Experiment) -> Form:
+    """The embedded policy in each of its forms, and what it sampled; do not train it."""
+    import policy_forms
+
+    return policy_forms.sampled_form(kit, request.param)
+
+
+@pytest.fixture
+def form(sampled_form: Form) -> Form:
+    """The embedded policy in each of its forms, to be changed at will, and what it sampled."""
+    return sampled_form.own()

@@ -113,7 +113,10 @@ def write_rollout(run: Path, iteration: int, iterations: int, prompts: list[tupl
                     "reward/gold": float(rewards[sample] > 0.5),
                     "thumbnail": draw_thumbnail(run, f"it{iteration}_{group}_{sample}", group, rewards[sample]),
                     "completion_ids": [1, 2, 3],
+                    "tokens": ["a ", "star", "<end>"],
                     "old_logprobs": [-0.1, -0.2, -0.3],
+                    "ref_logprobs": [-0.1, -0.4, -0.3],
+                    "new_logprobs": [-0.1, -0.2 + 0.1 * advantages[sample], -0.3],
                 }
             )
     (run / "rollouts").mkdir(exist_ok=True)

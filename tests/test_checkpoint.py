@@ -46,6 +46,7 @@ def folder(tmp_path: Path) -> Path:
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trap("T24")
 def test_policy_and_optimizer_come_back_bit_for_bit(folder: Path):
     model, optimizer = _trained(10)
     found = load_checkpoint(folder / "iter_000010")
@@ -222,6 +223,7 @@ def test_nothing_that_can_be_trusted_is_none(folder: Path):
     assert load_latest(folder) is None
 
 
+@pytest.mark.trap("T24", broken="hashes_not_compared")
 def test_a_checkpoint_without_its_manifests_check_would_load_damaged_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):

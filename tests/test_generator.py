@@ -1,5 +1,9 @@
-"""The generator: one seed, one picture, whatever is drawn beside it; and what is not fit to be seen is None."""
+"""The generator: one seed, one picture, whatever is drawn beside it; and what is not fit to be seen is None.
 
+CORRECTNESS.md T16, T18 and T19.
+"""
+
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +39,7 @@ def _differ_by(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> int:
 # --- one seed, one picture --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trap("T19")
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_picture_is_the_same_alone_and_in_a_batch(generator: Generator, guidance: float):
     generator.guidance_scale = guidance
@@ -55,6 +60,7 @@ class OneStream(Generator):
         return self.pipeline(**inputs, guidance_scale=1.0, generator=source).images
 
 
+@pytest.mark.trap("T19", broken="one_stream_of_noise")
 def test_one_stream_of_noise_for_a_batch_would_be_noticed(kit: Experiment):
     mutant = OneStream(kit.generator.pipeline, num_inference_steps=4, guidance_scale=1.0)
     together = mutant.generate_images(CAPTIONS, [0, 1, 2])
@@ -126,6 +132,29 @@ def test_kept_texts_give_the_pictures_that_the_pipeline_gives(generator: Generat
     assert _differ_by(mine, theirs) <= 1
 
 
+def _says_what_it_cuts(generator: Generator, caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether texts that are too long for its encoders are counted, and the first of them reported."""
+    longest = generator.pipeline.tokenizer.model_max_length
+    fits = " ".join(["red"] * (longest - 2))  # and a start and an end
+    with caplog.at_level(logging.WARNING, "grpo_kit"):
+        generator.generate_images([*CAPTIONS, fits], range(4))
+        quiet = generator.truncated == 0 and not caplog.records
+        generator.generate_images([f"{fits} {word}" for word in ("red", "blue")], [0, 1])
+    return quiet and generator.truncated == 2 and len(caplog.records) == 1 and "was cut" in caplog.text
+
+
+@pytest.mark.trap("T18")
+@pytest.mark.trap("T18", broken="rewrite_cut_silently")
+def test_rewrite_that_is_too_long_to_be_drawn_is_counted_and_reported(
+    generator: Generator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    assert _says_what_it_cuts(generator, caplog)
+    caplog.clear()
+    monkeypatch.setattr(Generator, "_count_truncated", lambda *args: None)
+    silent = Generator(generator.pipeline, num_inference_steps=4, guidance_scale=1.0)
+    assert not _says_what_it_cuts(silent, caplog)
+
+
 def test_every_picture_has_a_seed(generator: Generator):
     with pytest.raises(ValueError, match="seeds: found 1 for 2 prompts"):
         generator.generate_images(CAPTIONS[:2], [0])
@@ -177,6 +206,7 @@ def canvas() -> Generator:
     return Generator(Canvas(), num_inference_steps=2, guidance_scale=1.0)
 
 
+@pytest.mark.trap("T16")
 def test_blank_and_unfinite_pictures_are_none_and_the_others_stay(canvas: Generator):
     images = canvas.generate_images(["noise", "blank", "nan", "inf", "noise"], [0, 0, 0, 0, 1])
     assert [image is None for image in images] == [False, True, True, True, False]

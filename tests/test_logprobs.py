@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from broken_twins import Known, holding, twins
 
 from grpo_kit.grpo import completion_mask, kl_divergence, token_entropy, token_logprobs
 
@@ -16,6 +17,9 @@ def _rows(*rows: str) -> torch.Tensor:
 def _logits(scale: float = 1.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     source = torch.Generator().manual_seed(seed)
     return scale * torch.randn(3, 4, 7, generator=source), torch.randint(7, (3, 4), generator=source)
+
+
+Property = Callable[[Callable], None]
 
 
 # --- the mask (T10) ---------------------------------------------------------------------------------------------------
@@ -38,12 +42,21 @@ def everything_but_padding(ids: torch.Tensor, end: int) -> torch.Tensor:
     return ids != end
 
 
-@pytest.mark.parametrize("holds", [first_end_counts_and_nothing_after_it, padding_with_the_end_token_is_no_second_end])
-def test_mask(holds: Callable):
+MASK: Known = [
+    ("T10", first_end_counts_and_nothing_after_it, [without_its_end, everything_but_padding]),
+    ("T10", padding_with_the_end_token_is_no_second_end, [without_its_end, everything_but_padding]),
+]
+
+
+@pytest.mark.parametrize("holds", holding(MASK))
+def test_mask_property_holds(holds: Property):
     holds(completion_mask)
-    for mutant in (without_its_end, everything_but_padding):
-        with pytest.raises(AssertionError):
-            holds(mutant)
+
+
+@pytest.mark.parametrize(("holds", "mutant"), twins(MASK))
+def test_broken_mask_is_caught(holds: Property, mutant: Callable):
+    with pytest.raises(AssertionError):
+        holds(mutant)
 
 
 def test_any_of_several_end_tokens_ends_a_row():
@@ -73,6 +86,14 @@ def temperature_is_the_sampling_one(logprobs: Callable) -> None:
         torch.testing.assert_close(logprobs(logits, ids, temperature), expected)
 
 
+def a_likely_token_stays_likely(logprobs: Callable) -> None:
+    """What a clamp of logits at ±20 does: all large ones become equal."""
+    logits = torch.tensor([25.0, 21.5, 21.0, 20.5]).reshape(1, 1, 4)
+    probability = float(logits.softmax(-1)[0, 0, 0])
+    assert probability > 0.94
+    assert float(logprobs(logits, torch.tensor([[0]])).exp()) == pytest.approx(probability)
+
+
 def unnormalised(logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     return (logits / temperature).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
@@ -89,19 +110,23 @@ def temperature_applied_twice(logits: torch.Tensor, ids: torch.Tensor, temperatu
     return token_logprobs(logits / temperature, ids, temperature)
 
 
-@pytest.mark.parametrize(
-    ("holds", "mutants"),
-    [
-        (probabilities_sum_to_one, [unnormalised]),
-        (a_common_shift_of_logits_changes_nothing, [unnormalised, clamped_at_20]),
-        (temperature_is_the_sampling_one, [unnormalised, without_temperature, temperature_applied_twice]),
-    ],
-)
-def test_logprobs(holds: Callable, mutants: list[Callable]):
+LOGPROBS: Known = [
+    ("T8", probabilities_sum_to_one, [unnormalised]),
+    ("T8", temperature_is_the_sampling_one, [unnormalised, without_temperature, temperature_applied_twice]),
+    ("T17", a_common_shift_of_logits_changes_nothing, [unnormalised, clamped_at_20]),
+    ("T17", a_likely_token_stays_likely, [clamped_at_20]),
+]
+
+
+@pytest.mark.parametrize("holds", holding(LOGPROBS))
+def test_logprobs_property_holds(holds: Property):
     holds(token_logprobs)
-    for mutant in mutants:
-        with pytest.raises(AssertionError):
-            holds(mutant)
+
+
+@pytest.mark.parametrize(("holds", "mutant"), twins(LOGPROBS))
+def test_broken_logprobs_is_caught(holds: Property, mutant: Callable):
+    with pytest.raises(AssertionError):
+        holds(mutant)
 
 
 def test_half_precision_logits_are_scored_in_full_precision():
@@ -168,6 +193,26 @@ def never_negative_and_zero_at_equality(kl: Callable) -> None:
     assert not any(kl(p, p, name).any() for name in ("k1", "k2", "k3"))
 
 
+def finite_at_log_ratios_of_100(kl: Callable) -> None:
+    p = torch.tensor([-100.0, 0.0], requires_grad=True)
+    values = kl(p, torch.tensor([0.0, -100.0]), "k3")
+    values.sum().backward()
+    assert values.isfinite().all() and p.grad.isfinite().all()
+
+
+def exact_at_log_ratios_within_20(kl: Callable) -> None:
+    p, q = torch.zeros(81), torch.linspace(-20, 20, 81)
+    torch.testing.assert_close(kl(p, q, "k3"), with_a_plain_exp(p, q, "k3"))
+
+
+def with_a_plain_exp(p: torch.Tensor, q: torch.Tensor, estimator: str) -> torch.Tensor:
+    return (q - p).exp() - 1 - (q - p)
+
+
+def clamped_at_log_ratios_of_2(p: torch.Tensor, q: torch.Tensor, estimator: str) -> torch.Tensor:
+    return kl_divergence(p, p + (q - p).clamp(-2, 2), estimator)
+
+
 def sides_swapped(p: torch.Tensor, q: torch.Tensor, estimator: str) -> torch.Tensor:
     return kl_divergence(q, p, estimator)
 
@@ -184,36 +229,25 @@ def k1_for_all(p: torch.Tensor, q: torch.Tensor, estimator: str) -> torch.Tensor
     return p - q
 
 
-@pytest.mark.parametrize(
-    ("holds", "mutants"),
-    [
-        (k1_has_the_value_and_no_gradient, [sides_swapped, without_its_minus_one]),
-        (k2_has_the_gradient_of_the_reverse_kl, [detached, k1_for_all]),
-        (k3_has_the_value_of_one_and_the_gradient_of_the_other, [sides_swapped, detached, k1_for_all]),
-        (never_negative_and_zero_at_equality, [without_its_minus_one, k1_for_all]),
-    ],
-)
-def test_kl(holds: Callable, mutants: list[Callable]):
+KL: Known = [
+    ("T7", k1_has_the_value_and_no_gradient, [sides_swapped, without_its_minus_one]),
+    ("T7", k2_has_the_gradient_of_the_reverse_kl, [detached, k1_for_all]),
+    ("T7", k3_has_the_value_of_one_and_the_gradient_of_the_other, [sides_swapped, detached, k1_for_all]),
+    ("T7", never_negative_and_zero_at_equality, [without_its_minus_one, k1_for_all]),
+    ("T25", finite_at_log_ratios_of_100, [with_a_plain_exp]),
+    ("T25", exact_at_log_ratios_within_20, [clamped_at_log_ratios_of_2]),
+]
+
+
+@pytest.mark.parametrize("holds", holding(KL))
+def test_kl_property_holds(holds: Property):
     holds(kl_divergence)
-    for mutant in mutants:
-        with pytest.raises(AssertionError):
-            holds(mutant)
 
 
-def _has_finite_kl_far_away(kl: Callable) -> bool:
-    p = torch.tensor([-100.0, 0.0], requires_grad=True)
-    values = kl(p, torch.tensor([0.0, -100.0]), "k3")
-    values.sum().backward()
-    return bool(values.isfinite().all() and p.grad.isfinite().all())
-
-
-def test_kl_stays_finite_at_log_ratios_of_100_and_exact_within_20():
-    def plain(p: torch.Tensor, q: torch.Tensor, estimator: str) -> torch.Tensor:
-        return (q - p).exp() - 1 - (q - p)
-
-    assert _has_finite_kl_far_away(kl_divergence) and not _has_finite_kl_far_away(plain)
-    p, q = torch.zeros(81), torch.linspace(-20, 20, 81)
-    torch.testing.assert_close(kl_divergence(p, q, "k3"), plain(p, q, "k3"))
+@pytest.mark.parametrize(("holds", "mutant"), twins(KL))
+def test_broken_kl_is_caught(holds: Property, mutant: Callable):
+    with pytest.raises(AssertionError):
+        holds(mutant)
 
 
 def test_unknown_estimator_is_one_line():

@@ -140,6 +140,13 @@ def test_what_is_committed_is_clean_and_small(path: Path) -> None:
     assert whole, "run it from top to bottom, or clear all outputs, before committing"
 
 
+@pytest.mark.trap("T21")
+def test_a_notebook_says_that_a_loss_of_0_is_no_failure() -> None:
+    text = prose(read(PROJECT_ROOT / "notebooks" / "07_train.ipynb"))
+    section = text.split("### A loss of 0 that learns")[1].split("###")[0]
+    assert "That is no failure" in section and "gradient" in section
+
+
 def test_all_notebooks_together_stay_small() -> None:
     assert sum(path.stat().st_size for path in NOTEBOOKS) <= MAX_BYTES_TOGETHER
 

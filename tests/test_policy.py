@@ -1,4 +1,7 @@
-"""The policy: what is sampled is what is scored, with and without pictures (CORRECTNESS.md T1, T8, T10 to T13, T26)."""
+"""The policy: what is sampled is what is scored, with and without pictures, all weights and an adapter.
+
+CORRECTNESS.md T1, T8 to T13, T17, T20 and T26.
+"""
 
 import copy
 import dataclasses
@@ -7,14 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
+from broken_twins import broken_versions
 from PIL import Image
+from policy_forms import LORA, new_adapter, with_attention_dropout, with_moved_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
+from grpo_kit.models import decoding
 from grpo_kit.models import policy as policy_module
 from grpo_kit.models.decoding import choose_tokens, row_seeds, row_uniforms
 from grpo_kit.models.loading import ModelError, load_language_model
@@ -27,6 +34,14 @@ PICTURES = [render(scene) for scene in random_scenes(3, seed=0)]
 GROUPS = torch.tensor([0, 0, 1, 1, 2, 2])
 ROUNDING = 1e-5  # two or three units in the last place of logits around 30, which is what float32 gives
 seeing = pytest.mark.parametrize("images", [None, PICTURES], ids=["words", "pictures"])
+
+
+@pytest.fixture(params=["all weights", "adapter"])
+def any_policy(request: pytest.FixtureRequest, own_policy: Policy, kit: Experiment) -> Policy:
+    """The embedded policy in training mode, with dropout: as it is, or with an adapter that was trained."""
+    policy = own_policy if request.param == "all weights" else with_moved_adapter(new_adapter(kit))
+    with_attention_dropout(policy).model.train()
+    return policy
 
 
 def _sample(policy: Policy, images: list[Image.Image] | None, **options: object) -> Completions:
@@ -46,7 +61,8 @@ def _plain(policy: Policy, prompt: str, ids: torch.Tensor, image: Image.Image | 
     for name, added in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)), ("mm_token_type_ids", 0 * ids)):
         if name in inputs:
             inputs[name] = torch.cat([inputs[name], added[None]], dim=1)
-    logits = policy.model(**inputs, use_cache=False).logits[0, start - 1 : -1]
+    with policy_module._evaluating(policy.model):
+        logits = policy.model(**inputs, use_cache=False).logits[0, start - 1 : -1]
     return (logits / policy.temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
@@ -57,37 +73,92 @@ def _far(a: torch.Tensor, b: torch.Tensor) -> float:
 # --- sampling and scoring agree ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.trap("T1")
+@pytest.mark.trap("T8")
+@pytest.mark.trap("T8", broken="another_temperature")
 @seeing
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
-def test_sampled_logprobs_are_the_scored_ones(own_policy: Policy, images: list | None, temperature: float):
-    own_policy.temperature = temperature
-    found = _sample(own_policy, images)
-    assert _far(found.logprobs, _scored(own_policy, found, images)) <= ROUNDING
-    own_policy.temperature = temperature + 0.01
-    assert _far(found.logprobs, _scored(own_policy, found, images)) > 100 * ROUNDING
+def test_sampled_logprobs_are_the_scored_ones(any_policy: Policy, images: list | None, temperature: float):
+    any_policy.temperature = temperature
+    found = _sample(any_policy, images)
+    assert _far(found.logprobs, _scored(any_policy, found, images)) <= ROUNDING
+    any_policy.temperature = temperature + 0.01
+    assert _far(found.logprobs, _scored(any_policy, found, images)) > 100 * ROUNDING
 
 
+@pytest.mark.trap("T1")
 @seeing
-def test_in_double_precision_sampled_and_scored_agree_to_a_millionth(own_policy: Policy, images: list | None):
-    own_policy.model.double()
-    found = _sample(own_policy, images)
+def test_in_double_precision_sampled_and_scored_agree_to_a_millionth(any_policy: Policy, images: list | None):
+    any_policy.model.double()
+    found = _sample(any_policy, images)
     assert found.logprobs.dtype == torch.float64
-    assert _far(found.logprobs, _scored(own_policy, found, images)) <= 1e-6
+    assert _far(found.logprobs, _scored(any_policy, found, images)) <= 1e-6
 
 
-@seeing
-def test_scored_logprobs_are_those_of_a_plain_full_forward(own_policy: Policy, images: list | None):
-    own_policy.temperature = 0.7
-    found = _sample(own_policy, images)
-    scored = _scored(own_policy, found, images)
+def _worst_difference_from_a_plain_forward(
+    policy: Policy, images: list | None, spoil: Callable[[Policy], None] = lambda policy: None
+) -> float:
+    """How far what a spoiled copy samples and scores is from log softmax(logits / temperature) of transformers."""
+    spoiled = copy.deepcopy(policy)
+    spoil(spoiled)
+    found = _sample(spoiled, images)
+    scored, differences = _scored(spoiled, found, images), []
     for row, group in enumerate(GROUPS.tolist()):
         kept = found.mask[row]
         picture = None if images is None else images[group]
-        plain = _plain(own_policy, PROMPTS[group], found.ids[row][kept], picture)
-        assert _far(scored[row][kept], plain) <= ROUNDING
+        plain = _plain(policy, PROMPTS[group], found.ids[row][kept], picture)
+        differences.append(_far(scored[row][kept], plain))
         assert not scored[row][~kept].any()
+    return max(differences)
 
 
+@pytest.mark.trap("T8")
+@pytest.mark.trap("T17")
+@seeing
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
+def test_scored_logprobs_are_those_of_a_plain_full_forward(any_policy: Policy, images: list | None, temperature: float):
+    any_policy.temperature = temperature
+    assert _worst_difference_from_a_plain_forward(any_policy, images) <= ROUNDING
+
+
+def temperature_forgotten(policy: Policy) -> None:
+    policy.temperature = 1.0
+
+
+def temperature_applied_twice(policy: Policy) -> None:
+    policy.temperature **= 2
+
+
+def _logits_raised_by_25(policy: Policy) -> None:
+    """As high as those of large models; the distribution is the same."""
+    policy.model.get_output_embeddings().register_forward_hook(lambda module, given, logits: logits + 25)
+
+
+def logits_clamped_at_20(policy: Policy) -> None:
+    _logits_raised_by_25(policy)
+    policy.model.get_output_embeddings().register_forward_hook(lambda module, given, logits: logits.clamp(-20, 20))
+
+
+@pytest.mark.trap("T17")
+@seeing
+def test_high_logits_are_scored_as_they_are(any_policy: Policy, images: list | None):
+    assert _worst_difference_from_a_plain_forward(any_policy, images, _logits_raised_by_25) <= 3 * ROUNDING
+
+
+@seeing
+@pytest.mark.parametrize(
+    "spoil",
+    broken_versions({temperature_forgotten: "T8", temperature_applied_twice: "T8", logits_clamped_at_20: "T17"}),
+)
+def test_scoring_of_another_distribution_is_noticed(
+    any_policy: Policy, images: list | None, spoil: Callable[[Policy], None]
+):
+    any_policy.temperature = 0.5
+    assert _worst_difference_from_a_plain_forward(any_policy, images, spoil) > 100 * ROUNDING
+
+
+@pytest.mark.trap("T11", broken="pictures_of_other_rows")
+@pytest.mark.trap("T11", broken="no_picture")
 def test_scoring_without_the_picture_that_was_seen_is_noticed(kit: Experiment):
     found = _sample(kit.policy, PICTURES)
     assert _far(found.logprobs, _scored(kit.policy, found, PICTURES[::-1])) > 100 * ROUNDING
@@ -120,47 +191,51 @@ def _worst_change_beside_others(policy: Policy, images: list | None) -> float:
     return max(changes)
 
 
+@pytest.mark.trap("T11")
 @seeing
-def test_a_row_is_scored_alone_as_in_a_padded_batch(kit: Experiment, images: list | None):
-    assert _worst_change_beside_others(kit.policy, images) <= ROUNDING
+def test_a_row_is_scored_alone_as_in_a_padded_batch(any_policy: Policy, images: list | None):
+    assert _worst_change_beside_others(any_policy, images) <= ROUNDING
 
 
-def _attending_to_padding(prefix: object) -> object:
+def attending_to_padding(prefix: object) -> object:
     return dataclasses.replace(prefix, mask=torch.ones_like(prefix.mask))
 
 
-def _counting_padding(prefix: object) -> object:
+def counting_padding(prefix: object) -> object:
     return dataclasses.replace(prefix, next_position=torch.full_like(prefix.next_position, prefix.mask.shape[1]))
 
 
 @seeing
-@pytest.mark.parametrize("mutant", [_attending_to_padding, _counting_padding])
+@pytest.mark.parametrize("mutant", broken_versions({attending_to_padding: "T11", counting_padding: "T11"}))
 def test_padding_mistakes_are_noticed(
-    kit: Experiment, monkeypatch: pytest.MonkeyPatch, mutant: Callable, images: list | None
+    any_policy: Policy, monkeypatch: pytest.MonkeyPatch, mutant: Callable, images: list | None
 ):
-    run_prompts = policy_module._run_prompts
-    monkeypatch.setattr(policy_module, "_run_prompts", lambda *args: mutant(run_prompts(*args)))
-    assert _worst_change_beside_others(kit.policy, images) > 100 * ROUNDING
+    run_prompts = policy_module.run_prompts
+    monkeypatch.setattr(policy_module, "run_prompts", lambda *args: mutant(run_prompts(*args)))
+    assert _worst_change_beside_others(any_policy, images) > 100 * ROUNDING
 
 
-def test_pictures_stay_with_their_rows_when_prompts_are_shuffled(kit: Experiment):
-    found = _sample(kit.policy, PICTURES)
+@pytest.mark.trap("T11")
+def test_pictures_stay_with_their_rows_when_prompts_are_shuffled(any_policy: Policy):
+    found = _sample(any_policy, PICTURES)
     order = [2, 0, 1]
     place = torch.tensor([order.index(group) for group in GROUPS.tolist()])
     with torch.no_grad():
-        shuffled = kit.policy.score(
+        shuffled = any_policy.score(
             [PROMPTS[i] for i in order], place, found.ids, found.mask, images=[PICTURES[i] for i in order]
         )
     assert _far(shuffled.logprobs, found.logprobs) <= ROUNDING
 
 
-def test_nothing_after_the_end_changes_a_score(kit: Experiment):
-    found = _sample(kit.policy, None)
+@pytest.mark.trap("T10")
+@seeing
+def test_nothing_after_the_end_changes_a_score(any_policy: Policy, images: list | None):
+    found = _sample(any_policy, images)
     assert not found.mask.all()
     garbage = found.ids.where(found.mask, 7)
     with torch.no_grad():
-        scores = kit.policy.score(PROMPTS, GROUPS, garbage, found.mask)
-    assert torch.equal(scores.logprobs, _scored(kit.policy, found, None))
+        scores = any_policy.score(PROMPTS, GROUPS, garbage, found.mask, images=images)
+    assert torch.equal(scores.logprobs, _scored(any_policy, found, images))
 
 
 def test_gradients_of_shared_prompts_are_those_of_rows_scored_one_by_one(own_policy: Policy):
@@ -201,6 +276,71 @@ def test_a_sample_does_not_depend_on_the_prompts_beside_it(kit: Experiment):
     assert together[:4] == alone
 
 
+# --- the whole vocabulary (T9) ----------------------------------------------------------------------------------------
+
+
+def top_50(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+    kept = logits >= logits.topk(50, dim=1).values[:, -1:]
+    return choose_tokens(logits.where(kept, -torch.inf), uniforms, temperature)
+
+
+def nucleus_of_90(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+    probabilities, order = (logits / temperature).softmax(dim=1).sort(dim=1, descending=True)
+    within = probabilities.cumsum(dim=1) - probabilities < 0.9
+    kept = torch.zeros_like(within).scatter(1, order, within)
+    return choose_tokens(logits.where(kept, -torch.inf), uniforms, temperature)
+
+
+def _truncating(policy: Policy) -> Policy:
+    """As many models come: their generation config truncates."""
+    policy.model.generation_config.update(do_sample=True, top_k=50, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
+    return policy
+
+
+def _p_value_of_first_tokens(policy: Policy, images: list | None) -> float:
+    """How likely so uneven counts are (a χ² test), if each token is drawn as often as its score says."""
+    policy.temperature, policy.max_new_tokens, count = 4.0, 1, 6000
+    image = None if images is None else images[:1]
+    drawn = policy.sample(PROMPTS[:1], count, seed=0, images=image).ids[:, 0]
+    vocabulary = torch.arange(policy.model.get_input_embeddings().num_embeddings).unsqueeze(1)
+    with torch.no_grad():
+        rows = vocabulary[:, 0] * 0, vocabulary, vocabulary >= 0  # each token as a completion of its own
+        expected = count * policy.score(PROMPTS[:1], *rows, images=image).logprobs[:, 0].double().exp()
+    assert float(expected.sum()) == pytest.approx(count, rel=1e-5)  # what is scored is a distribution over all tokens
+    place = torch.where(expected < 8, 0, torch.arange(len(expected)) + 1)  # the rare ones are counted together
+    observed, wanted = (torch.zeros(len(expected) + 1).double().index_add_(0, place, values) for values in (
+        torch.bincount(drawn, minlength=len(expected)).double(), expected,
+    ))  # fmt: skip
+    wanted *= count / wanted.sum()
+    return float(scipy.stats.chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue)
+
+
+@pytest.mark.trap("T9")
+@seeing
+def test_tokens_are_sampled_from_the_distribution_that_is_scored_whatever_the_generation_config_says(
+    any_policy: Policy, images: list | None
+):
+    assert _p_value_of_first_tokens(_truncating(any_policy), images) > 1e-3
+
+
+@seeing
+@pytest.mark.parametrize("mutant", broken_versions({top_50: "T9", nucleus_of_90: "T9"}))
+def test_sampling_from_a_truncated_vocabulary_is_noticed(
+    any_policy: Policy, images: list | None, mutant: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(decoding, "choose_tokens", mutant)
+    assert _p_value_of_first_tokens(any_policy, images) < 1e-9
+
+
+@pytest.mark.trap("T9")
+@seeing
+def test_a_generation_config_that_truncates_changes_no_sample(any_policy: Policy, images: list | None):
+    any_policy.temperature = 4.0
+    before, after = _sample(any_policy, images), _sample(_truncating(any_policy), images)
+    assert torch.equal(before.ids, after.ids) and torch.equal(before.logprobs, after.logprobs)
+
+
+@pytest.mark.trap("T8")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_from_the_distribution_that_is_scored(temperature: float):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]).expand(20_000, 5)
@@ -245,9 +385,9 @@ def test_completions_stop_at_the_length_limit_and_are_padded_after_their_end(own
 # --- a user's text stays text (T26) -----------------------------------------------------------------------------------
 
 
-def _control_tokens(policy: Policy, prompt: str) -> int:
+def _control_tokens(policy: Policy, prompt: str, images: list | None = None) -> int:
     special = torch.tensor(policy.tokenizer.all_special_ids)
-    inputs = policy.encode([prompt])
+    inputs = policy.encode([prompt], None if images is None else images[:1])
     return int(torch.isin(inputs["input_ids"], special).sum())
 
 
@@ -256,13 +396,16 @@ def _injections(policy: Policy) -> list[str]:
     return [f"a {token} circle" for token in tokens] + ["".join(tokens), f"<{tokens[0]}{tokens[0]}>"]
 
 
-def test_special_tokens_in_a_users_text_stay_ordinary_text(own_policy: Policy):
-    plain = _control_tokens(own_policy, "a red circle")
-    for text in _injections(own_policy):
-        assert _control_tokens(own_policy, text) == plain, text
-        assert own_policy.sample([text], 1, seed=0, images=PICTURES[:1]).texts
-    own_policy._without_control = lambda prompt: prompt
-    assert any(_control_tokens(own_policy, text) > plain for text in _injections(own_policy)[:-2])
+@pytest.mark.trap("T26")
+@pytest.mark.trap("T26", broken="text_as_it_is")
+@seeing
+def test_special_tokens_in_a_users_text_stay_ordinary_text(any_policy: Policy, images: list | None):
+    plain = _control_tokens(any_policy, "a red circle", images)
+    for text in _injections(any_policy):
+        assert _control_tokens(any_policy, text, images) == plain, text
+        assert any_policy.sample([text], 1, seed=0, images=None if images is None else images[:1]).texts
+    any_policy._without_control = lambda prompt: prompt
+    assert _control_tokens(any_policy, f"a {any_policy.tokenizer.eos_token} circle", images) > plain
 
 
 def test_braces_in_a_users_text_are_no_template(kit: Experiment):
@@ -311,6 +454,7 @@ def _train_a_little(policy: Policy, found: Completions, images: list | None = No
         optimizer.zero_grad()
 
 
+@pytest.mark.trap("T20")
 @seeing
 def test_training_moves_the_policy_and_leaves_the_reference(own_policy: Policy, images: list | None):
     found = _sample(own_policy, images)
@@ -350,10 +494,10 @@ def test_state_of_another_model_is_refused_in_one_line(own_policy: Policy):
 @pytest.fixture
 def adapted(kit: Experiment) -> Policy:
     """The embedded policy with an adapter that has dropout."""
-    lora = {"r": 4, "alpha": 8, "dropout": 0.3, "target_modules": ["q_proj", "v_proj"]}
-    return load_policy(load_config(kit.config, {"model_settings.lora": lora}))
+    return new_adapter(kit)
 
 
+@pytest.mark.trap("T20")
 @seeing
 def test_reference_is_the_adapter_switched_off(adapted: Policy, kit: Experiment, images: list | None):
     assert adapted.reference is None
@@ -368,6 +512,8 @@ def test_reference_is_the_adapter_switched_off(adapted: Policy, kit: Experiment,
     assert {"lora" in name for name in adapted.trainable_state()} == {True}
 
 
+@pytest.mark.trap("T13")
+@pytest.mark.trap("T13", broken="dropout_left_on")
 def test_dropout_is_off_in_scoring_and_the_mode_is_restored(adapted: Policy):
     adapted.model.train()
     found = _sample(adapted, None)
@@ -383,8 +529,7 @@ def test_adapter_comes_back_from_its_folder(adapted: Policy, kit: Experiment, tm
     found = _sample(adapted, None)
     _train_a_little(adapted, found)
     adapted.save_pretrained(tmp_path)
-    lora = {"r": 4, "alpha": 8, "dropout": 0.3, "target_modules": ["q_proj", "v_proj"]}
-    loaded = load_policy(load_config(kit.config, {"model_settings.lora": lora}), tmp_path)
+    loaded = load_policy(load_config(kit.config, {"model_settings.lora": LORA}), tmp_path)
     assert torch.equal(_scored(loaded, found, None), _scored(adapted, found, None))
     assert loaded.trainable_state().keys() == adapted.trainable_state().keys()
 
@@ -434,6 +579,8 @@ def text_only(request: pytest.FixtureRequest, tmp_path: Path) -> Policy:
     return Policy(model, tokenizer, instruction="Improve: {prompt}", max_new_tokens=12, temperature=0.8)
 
 
+@pytest.mark.trap("T1")
+@pytest.mark.trap("T11")
 def test_text_only_policy_scores_what_it_sampled(text_only: Policy):
     found = _sample(text_only, None)
     assert _far(found.logprobs, _scored(text_only, found, None)) <= ROUNDING
@@ -444,14 +591,21 @@ def test_text_only_policy_scores_what_it_sampled(text_only: Policy):
         assert _far(found.logprobs[row][kept], plain) <= ROUNDING
 
 
+@pytest.mark.trap("T12")
+@pytest.mark.trap("T12", broken="text_tokenised_again")
 def test_ids_are_scored_as_sampled_even_where_the_text_is_tokenised_otherwise(text_only: Policy):
     found = _sample(text_only, None)
     again = text_only.tokenizer(found.texts, add_special_tokens=False).input_ids
     sampled = [row[kept].tolist() for row, kept in zip(found.ids, found.mask, strict=True)]
     assert again != sampled  # an untrained model writes what no tokenizer would
     assert _far(found.logprobs, _scored(text_only, found, None)) <= ROUNDING
+    width = found.ids.shape[1]
+    ids = torch.tensor([(row + [text_only.tokenizer.pad_token_id] * width)[:width] for row in again])
+    other = dataclasses.replace(found, ids=ids)
+    assert _far(found.logprobs, _scored(text_only, other, None)) > 100 * ROUNDING
 
 
+@pytest.mark.trap("T26")
 def test_text_only_policy_reads_injected_control_tokens_as_text(text_only: Policy):
     plain = _control_tokens(text_only, "a red circle")
     assert {_control_tokens(text_only, text) for text in _injections(text_only)} == {plain}

@@ -1,18 +1,19 @@
 """Rewards: what CLIP looks at, how parts add up, and what a reward may return (CORRECTNESS.md T16, T18)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
+from broken_twins import broken_versions
 from PIL import Image
 
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.loading import ModelError
 from grpo_kit.rewards.clip_similarity import ClipSimilarity, load_clip_similarity
-from grpo_kit.rewards.composition import RewardError, Rewards
+from grpo_kit.rewards.composition import Reward, RewardError, Rewards
 from grpo_kit.rewards.loading import load_rewards
 from grpo_kit.rewards.shapeworld import best_prompt, checked_attributes, gold, grammatical, keeps_objects
 from grpo_kit.shapeworld.captions import parse
@@ -45,10 +46,33 @@ def words(images: Sequence[Image.Image], prompts: Sequence[str], enhanced_prompt
 # --- CLIP similarity --------------------------------------------------------------------------------------------------
 
 
+def scores_the_rewrite(clip: ClipSimilarity) -> Reward:
+    return lambda images, prompts, enhanced_prompts: clip(images, enhanced_prompts, prompts)
+
+
+def scores_both(clip: ClipSimilarity) -> Reward:
+    return lambda images, prompts, enhanced_prompts: (
+        clip(images, prompts, prompts) + clip(images, enhanced_prompts, enhanced_prompts)
+    )
+
+
+def _looks_at_the_users_prompt_alone(reward: Reward) -> bool:
+    """With the pictures fixed: whether the rewrites change nothing, and the users' prompts something."""
+    rewards = Rewards({"it": reward}, {"it": 1.0})
+    scores = rewards(IMAGES, TEXTS, TEXTS)
+    others = [["masterpiece, sharp", "", "a red circle " * 40], TEXTS[::-1]]
+    fixed = all(torch.equal(scores, rewards(IMAGES, TEXTS, rewrites)) for rewrites in others)
+    return fixed and not torch.equal(scores, rewards(IMAGES, TEXTS[::-1], TEXTS))
+
+
+@pytest.mark.trap("T18")
 def test_clip_looks_at_the_users_prompt_and_not_at_the_rewrite(clip: ClipSimilarity):
-    scores = clip(IMAGES, TEXTS, TEXTS)
-    assert torch.equal(scores, clip(IMAGES, TEXTS, ["masterpiece, sharp", "", "a red circle " * 40]))
-    assert not torch.equal(scores, clip(IMAGES, TEXTS[::-1], TEXTS))
+    assert _looks_at_the_users_prompt_alone(clip)
+
+
+@pytest.mark.parametrize("mutant", broken_versions({scores_the_rewrite: "T18", scores_both: "T18"}))
+def test_reward_that_looks_at_the_rewrite_is_noticed(clip: ClipSimilarity, mutant: Callable[[ClipSimilarity], Reward]):
+    assert not _looks_at_the_users_prompt_alone(mutant(clip))
 
 
 def test_clip_is_the_cosine_of_open_clips_own_embeddings(clip: ClipSimilarity, kit: Experiment):
@@ -100,6 +124,7 @@ def test_each_text_is_encoded_once(own_clip: ClipSimilarity, monkeypatch: pytest
     assert asked == own_clip.tokenizer(TEXTS[:2]).tolist()
 
 
+@pytest.mark.trap("T18")
 def test_text_that_is_too_long_is_counted_and_reported(own_clip: ClipSimilarity, caplog: pytest.LogCaptureFixture):
     longest = "three tiny golden pyramids over on the left side at night"
     long = ", ".join(TEXTS * 12)
@@ -112,6 +137,14 @@ def test_text_that_is_too_long_is_counted_and_reported(own_clip: ClipSimilarity,
     assert len(caplog.records) == 1 and "was cut" in caplog.text
 
 
+@pytest.mark.trap("T18", broken="cut_silently")
+def test_text_that_is_cut_silently_is_noticed(own_clip: ClipSimilarity, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ClipSimilarity, "_count_truncated", lambda *args: None)
+    with pytest.raises(AssertionError):
+        test_text_that_just_fits_is_not_counted(own_clip)
+
+
+@pytest.mark.trap("T18")
 def test_text_that_just_fits_is_not_counted(own_clip: ClipSimilarity):
     own_clip.encode_texts([" ".join(["red"] * 22)])  # and a start and an end: 24 tokens
     assert own_clip.truncated == 0
@@ -155,6 +188,7 @@ def test_any_callable_is_a_reward(reward: object):
     assert found.shape == (3,) and found.isfinite().all() and not found.requires_grad
 
 
+@pytest.mark.trap("T16")
 def test_picture_that_is_missing_is_nan_and_the_reward_does_not_see_it():
     seen = []
 
@@ -169,6 +203,7 @@ def test_picture_that_is_missing_is_nan_and_the_reward_does_not_see_it():
     assert rewards([None, None], TEXTS[:2]).isnan().all() and len(seen) == 1
 
 
+@pytest.mark.trap("T16")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_part_that_could_not_score_makes_the_total_nan_and_a_monitor_does_not(value: float):
     def failing(images, prompts, enhanced_prompts):
@@ -192,6 +227,7 @@ def test_reward_that_returns_something_else_is_one_line_that_names_it(values: ob
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.trap("T17")
 def test_error_inside_a_reward_surfaces():
     def broken(images, prompts, enhanced_prompts):
         raise ZeroDivisionError("mine")

@@ -4,17 +4,22 @@ import copy
 import dataclasses
 import json
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from broken_twins import broken_versions
 from filelock import FileLock
+from policy_forms import LORA
 
 from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.generator import Generator
-from grpo_kit.models.policy import Policy
+from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.rewards.clip_similarity import ClipSimilarity
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rollout import Rollout
@@ -85,6 +90,7 @@ def run(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- a stopped run (T24) ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trap("T24")
 def test_two_and_two_iterations_are_four_byte_for_byte(run: Path, kit: Experiment, tmp_path: Path):
     _train(kit, tmp_path, num_iterations=2)
     result = _train(kit, tmp_path)
@@ -93,10 +99,28 @@ def test_two_and_two_iterations_are_four_byte_for_byte(run: Path, kit: Experimen
     assert _without_times(tmp_path) == _without_times(run)
 
 
+def _adapted(kit: Experiment, iterations: int) -> Experiment:
+    """An experiment as a new process would load it, whose policy sees pictures and has an adapter with dropout."""
+    fresh = _fresh(kit, num_iterations=iterations, save_every=1)
+    config = load_config(fresh.config, {"model_settings.lora": LORA, "model_settings.use_image": True})
+    return dataclasses.replace(fresh, config=config, policy=load_policy(config))
+
+
+@pytest.mark.trap("T24")
+def test_an_adapter_with_dropout_that_sees_pictures_goes_on_byte_for_byte_too(kit: Experiment, tmp_path: Path):
+    train(_adapted(kit, 2), tmp_path / "whole", progress=False)
+    train(_adapted(kit, 1), tmp_path / "parts", progress=False)
+    assert train(_adapted(kit, 2), tmp_path / "parts", progress=False).started_from == 1
+    names = [f"checkpoints/iter_000002/{name}.safetensors" for name in ("policy", "optimizer")]
+    assert _bytes(tmp_path / "parts", *names) == _bytes(tmp_path / "whole", *names)
+    assert _without_times(tmp_path / "parts") == _without_times(tmp_path / "whole")
+
+
 class Stop(Exception):
     """Somebody pulls the plug."""
 
 
+@pytest.mark.trap("T24")
 @pytest.mark.parametrize("iteration", [1, 3, 4])
 def test_run_that_was_killed_goes_on_from_its_last_checkpoint(
     run: Path, kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
@@ -120,6 +144,7 @@ def test_run_that_was_killed_goes_on_from_its_last_checkpoint(
     assert _without_times(tmp_path) == _without_times(run)
 
 
+@pytest.mark.trap("T24")
 def test_damaged_checkpoint_costs_iterations_and_nothing_else(run: Path, kit: Experiment, tmp_path: Path):
     _train(kit, tmp_path)
     (tmp_path / WEIGHTS[0]).write_bytes(b"")
@@ -128,11 +153,34 @@ def test_damaged_checkpoint_costs_iterations_and_nothing_else(run: Path, kit: Ex
     assert "iter_000004" in (tmp_path / "training.log").read_text()
 
 
-def test_resume_that_forgets_the_optimizer_would_be_noticed(
-    run: Path, kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def optimizer_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """The moments of Adam begin at 0 again."""
+    patch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+
+
+def weights_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """The resumed run trains the policy that the first one started from."""
+    patch.setattr(Policy, "load_trainable_state", lambda self, state: None)
+
+
+def randomness_counted_from_the_start_of_the_process(patch: pytest.MonkeyPatch) -> None:
+    """The resumed run draws again what the first one drew, as with a generator that is seeded when a process starts."""
+    patch.setattr(
+        sys.modules[train.__module__], "run_iteration", lambda kit, optimizer, i: run_iteration(kit, optimizer, i - 2)
+    )
+
+
+FORGETTING = dict.fromkeys(
+    (optimizer_forgotten, weights_forgotten, randomness_counted_from_the_start_of_the_process), "T24"
+)
+
+
+@pytest.mark.parametrize("forget", broken_versions(FORGETTING))
+def test_resume_that_forgets_something_would_be_noticed(
+    run: Path, kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: Callable
 ):
     _train(kit, tmp_path, num_iterations=2)
-    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+    forget(monkeypatch)
     _train(kit, tmp_path)
     assert _bytes(tmp_path, WEIGHTS[0]) != _bytes(run, WEIGHTS[0])
 
@@ -194,11 +242,14 @@ def test_rollouts_are_kept_a_row_a_sample(run: Path):
     assert list(rows.columns) == [
         "iteration", "group_id", "sample", "user_prompt", "category", "difficulty", "enhanced_prompt", "image_seed",
         "reward", "advantage", "reward/clip_similarity", "reward/gold", "reward/keeps_objects", "reward/grammatical",
-        "thumbnail", "completion_ids", "old_logprobs",
+        "thumbnail", "completion_ids", "tokens", "old_logprobs", "ref_logprobs", "new_logprobs",
     ]  # fmt: skip
     assert len(rows) == 8 and rows["group_id"].tolist() == [0] * 4 + [1] * 4
     assert rows["sample"].tolist() == [0, 1, 2, 3] * 2
-    assert all(len(row.completion_ids) == len(row.old_logprobs) for row in rows.itertuples())
+    per_token = ["completion_ids", "tokens", "old_logprobs", "ref_logprobs", "new_logprobs"]
+    assert (rows[per_token].map(len).nunique(axis=1) == 1).all()
+    moved = [np.abs(row.new_logprobs - row.old_logprobs).max() for row in rows.itertuples()]
+    assert min(moved) > 1e-5  # scored again after the step
     assert all((run / name).is_file() for name in rows["thumbnail"])
     assert rows.groupby("group_id")["advantage"].mean().abs().max() < 1e-6
 
@@ -211,6 +262,16 @@ def test_validation_shows_its_samples(run: Path):
         assert found["reward"] == pytest.approx(sum(rewards) / 3)
         assert set(found["rewards"]) == {"clip_similarity", "gold", "keeps_objects", "grammatical"}
         assert all((run / sample["thumbnail"]).is_file() for sample in found["samples"])
+
+
+def test_each_iteration_is_told_when_it_is_on_disk(kit: Experiment, tmp_path: Path):
+    told = []
+
+    def on_iteration(metrics: dict[str, float]) -> None:
+        told.append((metrics["iteration"], len((tmp_path / "metrics.jsonl").read_text().splitlines())))
+
+    train(_fresh(kit), tmp_path, progress=False, on_iteration=on_iteration)
+    assert told == [(n, n) for n in range(1, len(told) + 1)] and told
 
 
 def test_config_in_the_folder_loads_and_names_versions(run: Path, kit: Experiment):

@@ -1,12 +1,13 @@
 """GRPO as pure functions on tensors, in reading order: advantages, logprobs, loss, step."""
 
-from grpo_kit.grpo.advantages import group_advantages, group_spread
+from grpo_kit.grpo.advantages import BadRewardError, group_advantages, group_spread, usable_rewards
 from grpo_kit.grpo.logprobs import completion_mask, kl_divergence, token_entropy, token_logprobs
 from grpo_kit.grpo.loss import LOSS_TYPES, LossOutput, grpo_loss, token_weights
 from grpo_kit.grpo.step import StepStats, grpo_step
 
 __all__ = [
     "LOSS_TYPES",
+    "BadRewardError",
     "LossOutput",
     "StepStats",
     "completion_mask",
@@ -18,4 +19,5 @@ __all__ = [
     "token_entropy",
     "token_logprobs",
     "token_weights",
+    "usable_rewards",
 ]

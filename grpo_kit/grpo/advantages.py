@@ -2,6 +2,33 @@
 
 import torch
 
+from grpo_kit.config import KitError
+
+
+class BadRewardError(KitError):
+    """A sample without a usable reward, where the settings ask for an error."""
+
+
+def usable_rewards(rewards: torch.Tensor, group_ids: torch.Tensor, on_bad_reward: str = "drop_sample") -> torch.Tensor:
+    """(N,) rewards with NaN where a sample is left out, because its reward (or one in its group) is not finite.
+
+    Args:
+        on_bad_reward: "drop_sample" leaves out the sample alone, "drop_group" all that answer the same prompt, "raise"
+            nothing: it raises `BadRewardError`.
+    """
+    bad = ~rewards.isfinite()
+    if on_bad_reward == "raise" and bad.any():
+        rows = bad.nonzero().flatten().tolist()
+        raise BadRewardError(
+            f"rewards: found {float(rewards[rows[0]])} in row {rows[0]} ({len(rows)} of {len(rewards)} rows are not "
+            "finite); mend the reward, or set training_settings.on_bad_reward to drop_sample or drop_group"
+        )
+    if on_bad_reward == "drop_group":
+        bad = torch.isin(group_ids, group_ids[bad])
+    elif on_bad_reward not in ("raise", "drop_sample"):
+        raise ValueError(f"on_bad_reward: found {on_bad_reward!r}, allowed: 'raise', 'drop_sample', 'drop_group'")
+    return rewards.masked_fill(bad, torch.nan)
+
 
 def group_advantages(
     rewards: torch.Tensor,
@@ -10,6 +37,8 @@ def group_advantages(
     scale_rewards: str = "group",
     baseline: str = "mean",
     eps: float = 1e-4,
+    noise_floor: float = 0.0,
+    batch_rewards: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each reward less its group's baseline, divided by a spread: A = (r - baseline) / (std + eps).
 
@@ -20,6 +49,9 @@ def group_advantages(
             the standard deviation of all rewards, "none" by nothing (Dr. GRPO, arXiv 2503.20783).
         baseline: "mean" of the group, or "leave_one_out": the mean of the others (RLOO, arXiv 2402.14740).
         eps: added to the standard deviation.
+        noise_floor: a group whose rewards lie no further apart than this gets 0: dividing by a tiny spread makes noise
+            as loud as a real difference (arXiv 2508.20751).
+        batch_rewards: (K,) rewards of all processes, for "batch"; None means that `rewards` are all.
 
     Returns:
         (N,) advantages. A NaN reward is left out of all statistics and gets 0; so does a group with one scored sample.
@@ -29,12 +61,12 @@ def group_advantages(
             f"rewards, group_ids: found shapes {tuple(rewards.shape)} and {tuple(group_ids.shape)}, both must be (N,)"
         )
     scored = ~rewards.isnan()
-    filled = torch.where(scored, rewards, 0.0)
     _, group = group_ids.unique(return_inverse=True)
-    total, count = _sum_by(group, filled), _sum_by(group, scored.to(rewards.dtype))
-    centred = torch.where(scored, rewards - (total / count.clamp(min=1))[group], 0.0)
-    flat = (_spread(filled, scored, group) == 0)[group]  # equal rewards: exactly 0, not a rounding error divided by eps
-    centred = torch.where(flat | (count[group] < 2), 0.0, centred)
+    total, count = _sum_by(group, rewards.where(scored, 0.0)), _sum_by(group, scored.to(rewards.dtype))
+    centred = rewards - (total / count.clamp(min=1))[group]
+    # equal rewards give exactly 0, not a rounding error divided by eps
+    flat = (_spread(rewards, group) <= noise_floor)[group]
+    centred = torch.where(scored & ~flat & (count[group] > 1), centred, 0.0)
     if baseline == "leave_one_out":
         advantages = centred * (count / (count - 1).clamp(min=1))[group]
     elif baseline == "mean":
@@ -46,8 +78,9 @@ def group_advantages(
     if scale_rewards == "group":
         deviation = (_sum_by(group, centred.square()) / (count - 1).clamp(min=1)).sqrt()[group]
     elif scale_rewards == "batch":
-        kept = rewards[scored]
-        deviation = kept.std() if kept.numel() > 1 else torch.zeros_like(rewards).sum()
+        everyone = rewards if batch_rewards is None else batch_rewards
+        kept = everyone[~everyone.isnan()]
+        deviation = kept.std() if len(kept) > 1 else 0.0
     else:
         raise ValueError(f"scale_rewards: found {scale_rewards!r}, allowed: 'group', 'batch', 'none'")
     return advantages / (deviation + eps)
@@ -55,17 +88,16 @@ def group_advantages(
 
 def group_spread(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     """(G,) highest less lowest scored reward of each group, in the order of the sorted ids."""
-    scored = ~rewards.isnan()
-    _, group = group_ids.unique(return_inverse=True)
-    return _spread(torch.where(scored, rewards, 0.0), scored, group)
+    return _spread(rewards, group_ids.unique(return_inverse=True)[1])
 
 
 def _sum_by(group: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return values.new_zeros(int(group.max()) + 1 if group.numel() else 0).index_add_(0, group, values)
 
 
-def _spread(filled: torch.Tensor, scored: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    size = int(group.max()) + 1 if group.numel() else 0
-    highest = filled.new_full((size,), -torch.inf).scatter_reduce(0, group, filled.where(scored, -torch.inf), "amax")
-    lowest = filled.new_full((size,), torch.inf).scatter_reduce(0, group, filled.where(scored, torch.inf), "amin")
+def _spread(rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    empty = rewards.new_zeros(int(group.max()) + 1 if group.numel() else 0)
+    scored = ~rewards.isnan()
+    highest = (empty - torch.inf).scatter_reduce(0, group, rewards.where(scored, -torch.inf), "amax")
+    lowest = (empty + torch.inf).scatter_reduce(0, group, rewards.where(scored, torch.inf), "amin")
     return (highest - lowest).clamp(min=0)

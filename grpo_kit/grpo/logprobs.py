@@ -26,22 +26,36 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float =
     """log softmax(logits / temperature) at the sampled ids.
 
     Args:
-        logits: (N, T, V), the t-th row predicting the t-th id.
+        logits: (N, T, V), the t-th row predicting the t-th id; more or fewer leading axes will do.
         ids: (N, T).
         temperature: the one that the ids were sampled with.
 
     Returns:
         (N, T) log-probabilities, computed in at least float32.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(dim=-1)
+    return _log_softmax(logits, temperature).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """(N, T) entropy in nats of softmax(logits / temperature)."""
-    logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+    return _entropy(_log_softmax(logits, temperature))
+
+
+def logprobs_and_entropy(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logprobs`, and beside them `token_entropy` without gradient, at the cost of one softmax."""
+    logprobs = _log_softmax(logits, temperature)
+    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), _entropy(logprobs.detach())
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(dim=-1)  # no copy for nothing
+
+
+def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
 
 
 def bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,7 @@ def grpo_loss(
     delta: float | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
+    use_bias_correction_kl: bool = False,
     max_completion_length: int | None = None,
     num_items_in_batch: float | None = None,
     weights: torch.Tensor | None = None,
@@ -82,6 +83,8 @@ def grpo_loss(
         ref_logprobs: (N, T) under the reference, needed when beta is not 0.
         importance_sampling_level: "token", or "sequence": one ratio a row, from its mean log-ratio (GSPO, 2507.18071).
         delta: upper bound of the unclipped ratio, so that a negative advantage cannot push without limit.
+        use_bias_correction_kl: multiply the KL estimate by ρ (arXiv 2512.02556). Off-policy the estimate is biased
+            without it; the gradient of k3 becomes that of KL(policy || reference).
         weights: (N, T) from `token_weights` of a whole batch of which these rows are a part; None computes them here.
         constants: those of `_soft_gated` (sapo) and `_gamma_weight` (vespo).
     """
@@ -104,6 +107,7 @@ def grpo_loss(
     metrics = _clip_metrics(ratio, advantages, mask, loss_type, epsilon, high, delta)
     if beta != 0.0:
         kl = kl_divergence(*(torch.where(mask, values, 0.0) for values in (logprobs, ref_logprobs)), kl_estimator)
+        kl = kl * ratio if use_bias_correction_kl else kl
         per_token = per_token + beta * kl
         metrics["kl"] = _masked_mean(kl, mask)
     return LossOutput((torch.where(mask, per_token, 0.0) * weights).sum(), metrics)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from grpo_kit.grpo.logprobs import token_logprobs
 from grpo_kit.hardware import derive_seed
 
 NextLogits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (N,), step) → (N, V)
@@ -30,7 +31,7 @@ def choose_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperatu
     if uniforms is None:
         return logits.argmax(dim=-1)
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    cumulative = (logits.to(precise) / temperature).softmax(dim=-1).cumsum(dim=-1)
+    cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=precise)
     threshold = uniforms.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
@@ -45,16 +46,23 @@ def decode(
     max_new_tokens: int,
     temperature: float,
     uniforms: torch.Tensor | None,
-) -> torch.Tensor:
-    """Sample until every row has ended: (N, T) ids, T at most `max_new_tokens`, `pad_token_id` after a row's end."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample until every row has ended.
+
+    Returns:
+        (N, T) ids, `pad_token_id` after a row's end, and (N, T) log-probabilities of the ids; T is at most
+        `max_new_tokens`.
+    """
     ends = torch.tensor(list(eos_token_ids), device=first_logits.device)
-    logits, ended, columns = first_logits, torch.zeros_like(first_logits[:, 0], dtype=torch.bool), []
+    logits, ended = first_logits, torch.zeros_like(first_logits[:, 0], dtype=torch.bool)
+    columns, logprobs = [], []
     for step in range(max_new_tokens):
         ids = choose_tokens(logits, None if uniforms is None else uniforms[:, step], temperature)
         ids = torch.where(ended, pad_token_id, ids)
         columns.append(ids)
+        logprobs.append(token_logprobs(logits, ids, temperature))  # here, so that no (N, T, V) logits need be kept
         ended = ended | torch.isin(ids, ends)
         if bool(ended.all()) or step + 1 == max_new_tokens:
             break
         logits = next_logits(ids, step)
-    return torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=1), torch.stack(logprobs, dim=1)

@@ -8,6 +8,7 @@ from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from grpo_kit.config import KitError, LoraSettings
+from grpo_kit.hardware import derive_seed
 
 
 class ModelError(KitError):
@@ -31,16 +32,17 @@ def load_language_model(
         raise ModelError(load_failure("vlm_model", name, error)) from error
 
 
-def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None) -> torch.nn.Module:
-    """The model with a new adapter, or with the trained one of a run's folder."""
+def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None, seed: int) -> torch.nn.Module:
+    """The model with a new adapter, whose start the seed fixes, or with the trained one of a run's folder."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if trained is not None:
         return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
     targets = lora.target_modules or "all-linear"
-    return get_peft_model(
-        model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-    )
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):  # peft draws the adapter's start from the global stream
+        torch.manual_seed(derive_seed(seed, "adapter"))
+        return get_peft_model(model, config)
 
 
 def load_failure(setting: str, name: str, error: Exception) -> str:

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from grpo_kit.config import Config
-from grpo_kit.grpo.logprobs import completion_mask, token_entropy, token_logprobs
+from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
 from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.decoding import decode, row_seeds, row_uniforms
 from grpo_kit.models.loading import ModelError, add_lora, load_language_model
+from grpo_kit.models.prefix import Packing, run_prompts
 
 
 class EnhancedPrompt(str):
@@ -50,17 +51,6 @@ class Scores:
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """The prompts' cache and what continuing it needs."""
-
-    cache: object
-    last_logits: torch.Tensor  # (P, V)
-    mask: torch.Tensor  # (P, length)
-    next_position: torch.Tensor  # (P,) position of the first completion token
-    three_axes: bool  # multimodal rotary positions: (3, N, T)
 
 
 class Policy:
@@ -157,29 +147,21 @@ class Policy:
         `seed` fixes every row's draw by (seed, prompt's place, sample's place). With `reference` the frozen reference
         answers instead.
         """
+        P, G = len(prompts), num_generations
+        uniforms = None if greedy else row_uniforms(row_seeds(seed, P, G), self.max_new_tokens).to(self.device)
         with self._answering(reference) as model, _evaluating(model):
-            prefix = _run_prompts(model, self.encode(prompts, images))
-            rows = torch.arange(len(prompts), device=self.device).repeat_interleave(num_generations)
-            uniforms = None
-            if not greedy:
-                uniforms = row_uniforms(row_seeds(seed, len(prompts), num_generations), self.max_new_tokens).to(
-                    self.device
-                )
-            kept: list[torch.Tensor] = [prefix.last_logits[rows]]
-            cache, mask = _expanded(prefix, rows), prefix.mask[rows]
+            prefix = run_prompts(model, self.encode(prompts, images))
+            cache = prefix.room_for(G * self.max_new_tokens)
+            itself = torch.eye(G, dtype=torch.bool, device=self.device)
 
             def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
-                nonlocal mask
-                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-                positions = _positions(prefix, rows, step, 1)
-                output = model(
-                    input_ids=ids[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
-                )
-                kept.append(output.logits[:, -1])
-                return kept[-1]
+                """One token of each completion: it sees what stands G, 2G, … places before it, and itself."""
+                sees = itself.repeat(1, step + 1).expand(P, -1, -1)
+                steps = torch.full((P, G), step, device=self.device)
+                return prefix.extend(model, ids.reshape(P, G), steps, sees, cache).flatten(0, 1)
 
-            ids = decode(
-                kept[0],
+            ids, logprobs = decode(
+                prefix.last_logits.repeat_interleave(G, dim=0),
                 next_logits,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -188,7 +170,6 @@ class Policy:
                 uniforms=uniforms,
             )
         mask = completion_mask(ids, self.eos_token_ids)
-        logprobs = token_logprobs(torch.stack(kept, dim=1), ids, self.temperature)
         return Completions(ids, mask, torch.where(mask, logprobs, 0.0), self.decode(ids, mask))
 
     def score(
@@ -213,25 +194,24 @@ class Policy:
         """
         group_ids, completion_ids, mask = (tensor.to(self.device) for tensor in (group_ids, completion_ids, mask))
         with self._answering(reference) as model, _evaluating(model):
-            prefix = _run_prompts(model, self.encode(prompts, images))
-            logits = prefix.last_logits[group_ids].unsqueeze(1)
-            if completion_ids.shape[1] > 1:
-                output = model(
-                    input_ids=completion_ids[:, :-1],  # the t-th logits predict the (t + 1)-th token
-                    attention_mask=torch.cat([prefix.mask[group_ids], mask[:, :-1].to(prefix.mask.dtype)], dim=1),
-                    position_ids=_positions(prefix, group_ids, 0, completion_ids.shape[1] - 1),
-                    past_key_values=_expanded(prefix, group_ids),
-                )
-                logits = torch.cat([logits, output.logits], dim=1)
-        logprobs = token_logprobs(logits, completion_ids, self.temperature)
-        with torch.no_grad():
-            entropy = token_entropy(logits, self.temperature)
-        return Scores(torch.where(mask, logprobs, 0.0), torch.where(mask, entropy, 0.0))
+            prefix = run_prompts(model, self.encode(prompts, images))
+            packing = Packing.of(mask, group_ids, len(prompts))
+            here, following = (completion_ids[packing.rows, packing.steps + ahead] for ahead in (0, 1))
+            logits = prefix.extend(model, packing.lay_out(here), packing.lay_out(packing.steps), packing.sees())
+        first = logprobs_and_entropy(prefix.last_logits[group_ids], completion_ids[:, 0], self.temperature)
+        later = logprobs_and_entropy(logits, packing.lay_out(following), self.temperature)
+        columns = [torch.cat([a[:, None], packing.take_out(b, mask)], dim=1) for a, b in zip(first, later, strict=True)]
+        return Scores(*(torch.where(mask, column, 0.0) for column in columns))
 
     def decode(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
         """The completions as text: without special tokens, without surrounding space."""
         rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def token_texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[list[str]]:
+        """Each row's tokens as text, one by one, those that end it included."""
+        rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        return [[self.tokenizer.decode([token]) for token in row] for row in rows]
 
     # --- plain use ----------------------------------------------------------------------------------------------------
 
@@ -300,7 +280,7 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
         if trained is not None:
             model, _ = load_language_model(str(trained), dtype)
     else:
-        reference, model = None, add_lora(model, settings.lora, trained)
+        reference, model = None, add_lora(model, settings.lora, trained, config.training_settings.seed)
     return Policy(
         model.to(device),
         processor,
@@ -333,37 +313,3 @@ def _end_tokens(model: torch.nn.Module, tokenizer: object) -> list[int]:
             "vlm_model: found no end-of-sequence token; set eos_token in its tokenizer or generation config"
         )
     return ends
-
-
-def _run_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> _Prefix:
-    """Run left-padded prompts once and keep their cache (with its gradients, where enabled)."""
-    mask = inputs["attention_mask"]
-    length = mask.sum(dim=1)
-    with_picture = "pixel_values" in inputs
-    if not with_picture:
-        inputs = {"input_ids": inputs["input_ids"], "attention_mask": mask}
-        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
-    deltas = _rope_deltas(model) if with_picture else None
-    shift = 0 if deltas is None else deltas.reshape(-1).to(length.device)
-    return _Prefix(output.past_key_values, output.logits[:, -1], mask, length + shift, deltas is not None)
-
-
-def _rope_deltas(model: torch.nn.Module) -> torch.Tensor | None:
-    """How far pictures moved the text's positions, in models with multimodal rotary positions (Qwen-VL)."""
-    return next((m.rope_deltas for m in model.modules() if getattr(m, "rope_deltas", None) is not None), None)
-
-
-def _expanded(prefix: _Prefix, rows: torch.Tensor) -> object:
-    """The prompts' cache with one row per completion; gradients of all completions meet in their prompt's."""
-    cache = copy.copy(prefix.cache)
-    cache.layers = [copy.copy(layer) for layer in prefix.cache.layers]
-    cache.batch_select_indices(rows)
-    return cache
-
-
-def _positions(prefix: _Prefix, rows: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Positions of `count` completion tokens from `start` on: (N, count), or (3, N, count) for multimodal rotary."""
-    steps = torch.arange(start, start + count, device=rows.device)
-    positions = prefix.next_position[rows].unsqueeze(1) + steps
-    return positions.expand(3, *positions.shape) if prefix.three_axes else positions

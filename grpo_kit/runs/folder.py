@@ -5,11 +5,12 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
@@ -137,9 +138,26 @@ class RunFolder:
         small.save(place, quality=92, subsampling=0)
         return place.relative_to(self.path).as_posix()
 
-    def save_rollout(self, iteration: int, rollout: Rollout, advantages: Sequence[float]) -> Path:
-        """One row a sample: texts, seeds, rewards, advantage, thumbnail, sampled ids and their log-probabilities."""
-        rows = [self._rollout_row(iteration, rollout, row, float(a)) for row, a in enumerate(advantages)]
+    def save_rollout(
+        self,
+        iteration: int,
+        rollout: Rollout,
+        advantages: Sequence[float],
+        token_texts: Sequence[Sequence[str]],
+        logprobs: Mapping[str, torch.Tensor],
+    ) -> Path:
+        """One row a sample: texts, seeds, rewards, advantage, thumbnail, and its tokens with their log-probabilities.
+
+        Args:
+            token_texts: each row's tokens as text.
+            logprobs: name → (N, T), a column each: under the policy that sampled, the reference, the updated policy.
+        """
+        rows = [
+            self._rollout_row(iteration, rollout, row, float(advantage))
+            | {"tokens": list(token_texts[row])}
+            | {name: values[row][rollout.completion_mask[row]].tolist() for name, values in logprobs.items()}
+            for row, advantage in enumerate(advantages)
+        ]
         place = self.path / "rollouts" / f"iter_{iteration:06d}.parquet"
         place.parent.mkdir(exist_ok=True)
         pd.DataFrame(rows).to_parquet(place, index=False)
@@ -147,7 +165,7 @@ class RunFolder:
 
     def _rollout_row(self, iteration: int, rollout: Rollout, row: int, advantage: float) -> dict[str, object]:
         group = int(rollout.group_ids[row])
-        prompt, kept = rollout.prompts[group], rollout.completion_mask[row]
+        prompt = rollout.prompts[group]
         return {
             "iteration": iteration,
             "group_id": group,
@@ -161,8 +179,7 @@ class RunFolder:
             "advantage": advantage,
             **{f"reward/{name}": float(values[row]) for name, values in rollout.reward_parts.items()},
             "thumbnail": self.save_thumbnail(rollout.images[row][0], f"iter_{iteration:06d}_row_{row:03d}"),
-            "completion_ids": rollout.completion_ids[row][kept].tolist(),
-            "old_logprobs": rollout.old_logprobs[row][kept].tolist(),
+            "completion_ids": rollout.completion_ids[row][rollout.completion_mask[row]].tolist(),
         }
 
     def save_best(self, save_pretrained) -> None:

@@ -1,0 +1,134 @@
+"""Random batches on which a loss is examined: valid log-probabilities, unequal lengths, groups of three."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+LENGTHS = (7, 1, 4, 6, 2, 5)  # rows unlike tokens in number, so that a wrong broadcast cannot pass unseen
+EQUAL = (5,) * 6
+_HIGHEST = -1e-3  # the largest log-probability that a case holds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss function is called with; every tensor has N rows.
+
+    Shapes: (N, T) for `logprobs`, `old_logprobs`, `ref_logprobs` and the boolean `mask`; (N,) for `rewards`,
+    `group_ids` and `advantages`, which are the rewards less their group's mean.
+    """
+
+    logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    mask: torch.Tensor
+    rewards: torch.Tensor
+    group_ids: torch.Tensor
+    advantages: torch.Tensor
+
+    def rows(self, keep: torch.Tensor) -> "Batch":
+        """Some of the rows, their groups numbered from 0 again."""
+        part = Batch(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
+        return replace(part, group_ids=part.group_ids.unique(return_inverse=True)[1])
+
+    def rewarded(self, rewards: torch.Tensor) -> "Batch":
+        """The batch with these rewards (N,), and with the advantages that follow from them."""
+        means = {int(group): rewards[self.group_ids == group].mean() for group in self.group_ids.unique()}
+        baseline = torch.stack([means[int(group)] for group in self.group_ids])
+        return replace(self, rewards=rewards, advantages=rewards - baseline)
+
+    def single(self) -> "Batch":
+        """The batch in float32."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
+
+
+def drifted(seed: int = 0, drift: float = 0.3, lengths: tuple[int, ...] = LENGTHS) -> Batch:
+    """A batch whose policy has moved by `drift` (nats a token) since it sampled, and whose reference is another."""
+    source = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+
+    def noise() -> torch.Tensor:
+        return torch.randn(shape, generator=source, dtype=torch.float64)
+
+    old = -0.05 - 4 * torch.rand(shape, generator=source, dtype=torch.float64)
+    batch = Batch(
+        logprobs=(old + drift * noise()).clamp(max=_HIGHEST),
+        old_logprobs=old,
+        ref_logprobs=(old + 0.5 * noise()).clamp(max=_HIGHEST),
+        mask=torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1),
+        rewards=old.new_zeros(shape[0]),
+        group_ids=torch.arange(shape[0]) // 3,
+        advantages=old.new_zeros(shape[0]),
+    )
+    return batch.rewarded(torch.randn(shape[0], generator=source, dtype=torch.float64))
+
+
+def on_policy(seed: int = 0, lengths: tuple[int, ...] = EQUAL) -> Batch:
+    """A batch before the first update: the policy is the one that sampled; the reference is another."""
+    batch = drifted(seed, lengths=lengths)
+    return replace(batch, logprobs=batch.old_logprobs)
+
+
+def at_ratios(log_ratios: list[float], advantages: list[float], tokens: int = 3) -> Batch:
+    """Rows, in pairs, of `tokens` equal log-ratios of the policy to the one that sampled; that is the reference too."""
+    rows = len(log_ratios)
+    new = torch.linspace(-2.0, -1.0, rows * tokens, dtype=torch.float64).reshape(rows, tokens)
+    old = new - torch.tensor(log_ratios, dtype=torch.float64).unsqueeze(1)
+    shift = (old.max() - _HIGHEST).clamp(min=0)  # a probability is at most 1
+    batch = Batch(
+        logprobs=new - shift,
+        old_logprobs=old - shift,
+        ref_logprobs=old - shift,
+        mask=torch.ones(rows, tokens, dtype=torch.bool),
+        rewards=new.new_zeros(rows),
+        group_ids=torch.arange(rows) // 2,
+        advantages=new.new_zeros(rows),
+    )
+    return batch.rewarded(torch.tensor(advantages, dtype=torch.float64))
+
+
+def unlike_groups(seed: int, groups: int = 4, size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards (N,) of groups with unlike levels and spreads, and whom they belong to (N,)."""
+    source = torch.Generator().manual_seed(seed)
+    level, spread = torch.randn(groups, 1, generator=source), torch.rand(groups, 1, generator=source) + 0.1
+    rewards = level + spread * torch.randn(groups, size, generator=source)
+    return rewards.double().flatten(), torch.arange(groups).repeat_interleave(size)
+
+
+@dataclass(frozen=True)
+class Enumerable:
+    """A softmax policy over a few actions, and a batch of one-token rows over which a mean is an exact expectation.
+
+    Action a stands in `counts[a]` of the N rows, so that the sampler's probability of it is counts[a] / N.
+    """
+
+    logits: torch.Tensor  # (actions,) of the policy, a leaf with gradient
+    reference: torch.Tensor  # (actions,) log-probabilities
+    actions: torch.Tensor  # (N,)
+    batch: Batch
+
+    def gradient(self, by_row: torch.Tensor) -> torch.Tensor:
+        """(actions,) gradient by the logits, from that by the rows' log-probabilities (N, 1)."""
+        chosen = self.logits.log_softmax(0)[self.actions]
+        return torch.autograd.grad(chosen, self.logits, by_row.squeeze(1))[0]
+
+    def kl_gradient(self, forward: bool) -> torch.Tensor:
+        """(actions,) of KL(reference || policy) where `forward`, else of KL(policy || reference)."""
+        p, q = self.logits.log_softmax(0), self.reference
+        value = (q.exp() * (q - p)).sum() if forward else (p.exp() * (p - q)).sum()
+        return torch.autograd.grad(value, self.logits)[0]
+
+
+def enumerable(off_policy: bool = False, seed: int = 0) -> Enumerable:
+    """A policy over five actions that sampled the rows itself, or has moved since it did."""
+    source = torch.Generator().manual_seed(seed)
+    counts = torch.tensor([1, 2, 3, 4, 6])
+    actions = torch.arange(5).repeat_interleave(counts)
+    old = (counts / counts.sum()).double().log()
+    moved, reference, rewards = (torch.randn(n, generator=source, dtype=torch.float64) for n in (5, 5, len(actions)))
+    logits = (old + off_policy * 0.5 * moved).requires_grad_()
+    reference = reference.log_softmax(0)
+    logprobs = logits.detach().log_softmax(0)
+    rows = [values[actions].unsqueeze(1) for values in (logprobs, old, reference)]
+    batch = Batch(*rows, torch.ones(16, 1, dtype=torch.bool), rewards, torch.zeros(16, dtype=torch.int64), rewards)
+    return Enumerable(logits, reference, actions, batch.rewarded(rewards))
