@@ -33,29 +33,44 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float =
     Returns:
         (N, T) log-probabilities, computed in at least float32.
     """
-    return _log_softmax(logits, temperature).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return _tempered(logits, temperature).log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """(N, T) entropy in nats of softmax(logits / temperature)."""
-    return _entropy(_log_softmax(logits, temperature))
+    logprobs = _tempered(logits, temperature).log_softmax(dim=-1)
+    return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 def logprobs_and_entropy(
     logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs`, and beside them `token_entropy` without gradient, at the cost of one softmax."""
-    logprobs = _log_softmax(logits, temperature)
-    return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), _entropy(logprobs.detach())
+    """`token_logprobs` with gradient and `token_entropy` without, in half the time and memory: one backward only."""
+    return _LogprobsAndEntropy.apply(_tempered(logits, temperature), ids)
 
 
-def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+class _LogprobsAndEntropy(torch.autograd.Function):
+    """Keeps one (N, T, V) buffer, the probabilities p; backward turns it into the gradient 1[chosen] - p in place."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, ids = logits.log_softmax(dim=-1), ids.unsqueeze(-1)
+        chosen, probabilities = logprobs.gather(-1, ids).squeeze(-1), logprobs.exp()
+        entropy = -logprobs.mul_(probabilities).sum(dim=-1)
+        ctx.save_for_backward(probabilities, ids)
+        ctx.mark_non_differentiable(entropy)
+        return chosen, entropy
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        probabilities, ids = ctx.saved_tensors  # a second backward is refused here: they have been changed
+        gradient = gradient.unsqueeze(-1)
+        return probabilities.mul_(-gradient).scatter_add_(-1, ids, gradient), None
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits if temperature == 1.0 else logits / temperature).log_softmax(dim=-1)  # no copy for nothing
-
-
-def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
-    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
+    return logits if temperature == 1.0 else logits / temperature  # no copy for nothing
 
 
 def bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
