@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from grpo_kit.experiment import Experiment
+from grpo_kit.models import policy as policy_module
 from grpo_kit.models.decoding import decode
 from grpo_kit.models.policy import Policy
 from grpo_kit.models.prefix import Packing, run_prompts
@@ -23,16 +24,24 @@ seeing = pytest.mark.parametrize("images", [None, PICTURES], ids=["words", "pict
 # --- the layout -------------------------------------------------------------------------------------------------------
 
 
-def test_every_token_but_the_last_of_each_completion_has_a_place_of_its_own():
-    packing = Packing.of(MASK, GROUPS, 3)
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_every_token_but_the_last_of_each_completion_has_a_place_of_its_own(lanes: int):
+    packing = Packing.of(MASK, GROUPS, 3, lanes)
     assert len(packing.rows) == int((LENGTHS - 1).sum())
     assert len(set(zip(*(index.tolist() for index in packing.place), strict=True))) == len(packing.rows)
-    assert torch.equal(packing.place[0], GROUPS[packing.rows])
-    assert packing.shape == (3, 4)  # prompt 0: 0 + 2 + 1, prompt 1: 4, prompt 2: 3 + 1
+    assert torch.equal(packing.place[0] // lanes, GROUPS[packing.rows])
+    assert len({(int(row), int(lane)) for row, lane in zip(packing.rows, packing.place[0], strict=True)}) == 5
 
 
-def test_what_is_laid_out_comes_back_in_its_row_one_token_on():
-    packing = Packing.of(MASK, GROUPS, 3)
+def test_completions_take_turns_in_the_lanes_of_their_prompt():
+    assert Packing.of(MASK, GROUPS, 3).shape == (3, 4)  # prompt 0: 0 + 2 + 1 tokens, prompt 1: 4, prompt 2: 3 + 1
+    assert Packing.of(MASK, GROUPS, 3, lanes=2).shape == (6, 4)  # prompt 0: 0 + 1 and 2
+    assert Packing.of(MASK, GROUPS, 3, lanes=3).place[0].unique().tolist() == [1, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_what_is_laid_out_comes_back_in_its_row_one_token_on(lanes: int):
+    packing = Packing.of(MASK, GROUPS, 3, lanes)
     back = packing.take_out(packing.lay_out(IDS[packing.rows, packing.steps]), MASK)
     assert torch.equal(back[MASK[:, 1:]], IDS[:, :-1][MASK[:, 1:]]) and not back[~MASK[:, 1:]].any()
 
@@ -63,6 +72,23 @@ def test_completions_of_one_token_have_nothing_to_lay_out(kit: Experiment):
 # --- siblings in one row ----------------------------------------------------------------------------------------------
 
 
+@seeing
+def test_lanes_change_neither_scores_nor_gradients(
+    own_policy: Policy, images: list | None, monkeypatch: pytest.MonkeyPatch
+):
+    found = []
+    for lanes in (1, 2, 3):
+        monkeypatch.setattr(policy_module, "_lanes", lambda *_, lanes=lanes: lanes)
+        own_policy.model.zero_grad()
+        scores = own_policy.score(PROMPTS, GROUPS, IDS, MASK, images=images)
+        (scores.logprobs * IDS).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in own_policy.trainable_parameters() if p.grad is not None])
+        found.append((scores.logprobs.detach(), gradient))
+    for logprobs, gradient in found[1:]:
+        torch.testing.assert_close(logprobs, found[0][0], rtol=0, atol=5e-5)
+        assert float((gradient - found[0][1]).norm() / found[0][1].norm()) < 1e-5
+
+
 def _influence_of_a_sibling(policy: Policy, images: list | None) -> float:
     """How far a completion's log-probabilities move when another completion of its prompt is replaced."""
     other = IDS.clone()
@@ -78,16 +104,22 @@ def sees_its_siblings(packing: Packing) -> torch.Tensor:
     return torch.ones(packing.shape[1], packing.shape[1], dtype=torch.bool).tril().expand(packing.shape[0], -1, -1)
 
 
+@pytest.fixture
+def one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All completions of a prompt in one row."""
+    monkeypatch.setattr(policy_module, "_lanes", lambda *_: 1)
+
+
 @seeing
 @pytest.mark.trap("T11")
-def test_siblings_do_not_see_each_other(kit: Experiment, images: list | None):
+def test_siblings_do_not_see_each_other(kit: Experiment, images: list | None, one_lane: None):
     assert _influence_of_a_sibling(kit.policy, images) == 0
 
 
 @seeing
 @pytest.mark.trap("T11", broken="sees_its_siblings")
 def test_completions_that_see_their_siblings_are_noticed(
-    kit: Experiment, images: list | None, monkeypatch: pytest.MonkeyPatch
+    kit: Experiment, images: list | None, one_lane: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Packing, "sees", sees_its_siblings)
     assert _influence_of_a_sibling(kit.policy, images) > 1e-4

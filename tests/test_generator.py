@@ -99,8 +99,8 @@ def test_equal_pairs_are_drawn_once_and_given_back_in_place(generator: Generator
 def test_each_text_is_encoded_once(generator: Generator, monkeypatch: pytest.MonkeyPatch):
     asked, encode = [], generator.pipeline.encode_prompt
 
-    def counting(prompt: str | None, *args: object, **options: object) -> object:
-        asked.extend([] if prompt is None else [prompt])  # None: the pipeline was given kept embeddings
+    def counting(prompt: list[str] | None, *args: object, **options: object) -> object:
+        asked.extend(text for text in prompt or [] if text)  # None: the pipeline was given kept embeddings
         return encode(prompt, *args, **options)
 
     monkeypatch.setattr(generator.pipeline, "encode_prompt", counting)

@@ -17,7 +17,8 @@ from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.loading import ModelError, load_failure
 
 logger = logging.getLogger(__name__)
-_KEPT_TEXTS = 4096  # prompt embeddings kept; the oldest go first
+_KEPT_TEXTS = 256  # prompt embeddings kept, the oldest go first: a rewrite comes again soon or never
+_TEXTS_AT_ONCE = 8  # always exactly so many, so that a text's embedding does not depend on how many came with it
 _SMALLEST_CONTRAST = 2 / 255  # an image whose lightest and darkest values differ by less is blank
 
 
@@ -123,18 +124,25 @@ class Generator:
         return {name: torch.stack(column) for name, column in zip(names, columns, strict=True)}
 
     def _remember(self, texts: list[str]) -> None:
-        """Embed the texts that are not yet kept, one at a time, so that none depends on what it came with."""
-        for text in dict.fromkeys(texts):
-            if text not in self._embeddings:
-                self._count_truncated(text)
-                embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-                    text, None, None, do_classifier_free_guidance=False, **self._t5_length()
-                )
-                self._embeddings[text] = (embeddings[0], pooled[0])
+        """Embed the texts that are not yet kept."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
+        for start in range(0, len(new), _TEXTS_AT_ONCE):
+            self._embed(new[start : start + _TEXTS_AT_ONCE])
         for text in texts:
             self._embeddings.move_to_end(text)
         while len(self._embeddings) > max(_KEPT_TEXTS, len(texts) + 1):
             self._embeddings.popitem(last=False)
+
+    def _embed(self, texts: list[str]) -> None:
+        """Keep the embeddings of a few texts, encoded beside empty ones where they are too few."""
+        for text in texts:
+            self._count_truncated(text)
+        filled = texts + [""] * (_TEXTS_AT_ONCE - len(texts))
+        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+            filled, None, None, do_classifier_free_guidance=False, **self._t5_length()
+        )
+        for text, *kept in zip(texts, embeddings, pooled, strict=False):
+            self._embeddings[text] = tuple(tensor.clone() for tensor in kept)
 
     def _count_truncated(self, text: str) -> None:
         """Count over-long texts; only the first is reported, since a flood of warnings hides everything else."""

@@ -195,9 +195,11 @@ class Policy:
         group_ids, completion_ids, mask = (tensor.to(self.device) for tensor in (group_ids, completion_ids, mask))
         with self._answering(reference) as model, _evaluating(model):
             prefix = run_prompts(model, self.encode(prompts, images))
-            packing = Packing.of(mask, group_ids, len(prompts))
+            lanes = _lanes(mask, len(prompts), prefix.mask.shape[1])
+            packing = Packing.of(mask, group_ids, len(prompts), lanes)
             here, following = (completion_ids[packing.rows, packing.steps + ahead] for ahead in (0, 1))
-            logits = prefix.extend(model, packing.lay_out(here), packing.lay_out(packing.steps), packing.sees())
+            steps, sees = packing.lay_out(packing.steps), packing.sees()
+            logits = prefix.in_lanes(lanes).extend(model, packing.lay_out(here), steps, sees)
         first = logprobs_and_entropy(prefix.last_logits[group_ids], completion_ids[:, 0], self.temperature)
         later = logprobs_and_entropy(logits, packing.lay_out(following), self.temperature)
         columns = [torch.cat([a[:, None], packing.take_out(b, mask)], dim=1) for a, b in zip(first, later, strict=True)]
@@ -301,6 +303,11 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _lanes(mask: torch.Tensor, num_prompts: int, prompt_length: int) -> int:
+    """Rows for a prompt's completions, so that about as many tokens stand behind a prompt as in it."""
+    return max(1, min(len(mask) // num_prompts, round(int(mask.sum()) / num_prompts / prompt_length)))
 
 
 def _end_tokens(model: torch.nn.Module, tokenizer: object) -> list[int]:

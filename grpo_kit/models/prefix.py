@@ -1,14 +1,17 @@
 """Prompts that are run once, and the completions that go on from them.
 
-A prompt stands in the cache once, and all its completions are laid into one row behind it, told apart by the attention
-mask: each token sees the prompt and its own completion. So nothing is repeated, and a batch has a row a prompt:
+A prompt stands in the cache once, and its completions are laid behind it, told apart by the attention mask: each token
+sees the prompt and its own completion.
 
-    prompt          | completion 0 | completion 1 | …       in scoring: all tokens at once
     prompt          | 0 1 2 | 0 1 2 | 0 1 2 | …             in sampling: one token of each completion at a time
+    prompt          | completion 0 | completion 1 | …       in scoring: all tokens at once
+
+In scoring attention pays for all pairs of tokens in a row, so the completions may share several rows, *lanes*, each
+behind the prompt.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -25,6 +28,13 @@ class Prefix:
     mask: torch.Tensor  # (P, L) bool
     next_position: torch.Tensor  # (P,) position of the first completion token
     three_axes: bool  # multimodal rotary positions: (3, P, S)
+
+    def in_lanes(self, lanes: int) -> "Prefix":
+        """Every prompt that many times in a row, where its gradients meet."""
+        cache = self._with_layers(map(copy.copy, self.cache.layers))
+        cache.batch_repeat_interleave(lanes)
+        mask, position = (values.repeat_interleave(lanes, dim=0) for values in (self.mask, self.next_position))
+        return replace(self, cache=cache, mask=mask, next_position=position)
 
     def room_for(self, tokens: int) -> object:
         """A copy of the cache with room for `tokens` more a row, so that appending one copies nothing; no gradients."""
@@ -89,39 +99,43 @@ def _rope_deltas(model: torch.nn.Module) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each completion token stands when the completions of a prompt are laid into one row, without padding.
+    """Where each completion token stands when completions are laid behind their prompts, without padding between them.
 
-    A completion's last token is left out: it predicts nothing. M tokens of N completions of P prompts are laid out.
+    A completion's last token is left out: it predicts nothing. M tokens of N completions are laid out in R rows, which
+    are P prompts in so many lanes each.
     """
 
     rows: torch.Tensor  # (M,) which completion
     steps: torch.Tensor  # (M,) how far into it
-    place: tuple[torch.Tensor, torch.Tensor]  # (M,), (M,): prompt and slot
-    shape: tuple[int, int]  # (P, S), S the most tokens behind a prompt
+    place: tuple[torch.Tensor, torch.Tensor]  # (M,), (M,): row and slot
+    shape: tuple[int, int]  # (R, S), S the most tokens in a row
 
     @classmethod
-    def of(cls, mask: torch.Tensor, group_ids: torch.Tensor, num_prompts: int) -> "Packing":
-        """Lay out completions, (N, T) mask, that answer the prompts `group_ids` (N,)."""
+    def of(cls, mask: torch.Tensor, group_ids: torch.Tensor, num_prompts: int, lanes: int = 1) -> "Packing":
+        """Lay out completions, (N, T) mask, that answer the prompts `group_ids` (N,), in turn into a prompt's lanes."""
         rows, steps = mask[:, 1:].nonzero(as_tuple=True)  # a token is laid out where there is one after it
         counts = mask[:, 1:].sum(dim=1)
-        before = torch.zeros_like(counts)
+        lane, before = torch.zeros_like(counts), torch.zeros_like(counts)
         for group in range(num_prompts):
-            members = group_ids == group
-            before[members] = counts[members].cumsum(dim=0) - counts[members]
+            members = (group_ids == group).nonzero().flatten()
+            for number in range(lanes):
+                own = members[number::lanes]
+                lane[own] = group * lanes + number
+                before[own] = counts[own].cumsum(dim=0) - counts[own]
         slots = before[rows] + steps
         longest = int(slots.max()) + 1 if len(slots) else 1
-        return cls(rows, steps, (group_ids[rows], slots), (num_prompts, longest))
+        return cls(rows, steps, (lane[rows], slots), (num_prompts * lanes, longest))
 
     def lay_out(self, values: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """(P, S) with the tokens' (M,) values in their places."""
+        """(R, S) with the tokens' (M,) values in their places."""
         return values.new_full(self.shape, fill).index_put(self.place, values)
 
     def take_out(self, laid: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(N, T - 1) values of the completions' later tokens, from (P, S) values at the tokens before them."""
+        """(N, T - 1) values of the completions' later tokens, from (R, S) values at the tokens before them."""
         return laid.new_zeros(mask[:, 1:].shape).index_put((self.rows, self.steps), laid[self.place])
 
     def sees(self) -> torch.Tensor:
-        """(P, S, S) bool: a token sees its own completion up to itself; a place without a token nothing."""
+        """(R, S, S) bool: a token sees its own completion up to itself; a place without a token nothing."""
         owner, steps = self.lay_out(self.rows, fill=-1), self.lay_out(self.steps)
         own = (owner[:, :, None] == owner[:, None]) & (owner >= 0)[:, :, None]
         return own & (steps[:, :, None] >= steps[:, None])
