@@ -32,10 +32,9 @@ traps: $(READY) ## show that each known trap of GRPO is avoided, and that delibe
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m trap --traps -n $(JOBS) --dist loadfile $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	$(PY) -m jupyter lab --notebook-dir notebooks $(ARGS)
+	$(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)
 
-bench: $(READY) ## measure speed and memory, beside TRL
-	@test -d benchmarks || { echo "make bench: this checkout has no benchmarks/ yet"; exit 2; }
+bench: $(READY) ## measure speed and memory, beside TRL (ARGS="--quick", or some workloads: ARGS="W1 W3")
 	$(PY) -m benchmarks $(ARGS)
 
 models: $(READY) ## train the embedded world's models again, from nothing

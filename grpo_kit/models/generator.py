@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -80,8 +81,10 @@ class Generator:
         wanted = [(str(prompt), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         distinct = list(dict.fromkeys(wanted))
         drawn: dict[tuple[str, int], Image.Image | None] = {}
-        for start in range(0, len(distinct), self.batch_size):
-            pairs = distinct[start : start + self.batch_size]
+        calls = math.ceil(len(distinct) / self.batch_size)
+        size = math.ceil(len(distinct) / max(calls, 1))  # as even as can be: the last few would cost more an image
+        for start in range(0, len(distinct), max(size, 1)):
+            pairs = distinct[start : start + size]
             drawn.update(zip(pairs, self._draw(pairs), strict=True))
         return [drawn[pair] for pair in wanted]
 
