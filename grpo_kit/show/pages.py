@@ -21,6 +21,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 
 SHOWN_OUTPUTS = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
+UNSHOWN = ("colab",)  # tags of cells that say nothing to a reader
 TAGS = frozenset(
     "a abbr b blockquote br caption code col colgroup dd details div dl dt em figcaption figure h1 h2 h3 h4 h5 "
     "h6 hr i img li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr u ul".split()
@@ -90,14 +91,16 @@ def _minutes(notebook: nbformat.NotebookNode) -> float | None:
 
 
 def _error(notebook: nbformat.NotebookNode) -> str | None:
-    """Return what stopped the notebook, as `NameError: …`."""
+    """Return what stopped the notebook: what `grpo_kit.runs` noted, such as a time-out, or `NameError: …`."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return next((f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"), None)
+    raised = next((f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"), None)
+    return notebook.metadata.get("grpo_kit", {}).get("stopped") or raised
 
 
 def _notebook_html(notebook: nbformat.NotebookNode, path: Path) -> str:
     """Return the notebook's cells as HTML, still to be cleaned."""
     notebook.metadata.pop("widgets", None)
+    notebook.cells = [cell for cell in notebook.cells if not set(UNSHOWN) & set(cell.metadata.get("tags", []))]
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if "data" in output:

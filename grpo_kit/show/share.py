@@ -1,0 +1,75 @@
+"""A small copy of a run's pages, to send or to commit: the same pages, smaller pictures, without the run's data."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from grpo_kit.config import KitError
+from grpo_kit.show.pages import data_uri
+
+PICTURE = re.compile(r"data:image/(png|jpeg|svg\+xml);base64,([A-Za-z0-9+/=\s]+)")
+LONG_NUMBER = re.compile(rb"\d+\.\d{3,}")
+# in a drawing, whose letters are paths and not text
+UNSEEN = re.compile(rb"<!--.*?-->|<metadata>.*?</metadata>|(?<=>)\s+(?=<)", re.DOTALL)
+NOTEBOOK_LINK = re.compile(r' ·\s*<a href="[\w.-]+\.ipynb">the notebook itself</a>')
+QUALITY = 70  # of WebP
+WIDEST = 1400  # pixels
+
+
+def share_pages(run_dir: Path, folder: Path) -> list[Path]:
+    """Copy a run's `index.html` and the pages of its notebooks, and return what was written.
+
+    Pictures become WebP where that is smaller, drawings are rounded to a hundredth of a point; the text stays.
+
+    Args:
+        run_dir: the run's folder, whose report is written.
+        folder: where the copies go; pages that are there are replaced.
+
+    Raises:
+        KitError: the run has no report, or `folder` is the run's own.
+    """
+    run_dir, folder = Path(run_dir), Path(folder)
+    if not (run_dir / "index.html").is_file():
+        raise KitError(f"run {run_dir}: no index.html in it. Write it: grpo-kit report {run_dir}")
+    if folder.resolve() == run_dir.resolve():
+        raise KitError(f"share folder {folder}: the run's own folder. Choose another one")
+    pages = [run_dir / "index.html", *sorted((run_dir / "notebooks").glob("*.html"))]
+    for stale in folder.glob("notebooks/*.html"):
+        stale.unlink()
+    return [_copy(page, folder / page.relative_to(run_dir)) for page in pages]
+
+
+def _copy(page: Path, to: Path) -> Path:
+    text = PICTURE.sub(_smaller, page.read_text(encoding="utf-8"))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(NOTEBOOK_LINK.sub("", text), encoding="utf-8")
+    return to
+
+
+def _smaller(match: re.Match) -> str:
+    kind, content = match[1], base64.b64decode(match[2])
+    if kind == "svg+xml":
+        short = LONG_NUMBER.sub(_rounded, UNSEEN.sub(b"", content))
+        return data_uri(re.sub(rb"\s+", b" ", short), kind)
+    encoded = _webp(content)
+    return data_uri(encoded, "webp") if len(encoded) < len(content) else match[0]
+
+
+def _rounded(number: re.Match) -> bytes:
+    """Two decimals where the number is a place; more where it may be a scale, such as that of the letters."""
+    value = float(number[0])
+    return b"%.2f" % value if value >= 10 else b"%.4f" % value
+
+
+def _webp(content: bytes) -> bytes:
+    with Image.open(io.BytesIO(content)) as image:
+        small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    small.thumbnail((WIDEST, 10 * WIDEST))
+    stream = io.BytesIO()
+    small.save(stream, "WEBP", quality=QUALITY, method=6)
+    return stream.getvalue()
