@@ -1,4 +1,4 @@
-"""The command line: `grpo-kit run | train | evaluate | report | check | doctor`.
+"""The command line: `grpo-kit run | train | evaluate | report | compare | check | doctor`.
 
 Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked (one line says which), 130 interrupted.
 """
@@ -11,14 +11,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from grpo_kit.runs.headless import Executed
+    from grpo_kit.runs.grid import PlannedTrial, TrialResult
+    from grpo_kit.runs.headless import Executed, Planned
+    from grpo_kit.show.comparison import Pool
 
 app = typer.Typer(
     add_completion=False,
@@ -43,35 +45,31 @@ def run(
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="name=value, for the notebooks that have it.")
     ] = None,
+    override: Annotated[list[str] | None, typer.Option("-o", help="section.key=value of the profile.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="YAML or JSON, name: [values]; a run for each combination.")] = None,
     run_dir: RunDir = None,
     name: Name = "",
     minutes_per_cell: Annotated[float, typer.Option(min=0.01, help="The longest that a cell may take.")] = 60.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Run a large grid without asking back.")] = False,
 ) -> None:
-    """Execute the notebooks, and write the report of the run."""
+    """Execute the notebooks, and write the report of the run; with --grid, of a run for each combination."""
     from grpo_kit.config import load_config
-    from grpo_kit.runs.headless import execute, plan, select_notebooks
+    from grpo_kit.runs.headless import plan, select_notebooks
 
     config = load_config(profile)
     chosen = select_notebooks([part for part in notebooks.split(",") if part.strip()])
     folder = new_run_folder(config.profile, run_dir, name)
-    planned = plan(chosen, profile, folder, _pairs(parameter or [], "-p"))
-    print(f"run folder: {folder}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the notebook's kernel ends too
-    ran: list[Executed] = []
-    try:
-        for number, notebook in enumerate(planned, start=1):
-            print(f"[{number}/{len(planned)}] {notebook.name}", flush=True)
-            with _progress_told(folder):
-                ran.append(execute(notebook, folder / "notebooks", minutes_per_cell))
-            if ran[-1].error:
-                break
-    except KeyboardInterrupt:
-        given = [part for text in parameter or [] for part in ("-p", text)]
-        raise _interrupted("run", "--profile", profile, "--run-dir", str(folder), *given) from None
-    _finish(folder, ran)
-    if ran[-1].error:
-        print(f"{ran[-1].name} failed: {ran[-1].error} (as far as it came: {ran[-1].path})", file=sys.stderr)
-        raise typer.Exit(1)
+    parameters, settings = _pairs(parameter or [], "-p"), _overrides(override or [])
+    again = ["run", "--profile", profile, "--run-dir", str(folder)]
+    again += ["--notebooks", notebooks] if notebooks else []
+    for option, given in (("-p", parameter), ("-o", override)):
+        again += [part for text in given or () for part in (option, text)]
+    if grid is not None:
+        trials = _planned_grid(grid, chosen, profile, folder, parameters, settings, yes)
+        _run_grid(trials, folder, minutes_per_cell, [*again, "--grid", str(grid), *(["--yes"] if yes else [])])
+        return
+    planned = plan(chosen, profile, folder, parameters, settings)
+    _run_notebooks(planned, profile, settings, folder, minutes_per_cell, again)
 
 
 @app.command()
@@ -122,13 +120,44 @@ def evaluate(run: Run) -> None:
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(
+    run: Run,
+    share: Annotated[Path | None, typer.Option(help="A folder for a small copy of the pages, to send on.")] = None,
+) -> None:
     """Write index.html from what a run left on disk."""
     folder = existing_run(run)
     from grpo_kit.show.report import write_report
+    from grpo_kit.show.share import share_pages
 
     _print_results(folder)
     print(f"report: {write_report(folder)}")
+    if share is not None:
+        pages = share_pages(folder, share)
+        print(f"shared: {len(pages)} pages, {sum(page.stat().st_size for page in pages) / 1e6:.1f} MB, {pages[0]}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Runs, or a grid: folders, or names in reports/.")],
+    html: Annotated[Path | None, typer.Option(help="The page; one in reports/ when left out.")] = None,
+    tables: Annotated[Path | None, typer.Option(help="A folder for runs.jsonl and curves.parquet.")] = None,
+) -> None:
+    """Lay runs side by side: settings, final figures with intervals, curves, seconds; seeds of a setting are pooled."""
+    from grpo_kit.config import PROJECT_ROOT, KitError
+
+    folders = [folder for run in runs for folder in _trials(run) or [existing_run(run)]]
+    if len(folders) < 2:
+        raise KitError(f"compare: found 1 run ({folders[0].name}), allowed: at least 2, or a grid. Name another run")
+    page = html or PROJECT_ROOT / "reports" / f"compare-{time.strftime('%Y%m%d-%H%M%S')}.html"
+    if page.is_dir():
+        raise KitError(f"--html {page}: a folder. Name a file in it")
+    if tables is not None and tables.is_file():
+        raise KitError(f"--tables {tables}: a file. Name a folder")
+    pools = _compare(folders, page.expanduser().resolve())
+    if tables is not None:
+        from grpo_kit.show.comparison import write_tables
+
+        print(f"tables: {write_tables(pools, tables)}")
 
 
 @app.command()
@@ -188,14 +217,32 @@ def existing_run(text: str) -> Path:
     from grpo_kit.config import PROJECT_ROOT, KitError
 
     reports = PROJECT_ROOT / "reports"
-    if "\0" not in text and len(text) < 4096:
-        folders = [Path(text).expanduser().resolve()] + ([reports / text] if Path(text).name == text else [])
-        for folder in folders:
-            if (folder / "config.json").is_file() or (folder / "final_results.json").is_file():
-                return folder
+    for folder in _places(text):
+        if (folder / "config.json").is_file() or (folder / "final_results.json").is_file():
+            return folder
     runs = sorted(path.parent for path in reports.glob("*/config.json"))
     known = ", ".join(path.name for path in runs[-5:]) or "none yet. Make one: grpo-kit run"
     raise KitError(f"run {text!r:.100}: no run folder (one with a config.json); runs in reports/: {known}")
+
+
+def _trials(text: str) -> list[Path]:
+    """The trials of a grid given by path, or by its name below reports/; none where it is no grid."""
+    from grpo_kit.runs.grid import trial_folders
+
+    return next((found for path in _places(text) if (found := trial_folders(path))), [])
+
+
+def _places(text: str) -> list[Path]:
+    """The folders that a path, or a name below reports/, can mean; none where it cannot be a folder's at all."""
+    from grpo_kit.config import PROJECT_ROOT
+
+    reports = (PROJECT_ROOT / "reports").resolve()
+    try:
+        below = (reports / text).resolve()
+        places = [Path(text).expanduser().resolve(), *([below] if below.is_relative_to(reports) else [])]
+        return [place for place in places if place.is_dir()]
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
+        return []
 
 
 def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
@@ -222,6 +269,107 @@ def _overrides(given: Sequence[str]) -> dict[str, object]:
         here = key in paths and value and "\0" not in value and Path(value).exists()
         pairs[key] = str(Path(value).resolve()) if here else value
     return pairs
+
+
+def _run_notebooks(
+    planned: "Sequence[Planned]",
+    profile: str,
+    settings: Mapping[str, object],
+    folder: Path,
+    minutes_per_cell: float,
+    again: Sequence[str],
+) -> None:
+    """Execute a series until one of it fails, and write the run's page."""
+    from grpo_kit.runs.headless import execute, write_profile
+
+    print(f"run folder: {folder}", flush=True)
+    _unwind_on_signals()
+    write_profile(folder, profile, settings)
+    ran: list[Executed] = []
+    try:
+        for number, notebook in enumerate(planned, start=1):
+            print(f"[{number}/{len(planned)}] {notebook.name}", flush=True)
+            with _progress_told(folder):
+                ran.append(execute(notebook, folder / "notebooks", minutes_per_cell))
+            if ran[-1].error:
+                break
+    except KeyboardInterrupt:
+        raise _interrupted(*again) from None
+    _finish(folder, ran)
+    if ran[-1].error:
+        print(f"{ran[-1].name} failed: {ran[-1].error} (as far as it came: {ran[-1].path})", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _planned_grid(
+    grid: Path,
+    notebooks: Sequence[Path],
+    profile: str,
+    folder: Path,
+    parameters: Mapping[str, object],
+    settings: Mapping[str, object],
+    yes: bool,
+) -> "list[PlannedTrial]":
+    """Read a grid and check every trial of it."""
+    from grpo_kit.runs.grid import UNASKED, GridError, plan_trials, read_grid
+
+    trials = read_grid(grid)
+    planned = plan_trials(trials, notebooks, profile, folder, parameters, settings)
+    if len(trials) > UNASKED and not yes:
+        many = f"{len(trials)} trials of {len(notebooks)} notebook{'s' if len(notebooks) > 1 else ''} each"
+        raise GridError(f"grid {grid}: {many}, allowed: {UNASKED}. Give --yes to run them all, or --notebooks")
+    return planned
+
+
+def _run_grid(trials: "Sequence[PlannedTrial]", folder: Path, minutes_per_cell: float, again: Sequence[str]) -> None:
+    """Run the trials one after the other, write a page for each and one that compares them."""
+    from grpo_kit.runs.grid import finished, run_trial, write_order
+    from grpo_kit.show.report import write_report
+
+    print(f"grid folder: {folder}", flush=True)
+    _unwind_on_signals()
+    write_order(folder, trials)
+    results: list[TrialResult] = []
+    try:
+        for number, trial in enumerate(trials, start=1):
+            before = finished(trial)
+            print(f"[{number}/{len(trials)}] {trial.name}{', finished before' if before else ''}", flush=True)
+            with _progress_told(trial.folder):
+                results.append(before or run_trial(trial, minutes_per_cell, _tell_notebook))
+            if results[-1].error:
+                print(f"      failed: {results[-1].error}", file=sys.stderr, flush=True)
+            write_report(trial.folder)
+    except KeyboardInterrupt:
+        raise _interrupted(*again) from None
+    _compare([result.folder for result in results], folder / "index.html")
+    failed = [result for result in results if result.error]
+    for result in failed:
+        print(f"{result.name} failed: {result.error} (as far as it came: {result.folder})", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(results)} trials failed; {_again_text(again)} tries those again", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _tell_notebook(notebook: "Planned") -> None:
+    print(f"      {notebook.name}", flush=True)
+
+
+def _compare(folders: Sequence[Path], page: Path) -> "list[Pool]":
+    """Print the runs side by side, and write the page."""
+    from grpo_kit.show.comparison import pool_runs, read_runs, runs_text
+    from grpo_kit.show.comparison_page import write_comparison
+
+    pools = pool_runs(read_runs(folders))
+    print(f"\n{runs_text(pools)}\n\ncomparison: {write_comparison(pools, page)}")
+    return pools
+
+
+def _unwind_on_signals() -> None:
+    """Let a signal that ends this process unwind it, so that a notebook's kernel ends too."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it: so does its child
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 @contextlib.contextmanager
@@ -254,8 +402,12 @@ def _last_metrics(path: Path) -> str:
 
 
 def _interrupted(*again: str) -> typer.Exit:
-    print(f"\ninterrupted; it goes on where it stopped with: grpo-kit {shlex.join(again)}", file=sys.stderr)
+    print(f"\ninterrupted; it goes on where it stopped with: {_again_text(again)}", file=sys.stderr)
     return typer.Exit(130)
+
+
+def _again_text(again: Sequence[str]) -> str:
+    return f"grpo-kit {shlex.join(again)}"
 
 
 def _finish(folder: Path, ran: "Sequence[Executed]") -> None:
@@ -268,8 +420,7 @@ def _finish(folder: Path, ran: "Sequence[Executed]") -> None:
     for notebook in ran:
         print(f"  {notebook.name:<{width}}  {notebook.minutes:6.1f}{'  failed' if notebook.error else ''}")
     print(f"  {'together':<{width}}  {sum(notebook.minutes for notebook in ran):6.1f}")
-    if (folder / "config.json").is_file():
-        print(f"\nreport: {write_report(folder)}")
+    print(f"\nreport: {write_report(folder)}")
 
 
 def _print_results(folder: Path) -> None:

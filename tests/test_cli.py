@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from grpo_kit import check, cli
-from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError
+from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, load_config
 from grpo_kit.runs import headless
 from grpo_kit.runs.headless import NotebookError, plan, select_notebooks
 
@@ -131,6 +131,31 @@ def test_parameter_that_its_setting_does_not_allow_stops_before_anything_runs(se
     plan(select_notebooks(), "tiny", tmp_path, {"group_size": "0"})  # the notebook's own default
 
 
+@pytest.mark.parametrize(("name", "value"), [("seeds_per_prompt", "0"), ("temperature", "-1"), ("seed", "-1")])
+def test_a_parameter_named_like_any_setting_is_held_against_it(tmp_path: Path, name: str, value: str):
+    kind = "float" if name == "temperature" else "int"
+    declared = f'profile: str = "tiny"  # a profile\n{name}: {kind} = {7 if kind == "int" else 0.7}  # a setting'
+    notebook = _notebook(tmp_path / "00_a.ipynb", parameters=declared)
+    with pytest.raises(ConfigError, match=rf"_settings\.{name}: found {value}"):
+        plan([notebook], "tiny", tmp_path, {name: value})
+
+
+def test_a_parameter_that_only_other_notebooks_have_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = _notebook(tmp_path / "00_a.ipynb", parameters="seed: int = 0  # a seed")
+    _notebook(tmp_path / "01_b.ipynb", parameters="size: int = 0  # a size")
+    with pytest.raises(NotebookError, match=r"parameter size: not in 00_a, but in 01_b\. Add that to --notebooks"):
+        plan([first], "tiny", tmp_path, {"size": "3"})
+
+
+def test_settings_reach_the_notebooks_as_a_profile_of_the_run(series: Path, tmp_path: Path):
+    settings = {"training_settings.beta": "0.5"}
+    (notebook,) = plan(select_notebooks(["00"]), "tiny", tmp_path / "run", {}, settings)
+    assert not (tmp_path / "run").exists()
+    headless.write_profile(tmp_path / "run", "tiny", settings)
+    assert notebook.parameters["profile"] == str(tmp_path / "run" / "profile.json")
+    assert load_config(notebook.parameters["profile"]) == load_config("tiny", settings)
+
+
 def test_a_file_that_is_no_notebook_is_named(tmp_path: Path):
     (tmp_path / "00_a.ipynb").write_text("{")
     with pytest.raises(NotebookError, match=r"00_a\.ipynb: not a notebook"):
@@ -169,12 +194,26 @@ def test_failed_notebook_is_named_with_its_error_and_keeps_what_it_did(
     assert "07_second failed: " in captured.err and "ZeroDivisionError: division by zero" in captured.err
     assert (folder / "notebooks" / "07_second.ipynb").is_file()
     assert not (folder / "notebooks" / "08_third.ipynb").exists()  # nothing goes on after a failure
+    page = (folder / "index.html").read_text()
+    assert "stopped: ZeroDivisionError: division by zero" in page and 'href="notebooks/07_second.html"' in page
 
 
 def test_notebook_that_takes_too_long_is_stopped(series: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     _notebook(series / "08_third.ipynb", "import time; time.sleep(60)")
     assert _run("run", "--notebooks", "08", "--run-dir", str(tmp_path / "run"), "--minutes-per-cell", "0.02") == 1
     assert "08_third failed: a cell ran longer than 0.02 minutes" in capsys.readouterr().err
+    assert "stopped: a cell ran longer than 0.02 minutes" in (tmp_path / "run" / "index.html").read_text()
+
+
+def test_kernel_that_dies_is_named_and_what_was_done_is_kept(
+    series: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    _notebook(series / "08_third.ipynb", "print('before')", "import os; os._exit(1)")
+    assert _run("run", "--notebooks", "08", "--run-dir", str(tmp_path / "run")) == 1
+    assert "08_third failed: its kernel died" in capsys.readouterr().err
+    kept = nbformat.read(tmp_path / "run" / "notebooks" / "08_third.ipynb", as_version=4)
+    assert kept.cells[2].outputs[0].text == "before\n"
+    assert "stopped: its kernel died" in (tmp_path / "run" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -184,7 +223,12 @@ def test_notebook_that_takes_too_long_is_stopped(series: Path, tmp_path: Path, c
         ("-p", "group_size=abc"),
         ("-p", "group_size=1"),
         ("-p", "group_size"),
+        ("-p", "seeds_per_prompt=2"),
         ("-p", "=8"),
+        ("-o", "training_settings.group_size=1"),
+        ("-o", "training_settings.gruop_size=4"),
+        ("-o", "group_size=4"),
+        ("--grid", "no_such_file.yaml"),
         ("-p", "rate=1", "-p", "rate=2"),
         ("--notebooks", "99"),
         ("--profile", "tinny"),
@@ -215,7 +259,9 @@ def test_run_folder_is_in_reports_unless_asked_otherwise(tmp_path: Path):
     assert unnamed.parent == PROJECT_ROOT / "reports" and unnamed.name.startswith("tiny-2")
 
 
-def test_terminated_run_takes_its_kernel_along(tmp_path: Path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_terminated_run_takes_its_kernel_along(tmp_path: Path, name: str):
+    number = getattr(signal, name, None) or pytest.skip(f"no {name} here")
     _notebook(
         tmp_path / "00_a.ipynb",
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))",
@@ -225,8 +271,8 @@ def test_terminated_run_takes_its_kernel_along(tmp_path: Path):
     code += f"import grpo_kit.cli; grpo_kit.cli.main(['run', '--run-dir', {str(tmp_path / 'run')!r}])"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
     pid = _wait_for_number(tmp_path / "pid")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
     deadline = time.monotonic() + 10
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -314,7 +360,7 @@ def test_evaluate_compares_the_trained_policy_of_the_run(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "report"])
-@pytest.mark.parametrize("run", ["no_such_run", "../..", "/", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("run", ["no_such_run", "../..", "/", "a\0b", "x" * 5000, "x" * 400, "~nobody_at_all"])
 def test_unknown_run_is_one_line(command: str, run: str, capsys: pytest.CaptureFixture):
     assert _run(command, run) == 2
     assert "no run folder" in _one_line(capsys)

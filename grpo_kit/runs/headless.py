@@ -6,6 +6,7 @@ code as it stands; so names and types are checked here against the notebook's ow
 
 import ast
 import difflib
+import functools
 import json
 import math
 import re
@@ -13,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_kit.config import PROFILES, PROJECT_ROOT, KitError, TrainingSettings, load_config
+from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, KitError, Section, load_config
 
 NOTEBOOK_FOLDER = PROJECT_ROOT / "notebooks"
+OWN_PROFILE = "profile.json"  # in the run's folder: the profile with the settings that this run changes
 # These come from the command's own options.
 OWN_PARAMETERS = {"profile": "--profile", "run_dir": "--run-dir or --name"}
 
@@ -65,28 +67,49 @@ def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> 
     return sorted(set(chosen))
 
 
-def plan(notebooks: Sequence[Path], profile: str, run_dir: Path, parameters: Mapping[str, str]) -> list[Planned]:
+def plan(
+    notebooks: Sequence[Path],
+    profile: str,
+    run_dir: Path,
+    parameters: Mapping[str, object],
+    settings: Mapping[str, object] | None = None,
+) -> list[Planned]:
     """Check the parameters against the notebooks that will run, and say which notebook gets which.
 
     Args:
         notebooks: what `select_notebooks` chose.
         profile: a profile's name or the path of a JSON file.
         run_dir: the run's folder, which every notebook reads and writes.
-        parameters: values as text, by name; each goes to the notebooks that have such a parameter.
+        parameters: values by name, as text or of the declared type; each goes to the notebooks that have it.
+        settings: of the profile, by dotted key, which no notebook has as a parameter; the notebooks get a profile
+            that `write_profile` writes into the run's folder.
     Raises:
         NotebookError: no notebook has the parameter, or the value is not of its type.
         ConfigError: the value is of the right type, but the setting of that name does not allow it.
     """
+    settings = settings or {}
     declared = {path: _declared(path) for path in notebooks}
     for name in parameters:
         _check_name(name, declared)
+    if settings and not any("profile" in known for known in declared.values()):
+        raise NotebookError(
+            f"settings {', '.join(settings):.80}: none of the notebooks takes a profile. Leave them out"
+        )
+    used = str(Path(run_dir).resolve() / OWN_PROFILE) if settings else _absolute(profile)
     planned = []
     for path, known in declared.items():
-        values: dict[str, object] = {"profile": _absolute(profile), "run_dir": str(Path(run_dir).resolve())}
-        values |= {name: _typed(name, text, known[name]) for name, text in parameters.items() if name in known}
+        values: dict[str, object] = {"profile": used, "run_dir": str(Path(run_dir).resolve())}
+        values |= {name: _typed(name, value, known[name]) for name, value in parameters.items() if name in known}
         planned.append(Planned(path, {name: value for name, value in values.items() if name in known}))
-    _check_settings(profile, planned, declared)
+    _check_settings(profile, settings, planned, declared)
     return planned
+
+
+def write_profile(run_dir: Path, profile: str, settings: Mapping[str, object]) -> None:
+    """Write the profile that `plan` told the notebooks to read, where settings are changed at all."""
+    if settings:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        load_config(profile, settings).save(Path(run_dir) / OWN_PROFILE)
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,12 @@ class _Parameter:
     default: object
 
 
-def _declared(path: Path) -> dict[str, _Parameter]:
+def _declared(path: Path) -> Mapping[str, _Parameter]:
+    return _inspected(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=100)  # a grid asks for the same notebooks again for each of its trials
+def _inspected(path: Path, _changed: int) -> Mapping[str, _Parameter]:
     import papermill
 
     try:
@@ -120,25 +148,60 @@ def _check_name(name: str, declared: Mapping[Path, Mapping[str, _Parameter]]) ->
     if name in OWN_PARAMETERS:
         raise NotebookError(f"parameter {name}: set it with {OWN_PARAMETERS[name]}")
     if name not in known:
+        elsewhere = _elsewhere(name, declared)
+        if elsewhere:
+            chosen = ", ".join(path.stem for path in declared)
+            raise NotebookError(f"parameter {name}: not in {chosen}, but in {elsewhere}. Add that to --notebooks")
         close = difflib.get_close_matches(name[:100], known, n=1)
-        hint = f", did you mean {close[0]}?" if close else ""
+        hint = f", did you mean {close[0]}?" if close else _as_setting(name)
         raise NotebookError(f"parameter {name!r:.60}: unknown{hint}; allowed: {', '.join(known) or 'none'}")
 
 
-def _typed(name: str, text: str, parameter: _Parameter) -> object:
-    """Read the text of a value as the type that the notebook declares."""
+def _elsewhere(name: str, chosen: Mapping[Path, object]) -> str:
+    """The notebooks beside the chosen ones that have such a parameter."""
+    folders = {path.parent for path in chosen}
+    others = [path for folder in folders for path in select_notebooks(folder=folder) if path not in chosen]
+    return ", ".join(path.stem for path in others if name in _declared(path))
+
+
+def _as_setting(name: str) -> str:
+    """Where a setting of that name is given, as a part of an error."""
+    key = _setting_keys().get(name)
+    return f"; as a setting of the profile: -o {key}=…, in a grid {key}" if key else ""
+
+
+def _setting_keys() -> dict[str, str]:
+    """The dotted key of every setting whose name stands in one section only."""
+    sections = {key: field.annotation for key, field in Config.model_fields.items()}
+    keys = [
+        (name, f"{section}.{name}")
+        for section, kind in sections.items()
+        if isinstance(kind, type) and issubclass(kind, Section)
+        for name in kind.model_fields
+    ]
+    names = [name for name, _ in keys]
+    return {name: key for name, key in keys if names.count(name) == 1}
+
+
+def _typed(name: str, given: object, parameter: _Parameter) -> object:
+    """Read a value, given as text or as it is, as the type that the notebook declares."""
     kind = parameter.kind
-    if kind == "str":
-        return text
+    if kind == "str" and isinstance(given, str):
+        return given
     readers = {"int": int, "float": float, "bool": _boolean, "list": _literal, "dict": _literal, "tuple": _literal}
-    if kind not in readers:
+    if kind not in (*readers, "str"):
         raise NotebookError(f"parameter {name}: its type {kind!r:.40} cannot be given on the command line")
-    try:
-        value = readers[kind](text)
-    except (ValueError, SyntaxError):
-        value = None
+    value = given
+    if isinstance(given, str):
+        try:
+            value = readers[kind](given)
+        except (ValueError, SyntaxError):
+            value = None
+    elif kind == "float" and type(given) is int:
+        value = float(given)
     if type(value).__name__ != kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise NotebookError(f"parameter {name}: found {text!r:.60}, allowed: {kind}, such as {parameter.default!r:.60}")
+        example = f"{kind}, such as {parameter.default!r:.60}"
+        raise NotebookError(f"parameter {name}: found {given!r:.60}, allowed: {example}")
     return value
 
 
@@ -154,16 +217,26 @@ def _literal(text: str) -> object:
 
 
 def _check_settings(
-    profile: str, planned: Sequence[Planned], declared: Mapping[Path, Mapping[str, _Parameter]]
+    profile: str,
+    settings: Mapping[str, object],
+    planned: Sequence[Planned],
+    declared: Mapping[Path, Mapping[str, _Parameter]],
 ) -> None:
-    """A parameter that is named like a training setting must be a value which that setting allows."""
+    """A parameter that is named like a setting must be a value which that setting allows."""
+    keys = _setting_keys()
     for notebook in planned:
-        overrides = {
-            f"training_settings.{name}": value
+        changes = {
+            keys[name]: value
             for name, value in notebook.parameters.items()
-            if name in TrainingSettings.model_fields and value != declared[notebook.path][name].default
+            if name in keys and value != declared[notebook.path][name].default
         }
-        load_config(profile, overrides)
+        twice = settings.keys() & changes.keys()
+        if twice:
+            key = min(twice)
+            raise NotebookError(
+                f"{key}: given as a setting and as the parameter {key.split('.')[-1]}. Give one of them"
+            )
+        load_config(profile, {**settings, **changes})
 
 
 def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> Executed:
@@ -182,6 +255,7 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
             parameters=dict(notebook.parameters),
             kernel_name="python3",
             progress_bar=False,
+            extra_arguments=["--log-level=ERROR"],  # the kernel's: its warnings would stand between the progress lines
             execution_timeout=max(1, round(minutes_per_cell * 60)),
             cwd=str(PROJECT_ROOT),
         )
@@ -189,9 +263,24 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
         error = f"cell [{failure.exec_count}]: {failure.ename}: {_first_line(failure.evalue)}"
     except CellTimeoutError:
         error = f"a cell ran longer than {minutes_per_cell:g} minutes. Raise --minutes-per-cell"
+        _mark_stopped(output, error)
     except DeadKernelError:
         error = "its kernel died, most likely for want of memory. Close other programs, or take a smaller profile"
+        _mark_stopped(output, error)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM: what was done is kept, and says that it is not all
+        _mark_stopped(output, "interrupted")
+        raise
     return Executed(notebook.name, output, _minutes(output), error)
+
+
+def _mark_stopped(output: Path, error: str) -> None:
+    """Note in an executed notebook what stopped it, where no cell's output says it."""
+    import nbformat
+
+    if output.exists():
+        notebook = nbformat.read(output, as_version=4)
+        notebook.metadata["grpo_kit"] = {"stopped": error}
+        nbformat.write(notebook, output)
 
 
 def _minutes(output: Path) -> float:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from grpo_kit.config import KitError
 from grpo_kit.show.comparison import (
@@ -70,6 +71,7 @@ def seeds_figure(curves: pd.DataFrame) -> Drawing:
         for setting in settings:
             _draw_setting(axes, curves[curves["setting"] == setting], name, looks[setting])
         axes.set(title=TITLES[name], xlabel="iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.margins(x=0.03)
     marks = [Line2D([], [], label=plain_text(setting, 60), lw=2, ms=6, **looks[setting]) for setting in settings]
     figure.legend(handles=marks, loc="outside upper left", ncols=3 if len(drawn) > 2 else 2, frameon=False)

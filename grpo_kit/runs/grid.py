@@ -1,0 +1,345 @@
+"""Grids: several runs of the notebooks that differ in their parameters.
+
+Which trials there are is read, checked and laid out before the first one starts; a planned trial is a plain value, and
+`run_trial` a plain function of it, so that whoever executes them (one after the other here) can also send them away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from grpo_kit.config import Config, KitError, load_config
+from grpo_kit.runs.headless import Executed, Planned, execute, plan, write_profile
+
+SEEDS = "seeds"  # in a grid file: a short word for the values of the parameter `seed`
+RECORD = "trial.json"  # in a trial's folder: what it is, and how it ended
+ORDER = "grid.json"  # in a grid's folder: the names of its trials
+DONE, FAILED, STARTED = "done", "failed", "started"
+UNASKED = 24  # more trials than this want a yes
+MOST = 10_000
+NAME_LENGTH = 100  # characters of a trial's folder name
+
+
+class GridError(KitError):
+    """A grid that cannot be read, or that does not fit the folder which it would run in."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination: its name, which is its folder's, and its values; a key with a dot is a setting."""
+
+    name: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial with its folder and its notebooks, everything checked."""
+
+    name: str
+    folder: Path
+    values: Mapping[str, object]
+    profile: str
+    notebooks: tuple[Planned, ...]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The values that are settings of the profile."""
+        return {key: value for key, value in self.values.items() if "." in key}
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended: each notebook that ran, and what stopped it, if anything did."""
+
+    name: str
+    folder: Path
+    ran: tuple[Executed, ...]
+    error: str | None = None
+
+    @property
+    def minutes(self) -> float:
+        """What its notebooks took together."""
+        return sum(notebook.minutes for notebook in self.ran)
+
+
+# --- which trials -----------------------------------------------------------------------------------------------------
+
+
+def read_grid(path: Path) -> list[Trial]:
+    """Read a grid file, YAML or JSON, and return its trials.
+
+    A mapping from names to values, or to lists of values, stands for every combination; a list of such mappings for
+    the combinations of each. `seeds` is a short word for the values of `seed`. A name is a notebook's parameter, or
+    with a dot a setting, such as `training_settings.beta`.
+
+    Raises:
+        GridError: one line on what in the file is not a grid.
+    """
+    import yaml
+
+    path = Path(path).expanduser()
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _loader())
+    except OSError as error:
+        raise GridError(f"grid {path}: cannot be read: {error.strerror}. Give a YAML or JSON file") from None
+    except UnicodeDecodeError:
+        raise GridError(f"grid {path}: not UTF-8 text. Save the file as UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f":{place.line + 1}" if place is not None else ""
+        what = getattr(error, "problem", None) or type(error).__name__
+        raise GridError(f"grid {path}{where}: neither YAML nor JSON: {what:.100}") from None
+    return grid_trials(content)
+
+
+def _loader() -> type:
+    """YAML's safe loader, which refuses a name that stands twice: the second would silently replace the first."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((name for name, count in Counter(names).items() if count > 1), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice!r:.40} stands twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def grid_trials(grid: Mapping[str, object] | Sequence[Mapping[str, object]]) -> list[Trial]:
+    """Return the trials of a grid, each with a name of its own.
+
+    Args:
+        grid: name → value or list of values: every combination; or a list of such mappings.
+
+    Raises:
+        GridError: not of that form, no trial at all, a trial that stands twice, or far too many.
+    """
+    grids = [grid] if isinstance(grid, Mapping) else grid
+    if not isinstance(grids, Sequence) or isinstance(grids, str) or not all(isinstance(g, Mapping) for g in grids):
+        raise GridError(f"grid: found {type(grid).__name__}, allowed: names with lists of values, or a list of such")
+    axes = [{_axis(name): _values(name, value) for name, value in one.items()} for one in grids]
+    for one, given in zip(axes, grids, strict=True):
+        if len(one) != len(given):
+            raise GridError(f"grid: found both {SEEDS} and seed. Give one of them")
+    count = sum(math.prod(map(len, one.values())) for one in axes if one)
+    if not 0 < count <= MOST:
+        raise GridError(f"grid: found {count} trials, allowed: 1 to {MOST}. Give names with lists of values")
+    combinations = [
+        dict(zip(one, chosen, strict=True)) for one in axes if one for chosen in itertools.product(*one.values())
+    ]
+    counts = Counter(map(_key, combinations))
+    twice = next((values for values in combinations if counts[_key(values)] > 1), None)
+    if twice is not None:
+        raise GridError(f"grid: the trial {_label(twice)!r:.80} stands twice. Leave one out")
+    return [Trial(name, values) for name, values in zip(_names(combinations), combinations, strict=True)]
+
+
+def _axis(name: object) -> str:
+    if not isinstance(name, str) or not name:
+        raise GridError(f"grid: found the name {name!r:.60}, allowed: text. Put quotes around it")
+    return "seed" if name == SEEDS else name
+
+
+def _values(name: str, given: object) -> list[object]:
+    values = list(given) if isinstance(given, list | tuple) else [given]
+    wrong = next((value for value in values if not isinstance(value, bool | int | float | str)), None)
+    if wrong is not None or not values or None in values:
+        found = "no value" if not values else repr(wrong)
+        raise GridError(
+            f"grid: {name!r:.60}: found {found:.60}, allowed: numbers, texts, true, false, or a list of them"
+        )
+    return values
+
+
+def _key(values: Mapping[str, object]) -> str:
+    return json.dumps(dict(values), sort_keys=True)
+
+
+def _label(values: Mapping[str, object]) -> str:
+    return ",".join(f"{name.split('.')[-1]}={_text(value)}" for name, value in values.items())
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _names(combinations: Sequence[Mapping[str, object]]) -> list[str]:
+    """A folder name for each trial, such as `group_size=8,seed=1`; where that does not do, with a number behind it."""
+    labels = [_label(values) for values in combinations]
+    safe = [re.sub(r"[^A-Za-z0-9._=,+-]", "_", label).lstrip(".-") for label in labels]
+    counts = Counter(name.lower() for name in safe)  # some file systems know no capital letters
+    return [
+        name if name == label and counts[name.lower()] == 1 and len(name) <= NAME_LENGTH else _numbered(name, values)
+        for name, label, values in zip(safe, labels, combinations, strict=True)
+    ]
+
+
+def _numbered(name: str, values: Mapping[str, object]) -> str:
+    return f"{name[: NAME_LENGTH - 9] or 'trial'}-{zlib.crc32(_key(values).encode()):08x}"
+
+
+# --- what each will do ------------------------------------------------------------------------------------------------
+
+
+def plan_trials(
+    trials: Sequence[Trial],
+    notebooks: Sequence[Path],
+    profile: str,
+    folder: Path,
+    parameters: Mapping[str, object] | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> list[PlannedTrial]:
+    """Check every trial against the notebooks, the profile and what its folder holds; nothing is written.
+
+    Args:
+        trials: from `read_grid` or `grid_trials`.
+        notebooks: what `select_notebooks` chose.
+        profile: a profile's name or the path of a JSON file.
+        folder: where the trials go, a folder each.
+        parameters: the same in all trials.
+        settings: likewise, by dotted key.
+
+    Raises:
+        KitError: one line on the first trial that cannot be run as asked.
+    """
+    common = {**(parameters or {}), **(settings or {})}
+    planned = [_planned(trial, common, notebooks, profile, Path(folder).resolve()) for trial in trials]
+    for trial in planned:
+        _agree(trial)
+    return planned
+
+
+def _planned(
+    trial: Trial, common: Mapping[str, object], notebooks: Sequence[Path], profile: str, folder: Path
+) -> PlannedTrial:
+    twice = sorted(trial.values.keys() & common.keys())
+    if twice:
+        raise GridError(f"{twice[0]}: given for all trials and in the grid. Give it in one place")
+    values = {**common, **trial.values}
+    parameters = {name: value for name, value in values.items() if "." not in name}
+    settings = {name: value for name, value in values.items() if "." in name}
+    checked = plan(notebooks, profile, folder / trial.name, parameters, settings)
+    return PlannedTrial(trial.name, folder / trial.name, values, profile, tuple(checked))
+
+
+def _agree(trial: PlannedTrial) -> None:
+    """A folder that holds a trial must hold this one."""
+    there = _read_record(trial.folder)
+    if there is None:
+        return
+    for name, value in _identity(trial).items():
+        if there.get(name) != value:
+            raise GridError(f"{trial.folder}: holds another trial ({name} differs). Choose another --name or --run-dir")
+
+
+def _identity(trial: PlannedTrial) -> dict[str, object]:
+    """What makes a trial the same one when a grid is started again."""
+    return {
+        "values": json.loads(json.dumps(dict(trial.values))),
+        "config": _resolved(trial).to_dict(),
+        "notebooks": [notebook.name for notebook in trial.notebooks],
+    }
+
+
+def _resolved(trial: PlannedTrial) -> Config:
+    return load_config(trial.profile, trial.settings)
+
+
+# --- running them -----------------------------------------------------------------------------------------------------
+
+
+def run_trials(
+    trials: Sequence[PlannedTrial], minutes_per_cell: float = 60.0, starting: Callable[[Planned], None] | None = None
+) -> Iterator[TrialResult]:
+    """Run one trial after the other; a failed one ends itself, not the others."""
+    for trial in trials:
+        yield run_trial(trial, minutes_per_cell, starting)
+
+
+def run_trial(
+    trial: PlannedTrial, minutes_per_cell: float = 60.0, starting: Callable[[Planned], None] | None = None
+) -> TrialResult:
+    """Run a trial's notebooks in order until one fails; a trial that was finished before is left as it is.
+
+    Args:
+        trial: from `plan_trials`.
+        minutes_per_cell: the longest that a cell may take.
+        starting: called before each notebook.
+    """
+    before = finished(trial)
+    if before is not None:
+        return before
+    write_profile(trial.folder, trial.profile, trial.settings)
+    _write_record(trial, STARTED, ())
+    ran: list[Executed] = []
+    for notebook in trial.notebooks:
+        if starting is not None:
+            starting(notebook)
+        ran.append(execute(notebook, trial.folder / "notebooks", minutes_per_cell))
+        if ran[-1].error:
+            break
+    error = f"{ran[-1].name}: {ran[-1].error}" if ran[-1].error else None
+    _write_record(trial, FAILED if error else DONE, ran)
+    return TrialResult(trial.name, trial.folder, tuple(ran), error)
+
+
+def finished(trial: PlannedTrial) -> TrialResult | None:
+    """What a trial brought, where it was finished before; a failed or stopped one is not, and runs again."""
+    there = _read_record(trial.folder)
+    if there is None or there.get("status") != DONE:
+        return None
+    ran = tuple(Executed(**{**entry, "path": trial.folder / entry["path"]}) for entry in there["ran"])
+    return TrialResult(trial.name, trial.folder, ran)
+
+
+def write_order(folder: Path, trials: Sequence[PlannedTrial]) -> None:
+    """Note in a grid's folder in which order its trials stand; those of an earlier, smaller grid keep their place."""
+    earlier = [path.name for path in trial_folders(folder)]
+    names = [*earlier, *(trial.name for trial in trials if trial.name not in earlier)]
+    _write_json(Path(folder) / ORDER, {"trials": names})
+
+
+def trial_folders(folder: Path) -> list[Path]:
+    """The folders of a grid's trials in its order; none where the folder holds no grid."""
+    found = {path.parent.name: path.parent for path in sorted(Path(folder).glob(f"*/{RECORD}"))}
+    order = (_read_json(Path(folder) / ORDER) or {}).get("trials", [])
+    return [found[name] for name in dict.fromkeys([*order, *found]) if name in found]
+
+
+def _write_record(trial: PlannedTrial, status: str, ran: Sequence[Executed]) -> None:
+    entries = [{**asdict(one), "path": one.path.relative_to(trial.folder).as_posix()} for one in ran]
+    _write_json(trial.folder / RECORD, {**_identity(trial), "status": status, "ran": entries})
+
+
+def _read_record(folder: Path) -> dict | None:
+    return _read_json(folder / RECORD)
+
+
+def _write_json(path: Path, data: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".writing-{path.name}")
+    aside.write_text(f"{json.dumps(data, indent=2, ensure_ascii=False)}\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _read_json(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GridError(f"{path}: not JSON ({error}). Delete its folder to run what it holds again") from None
+    if not isinstance(data, dict):
+        raise GridError(f"{path}: found {type(data).__name__}, allowed: an object. Delete its folder")
+    return data
