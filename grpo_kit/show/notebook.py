@@ -36,7 +36,9 @@ def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
         ParameterError: an unknown name (with the nearest known one), or a wrong type.
     """
     history = [str(source) for source in namespace.get("In", [])]
-    declared = _declared(history)
+    declared = _declared(history) or _annotated(namespace)
+    if not declared:
+        raise ParameterError("parameters: found no cell that declares them. Run the parameters cell first.")
     for name in _injected(history):
         if name not in declared:
             near = difflib.get_close_matches(name, declared, n=1)
@@ -59,7 +61,14 @@ def _declared(history: Sequence[str]) -> dict[str, str]:
         body = _statements(source)
         if body and all(isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name) for s in body):
             return {s.target.id: ast.unparse(s.annotation) for s in body}
-    raise ParameterError("parameters: found no cell that declares them. Run the parameters cell first.")
+    return {}
+
+
+def _annotated(namespace: Mapping[str, object]) -> dict[str, str]:
+    """Return name → type of what the session has annotated so far: nbval keeps no history of its cells."""
+    found = namespace.get("__annotations__", {})
+    kinds = {name: kind if isinstance(kind, str) else getattr(kind, "__name__", "") for name, kind in found.items()}
+    return {name: kind for name, kind in kinds.items() if kind in TYPES and name in namespace}
 
 
 def _injected(history: Sequence[str]) -> list[str]:
