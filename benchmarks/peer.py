@@ -1,10 +1,10 @@
 """The peer: TRL's GRPOTrainer at its best legal settings, driven one training iteration at a time.
 
-An iteration is what TRL's own loop does for one optimizer step: `training_step` (generation, rewards, advantages,
-log-probabilities, loss, backward), gradient clipping, optimizer step. TRL gets the benefit of every doubt: it is handed
-its batch without a data loader, and runs without callbacks, logging, schedule, saving, evaluation and progress bar. Two
-settings were tried and make no difference or are slower on a CPU: `cache_implementation="static"` (equal within noise)
-and `use_transformers_continuous_batching` (five times slower).
+An iteration is what TRL's own loop does with one batch, once for each inner update: `training_step` (generation,
+rewards and advantages the first time; log-probabilities, loss, backward), gradient clipping, optimizer step. TRL gets
+the benefit of every doubt: it is handed its batch without a data loader, and runs without callbacks, logging, schedule,
+saving, evaluation and progress bar. Two settings were tried and make no difference or are slower on a CPU:
+`cache_implementation="static"` (equal within noise) and `use_transformers_continuous_batching` (five times slower).
 """
 
 import tempfile
@@ -31,10 +31,11 @@ class Peer:
         """One iteration on these prompts, each answered G times."""
         inputs = [{"prompt": prompt} for prompt in prompts for _ in range(self.trainer.num_generations)]
         model = self.trainer.model
-        self.trainer.training_step(model, inputs, None)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), self.trainer.args.max_grad_norm)
-        self.optimizer.step()
-        model.zero_grad()
+        for _ in range(self.trainer.num_iterations):
+            self.trainer.training_step(model, inputs, None)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.trainer.args.max_grad_norm)
+            self.optimizer.step()
+            model.zero_grad()
 
     def logged(self, name: str) -> list[float]:
         """A metric of every iteration so far."""

@@ -1,11 +1,11 @@
 """The whole iteration on the embedded world, images and rewards included, beside TRL with two reward functions.
 
-Both sides train the same embedded policy on the same prompts with one inner update, and draw with the same pipeline,
-steps, guidance, latents and CLIP model. TRL's reward function draws (a) all images in one pipeline call or (b) one call
-an image, as most public code does; either way one CLIP call scores them. The learning rate is next to nothing, so that
-the policies stay what they are and write alike; they sample from streams of their own, so lengths agree on average. The
-kit draws equal (text, seed) pairs once. At the start of training there are next to none, at its end about a third, so
-both are measured: the initial policy, and the one that the demo run trained.
+Both sides train the same embedded policy on the same prompts with profile tiny's two inner updates, and draw with the
+same pipeline, steps, guidance, latents and CLIP model. TRL's reward function draws (a) all images in one pipeline call
+or (b) one call an image, as most public code does; either way one CLIP call scores them. The learning rate is next to
+nothing, so that the policies stay what they are and write alike; they sample from streams of their own, so lengths
+agree on average. The kit draws equal (text, seed) pairs once. At the start of training there are next to none, at its
+end about a third, so both are measured: the initial policy, and the one that the demo run trained.
 """
 
 import itertools
@@ -87,11 +87,10 @@ def _put_weights(folder: Path, models: Sequence[torch.nn.Module]) -> None:
         model.load_state_dict(trained.state_dict())
 
 
-def configured(**training: object) -> Config:
-    """Profile tiny with one inner update, next to no learning, and nothing scored that is not rewarded."""
-    plain = {"updates_per_rollout": 1, "learning_rate": 1e-8} | training
-    overrides = {f"training_settings.{name}": value for name, value in plain.items()}
-    return load_config("tiny", overrides | {"model_settings.device": "cpu", "reward_settings.monitors": []})
+def configured() -> Config:
+    """Profile tiny with next to no learning, and nothing scored that is not rewarded."""
+    overrides = {"training_settings.learning_rate": 1e-8, "reward_settings.monitors": []}
+    return load_config("tiny", overrides | {"model_settings.device": "cpu"})
 
 
 @dataclass
