@@ -52,7 +52,7 @@ CELLS = {
     "broken": ["import ipywidgets\nipywidgets.HTML(_view_module='nowhere')", "1 / 0"],
     "live": [
         START + "\nimport grpo_kit as gk\nfrom IPython.display import display\n"
-        "changes = dict(num_iterations=20, prompts_per_iteration=1, group_size=4, save_every=1, validate_every=4)\n"
+        "changes = dict(num_iterations=40, prompts_per_iteration=1, group_size=4, save_every=1, validate_every=8)\n"
         "changes = {f'training_settings.{name}': value for name, value in changes.items()}\n"
         "cfg = gk.load_config('tiny', {**changes, 'evaluation_settings.validation_prompts': 2})\n"
         "kit = gk.load_experiment(cfg)",
@@ -182,11 +182,11 @@ class Notebook:
         """Run its cells and return at once."""
         self.page.evaluate("command => { void window.jupyterapp.commands.execute(command); }", command)
 
-    def find(self, selector: str, text: str | None = None) -> sync_api.Locator:
+    def find(self, selector: str, text: str | re.Pattern[str] | None = None) -> sync_api.Locator:
         """Return what a widget shows."""
         return self.page.locator(f".jp-OutputArea-output {selector}", has_text=text)
 
-    def sees(self, text: str, selector: str = ".widget-html") -> None:
+    def sees(self, text: str | re.Pattern[str], selector: str = ".widget-html") -> None:
         """Wait until a widget shows a text."""
         sync_api.expect(self.find(selector, text).first).to_be_visible()
 
@@ -403,14 +403,14 @@ def test_images_are_ranked_by_clicking(opened: Notebook) -> None:
 def test_training_is_watched_interrupted_and_goes_on(opened: Notebook) -> None:
     opened.start()
     opened.sees("no iteration yet")
-    opened.sees("iteration 2 of 20")
+    opened.sees(re.compile(r"iteration \d+ of 40"))
     opened.keep("live-early")
     opened.start("notebook:interrupt-kernel")
     opened.page.wait_for_function(f"() => ({ERRORS})().some(error => error.startsWith('KeyboardInterrupt'))")
-    sync_api.expect(opened.find(".widget-html", "iteration 20 of 20")).to_have_count(0)
+    sync_api.expect(opened.find(".widget-html", "iteration 40 of 40")).to_have_count(0)
     opened.page.wait_for_function(FINISHED)  # until then the kernel still drops what it is asked
     opened.run()
-    opened.sees("iteration 20 of 20")
+    opened.sees("iteration 40 of 40")
     sync_api.expect(opened.find(".widget-html img")).to_have_count(4)
     sync_api.expect(opened.find("img.widget-image")).to_have_count(1)
     opened.keep("live")

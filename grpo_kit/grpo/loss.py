@@ -7,7 +7,7 @@ import torch
 from grpo_kit.grpo.logprobs import bounded_exp, kl_divergence
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-_CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # those with a clipped ratio
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def grpo_loss(
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = bounded_exp(_at_level(log_ratio, mask, importance_sampling_level))
     high = epsilon if epsilon_high is None else epsilon_high
-    if loss_type in _CLIPPED:
+    if loss_type in CLIPPED_LOSS_TYPES:
         per_token = _clipped(ratio, advantages, epsilon, high, delta)
     elif loss_type == "sapo":
         per_token = _soft_gated(ratio, advantages, **constants)
@@ -176,7 +176,7 @@ def _clip_metrics(
     """Shares of tokens (of rows, at sequence level) whose clip is active: the side that the advantage leans on."""
     if loss_type == "cispo":
         return {"cispo_clip_ratio": _masked_mean((ratio > high) & (advantages > 0), mask)}
-    if loss_type not in _CLIPPED:
+    if loss_type not in CLIPPED_LOSS_TYPES:
         return {}
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     is_low = (bounded < 1 - low) & (advantages < 0)

@@ -5,18 +5,14 @@ The widgets are loaded when they are first used: they need ipywidgets and torch,
 
 import importlib
 
-from grpo_kit.show.lesson_plots import (
-    agreement_figure,
+from grpo_kit.show.lessons.loss import (
     clipping_figure,
     group_rows_figure,
     group_size_figure,
     kl_estimators_figure,
-    similarity_figure,
     token_weights_figure,
-    vectors_figure,
-    winners_figure,
 )
-from grpo_kit.show.lessons import (
+from grpo_kit.show.lessons.models import (
     curve_figure,
     distribution_figure,
     flow_figure,
@@ -24,6 +20,7 @@ from grpo_kit.show.lessons import (
     seed_figure,
     token_figure,
 )
+from grpo_kit.show.lessons.rewards import agreement_figure, similarity_figure, vectors_figure, winners_figure
 from grpo_kit.show.loop import loop_figure
 from grpo_kit.show.plots import (
     category_plot,

@@ -22,7 +22,7 @@ from grpo_kit.show.comparison import (
     final_rows,
     settings_rows,
 )
-from grpo_kit.show.lessons import interval_figure
+from grpo_kit.show.lessons.models import interval_figure
 from grpo_kit.show.pages import data_uri, render
 from grpo_kit.show.record import RunRecord
 from grpo_kit.show.style import (

@@ -87,7 +87,7 @@ def _draw_curve(axes: Axes, steps: pd.Series, values: pd.Series, validations: Se
     window = max(1, len(values) // 8)
     smooth = values.rolling(window, min_periods=1, center=True).mean()
     axes.plot(steps, values, color=BLUE, alpha=0.3, lw=0.9)
-    axes.plot(steps, smooth, color=BLUE, lw=2.2)
+    axes.plot(steps, smooth, color=BLUE, lw=2.2, marker="o" if len(values) == 1 else "")  # one point is no line yet
     points = [(v["iteration"], _validated(v, validated)) for v in validations if validated is not None]
     points = [(x, y) for x, y in points if y is not None]
     if points:
@@ -101,10 +101,12 @@ def _draw_curve(axes: Axes, steps: pd.Series, values: pd.Series, validations: Se
             mec="white",
             mew=0.8,
         )
-        _label(axes, "held out", points[-1], (0, -13), ha="right", color=VERMILION)
     axes.set_title(title, pad=17)
     axes.text(0, 1.03, reading, transform=axes.transAxes, color=GREY, fontsize=8)
     axes.margins(x=0.03, y=0.14)
+    if points:
+        below = points[-1][1] > sum(axes.get_ylim()) / 2  # on the side where there is room
+        _label(axes, "held out", points[-1], (0, -13 if below else 8), ha="right", color=VERMILION)
 
 
 def _label(axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **kwargs: object) -> None:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import ipywidgets
 
-from grpo_kit.grpo import LOSS_TYPES
+from grpo_kit.grpo import CLIPPED_LOSS_TYPES, LOSS_TYPES
+from grpo_kit.show.one_token import TokenSettings
 from grpo_kit.show.record import RunRecord
 from grpo_kit.show.style import Drawing
 from grpo_kit.show.widgets.frame import signed
 from grpo_kit.show.widgets.groups import open_run
 from grpo_kit.show.widgets.layout import side_by_side, wide
 from grpo_kit.show.widgets.live_figure import LiveFigure
-from grpo_kit.show.widgets.loss_curves import CLIPPED, HIGHEST_RATIO, LossCurves, TokenSettings
+from grpo_kit.show.widgets.loss_curves import HIGHEST_RATIO, LossCurves
 from grpo_kit.show.widgets.markup import heading, message, sheet
 from grpo_kit.show.widgets.twin import TwinBox
 from grpo_kit.show.widgets.what_if import CISPO_CAP, WhatIf
@@ -68,7 +69,7 @@ class LossPlayground(TwinBox):
 
     def _suit(self, loss_type: str) -> None:
         """Let only those bounds be moved that this loss type has; cispo's bounds the ratio itself."""
-        clipped = loss_type in CLIPPED
+        clipped = loss_type in CLIPPED_LOSS_TYPES
         self.epsilon.disabled = self.bounded.disabled = not clipped
         self.epsilon_high.disabled = not clipped and loss_type != "cispo"
         if (loss_type == "cispo") != (self.epsilon_high.value >= 1):

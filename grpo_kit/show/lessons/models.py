@@ -1,6 +1,6 @@
-"""Figures for the lessons about prompts, policy and generator: seeds, intervals, curves, distributions, tokens.
+"""Figures of the lessons on prompts, policy and generator (notebooks 01 to 03), some of them used in others too.
 
-Each takes plain numbers that the notebook computed beside it. Series differ in colour, marker and line, so that every
+Series differ in colour, marker and line, so that every
 figure is readable in black and white.
 """
 

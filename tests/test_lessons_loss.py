@@ -13,7 +13,6 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-import grpo_kit.grpo
 from grpo_kit.config import KitError
 from grpo_kit.grpo import LossOutput
 from grpo_kit.show import (
@@ -22,6 +21,7 @@ from grpo_kit.show import (
     group_rows_figure,
     group_size_figure,
     kl_estimators_figure,
+    one_token,
     similarity_figure,
     token_weights_figure,
     vectors_figure,
@@ -170,7 +170,7 @@ def clipped_on_both_sides(
 
 @pytest.mark.parametrize("broken", [unclipped, clipped_on_both_sides])
 def test_another_loss_would_be_another_picture(broken: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo_kit.grpo, "grpo_loss", broken)
+    monkeypatch.setattr(one_token, "grpo_loss", broken)
     with pytest.raises(AssertionError):
         clip_panels(0.2, None)
 

@@ -1,4 +1,4 @@
-"""Figures of the lessons on rewards, groups and the loss (notebooks 04 to 06).
+"""Figures of the lessons on groups and the loss (notebooks 05 and 06).
 
 Those on clip, KL and token weights draw what the kit's own functions return: the picture cannot differ from the code.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.patches import Rectangle
-from PIL import Image
 
 from grpo_kit.config import KitError
-from grpo_kit.show.plots import HALO, show_image, wrap
+from grpo_kit.show.plots import HALO, wrap
 from grpo_kit.show.style import (
     BLUE,
     FAINT,
@@ -22,7 +20,6 @@ from grpo_kit.show.style import (
     PURPLE,
     VERMILION,
     Drawing,
-    bare,
     new_figure,
     plain_text,
     styled,
@@ -31,134 +28,6 @@ from grpo_kit.show.style import (
 SIDES = ((1.0, "better than its group (A > 0)", BLUE), (-1.0, "worse than its group (A < 0)", VERMILION))
 ESTIMATORS = {"k1": (VERMILION, (0, (4, 2)), 0), "k2": (GREEN, (0, (1, 1.2)), -1), "k3": (BLUE, "-", -1)}
 _LARGEST_RATIO = 3.0  # of the clip's axis
-
-
-# --- 04: rewards ------------------------------------------------------------------------------------------------------
-
-
-@styled
-def vectors_figure(vectors: Mapping[str, Sequence[float]], anchor: str) -> Drawing:
-    """Draw plane vectors brought to length 1, each with its cosine to one of them.
-
-    Args:
-        vectors: name → (x, y).
-        anchor: the name of the vector that the others are compared with.
-
-    Raises:
-        KitError: there is no such vector, or one has length 0.
-    """
-    if anchor not in vectors or any(not np.hypot(*vector) for vector in vectors.values()):
-        raise KitError(f"vectors_figure: found {anchor!r}, allowed: a name of {', '.join(vectors)}, all longer than 0.")
-    units = {name: np.asarray(vector, float) / np.hypot(*vector) for name, vector in vectors.items()}
-    figure = new_figure(6.2, 3.9)
-    axes = bare(figure.subplots())
-    angles = np.linspace(0, 2 * np.pi, 200)
-    axes.plot(np.cos(angles), np.sin(angles), color=FAINT, lw=1)
-    for name, unit in units.items():
-        colour = INK if name == anchor else BLUE if unit @ units[anchor] > 0 else VERMILION
-        axes.annotate("", unit, (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2.2, shrinkA=0, shrinkB=0))
-        cosine = "" if name == anchor else f"\ncosine {unit @ units[anchor]:+.2f}".replace("-", "−")
-        side = dict(ha="left" if unit[0] >= 0 else "right", va="bottom" if unit[1] >= 0 else "top")
-        place = dict(xytext=5 * unit, textcoords="offset points", color=colour, path_effects=HALO)
-        axes.annotate(plain_text(name, 60) + cosine, unit, **place, **side)
-    axes.set(xlim=(-2.4, 2.4), ylim=(-1.25, 1.35), aspect="equal")
-    return figure
-
-
-@styled
-def similarity_figure(
-    similarity: Sequence[Sequence[float]], images: Sequence[Image.Image], texts: Sequence[str]
-) -> Drawing:
-    """Draw a table of similarities, a row a text and a column an image; the best image of each text is framed.
-
-    Args:
-        similarity: (texts, images).
-
-    Raises:
-        KitError: the table does not have a row for each text and a column for each image.
-    """
-    table = np.asarray(similarity, dtype=float)
-    if table.shape != (len(texts), len(images)) or not table.size:
-        raise KitError(
-            f"similarity_figure: found a table {table.shape} for {len(texts)} texts and {len(images)} images. "
-            "Give a row for each text and a column for each image."
-        )
-    figure = new_figure(2.6 + 0.95 * len(images), 1.1 + 0.5 * len(texts))
-    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0.01)
-    grid = figure.add_gridspec(2, len(images), height_ratios=(0.95, 0.5 * len(texts)))
-    for column, image in enumerate(images):
-        show_image(bare(figure.add_subplot(grid[0, column])), image)
-    axes = figure.add_subplot(grid[1, :])
-    axes.imshow(table, cmap="Blues", vmin=table.min(), vmax=table.max() + 0.35 * np.ptp(table), aspect="auto")
-    for (row, column), value in np.ndenumerate(table):
-        axes.text(column, row, f"{value:.2f}".replace("-", "−"), ha="center", va="center", path_effects=HALO)
-    for row, best in enumerate(table.argmax(axis=1)):
-        axes.add_patch(Rectangle((best - 0.47, row - 0.44), 0.94, 0.88, fill=False, edgecolor=VERMILION, lw=2.2))
-    bare(axes).set_yticks(range(len(texts)), [wrap(text, 34, 2) for text in texts])
-    axes.tick_params(length=0)
-    return figure
-
-
-@styled
-def agreement_figure(proxy: Sequence[float], gold: Sequence[float], title: str = "") -> Drawing:
-    """Draw each sample's proxy reward against its gold score, and the mean proxy of each third of the gold scale.
-
-    Points are moved a little sideways, always in the same way, since gold takes few values.
-
-    Args:
-        proxy, gold: one of each a sample; samples without both are left out.
-
-    Raises:
-        KitError: no sample has both.
-    """
-    pairs = np.array([(g, p) for g, p in zip(gold, proxy, strict=True) if np.isfinite(g) and np.isfinite(p)], float)
-    if not len(pairs):
-        raise KitError("agreement_figure: found no sample with both scores. Score the same samples by both.")
-    figure = new_figure(6.2, 3.4)
-    axes = figure.subplots()
-    sideways = np.random.default_rng(0).uniform(-0.016, 0.016, len(pairs))
-    axes.plot(pairs[:, 0] + sideways, pairs[:, 1], ls="", marker="o", ms=4.5, color=BLUE, alpha=0.35, mew=0)
-    for low, high in ((0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1)):
-        inside = pairs[(pairs[:, 0] >= low) & ((pairs[:, 0] < high) | (high == 1)), 1]
-        if len(inside):
-            axes.plot([low + 0.015, high - 0.015], [inside.mean()] * 2, color=INK, lw=2.2)
-            place = ((low + high) / 2, inside.mean())
-            words = f"mean {inside.mean():.2f}".replace("-", "−")
-            axes.annotate(words, place, xytext=(0, 4), textcoords="offset points", ha="center", path_effects=HALO)
-    axes.set(xlabel="gold check: share of what was asked that the picture shows", ylabel="proxy reward")
-    axes.set_title(plain_text(title))
-    return figure
-
-
-@styled
-def winners_figure(chosen: Mapping[str, Mapping[str, float]], random_choice: float, title: str = "") -> Drawing:
-    """Draw what each reward's winners are worth, with intervals, beside a winner that is chosen blindly.
-
-    Args:
-        chosen: reward → {"mean", "low", "high"} of the judge's score of the group's best by that reward.
-        random_choice: the judge's mean over all samples.
-    """
-    figure = new_figure(6.6, 0.9 + 0.42 * len(chosen))
-    axes = figure.subplots()
-    axes.axvline(random_choice, color=GREY, lw=1.2, ls=(0, (4, 2)))
-    place = dict(xytext=(4, 2), textcoords="offset points", color=GREY, va="bottom", path_effects=HALO)
-    axes.annotate("chosen blindly", (random_choice, len(chosen) - 0.55), **place)
-    for y, value in enumerate(reversed(chosen.values())):
-        colour = BLUE if value["low"] > random_choice else VERMILION
-        axes.plot([value["low"], value["high"]], [y, y], color=colour, lw=3.2, alpha=0.5, solid_capstyle="butt")
-        axes.plot(value["mean"], y, marker="o" if colour == BLUE else "s", color=colour, ms=8, mec="white", ls="")
-        words = dict(xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9, path_effects=HALO)
-        axes.annotate(f"{value['mean']:.2f}", (value["mean"], y), **words)
-    axes.set_yticks(range(len(chosen)), [plain_text(name, 40) for name in reversed(chosen)])
-    axes.set_ylim(-0.5, len(chosen) - 0.1)
-    axes.grid(True, axis="x")
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    axes.set_title(plain_text(title))
-    return figure
-
-
-# --- 05: groups -------------------------------------------------------------------------------------------------------
 
 
 @styled
@@ -231,9 +100,6 @@ def group_size_figure(
     return figure
 
 
-# --- 06: the loss -----------------------------------------------------------------------------------------------------
-
-
 @styled
 def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> Drawing:
     """Draw a token's loss against its ratio, for A = 1 and A = −1; shaded where it has no gradient.
@@ -242,13 +108,17 @@ def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> Drawing
         epsilon: half the width of the clip.
         delta: upper bound of the unclipped ratio; None draws none.
     """
-    ratios = np.linspace(0.02, _LARGEST_RATIO, 299)
+    import torch
+
+    from grpo_kit.show.one_token import TokenSettings, loss_and_push
+
+    ratios, settings = np.linspace(0.02, _LARGEST_RATIO, 299), TokenSettings("grpo", epsilon, epsilon, delta)
     figure = new_figure(8.6, 3.2)
     for axes, (advantage, title, colour) in zip(figure.subplots(1, 2), SIDES, strict=True):
-        losses, slopes = _losses_at(ratios, advantage, epsilon, delta)
+        losses, pushes = map(torch.Tensor.numpy, loss_and_push(torch.from_numpy(ratios), advantage, settings))
         axes.plot(ratios, -advantage * ratios, color=GREY, lw=1.1, ls=(0, (4, 2)))
         axes.plot(ratios, losses, color=colour, lw=2.4)
-        for start, end in _runs(slopes == 0):
+        for start, end in _runs(pushes == 0):
             axes.axvspan(ratios[start], ratios[end], color=FAINT, alpha=0.55, lw=0)
             middle = (ratios[start] + ratios[end]) / 2
             axes.text(middle, 0.04, "no gradient", transform=axes.get_xaxis_transform(), ha="center", fontsize=8.5)
@@ -260,26 +130,6 @@ def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> Drawing
                       ha="right" if advantage < 0 else "left", path_effects=HALO)  # fmt: skip
     figure.axes[0].set_ylabel("loss of the token")
     return figure
-
-
-def _losses_at(
-    ratios: np.ndarray, advantage: float, epsilon: float, delta: float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The kit's loss of one token at each ratio, and its slope by the token's log-probability.
-
-    Each ratio is a row with one token of weight 1. The gradient by the weights is each row's own loss.
-    """
-    import torch
-
-    from grpo_kit.grpo import grpo_loss
-
-    old = torch.full((len(ratios), 1), -3.0, dtype=torch.float64)
-    new = (old + torch.tensor(ratios, dtype=torch.float64).log().unsqueeze(1)).requires_grad_()
-    weights, mask = torch.ones_like(old).requires_grad_(), torch.ones_like(old, dtype=torch.bool)
-    pushes = old.new_full((len(ratios),), advantage)
-    output = grpo_loss(new, pushes, mask, old_logprobs=old, epsilon=epsilon, delta=delta, weights=weights)
-    slopes, losses = torch.autograd.grad(output.loss, [new, weights])
-    return losses.squeeze(1).numpy(), slopes.squeeze(1).numpy()
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
