@@ -110,6 +110,9 @@ def balanced_batch(prompts: Sequence[Prompt], size: int, seed: int, iteration: i
     prompts epoch by epoch, each epoch shuffled anew. So after any number of iterations two categories differ by at most
     one prompt, and within a category all prompts are seen before one comes again. Only a prompt which is already in
     the batch makes way for another one, first of its category, then of any, as long as there is one.
+
+    Difficulty is left to the shuffle: an epoch has each prompt once, so a category's difficulties come as often as its
+    file has them. Between batches their mix varies; a baseline within each group takes that out.
     """
     if size < 1 or not prompts:
         raise PromptError(f"batch of {size} from {len(prompts)} prompts: allowed: at least 1 of each")
