@@ -22,6 +22,7 @@ _OFF_CENTRE = 2.4  # pixels from the middle at which an object no longer stands 
 _SPOILED = 55.0  # root mean square RGB error of the best redrawing above which a picture shows no clean scene
 # A picture this near to its clean redrawing counts as blurred only where the blurred one is nearer by this factor.
 _NEAR, _SOFTER = 40.0, 0.92
+_KEEPS_GROUND = ("clean", "dreamy")  # styles that leave a plain background as it is
 _TEMPLATE = 16  # templates and objects are compared on a square of this side
 
 
@@ -57,7 +58,7 @@ def read(image: Image.Image) -> Reading:
         _read_object(pixels, distance, labels == i + 1, box) for i, box in enumerate(ndimage.find_objects(labels))
     ]
     found = tuple(sorted((o for o in objects if o is not None), key=lambda o: o.x))
-    return Reading(found, background, _read_style(pixels, found, background))
+    return Reading(found, background, _read_style(pixels, found, ground))
 
 
 def check(image: Image.Image, scene: Scene) -> dict[str, bool]:
@@ -155,18 +156,28 @@ def _template(shape: str, radius: float, offset: float) -> np.ndarray:
     return _to_square(coverage[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
 
 
-def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], background: str) -> str:
-    """The style in which the objects, drawn again where they were found, come nearest; "spoiled" where none is near."""
+def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], ground: np.ndarray) -> str:
+    """The style in which the objects, drawn again where they were found, come nearest; "spoiled" where none is near.
+
+    They are drawn on each of the world's backgrounds, and on the ground that the picture has: a clean picture on
+    another grey is clean. Styles that change the ground itself are tried on the world's own alone.
+    """
     marks = [Mark(o.shape, o.x / SIZE, o.y / SIZE, _radius(o) / SIZE, COLOURS[o.colour]) for o in objects]
+    own = [tuple(int(channel) for channel in ground)]
     errors = {}
     for style in STYLES:
-        redrawn = np.asarray(draw_marks(marks, BACKGROUNDS[background], style), dtype=np.float64)
-        errors[style] = float(np.sqrt(((redrawn - pixels) ** 2).sum(-1).mean()))
+        grounds = [*BACKGROUNDS.values(), *(own if style in _KEEPS_GROUND else [])]
+        errors[style] = min(_distance(draw_marks(marks, colour, style), pixels) for colour in grounds)
     best = min(errors, key=errors.get)
     if not objects or errors[best] > _SPOILED:
         return "spoiled"
     slightly_soft = best == "dreamy" and errors["dreamy"] > _SOFTER * errors["clean"]
     return "clean" if slightly_soft and errors["clean"] < _NEAR else best
+
+
+def _distance(image: Image.Image, pixels: np.ndarray) -> float:
+    """Root mean square RGB distance."""
+    return float(np.sqrt(((np.asarray(image, dtype=np.float64) - pixels) ** 2).sum(-1).mean()))
 
 
 def _radius(found: Found) -> float:
