@@ -85,7 +85,7 @@ def grpo_loss(
         delta: upper bound of the unclipped ratio, so that a negative advantage cannot push without limit.
         use_bias_correction_kl: multiply the KL estimate by ρ (arXiv 2512.02556). Off-policy the estimate is biased
             without it; the gradient of k3 becomes that of KL(policy || reference).
-        weights: (N, T) from `token_weights` of a whole batch of which these rows are a part; None computes them here.
+        weights: (N, T) from `token_weights` of the whole batch that these rows are a part of; None computes them here.
         constants: those of `_soft_gated` (sapo) and `_gamma_weight` (vespo).
     """
     _check_settings(loss_type, beta, ref_logprobs, constants)
@@ -108,8 +108,7 @@ def grpo_loss(
     if beta != 0.0:
         kl = kl_divergence(*(torch.where(mask, values, 0.0) for values in (logprobs, ref_logprobs)), kl_estimator)
         kl = kl * ratio if use_bias_correction_kl else kl
-        per_token = per_token + beta * kl
-        metrics["kl"] = _masked_mean(kl, mask)
+        per_token, metrics["kl"] = per_token + beta * kl, _masked_mean(kl, mask)
     return LossOutput((torch.where(mask, per_token, 0.0) * weights).sum(), metrics)
 
 
