@@ -21,7 +21,7 @@ from grpo_kit.runs.checkpoint import sha256
 from grpo_kit.show import write_report
 from grpo_kit.show.comparison import pool_runs, read_runs
 from grpo_kit.show.comparison_page import write_comparison
-from grpo_kit.show.share import share_pages
+from grpo_kit.show.share import share_pages, without_places
 
 REFERENCE = PROJECT_ROOT / "reports" / "reference"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -82,6 +82,7 @@ def without_pictures(page: Path) -> str:
 
 def test_a_shared_copy_says_the_same_and_is_smaller(finished: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = finished
+    assert f'"{run}"' in (run / "notebooks" / "07_train.ipynb").read_text().replace("\\", "")
     (tmp_path / "copy" / "notebooks").mkdir(parents=True)
     (tmp_path / "copy" / "notebooks" / "99_stale.html").touch()
     pages = share_pages(run, tmp_path / "copy")
@@ -89,7 +90,8 @@ def test_a_shared_copy_says_the_same_and_is_smaller(finished: tuple[Path, str], 
     assert not (tmp_path / "copy" / "notebooks" / "99_stale.html").exists()
     for page in pages:
         original = run / page.relative_to(tmp_path / "copy")
-        assert without_pictures(page) == without_pictures(original)
+        assert without_pictures(page) == without_places(without_pictures(original), run)
+        assert str(run) not in page.read_text() and str(PROJECT_ROOT) not in page.read_text()
         assert image_count(page.read_text()) == image_count(original.read_text()) > 0
         assert page.stat().st_size < original.stat().st_size and 'ipynb"' not in page.read_text()
 

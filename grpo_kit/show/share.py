@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from grpo_kit.config import KitError
+from grpo_kit.config import PROJECT_ROOT, KitError
 from grpo_kit.show.pages import data_uri
 
 PICTURE = re.compile(r"data:image/(png|jpeg|svg\+xml);base64,([A-Za-z0-9+/=\s]+)")
@@ -24,7 +24,8 @@ WIDEST = 1400  # pixels
 def share_pages(run_dir: Path, folder: Path) -> list[Path]:
     """Copy a run's `index.html` and the pages of its notebooks, and return what was written.
 
-    Pictures become WebP where that is smaller, drawings are rounded to a hundredth of a point; the text stays.
+    Pictures become WebP where that is smaller, drawings are rounded to a hundredth of a point. The text stays, but for
+    the places of run and project on this machine, which concern nobody else.
 
     Args:
         run_dir: the run's folder, whose report is written.
@@ -41,14 +42,19 @@ def share_pages(run_dir: Path, folder: Path) -> list[Path]:
     pages = [run_dir / "index.html", *sorted((run_dir / "notebooks").glob("*.html"))]
     for stale in folder.glob("notebooks/*.html"):
         stale.unlink()
-    return [_copy(page, folder / page.relative_to(run_dir)) for page in pages]
+    return [_copy(page, folder / page.relative_to(run_dir), run_dir.resolve()) for page in pages]
 
 
-def _copy(page: Path, to: Path) -> Path:
-    text = PICTURE.sub(_smaller, page.read_text(encoding="utf-8"))
+def _copy(page: Path, to: Path, run_dir: Path) -> Path:
+    text = NOTEBOOK_LINK.sub("", PICTURE.sub(_smaller, page.read_text(encoding="utf-8")))
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(NOTEBOOK_LINK.sub("", text), encoding="utf-8")
+    to.write_text(without_places(text, run_dir), encoding="utf-8")
     return to
+
+
+def without_places(text: str, run_dir: Path) -> str:
+    """Paths under the project count from there, the run's folder elsewhere is its name."""
+    return text.replace(f"{PROJECT_ROOT}/", "").replace(str(run_dir), run_dir.name)
 
 
 def _smaller(match: re.Match) -> str:
