@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from grpo_kit.config import Config
     from grpo_kit.runs.grid import PlannedTrial, TrialResult
     from grpo_kit.runs.headless import Executed, Planned
     from grpo_kit.show.comparison import Pool
@@ -99,24 +100,38 @@ def train(
 
 
 @app.command()
-def evaluate(run: Run) -> None:
-    """Compare raw prompt, initial policy and trained policy on the held-out prompts."""
-    from grpo_kit.config import KitError, load_config
+def evaluate(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN [RUN]...", help="A run, several, or a grid: folders, or names.")
+    ],
+    override: Annotated[list[str] | None, typer.Option("-o", help="evaluation_settings.key=value; repeatable.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for what several runs, or another evaluation, gave.")
+    ] = None,
+) -> None:
+    """Compare raw prompt, initial policy and trained policy on the held-out prompts; of several runs, each policy.
 
-    folder = existing_run(run)
-    config = load_config(folder)
-    from grpo_kit import evaluate as evaluate_policy
-    from grpo_kit import load_experiment
+    Several runs are judged alike: by the first one's settings, generator and rewards, on the same prompts and latents.
+    A folder with a policy alone may stand among them. Runs that differ only in their seed are pooled.
+    """
+    from grpo_kit.config import PROJECT_ROOT, KitError, load_config
 
-    if not (folder / "best").is_dir():
-        raise KitError(f"run {folder}: no trained policy in it (best/). Train it: grpo-kit train --run-dir {folder}")
-    compare = ("raw", "initial", "trained") + (("oracle",) if config.evaluation_settings.gold else ())
+    folders = [folder for run in runs for folder in _trials(run) or [existing_run(run)]]
+    config = load_config(folders[0], _overrides(override or []))
+    if not (folders[0] / "best").is_dir():
+        advice = f"Train it: grpo-kit train --run-dir {folders[0]}"
+        raise KitError(f"run {folders[0]}: no trained policy in it (best/). {advice}")
+    several = len(folders) > 1
+    place = PROJECT_ROOT / "reports" / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}" if several else folders[0]
+    place = place if out is None else out.expanduser().resolve()
+    if several and place in folders:
+        raise KitError(f"--out {place}: one of the runs, whose own evaluation would be lost. Name another folder")
     try:
-        evaluate_policy(load_experiment(config, trained=folder / "best"), compare=compare, run_dir=folder)
+        (_evaluate_several if several else _evaluate_one)(config, folders, place)
     except KeyboardInterrupt:
-        raise _interrupted("evaluate", str(folder)) from None
-    _print_results(folder)
-    print(f"Next: grpo-kit report {folder}")
+        raise _interrupted("evaluate", *map(str, folders)) from None
+    _print_results(place)
+    print(f"written: {place}" if several else f"Next: grpo-kit report {place}")
 
 
 @app.command()
@@ -196,6 +211,49 @@ def doctor(
     print(table(findings))
     if any(finding.outcome == FALLS_IN for finding in findings):
         raise typer.Exit(1)
+
+
+def _evaluate_one(config: "Config", folders: Sequence[Path], place: Path) -> None:
+    from grpo_kit import evaluate as evaluate_policy
+    from grpo_kit import load_experiment
+
+    compare = ("raw", "initial", "trained") + (("oracle",) if config.evaluation_settings.gold else ())
+    evaluate_policy(load_experiment(config, trained=folders[0] / "best"), compare=compare, run_dir=place)
+
+
+def _evaluate_several(config: "Config", folders: Sequence[Path], place: Path) -> None:
+    """Let the runs' policies answer the same prompts; add what pools of training seeds gave to the results."""
+    from grpo_kit import evaluate as evaluate_policy
+    from grpo_kit import load_experiment
+
+    oracle = ("oracle",) if config.evaluation_settings.gold else ()
+    compare = ("raw", "initial", *map(str, folders), *oracle)
+    evaluate_policy(load_experiment(config), compare=compare, run_dir=place)
+    _pool_seeds(folders, place)
+
+
+def _pool_seeds(folders: Sequence[Path], place: Path) -> None:
+    """Add to an evaluation of several runs what those say together that differ only in their training seed."""
+    import pandas as pd
+
+    from grpo_kit.runs.folder import RunFolder
+    from grpo_kit.show.comparison import pool_runs, read_runs
+    from grpo_kit.statistics import pool
+
+    results = json.loads((place / "final_results.json").read_text(encoding="utf-8"))
+    rows = pd.read_parquet(place / "evaluation" / "rows.parquet")
+    names = {path: name for name, path in results["policies"].items()}
+    trained = [folder for folder in folders if (folder / "best").is_dir()]
+    pools = [one for one in pool_runs(read_runs(trained)) if len(one.runs) > 1]
+    pooled = {}
+    for one in pools:
+        own = [names[str(run.path)] for run in one.runs]
+        tables = [
+            rows[rows["variant"].isin(["raw", "initial", name])].replace({"variant": {name: "trained"}}) for name in own
+        ]
+        pooled[one.label] = {"policies": own, **pool(tables, confidence=results["confidence"])}
+    if pooled:
+        RunFolder(place).write_json("final_results.json", results | {"pooled": pooled})
 
 
 def new_run_folder(profile: str, run_dir: Path | None, name: str) -> Path:
@@ -427,10 +485,14 @@ def _print_results(folder: Path) -> None:
     results = folder / "final_results.json"
     if not results.is_file():
         return
-    from grpo_kit.show.report import comparison_table
+    from grpo_kit.show.summary import comparison_table, pooled_table
 
     data = json.loads(results.read_text(encoding="utf-8"))
     print(f"\n{comparison_table(data)}")
+    for found in data.get("pooled", {}).values():
+        names = ", ".join(found["policies"])
+        print(f"\n{found['training_seeds']} training seeds of one setting, pooled ({names}):")
+        print(pooled_table(found))
     if data.get("minutes"):
         print("\nminutes per stage")
         for stage, minutes in data["minutes"].items():

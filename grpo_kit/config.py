@@ -8,7 +8,7 @@ import difflib
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,17 @@ PROFILES = ("tiny", "workshop", "full", "classic")
 # Settings that hold a path. A model may also be a hub id, so it is a path only where something lies there.
 MODEL_PATHS = (("model_settings", "vlm_model"), ("model_settings", "sd_model"), ("model_settings", "clip_model"))
 PROMPT_PATHS = (("training_settings", "train_prompts"), ("evaluation_settings", "val_prompts"))
+REWARD_PATHS = tuple(
+    ("reward_settings", "options", reward, option)
+    for reward, option in (
+        ("style", "reference"),
+        ("aesthetic", "weights"),
+        ("pickscore", "model"),
+        ("pickscore", "processor"),
+        ("hps", "model"),
+        ("hps", "weights"),
+    )
+)
 
 
 class KitError(ValueError):
@@ -100,11 +111,50 @@ class GenerationSettings(Section):
     image_batch_size: Count = Field(16, description="images in one call of the pipeline")
 
 
+class ShapingSettings(Section):
+    """How one reward is changed before it is weighted: clipped, then scaled, then normalised."""
+
+    normalize: Literal["none", "running", "group"] = Field(
+        "none", description="in units of its deviation, over all that was seen so far, or within each group"
+    )
+    clip: tuple[Number, Number] | None = Field(None, description="lowest and highest value; null is no bound")
+    scale: Number = Field(1.0, description="factor; without effect where the reward is normalised")
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _is_a_pair(cls, value: object) -> object:
+        if value is not None and not (isinstance(value, list | tuple) and len(value) == 2):
+            raise ValueError("[low, high] with low < high, or null")
+        return value
+
+    @field_validator("clip")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError("[low, high] with low < high, or null")
+        return value
+
+
 class RewardSettings(Section):
     """What is rewarded, and what is only watched."""
 
     weights: dict[Name, Number] = Field(min_length=1, description="weight of each reward in the total")
     monitors: list[Name] = Field(default_factory=list, description="scored and logged, never rewarded")
+    options: dict[Name, dict[Name, Any]] = Field(
+        default_factory=dict, description='arguments of a reward: {"safety": {"avoid": ["blood"], "threshold": 0.25}}'
+    )
+    shaping: dict[Name, ShapingSettings] = Field(
+        default_factory=dict, description="how a reward is changed before it is weighted; raw values are what is logged"
+    )
+    combine: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize", description="normalise the weighted sum, or every reward within its group first (GDPO)"
+    )
+    threads: dict[Name, Count] = Field(
+        default_factory=dict, description="threads among which a slow reward's batch is split; it must be thread-safe"
+    )
+    timeout: dict[Name, Annotated[float, Field(gt=0), _NUMERIC]] = Field(
+        default_factory=dict, description="seconds that a call of a reward may take; then on_bad_reward decides"
+    )
 
     @field_validator("monitors")
     @classmethod
@@ -112,6 +162,16 @@ class RewardSettings(Section):
         rewarded = sorted(set(value) & set(info.data.get("weights", {})))
         if rewarded:
             raise ValueError(f"names that are not among the weights ({', '.join(rewarded)} is rewarded)")
+        return value
+
+    @field_validator("shaping")
+    @classmethod
+    def _only_rewarded(cls, value: dict[str, ShapingSettings], info: Any) -> dict[str, ShapingSettings]:
+        rewarded = info.data.get("weights")
+        unknown = sorted(set(value) - set(rewarded or value))
+        if unknown:
+            hint = _nearest(unknown[0], list(rewarded))
+            raise ValueError(f"names among the weights ({', '.join(rewarded)}), not {_shown(unknown[0])}{hint}")
         return value
 
 
@@ -141,7 +201,7 @@ class TrainingSettings(Section):
     advantage_eps: Number = Field(1e-4, gt=0)
     reward_noise_floor: Number = Field(0.0, ge=0, description="a group whose rewards differ by no more teaches nothing")
     on_bad_reward: Literal["raise", "drop_sample", "drop_group"] = Field(
-        "drop_sample", description="what a reward that is not finite leads to"
+        "drop_sample", description="what a reward that fails, or is not finite, leads to"
     )
     max_grad_norm: Number = Field(1.0, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
@@ -150,6 +210,7 @@ class TrainingSettings(Section):
     validate_every: Count = Field(20, description="iterations between validations")
     save_every: Count = Field(20, description="iterations between checkpoints")
     keep_checkpoints: Whole = Field(2, ge=2, description="checkpoints kept; the older one serves when one is damaged")
+    stop_on_divergence: bool = Field(False, description="end a run whose reward rises while the held-out score falls")
 
 
 class EvaluationSettings(Section):
@@ -162,6 +223,10 @@ class EvaluationSettings(Section):
     n_resamples: Whole = Field(2000, ge=100, description="bootstrap resamples")
     validation_prompts: Count = Field(32, description="prompts of the periodic validation")
     gold: Literal["shapeworld"] | None = Field(None, description="the check by a program, where the world has one")
+    paraphrases: bool = Field(True, description="ask the held-out prompts in other words too, where they have any")
+    held_out: Name | None = Field(
+        None, description="the monitor that best/ is chosen and divergence judged by; null is gold where it is scored"
+    )
 
 
 class TrackingSettings(Section):
@@ -202,10 +267,8 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values, with paths inside the project relative to it, so that they can move."""
         data = self.model_dump(mode="json")
-        for section, key in MODEL_PATHS + PROMPT_PATHS:
-            path = Path(data[section][key])
-            if path.is_relative_to(PROJECT_ROOT):
-                data[section][key] = path.relative_to(PROJECT_ROOT).as_posix()
+        for keys in MODEL_PATHS + PROMPT_PATHS + REWARD_PATHS:
+            _change_at(data, keys, _inside_project)
         return data
 
     def save(self, path: str | Path, versions: Mapping[str, str] | None = None) -> Path:
@@ -335,11 +398,24 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_paths(data: dict[str, Any], bases: list[Path]) -> None:
-    for section, key in MODEL_PATHS + PROMPT_PATHS:
-        settings = data.get(section)
-        value = settings.get(key) if isinstance(settings, dict) else None
+    for keys in MODEL_PATHS + PROMPT_PATHS + REWARD_PATHS:
+        _change_at(data, keys, functools.partial(_resolved, bases=bases, is_path=keys in PROMPT_PATHS))
+
+
+def _change_at(data: dict[str, Any], keys: tuple[str, ...], change: Callable[[str], str]) -> None:
+    """Change the text under the nested keys, if one is there; the dicts on the way are copied, not changed."""
+    value = data.get(keys[0])
+    if len(keys) == 1:
         if isinstance(value, str) and value:
-            settings[key] = _resolved(value, bases, (section, key) in PROMPT_PATHS)
+            data[keys[0]] = change(value)
+    elif isinstance(value, dict):
+        data[keys[0]] = dict(value)
+        _change_at(data[keys[0]], keys[1:], change)
+
+
+def _inside_project(value: str) -> str:
+    path = Path(value)
+    return path.relative_to(PROJECT_ROOT).as_posix() if path.is_relative_to(PROJECT_ROOT) else value
 
 
 def _resolved(value: str, bases: list[Path], is_path: bool) -> str:
@@ -396,15 +472,28 @@ def _one_line(error: ValidationError, source: str) -> str:
     return _printable(_problem(problems[0])) + more + source
 
 
-def _problem(problem: Mapping[str, Any]) -> str:
+def validated(model: type[Section], values: Mapping[str, Any], place: str) -> Section:
+    """Settings of a model of their own that stand at a dotted place, such as a reward's options, as that model.
+
+    Raises `ConfigError`, one line that names the key, the value found and what is allowed.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+        problem = min(problems, key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key is missing, too
+        raise ConfigError(_printable(f"{place}.{_problem(problem, model.model_json_schema())}")) from None
+
+
+def _problem(problem: Mapping[str, Any], root: dict[str, Any] | None = None) -> str:
     location = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(location)
     if not location:  # from _bounds_agree, which wrote the whole line
         return problem["msg"].removeprefix("Value error, ")
-    schema = _schema_at(key)
+    schema = _schema_at(key, root)
     what = f" ({schema['description']})" if "description" in schema and "properties" not in schema else ""
     if problem["type"] == "extra_forbidden":
-        known = sorted(_schema_at(".".join(location[:-1])).get("properties", {}))
+        known = sorted(_schema_at(".".join(location[:-1]), root).get("properties", {}))
         hint = _nearest(location[-1], known)
         return f"{_shown_key(key) or repr(key)}: unknown key{hint}; allowed: {', '.join(known)}"
     if problem["type"] == "missing":
@@ -420,25 +509,31 @@ def _json_schema() -> dict[str, Any]:
     return Config.model_json_schema()
 
 
-def _schema_at(key: str) -> dict[str, Any]:
-    """What the settings under a dotted key may be: their JSON schema, with `kinds` and `allowed` in words added."""
-    node = _json_schema()
+def _schema_at(key: str, root: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the settings under a dotted key may be: their JSON schema, with `kinds` and `allowed` in words added.
+
+    `root` is the schema to look in; None is that of `Config`.
+    """
+    root = root or _json_schema()
+    node = root
     for part in filter(None, key.split(".")):
-        node = _followed(node)
+        node = _followed(node, root)
         child = node.get("properties", {}).get(part, node.get("additionalProperties", node.get("items")))
         if not isinstance(child, dict):
             break
         node = child
-    options = [_followed(option) for option in node.get("anyOf", [node])]
+    options = [_followed(option, root) for option in node.get("anyOf", [node])]
     inner = next((option for option in options if "properties" in option), options[0])
     kinds = [kind for option in options for kind in _kinds(option)]
     return {**inner, **node, "kinds": kinds, "allowed": " or ".join(_in_words(option) for option in options)}
 
 
-def _followed(node: dict[str, Any]) -> dict[str, Any]:
+def _followed(node: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     for option in node.get("anyOf", [node]):
         if "$ref" in option:
-            return _json_schema()["$defs"][option["$ref"].rsplit("/", 1)[-1]]
+            return root["$defs"][option["$ref"].rsplit("/", 1)[-1]]
+        if "items" in option:
+            return option
     return node
 
 

@@ -8,7 +8,7 @@ from grpo_kit.models.generator import Generator, load_generator
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.prompts import Prompt, load_prompts
 from grpo_kit.rewards.composition import Rewards
-from grpo_kit.rewards.loading import load_rewards
+from grpo_kit.rewards.loading import check_reward_settings, load_rewards
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Experiment:
     val_prompts: list[Prompt]
 
     def with_rewards(self, rewards: Rewards) -> "Experiment":
-        """The same experiment under other rewards."""
-        return replace(self, rewards=rewards)
+        """The same experiment under other rewards, whose failures are treated as its `on_bad_reward` says."""
+        on_error = "raise" if self.config.training_settings.on_bad_reward == "raise" else "nan"
+        return replace(self, rewards=replace(rewards, on_error=on_error))
 
 
 def load_experiment(config: Config, trained: Path | str | None = None) -> Experiment:
@@ -37,11 +38,13 @@ def load_experiment(config: Config, trained: Path | str | None = None) -> Experi
     Raises:
         KitError: one line on what is missing, damaged or wrong, and what to do.
     """
+    check_reward_settings(config)  # before any model is loaded
+    generator = load_generator(config)
     return Experiment(
         config=config,
         train_prompts=load_prompts(config.training_settings.train_prompts),
         val_prompts=load_prompts(config.evaluation_settings.val_prompts),
         policy=load_policy(config, None if trained is None else Path(trained)),
-        generator=load_generator(config),
-        rewards=load_rewards(config),
+        generator=generator,
+        rewards=load_rewards(config, generator),
     )

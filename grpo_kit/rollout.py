@@ -27,12 +27,13 @@ class Rollout:
     images: list[list[Image.Image | None]]  # N x M; None where the picture came out unusable
     image_seeds: torch.Tensor  # (N, M) int64
     reward_parts: dict[str, torch.Tensor]  # name → (N,) raw mean over the M images, NaN where none could be scored
-    rewards: torch.Tensor  # (N,) weighted total
+    rewards: torch.Tensor  # (N,) what training uses: the weighted total, of shaped parts where the rewards say so
     old_logprobs: torch.Tensor | None  # (N, T) of the sampled ids, when they were sampled
     ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference
     truncated: torch.Tensor | None = None  # (N,) bool: ended by the length limit
     prompt_images: list[Image.Image] | None = None  # P pictures that the policy saw
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, rewards
+    totals: torch.Tensor | None = None  # (N,) weighted raw total, where it differs from `rewards`
 
     def score(self, policy: Policy, rows: torch.Tensor | None = None, *, reference: bool = False) -> Scores:
         """Score some of its rows (all where None) under a policy or its reference, running only the prompts they need.
@@ -50,9 +51,10 @@ class Rollout:
     def metrics(self) -> dict[str, float]:
         """Rewards and lengths under TRL's names; samples that could not be scored are left out of the means."""
         spread = group_spread(self.rewards.where(self.rewards.isfinite(), torch.nan), self.group_ids)
-        deviations = [_mean_and_std(self.rewards[self.group_ids == group])[1] for group in self.group_ids.unique()]
+        raw = self.rewards if self.totals is None else self.totals
+        deviations = [_mean_and_std(raw[self.group_ids == group])[1] for group in self.group_ids.unique()]
         found = {
-            "reward": _mean_and_std(self.rewards)[0],
+            "reward": _mean_and_std(raw)[0],
             "reward_std": float(torch.tensor(deviations).nanmean().nan_to_num(0.0)),  # within groups
             "frac_reward_zero_std": float((spread == 0).float().mean()),
             "completions/mean_length": float(self.completion_mask.sum(dim=1).float().mean()),
@@ -103,7 +105,7 @@ def collect_rollout(
     seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
     images = _draw(generator, completions.texts, seeds)
     seconds["images"], clock = time.perf_counter() - clock, time.perf_counter()
-    parts = _score(rewards, images, [texts[g] for g in group_ids], completions.texts)
+    parts = _score(rewards, images, [texts[g] for g in group_ids], completions.texts, group_ids, seeds)
     seconds["rewards"] = time.perf_counter() - clock
     return Rollout(
         prompts=prompts,
@@ -114,7 +116,8 @@ def collect_rollout(
         images=images,
         image_seeds=seeds,
         reward_parts=parts,
-        rewards=rewards.total(parts),
+        rewards=rewards.combined(parts, group_ids),
+        totals=rewards.total(parts) if rewards.is_shaped else None,
         old_logprobs=completions.logprobs.cpu(),
         truncated=_truncated(completions, policy),
         prompt_images=seen,
@@ -152,13 +155,19 @@ def _draw(generator: Generator, texts: list[str], seeds: torch.Tensor) -> list[l
 
 
 def _score(
-    rewards: Rewards, images: list[list[Image.Image | None]], prompts: list[str], rewrites: list[str]
+    rewards: Rewards,
+    images: list[list[Image.Image | None]],
+    prompts: list[str],
+    rewrites: list[str],
+    group_ids: torch.Tensor,
+    seeds: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Each part's mean over a rewrite's images that could be scored: {name: (N,)}."""
     count = len(images[0])
     flat = [image for row in images for image in row]
     repeated = ([text for text in texts for _ in range(count)] for texts in (prompts, rewrites))
-    scores = rewards.score(flat, *repeated)
+    groups = group_ids.repeat_interleave(count)
+    scores = rewards.score(flat, *repeated, group_ids=groups, image_seeds=seeds.flatten())
     return {name: values.reshape(-1, count).nanmean(dim=1) for name, values in scores.items()}
 
 

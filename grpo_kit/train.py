@@ -1,17 +1,19 @@
-"""The training loop: rollout, step, validate, save; and again from where a run folder stopped."""
+"""The training loop: rollout, step, validate, save, look whether it is gamed; and on from where a run stopped."""
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from grpo_kit.config import Config
+from grpo_kit.config import Config, KitError
 from grpo_kit.evaluate import validate
 from grpo_kit.experiment import Experiment
+from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.grpo.step import StepStats, grpo_step
 from grpo_kit.hardware import derive_seed
 from grpo_kit.prompts import balanced_batch
@@ -19,6 +21,7 @@ from grpo_kit.rollout import Rollout, collect_rollout
 from grpo_kit.runs.checkpoint import load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.tracking import Tracker
+from grpo_kit.sentinel import held_out_score, watch
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ class TrainResult:
     iterations: int
     started_from: int  # 0, or the committed iteration that was continued
     metrics: dict[str, float]
+    stopped: str | None = None  # why it ended before its last iteration: the sentinel's report
 
 
 def train(
@@ -43,26 +47,30 @@ def train(
     """Train the kit's policy as its config says and leave everything in `run_dir`.
 
     A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
-    if it had not stopped.
+    if it had not stopped. After each validation the sentinel looks whether the reward is being gamed
+    (`grpo_kit.sentinel`): it warns, and with `stop_on_divergence` the run ends there, its checkpoint committed.
 
     Args:
         progress: show a progress bar.
         on_iteration: called with each iteration's metrics, after all that the iteration writes is on disk.
 
     Raises:
-        KitError: the folder belongs to another run, is in use, or cannot be written.
+        KitError: the folder belongs to another run, is in use, or cannot be written; or the settings name a held-out
+            score that is none.
     """
-    config, settings = kit.config, kit.config.training_settings
-    logging.getLogger("grpo_kit").setLevel(config.tracking_settings.log_level)
-    folder = RunFolder.open(run_dir, config)
-    optimizer = make_optimizer(kit, config)
-    with folder.writing(), Tracker(config, folder.path) as tracker:
-        start = resume(kit, optimizer, folder)
+    settings = kit.config.training_settings
+    logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
+    _held_out(kit)
+    folder = RunFolder.open(run_dir, kit.config)
+    optimizer = make_optimizer(kit, kit.config)
+    with folder.writing(), Tracker(kit.config, folder.path) as tracker:
+        start = iteration = resume(kit, optimizer, folder)
         if start == 0:
             _validate(kit, folder, tracker, 0)
             _commit(kit, optimizer, folder, 0)  # so that a run stopped before its first checkpoint starts afresh
+        stopped = _look(kit, folder, announce=False)
         bar = tqdm(
-            range(start + 1, settings.num_iterations + 1),
+            () if stopped else range(start + 1, settings.num_iterations + 1),
             initial=start,
             total=settings.num_iterations,
             desc="GRPO",
@@ -78,12 +86,15 @@ def train(
             last = iteration == settings.num_iterations
             if last or iteration % settings.validate_every == 0:
                 _validate(kit, folder, tracker, iteration)
-            if last or iteration % settings.save_every == 0:
+                stopped = _look(kit, folder)
+            if last or stopped or iteration % settings.save_every == 0:
                 _commit(kit, optimizer, folder, iteration)
             if on_iteration is not None:
                 on_iteration(metrics)
+            if stopped:
+                break
     logged = folder.metrics()
-    return TrainResult(folder.path, max(start, settings.num_iterations), start, logged[-1] if logged else {})
+    return TrainResult(folder.path, iteration, start, logged[-1] if logged else {}, stopped)
 
 
 def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
@@ -94,10 +105,11 @@ def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
 
 
 def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder) -> int:
-    """Put policy and optimizer where the folder's newest good checkpoint left them; returns its iteration, or 0."""
+    """Put policy, optimizer and rewards where the newest good checkpoint left them; returns its iteration, or 0."""
     checkpoint = load_latest(folder.checkpoints)
     iteration = 0 if checkpoint is None else checkpoint.iteration
     folder.forget_after(iteration)
+    kit.rewards.load_state_dict({} if checkpoint is None else checkpoint.rewards)
     if checkpoint is not None:
         kit.policy.load_trainable_state(checkpoint.policy)
         optimizer.load_state_dict(checkpoint.optimizer)
@@ -128,17 +140,18 @@ def _iterate(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolde
     settings = kit.config.training_settings
     started = time.perf_counter()
     rollout, stats = run_iteration(kit, optimizer, iteration)
-    if iteration == 1 or iteration % settings.validate_every == 0 or iteration == settings.num_iterations:
-        _keep_rollout(kit, folder, iteration, rollout, stats)
     seconds = {f"time/{name}": value for name, value in rollout.seconds.items()}
     metrics = {"iteration": iteration, **stats.metrics, **seconds, "learning_rate": settings.learning_rate}
+    if iteration == 1 or iteration % settings.validate_every == 0 or iteration == settings.num_iterations:
+        kl = _keep_rollout(kit, folder, iteration, rollout, stats)
+        metrics.setdefault("kl", kl)  # beta 0 needs no KL, but who watches the run does
     metrics["step_time"] = time.perf_counter() - started
     metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
     return metrics
 
 
-def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> None:
-    """Save a rollout with what the step did to each of its tokens."""
+def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> float:
+    """Save a rollout with what the step did to each of its tokens; returns its mean KL from the reference per token."""
     size = kit.config.training_settings.micro_batch_size or len(rollout.rewards)
     parts = torch.arange(len(rollout.rewards)).split(size)
     logprobs = {"old_logprobs": rollout.old_logprobs}
@@ -148,18 +161,67 @@ def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: R
             logprobs[name] = torch.cat(scores)
     tokens = kit.policy.token_texts(rollout.completion_ids, rollout.completion_mask)
     folder.save_rollout(iteration, rollout, stats.advantages.tolist(), tokens, logprobs)
+    estimator = kit.config.training_settings.kl_estimator
+    kl = kl_divergence(rollout.old_logprobs, logprobs["ref_logprobs"], estimator=estimator)
+    return float(kl[rollout.completion_mask].mean())
 
 
 def _commit(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int) -> None:
-    keep = kit.config.training_settings.keep_checkpoints
-    save_checkpoint(folder.checkpoints, iteration, kit.policy.trainable_state(), optimizer, keep)
+    keep, state = kit.config.training_settings.keep_checkpoints, kit.rewards.state_dict()
+    save_checkpoint(folder.checkpoints, iteration, kit.policy.trainable_state(), optimizer, keep, state)
 
 
 def _validate(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> None:
     """Validate, and keep the policy in `best/` when no validation before scored as high."""
-    earlier = [v["reward"] for v in folder.validations() if v["iteration"] < iteration]
+    earlier = [_rank(v, _held_out(kit)) for v in folder.validations() if v["iteration"] < iteration]
     result = validate(kit, iteration, folder)
-    tracker.log({"iteration": iteration, "reward": result["reward"], **result["rewards"]}, prefix="eval")
+    watched = {name: result[name] for name in ("reward", "paraphrase", "diversity") if name in result}
+    tracker.log({"iteration": iteration, **watched, **result["rewards"]}, prefix="eval")
     logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
-    if result["reward"] > max(earlier, default=float("-inf")):
+    if not earlier or _rank(result, _held_out(kit)) > max(earlier):
         folder.save_best(kit.policy.save_pretrained)
+
+
+def _rank(validation: Mapping, held_out: str | None) -> tuple[float, float]:
+    """What `best/` is chosen by: the held-out score, and the reward where that is equal or nothing is held out."""
+    scores = (0.0 if held_out is None else validation["rewards"].get(held_out), validation["reward"])
+    return tuple(-math.inf if score is None or math.isnan(score) else score for score in scores)
+
+
+def _held_out(kit: Experiment) -> str | None:
+    """The monitor that this experiment is judged by.
+
+    Raises:
+        KitError: the name is no monitor's, or the run shall stop on a divergence that nothing could show.
+    """
+    held_out = held_out_score(kit.rewards.monitors, kit.config.evaluation_settings.held_out)
+    if held_out is None and kit.config.training_settings.stop_on_divergence:
+        raise KitError(
+            "training_settings.stop_on_divergence: found true, but no score is held out. Add a second scorer to "
+            "reward_settings.monitors and name it in evaluation_settings.held_out"
+        )
+    return held_out
+
+
+def _look(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str | None:
+    """Let the sentinel look at the folder's validations and write what it sees; returns why the run ends, if it does.
+
+    Args:
+        announce: log what the newest validation is the first to show; a continued run has logged it before.
+    """
+    validations, metrics, held_out = folder.validations(), folder.metrics(), _held_out(kit)
+    seen = watch(validations, metrics, held_out)
+    folder.write_json("sentinel.json", seen.to_dict())
+    known = watch(validations[:-1], metrics, held_out).findings() if announce else seen.findings()
+    for finding in seen.findings():
+        if finding not in known:
+            logger.warning("%s", finding)
+    if seen.divergence is None or not kit.config.training_settings.stop_on_divergence:
+        return None
+    logger.warning(
+        "stopped by the sentinel (%s). best/ holds the policy with the best %s. To train on all the same, set "
+        "training_settings.stop_on_divergence to false and run again in this folder",
+        seen.divergence,
+        held_out,
+    )
+    return str(seen.divergence)

@@ -35,6 +35,15 @@ def test_raise_names_the_row_the_value_and_what_to_do(value: float):
     assert "\n" not in str(error.value)
 
 
+def test_raise_names_the_reward_that_is_to_blame():
+    rewards, parts = torch.tensor([1.0, 2.0, math.nan, 4.0, 5.0, math.nan]), {"clip": torch.arange(6.0)}
+    for bad, named in ((2, "row 2 .*, from sharp; mend"), (5, "row 2 .*not finite.; mend")):
+        parts["sharp"] = torch.arange(6.0).masked_fill(torch.arange(6) == bad, math.nan)
+        with pytest.raises(KitError, match=named):
+            usable_rewards(rewards, IDS, "raise", parts)
+    assert torch.equal(usable_rewards(parts["clip"], IDS, "raise", parts), parts["clip"])
+
+
 @pytest.mark.parametrize("on_bad_reward", ["raise", "drop_sample", "drop_group"])
 def test_usable_rewards_stay_as_they_are(on_bad_reward: str):
     rewards = torch.tensor([1.0, -2.0, 3e38, 0.0, 5.0, 6.0])

@@ -62,6 +62,18 @@ def test_policy_and_optimizer_come_back_bit_for_bit(folder: Path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_rewards_state_comes_back_and_is_no_file_where_there_is_none(tmp_path: Path):
+    model, optimizer = _trained(0)
+    state = {"clip_similarity": torch.tensor([3.0, 0.1, 0.7], dtype=torch.float64)}
+    place = save_checkpoint(tmp_path, 1, model.state_dict(), optimizer, rewards=state)
+    assert torch.equal(load_checkpoint(place).rewards["clip_similarity"], state["clip_similarity"])
+    _flip(place, "rewards.safetensors", -1, 0)
+    with pytest.raises(CheckpointError, match=r"rewards\.safetensors is damaged"):
+        load_checkpoint(place)
+    without = save_checkpoint(tmp_path, 2, model.state_dict(), optimizer, rewards={})
+    assert load_checkpoint(without).rewards == {} and not (without / "rewards.safetensors").exists()
+
+
 def test_optimizer_that_has_not_stepped_comes_back(tmp_path: Path):
     model, optimizer = _trained(0)
     found = load_checkpoint(save_checkpoint(tmp_path, 1, model.state_dict(), optimizer))

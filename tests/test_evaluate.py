@@ -28,6 +28,7 @@ QUICK = {
     "evaluation_settings.seeds_per_prompt": 2,
     "evaluation_settings.validation_prompts": 3,
     "evaluation_settings.n_resamples": 300,
+    "evaluation_settings.paraphrases": False,  # test_evaluate_paraphrases.py
 }
 
 
@@ -132,7 +133,16 @@ def _rows(**by_variant: list[float]) -> pd.DataFrame:
     """Two latents a prompt, half above and half below each prompt's given reward."""
     return pd.DataFrame(
         [
-            {"prompt_id": i, "variant": variant, "seed": seed, "category": "ab"[i % 2], "reward": value + shift}
+            {
+                "prompt_id": i,
+                "user_prompt": f"prompt {i}",
+                "text": f"{variant} {i}",
+                "variant": variant,
+                "seed": seed,
+                "category": "ab"[i % 2],
+                "difficulty": "easy" if i < 2 else "hard",
+                "reward": value + shift,
+            }
             for variant, values in by_variant.items()
             for i, value in enumerate(values)
             for seed, shift in enumerate((-0.5, 0.5))
@@ -146,6 +156,8 @@ def test_success_and_closed_gap_are_what_they_are_called(quick: Experiment):
     assert found["success_rate"]["reward"] == 2 / 4  # a tie is no success
     assert found["gap_closed"]["reward"] == pytest.approx(0.5)
     assert found["by_category"]["b"]["trained"]["reward"] == pytest.approx(1.0)
+    assert found["success"]["trained-raw"]["reward"]["ties"] == 1 / 4
+    assert found["win_rate"]["trained-raw"]["reward"]["mean"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
     upside_down = summarize(
         _rows(raw=[1.0, 1.0], trained=[1.0, 1.0], oracle=[0.0, 0.0]), quick.config.evaluation_settings
     )
@@ -176,10 +188,16 @@ def test_pairing_is_what_makes_intervals_of_differences_narrow(quick: Experiment
     assert paired["high"] - paired["low"] < 0.2 * (single["high"] - single["low"]) and paired["low"] > 0
 
 
-@pytest.mark.parametrize("values", [[], [np.nan], [2.0], [2.0, 2.0], [2.0, np.nan, 2.0]])
+@pytest.mark.parametrize("values", [[2.0, 2.0], [2.0, np.nan, 2.0]])
 def test_interval_of_what_does_not_vary_is_a_point(values: list[float], quick: Experiment):
     found = interval(np.array(values), quick.config.evaluation_settings)
-    assert found["low"] == found["mean"] == found["high"] == 2.0 or np.isnan(list(found.values())).all()
+    assert found["low"] == found["mean"] == found["high"] == 2.0
+
+
+@pytest.mark.parametrize("values", [[], [np.nan], [2.0], [2.0, np.nan]])
+def test_one_prompt_or_none_has_no_interval(values: list[float], quick: Experiment):
+    found = interval(np.array(values), quick.config.evaluation_settings)
+    assert np.isnan([found["low"], found["high"]]).all()
 
 
 def test_prompt_that_could_not_be_scored_is_left_out(quick: Experiment):

@@ -21,7 +21,8 @@ LAYERS = [  # imports run downward only
     {"check", "doctor"},
     {"show"},
     {"train"},
-    {"evaluate"},
+    {"evaluate", "sentinel"},
+    {"conclusions"},
     {"experiment"},
     {"runs"},
     {"rollout"},
@@ -29,6 +30,7 @@ LAYERS = [  # imports run downward only
     {"models"},
     {"shapeworld"},
     {"prompts", "grpo"},  # grpo: tensors in, tensors out
+    {"statistics", "diversity", "noise"},  # tables in, numbers out
     {"hardware"},
     {"config"},
 ]

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.rewards.clip_similarity import ClipSimilarity
 from grpo_kit.rewards.composition import Rewards
+from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.rollout import Rollout
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.train import TrainResult, run_iteration, train
@@ -114,6 +116,31 @@ def test_an_adapter_with_dropout_that_sees_pictures_goes_on_byte_for_byte_too(ki
     names = [f"checkpoints/iter_000002/{name}.safetensors" for name in ("policy", "optimizer")]
     assert _bytes(tmp_path / "parts", *names) == _bytes(tmp_path / "whole", *names)
     assert _without_times(tmp_path / "parts") == _without_times(tmp_path / "whole")
+
+
+def _with_running_statistics(kit: Experiment, **training: object) -> Experiment:
+    """An experiment whose reward is normalised by all that was seen so far: state that must be saved."""
+    fresh = _fresh(kit, **training)
+    shaping = {"clip_similarity": Shaping(normalize="running")}
+    return fresh.with_rewards(dataclasses.replace(fresh.rewards, shaping=shaping))
+
+
+@pytest.mark.trap("T24")
+def test_rewards_with_running_statistics_go_on_byte_for_byte_and_would_not_without_them(
+    kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"save_every": 1, "advantage_eps": 1.0}  # an eps that does not cancel the reward's own scale
+    train(_with_running_statistics(kit, num_iterations=2, **settings), tmp_path / "whole", progress=False)
+    train(_with_running_statistics(kit, num_iterations=1, **settings), tmp_path / "parts", progress=False)
+    shutil.copytree(tmp_path / "parts", tmp_path / "forgetful")
+    train(_with_running_statistics(kit, num_iterations=2, **settings), tmp_path / "parts", progress=False)
+    names = [f"checkpoints/iter_000002/{name}.safetensors" for name in ("policy", "optimizer", "rewards")]
+    assert _bytes(tmp_path / "parts", *names) == _bytes(tmp_path / "whole", *names)
+
+    forgetful = _with_running_statistics(kit, num_iterations=2, **settings)
+    monkeypatch.setattr(Rewards, "load_state_dict", lambda self, state: None)
+    train(forgetful, tmp_path / "forgetful", progress=False)
+    assert _bytes(tmp_path / "forgetful", names[0]) != _bytes(tmp_path / "whole", names[0])
 
 
 class Stop(Exception):
@@ -212,7 +239,7 @@ def test_run_folder_holds_what_is_documented(run: Path):
     found = {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
     expected = {"config.json", "training.log", "metrics.jsonl", "best/model.safetensors", "best/config.json"}
     expected |= {f"validation_iter_00000{i}.json" for i in (0, 2, 4)}
-    expected |= {f"rollouts/iter_00000{i}.parquet" for i in (1, 2, 4)}
+    expected |= {"sentinel.json"} | {f"rollouts/iter_00000{i}.parquet" for i in (1, 2, 4)}
     for iteration in (2, 4):
         names = ("policy.safetensors", "optimizer.safetensors", "manifest.json")
         expected |= {f"checkpoints/iter_00000{iteration}/{name}" for name in names}
@@ -279,9 +306,10 @@ def test_config_in_the_folder_loads_and_names_versions(run: Path, kit: Experimen
     assert "torch" in json.loads((run / "config.json").read_text())["versions"]
 
 
-def test_best_holds_the_policy_of_the_best_validation(run: Path, kit: Experiment):
-    rewards = {i: json.loads((run / f"validation_iter_00000{i}.json").read_text())["reward"] for i in (0, 2, 4)}
-    best = max(rewards, key=rewards.get)
+def test_best_holds_the_policy_of_the_validation_with_the_best_gold(run: Path, kit: Experiment):
+    validations = {i: json.loads((run / f"validation_iter_00000{i}.json").read_text()) for i in (0, 2, 4)}
+    scores = {i: (found["rewards"]["gold"], found["reward"]) for i, found in validations.items()}
+    best = max(scores, key=scores.get)
     loaded = load_experiment(kit.config, trained=run / "best").policy.model.state_dict()
     if best == 0:
         expected = kit.policy.model.state_dict()
@@ -331,7 +359,7 @@ def test_second_writer_is_refused_in_one_line(kit: Experiment, tmp_path: Path):
 
 
 def test_folder_is_free_again_after_a_failure(kit: Experiment, tmp_path: Path):
-    broken = _fresh(kit).with_rewards(Rewards({"bad": lambda *args: [1.0]}, {"bad": 1.0}))
+    broken = _fresh(kit, on_bad_reward="raise").with_rewards(Rewards({"bad": lambda *args: [1.0]}, {"bad": 1.0}))
     for _ in range(2):
         with pytest.raises(KitError, match="reward 'bad'"):
             train(broken, tmp_path, progress=False)

@@ -60,7 +60,8 @@ def grpo_step(policy: "Policy", optimizer: torch.optim.Optimizer, rollout: "Roll
         ValueError: shapes that do not fit each other.
     """
     settings = config.training_settings
-    rewards = usable_rewards(rollout.rewards, rollout.group_ids, settings.on_bad_reward)
+    bad = settings.on_bad_reward
+    rewards = usable_rewards(rollout.rewards, rollout.group_ids, bad, rollout.reward_parts)
     advantages = group_advantages(
         rewards,
         rollout.group_ids,

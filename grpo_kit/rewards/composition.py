@@ -1,18 +1,20 @@
-"""Several rewards as one: each part kept raw, the total their weighted sum."""
+"""Several rewards as one: each part kept raw, their weighted sum, and what training makes of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 
-from grpo_kit.config import KitError
+from grpo_kit.rewards.protocol import CONTEXT, Reward, RewardError, as_column, context_of, failed_reward
+from grpo_kit.rewards.shaping import RunningMoments, Shaping, within_groups
 
-Reward = Callable[[Sequence[Image.Image], Sequence[str], Sequence[str]], object]  # → N numbers
+__all__ = ["Reward", "RewardError", "Rewards", "Shaping"]
 
-
-class RewardError(KitError):
-    """A reward that does not return what a reward must."""
+logger = logging.getLogger(__name__)
+COMBINATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
 @dataclass(frozen=True)
@@ -20,53 +22,154 @@ class Rewards:
     """Named rewards with weights, and monitors, which are scored and logged but never rewarded.
 
     Args:
-        parts: name → reward; any callable `(images, prompts, enhanced_prompts) -> (N,)`.
+        parts: name → reward; any callable `(images, prompts, enhanced_prompts) -> (N,)`. One whose signature names
+            `group_ids` or `image_seeds` is handed those too.
         weights: name → weight in the total.
         monitors: name → reward, without weight.
+        shaping: name → how a part is clipped, scaled and normalised before training weights it.
+        combine: "sum_then_normalize" leaves normalising to the advantages of the sum; "normalize_then_sum" normalises
+            every part within its group first, so that none is louder than its weight says (GDPO, arXiv 2601.05242).
+        on_error: a part that raises, or returns something else than N numbers, "raise"s `RewardError`, or is "nan" for
+            that call: none of its samples can be scored. `failures` counts such calls, the first of each is logged.
+
+    Raises:
+        RewardError: a part without a weight, a name that is used twice, a shaping without a part.
     """
 
     parts: Mapping[str, Reward]
     weights: Mapping[str, float]
     monitors: Mapping[str, Reward] = field(default_factory=dict)
+    shaping: Mapping[str, Shaping] = field(default_factory=dict)
+    combine: str = "sum_then_normalize"
+    on_error: str = "raise"
+    failures: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    running: dict[str, RunningMoments] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.combine not in COMBINATIONS:
+            raise RewardError(f"combine: found {self.combine!r}, allowed: {', '.join(COMBINATIONS)}")
+        if self.on_error not in ("raise", "nan"):
+            raise RewardError(f"on_error: found {self.on_error!r}, allowed: raise, nan")
+        for name in self.parts:
+            if name not in self.weights:
+                raise RewardError(f"weights: found {', '.join(self.weights) or 'none'}; the part {name!r} has none")
+            if name in self.monitors:
+                raise RewardError(f"monitors: found {name!r}, which is a part too; give one of them another name")
+        for name, shaping in self.shaping.items():
+            if name not in self.parts:
+                raise RewardError(f"shaping: found {name!r}, allowed: {', '.join(self.parts)}")
+            if shaping.normalize == "running":
+                self.running.setdefault(name, RunningMoments())
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether training sees something else than the weighted sum of the raw parts."""
+        return self.combine != "sum_then_normalize" or any(kind != Shaping() for kind in self.shaping.values())
 
     def score(
-        self, images: Sequence[Image.Image | None], prompts: Sequence[str], enhanced_prompts: Sequence[str]
+        self,
+        images: Sequence[Image.Image | None],
+        prompts: Sequence[str],
+        enhanced_prompts: Sequence[str],
+        *,
+        group_ids: torch.Tensor | None = None,
+        image_seeds: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Each part and monitor, raw: {name: (N,) float64}, NaN where there is no image or the part could not score."""
+        """Each part and monitor, raw: {name: (N,) float64}, NaN where there is no image or the part could not score.
+
+        Args:
+            group_ids, image_seeds: (N,) integers for the rewards that ask for them: the prompt that a row belongs to,
+                the latent seed of its image.
+        """
         drawn = [i for i, image in enumerate(images) if image is not None]
         columns = [[values[i] for i in drawn] for values in (images, prompts, enhanced_prompts)]
+        given = {
+            name: None if values is None else torch.as_tensor(values).cpu()[drawn]
+            for name, values in zip(CONTEXT, (group_ids, image_seeds), strict=True)
+        }
         scores = {}
         for name, reward in {**self.parts, **self.monitors}.items():
             scores[name] = torch.full((len(images),), torch.nan, dtype=torch.float64)
             if drawn:
-                scores[name][drawn] = _as_column(name, reward(*columns), len(drawn))
+                scores[name][drawn] = self._column(name, reward, columns, given)
         return scores
 
+    def _column(
+        self, name: str, reward: Reward, columns: list[list], given: Mapping[str, torch.Tensor | None]
+    ) -> torch.Tensor:
+        count = len(columns[0])
+        try:
+            return as_column(reward(*columns, **{key: given[key] for key in context_of(reward)}), count)
+        except Exception as error:  # whatever a user's function raises; an interrupt passes through
+            problem = failed_reward(name, error)
+            if self.on_error == "raise":
+                raise problem from error
+            self.failures[name] += 1
+            if self.failures[name] == 1:
+                logger.warning("%s. Its %d samples have no reward; later failures are counted", problem, count)
+            return torch.full((count,), torch.nan, dtype=torch.float64)
+
     def total(self, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(N,) weighted sum of the parts; NaN where any weighted part is NaN."""
+        """(N,) weighted sum of the raw parts, for people and evaluation; NaN where any part is NaN."""
         return sum(self.weights[name] * scores[name] for name in self.parts)
+
+    def combined(self, scores: Mapping[str, torch.Tensor], group_ids: torch.Tensor) -> torch.Tensor:
+        """(N,) what training uses: the parts shaped, then weighted and summed; NaN where any part is NaN.
+
+        Such a sample is left out of the statistics of all parts. Without shaping it is `total`, bit for bit. Running
+        statistics take in these scores first, so call it once for each rollout that is trained on.
+        """
+        if not self.is_shaped:
+            return self.total(scores)
+        unscored = torch.stack([scores[name].isnan() for name in self.parts]).any(dim=0)
+        kept = {name: scores[name].masked_fill(unscored, torch.nan) for name in self.parts}
+        return self.total({name: self._shaped(name, values, group_ids) for name, values in kept.items()})
+
+    def _shaped(self, name: str, values: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+        shaping = self.shaping.get(name, Shaping())
+        values = shaping.bounded(values)
+        if shaping.normalize == "running":
+            self.running[name].update(values)
+            values = self.running[name].normalized(values)
+        if shaping.normalize == "group" or self.combine == "normalize_then_sum":
+            values = within_groups(values, group_ids)
+        return values
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The running statistics: name of a part → (3,) float64; empty where none is normalised so."""
+        return {name: self.running[name].state() for name in self._with_statistics()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` gave; a part that it does not name starts afresh, so `{}` resets all.
+
+        Raises:
+            RewardError: it names a part that has no running statistics.
+        """
+        for name in state:
+            if name not in self._with_statistics():
+                known = ", ".join(self._with_statistics()) or "none"
+                raise RewardError(
+                    f"running statistics: found {name!r}, allowed: {known}. Load a state of these rewards"
+                )
+        for name in self._with_statistics():
+            self.running[name].load(state.get(name, RunningMoments().state()))
+
+    def _with_statistics(self) -> list[str]:
+        return [name for name, shaping in self.shaping.items() if shaping.normalize == "running"]
 
     def __call__(
         self,
         images: Sequence[Image.Image | None],
         prompts: Sequence[str],
         enhanced_prompts: Sequence[str] | None = None,
+        *,
+        group_ids: torch.Tensor | None = None,
+        image_seeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(N,) totals of images drawn for users' prompts."""
-        return self.total(self.score(images, prompts, prompts if enhanced_prompts is None else enhanced_prompts))
+        rewrites = prompts if enhanced_prompts is None else enhanced_prompts
+        return self.total(self.score(images, prompts, rewrites, group_ids=group_ids, image_seeds=image_seeds))
 
     def calculate_reward(self, image: Image.Image, prompt: str, enhanced_prompt: str | None = None) -> float:
         """The total of one image for one user's prompt."""
         return float(self([image], [prompt], None if enhanced_prompt is None else [enhanced_prompt])[0])
-
-
-def _as_column(name: str, values: object, count: int) -> torch.Tensor:
-    try:
-        column = torch.as_tensor(values).detach().cpu().to(torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RewardError(
-            f"reward {name!r}: found {type(values).__name__}, {count} numbers are needed ({error})"
-        ) from error
-    if column.shape != (count,):
-        raise RewardError(f"reward {name!r}: found shape {tuple(column.shape)}, needed ({count},): one number an image")
-    return column.where(column.isfinite(), torch.nan)

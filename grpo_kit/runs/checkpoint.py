@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from grpo_kit.config import KitError
 
 logger = logging.getLogger(__name__)
 _POLICY, _OPTIMIZER, _MANIFEST = "policy.safetensors", "optimizer.safetensors", "manifest.json"
+_REWARDS = "rewards.safetensors"  # written only where rewards have state
 
 
 class CheckpointError(KitError):
@@ -24,27 +26,32 @@ class CheckpointError(KitError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed iteration: the trained tensors and the optimizer's state."""
+    """A committed iteration: the trained tensors, the optimizer's state, and the rewards' where they have any."""
 
     iteration: int
     policy: dict[str, torch.Tensor]
     optimizer: dict[str, object]
+    rewards: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(
-    folder: Path, iteration: int, policy: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: int = 2
+    folder: Path,
+    iteration: int,
+    policy: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    keep: int = 2,
+    rewards: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Commit an iteration to `folder/iter_NNNNNN` and drop all but the newest `keep`."""
+    """Commit an iteration to `folder/iter_NNNNNN` and drop all but the newest `keep`; `rewards` is these' state."""
     place = folder / f"iter_{iteration:06d}"
     aside = folder / f".writing-{place.name}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     tensors, settings = _flatten(optimizer.state_dict())
-    save_file({name: value.detach().cpu().contiguous() for name, value in policy.items()}, aside / _POLICY)
-    save_file(tensors, aside / _OPTIMIZER)
-    files = {
-        name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in (_POLICY, _OPTIMIZER)
-    }
+    contents = {_POLICY: policy, _OPTIMIZER: tensors} | ({_REWARDS: rewards} if rewards else {})
+    for name, content in contents.items():
+        save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, aside / name)
+    files = {name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in contents}
     manifest = {"iteration": iteration, "files": files, "optimizer": settings}
     manifest["sha256"] = _digest(manifest)
     (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -87,7 +94,8 @@ def load_checkpoint(place: Path) -> Checkpoint:
                 f"checkpoint {place.name}: holds iteration {manifest['iteration']}; it was moved or swapped"
             )
         optimizer = _unflatten(load_file(place / _OPTIMIZER), manifest["optimizer"])
-        return Checkpoint(manifest["iteration"], load_file(place / _POLICY), optimizer)
+        rewards = load_file(place / _REWARDS) if _REWARDS in manifest["files"] else {}
+        return Checkpoint(manifest["iteration"], load_file(place / _POLICY), optimizer, rewards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -210,7 +210,7 @@ def _without_nan(data: object) -> object:
 
 def _first_difference(old: dict, new: dict) -> str | None:
     """The first setting, if any, in which two configs differ so that one cannot continue the other."""
-    may_differ = {("training_settings", "num_iterations"), ("training_settings", "keep_checkpoints")}
+    may_differ = {("training_settings", name) for name in ("num_iterations", "keep_checkpoints", "stop_on_divergence")}
     for section in new:
         if not isinstance(new[section], dict):
             continue

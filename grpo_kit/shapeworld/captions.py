@@ -137,7 +137,7 @@ def parse(text: str) -> Scene | None:
     The things come first; each later clause is a place, a background, a style word or an idle word. No clause stands
     twice, and none contradicts another ("sharp, crisp" is fine; "sharp, sharp" and "sharp, dreamy" are not).
     """
-    head, *clauses = [clause.strip() for clause in text.lower().strip(" .").split(",")]
+    head, *clauses = _clauses(text)
     scene = _parse_things(head)
     if scene is None or len(set(clauses)) != len(clauses):
         return None
@@ -146,6 +146,10 @@ def parse(text: str) -> Scene | None:
         if scene is None:
             return None
     return scene
+
+
+def _clauses(text: str) -> list[str]:
+    return [clause.strip() for clause in text.lower().strip(" .").split(",")]
 
 
 def _parse_things(head: str) -> Scene | None:
@@ -184,6 +188,28 @@ def keeps_request(request: Scene, rewrite: Scene) -> bool:
     """Whether a rewrite still states everything that the request states."""
     stated = rewrite.stated()
     return all(stated.get(name) == value for name, value in request.stated().items() if name != "style")
+
+
+def paraphrase(text: str) -> str | None:
+    """The same request in other words and in another form, or None where the text is not in the grammar.
+
+    Each word is replaced by the other dialect's, place and background change places, and it is written as a sentence:
+    `a trio of blue circles` → `Three azure balls.` Training prompts have every word of the grammar; the form, with its
+    capital and full stop, is one that they never have, nor do the texts that the policy was first trained on.
+    """
+    scene = parse(text)
+    if scene is None:
+        return None
+
+    def say(value: str) -> str:
+        said = re.search(rf"\b{re.escape(_USER_WORDS[value])}(?:e?s)?\b", text.lower())
+        return value if said else _USER_WORDS[value]
+
+    clauses = [say(f"{scene.background} background")] if scene.background else []
+    clauses += [say(_PLACES[scene.place])] if scene.place else []
+    clauses += [clause for clause in _clauses(text) if clause in _STYLE_OF or clause in IDLE_WORDS]
+    sentence = ", ".join([_things(scene, say), *clauses])
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 # --- captions to train on --------------------------------------------------------------------------------------------

@@ -52,7 +52,10 @@ HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a label readable
 
 @styled
 def training_curves(
-    metrics: pd.DataFrame, validations: Sequence[Mapping] = (), panels: Sequence[str] = tuple(CURVES)
+    metrics: pd.DataFrame,
+    validations: Sequence[Mapping] = (),
+    panels: Sequence[str] = tuple(CURVES),
+    sentinel: Mapping | None = None,
 ) -> Drawing:
     """Draw what training logged: each iteration faint, a moving average strong, held-out validations as points.
 
@@ -60,11 +63,15 @@ def training_curves(
         metrics: a row an iteration, columns as in metrics.jsonl.
         validations: the periodic validations, as in validation_iter_*.json.
         panels: which columns to draw; a column that was not logged is left out.
+        sentinel: the content of sentinel.json: the score that it judges by is drawn too, and a divergence is marked by
+            a line in every panel.
 
     Raises:
         KitError: none of the columns was logged.
     """
-    drawn = [name for name in panels if name in metrics and metrics[name].notna().any()]
+    judged = f"rewards/{(sentinel or {}).get('held_out')}/mean"
+    wanted = dict.fromkeys((*panels[:1], judged, *panels[1:]) if judged not in panels else panels)
+    drawn = [name for name in wanted if name in metrics and metrics[name].notna().any()]
     if not drawn:
         raise KitError(f"training curves: found no column of {', '.join(panels)}. Train at least one iteration first.")
     columns = min(COLUMNS, len(drawn))
@@ -73,6 +80,8 @@ def training_curves(
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for axes, name in zip(grid, drawn, strict=False):
         _draw_curve(axes, metrics["iteration"], metrics[name], validations, name)
+    if sentinel and sentinel.get("divergence"):
+        _mark_divergence(grid[: len(drawn)], sentinel["divergence"])
     for axes in grid[len(drawn) :]:
         axes.set_visible(False)
     for axes in grid[max(0, len(drawn) - columns) : len(drawn)]:
@@ -83,7 +92,8 @@ def training_curves(
 
 
 def _draw_curve(axes: Axes, steps: pd.Series, values: pd.Series, validations: Sequence[Mapping], name: str) -> None:
-    title, reading, validated = CURVES.get(name, (name, "", None))
+    title, reading, validated = CURVES.get(name) or _monitor(name)
+    steps, values = steps[values.notna()], values.dropna()  # what is measured now and then, such as KL where beta is 0
     window = max(1, len(values) // 8)
     smooth = values.rolling(window, min_periods=1, center=True).mean()
     axes.plot(steps, values, color=BLUE, alpha=0.3, lw=0.9)
@@ -107,6 +117,23 @@ def _draw_curve(axes: Axes, steps: pd.Series, values: pd.Series, validations: Se
     if points:
         below = points[-1][1] > sum(axes.get_ylim()) / 2  # on the side where there is room
         _label(axes, "held out", points[-1], (0, -13 if below else 8), ha="right", color=VERMILION)
+
+
+def _monitor(column: str) -> tuple[str, str, str]:
+    """Title, reading and validated score of a column that has no panel of its own, `rewards/<name>/mean` above all."""
+    score = column.removeprefix("rewards/").removesuffix("/mean")
+    return metric_name(score), "", score
+
+
+def _mark_divergence(panels: Sequence[Axes], divergence: Mapping) -> None:
+    """A line where the sentinel found that the reward is gamed, named in the first panel; a thin one where it began."""
+    for axes in panels:
+        axes.axvline(divergence["since"], color=INK, lw=0.8, ls=(0, (1, 2)), zorder=1.5)
+        axes.axvline(divergence["iteration"], color=INK, lw=1.4, ls=(0, (5, 2)), zorder=1.5)
+    first = panels[0]
+    left = divergence["iteration"] > sum(first.get_xlim()) / 2  # on the side where there is room
+    point = (divergence["iteration"], first.get_ylim()[0])
+    _label(first, "divergence", point, (-4 if left else 4, 4), ha="right" if left else "left", weight="bold")
 
 
 def _label(axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **kwargs: object) -> None:
@@ -301,7 +328,8 @@ def comparison_plot(results: Mapping, metrics: Sequence[str] = ("reward", "gold"
     measured = [m for m in metrics if any(m in values for values in results.get("variants", {}).values())]
     if not measured:
         raise KitError(f"comparison_plot: found no results for {', '.join(metrics)}. Run the evaluation first.")
-    variants = [v for v in VARIANTS if v in results["variants"]][::-1]
+    known = [v for v in VARIANTS if v in results["variants"]]
+    variants = [*known, *(v for v in results["variants"] if v not in known)][::-1]  # saved runs come last
     pairs = list(results.get("differences", {}))[::-1]
     figure = new_figure(5.4 * len(measured), 1.0 + 0.42 * len(variants) + 0.9 + 0.42 * len(pairs))
     heights = [len(variants) + 0.5, len(pairs) + 0.5] if pairs else [1]
@@ -318,9 +346,10 @@ def _draw_means(axes: Axes, results: Mapping, variants: Sequence[str], metric: s
     for y, variant in enumerate(variants):
         value = results["variants"][variant].get(metric)
         if value is not None:
-            _draw_interval(axes, y, value, metric, VARIANT_COLOURS[variant], VARIANT_MARKERS[variant])
+            look = VARIANT_COLOURS.get(variant, INK), VARIANT_MARKERS.get(variant, "o")
+            _draw_interval(axes, y, value, metric, *look)
     axes.set_title(f"{metric_name(metric)}, mean over prompts")
-    axes.set_yticks(range(len(variants)), [VARIANT_NAMES[v] for v in variants])
+    axes.set_yticks(range(len(variants)), [plain_text(VARIANT_NAMES.get(v, v), 40) for v in variants])
     _tidy_rows(axes, len(variants), metric)
 
 

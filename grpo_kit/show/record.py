@@ -33,6 +33,7 @@ class RunRecord:
     validations: list[dict] = field(repr=False)
     results: dict = field(repr=False)
     evaluation: pd.DataFrame = field(repr=False)
+    sentinel: dict = field(default_factory=dict, repr=False)
 
     @property
     def iterations(self) -> int:
@@ -107,7 +108,7 @@ class _Thumbnails(Mapping[ImageKey, Image.Image]):
 
 
 def read_run(run_dir: Path | str) -> RunRecord:
-    """Read a run folder: config, metrics, validations, results and evaluation; rollouts and pictures when asked for.
+    """Read a run folder: config, metrics, validations, evaluation, sentinel; rollouts and pictures when asked for.
 
     Raises:
         RecordError: there is no such folder, or a file in it is damaged.
@@ -122,6 +123,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
         validations=[_read_json(file) for file in sorted(path.glob("validation_iter_*.json"))],
         results=_read_json(path / "final_results.json"),
         evaluation=_read_parquet(path / "evaluation" / "rows.parquet"),
+        sentinel=_read_json(path / "sentinel.json"),
     )
 
 

@@ -70,7 +70,7 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
         "profile": record.config.get("profile"),
         "headline": headline(record.results),
         "paragraph": paragraph(record),
-        "warning": _warning(record.results),
+        "warning": _warning(record),
         "tiles": _tiles(record.results),
         "charts": _charts(record),
         "curve_names": ", ".join(CURVES[name][0] for name in CURVES if name in record.metrics),
@@ -87,8 +87,11 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
     }
 
 
-def _warning(results: Mapping) -> str:
-    """Return a caution where the evaluation asks for one."""
+def _warning(record: RunRecord) -> str:
+    """Return a caution where the sentinel or the evaluation asks for one."""
+    results, divergence = record.results, record.sentinel.get("divergence")
+    if divergence:
+        return f"The sentinel, {divergence['text']}. Look at the gallery before you believe the reward."
     change = results.get("differences", {}).get("trained-raw", {})
     if direction(change.get("reward")) == RISES and direction(change.get("gold")) == FALLS:
         return "The reward and the truth part ways: look at the gallery before you believe the reward."
@@ -122,7 +125,7 @@ def _charts(record: RunRecord) -> dict[str, str]:
         "loop": data_uri(loop_figure().to_svg(), "svg+xml"),
         "comparison": _chart(lambda: comparison_plot(record.results)),
         "categories": _chart(lambda: category_plot(record.results)),
-        "curves": _chart(lambda: training_curves(record.metrics, record.validations)),
+        "curves": _chart(lambda: training_curves(record.metrics, record.validations, sentinel=record.sentinel)),
     }
 
 

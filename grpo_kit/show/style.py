@@ -38,6 +38,11 @@ METRIC_NAMES = {
     "keeps_objects": "keeps the objects",
     "grammatical": "grammatical",
     "clip_similarity": "CLIP similarity",
+    "gain": "gain over the raw prompt",
+    "consistency": "agrees with its rewrite",
+    "image_quality": "image quality",
+    "meaning_kept": "keeps the meaning",
+    "jpeg_size": "JPEG size",
 }
 SHARES = frozenset({"gold", "keeps_objects", "grammatical"})  # metrics in 0..1 that people read as per cent
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from grpo_kit.show.record import RunRecord
-from grpo_kit.show.style import SHARES, VARIANT_NAMES, VARIANTS, format_metric, metric_name
+from grpo_kit.show.style import SHARES, VARIANT_NAMES, VARIANTS, format_metric, metric_name, plain_text
 
 RISES, FALLS, UNCLEAR = "rises", "falls", "unclear"
+MAIN = ("reward", "gold")
+NO_BREAK = "\N{NO-BREAK SPACE}"
 Interval = Mapping[str, float]
 Case = tuple[int, int]  # (prompt_id, seed)
 
 
 def direction(difference: Interval | None) -> str:
     """Say where an interval of differences lies: above 0, below 0, or on both sides."""
-    if difference is None:
+    if difference is None or difference["low"] is None:  # one prompt alone has no interval
         return UNCLEAR
     return RISES if difference["low"] > 0 else FALLS if difference["high"] < 0 else UNCLEAR
 
@@ -44,7 +47,7 @@ def headline(results: Mapping) -> str:
 
 def paragraph(record: RunRecord) -> str:
     """Return the run in a few sentences whose figures come from its files."""
-    sentences = [_training_sentence(record)]
+    sentences = [_training_sentence(record), _sentinel_sentence(record.sentinel)]
     results = record.results
     variants, changes = results.get("variants", {}), results.get("differences", {})
     if "trained-raw" in changes:
@@ -71,6 +74,23 @@ def _training_sentence(record: RunRecord) -> str:
     minutes = record.metrics["step_time"].sum() / 60 if "step_time" in record.metrics else None
     time = f" in {minutes:.1f} minutes" if minutes is not None else ""
     return f"The policy was trained for {record.iterations} iterations{size}{time}."
+
+
+def _sentinel_sentence(sentinel: Mapping) -> str:
+    """Say what the sentinel saw; nothing where no score was held out or it could not have seen anything yet."""
+    looks, held_out = sentinel.get("looks", 0), sentinel.get("held_out")
+    if held_out is None or looks < 3:
+        return ""
+    if sentinel["divergence"]:
+        change = sentinel["divergence"]
+        return (
+            f"From iteration {change['since']} to {change['iteration']} the reward rose while the score held out "
+            f"({metric_name(held_out)}) fell: the policy games its reward."
+        )
+    return (
+        f"In none of {looks} validations did the sentinel find that the reward rose while the score held out "
+        f"({metric_name(held_out)}) fell."
+    )
 
 
 def _change_sentence(variants: Mapping, change: Mapping, metric: str) -> str:
@@ -103,8 +123,9 @@ def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[s
     order = ["reward", "gold", "keeps_objects", "grammatical"]
     metrics = [m for m in order if m in found] + sorted(found - set(order))
     rows = []
-    for variant in [v for v in VARIANTS if v in variants]:
-        rows.append((VARIANT_NAMES[variant], [interval_text(m, variants[variant].get(m)) for m in metrics], "variant"))
+    for variant in [v for v in VARIANTS if v in variants] + [v for v in variants if v not in VARIANTS]:
+        cells = [interval_text(m, variants[variant].get(m)) for m in metrics]
+        rows.append((VARIANT_NAMES.get(variant, variant), cells, "variant"))
     for pair, change in changes.items():
         cells = [interval_text(m, change.get(m), signed=True) for m in metrics]
         rows.append((pair.replace("-", " − "), cells, "difference"))
@@ -112,6 +133,10 @@ def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[s
         values = results.get(key, {})
         if any(values.get(m) is not None for m in metrics):
             rows.append((label, [_percent(values.get(m)) for m in metrics], "share"))
+    wins = results.get("win_rate", {}).get("trained-raw", {})
+    if wins:
+        shares = [_percent(wins[m]["mean"]) if m in wins and m in MAIN else "–" for m in metrics]
+        rows.append(("images better than raw", shares, "share"))
     return [metric_name(m) for m in metrics], rows
 
 
@@ -122,7 +147,8 @@ def _percent(value: float | None) -> str:
 def comparison_table(final_results: Mapping) -> str:
     """Return the comparison as plain text: means with intervals, paired differences, the way to the oracle.
 
-    Metrics stand two by two, so that a line fits a terminal.
+    Metrics stand two by two, so that a line fits a terminal. Below stand, where they were measured, how the policy
+    did on paraphrases, what its rewrites share, and the smallest difference that this evaluation could have found.
     """
     names, rows = comparison_rows(final_results)
     if not rows:
@@ -131,7 +157,74 @@ def comparison_table(final_results: Mapping) -> str:
     count, seeds = final_results.get("num_prompts", "?"), final_results.get("seeds_per_prompt", "?")
     title = f"{count} held-out prompts, {seeds} images each; mean [{confidence} interval over prompts]"
     blocks = [_text_block(names, rows, slice(start, start + 2)) for start in range(0, len(names), 2)]
-    return "\n\n".join([title, *blocks])
+    notes = [textwrap.fill(note, 80) for note in evaluation_notes(final_results)]
+    return "\n\n".join([title, *blocks, *notes])
+
+
+def pooled_table(pooled: Mapping) -> str:
+    """Return what several training seeds gave together as plain text: means and differences, over seeds and prompts."""
+    names, rows = comparison_rows(pooled)
+    return _text_block(names, rows, slice(None))
+
+
+def evaluation_notes(results: Mapping) -> list[str]:
+    """Return in sentences what the table does not hold; an older evaluation has none of it."""
+    notes = [_paraphrase_note(results), _suffix_note(results), detectable_note(results)]
+    return [note for note in notes if note]
+
+
+def _judged(results: Mapping) -> str | None:
+    """The policy that the notes are about: the trained one, else the first saved one."""
+    return next((v for v in ("trained", *results.get("policies", {})) if v in results.get("variants", {})), None)
+
+
+def _paraphrase_note(results: Mapping) -> str:
+    asked, policy = results.get("paraphrases", {}), _judged(results)
+    changes = asked.get("from_originals", {}).get(policy, {})
+    texts = [f"{metric_name(m)} {interval_text(m, changes[m], signed=True)}{_unit(m)}" for m in MAIN if m in changes]
+    if not texts:
+        return ""
+    return (
+        f"The same {asked['num_prompts']} requests in other words change the {policy} policy's {' and '.join(texts)}."
+    )
+
+
+def _suffix_note(results: Mapping) -> str:
+    policy = _judged(results)
+    found = results.get("diversity", {}).get(policy)
+    if not found or not found["suffix"]:
+        return ""
+    share, distinct = _percent(found["suffix_share"]), _percent(found["distinct"])
+    ending = plain_text(found["suffix"], 60)
+    return f"{share} of the {policy} policy's rewrites end in “{ending}”; {distinct} are distinct."
+
+
+def detectable_note(results: Mapping) -> str:
+    """Return how small a difference the evaluation could have found; empty where that was not computed."""
+    saved = list(results.get("policies", {}))
+    pair = f"{saved[1]}-{saved[0]}" if len(saved) > 1 else f"{_judged(results)}-raw"
+    found = results.get("detectable", {})
+    by_metric = found.get("differences", {}).get(pair, {})
+    metrics = [m for m in MAIN if m in by_metric]
+    if not metrics:
+        return ""
+
+    def sizes(key: str) -> str:
+        return " and ".join(f"{format_metric(m, by_metric[m][key], True).lstrip('+')}{_unit(m)}" for m in metrics)
+
+    names = " and ".join(metric_name(m) for m in metrics)
+    more = [("twice the prompts", "with_twice_the_prompts"), ("twice the images of each", "with_twice_the_seeds")]
+    known = [f"{sizes(key)} with {text}" for text, key in more if by_metric[metrics[0]][key] is not None]
+    error = _percent(1 - results.get("confidence", 0.95)).replace(" ", NO_BREAK)
+    chance = _percent(found["power"]).replace(" ", NO_BREAK)
+    return (
+        f"A difference {pair.replace('-', ' − ')} in {names} is found with a chance of {chance} (two-sided "
+        f"{error}) from {sizes('difference')} on; {'; '.join(known)}."
+    )
+
+
+def _unit(metric: str) -> str:
+    return " points" if metric in SHARES else ""
 
 
 def _text_block(names: Sequence[str], rows: Sequence[tuple[str, list[str], str]], columns: slice) -> str:

@@ -66,7 +66,7 @@ class LiveTraining(TwinBox):
             metrics: what the iteration logged, as `train` hands it over.
         """
         self._line.value = _progress(metrics, self.planned)
-        last = metrics["iteration"] == self.planned
+        last = metrics["iteration"] == self.planned or self._is_stopped()
         if last or time.monotonic() >= self._due:
             self.refresh()
             self._line.value = _progress(metrics, self.planned)
@@ -86,10 +86,15 @@ class LiveTraining(TwinBox):
             ended + max(PAUSE, (ended - started) / SHARE) if len(rows) > 1 else ended
         )  # the first ones come at once
 
+    def _is_stopped(self) -> bool:
+        """Say whether the sentinel has ended the run."""
+        stops = self._record is not None and self._record.config.get("training_settings", {}).get("stop_on_divergence")
+        return bool(stops and read_run(self._path).sentinel.get("divergence"))
+
     def _draw_curves(self) -> Drawing:
         if self._record is None or len(self._record.metrics) < 2 or not set(PANELS) & set(self._record.metrics):
             return _waiting()  # a line needs two points
-        return training_curves(self._record.metrics, self._record.validations, PANELS)
+        return training_curves(self._record.metrics, self._record.validations, PANELS, self._record.sentinel)
 
     def _show_group(self) -> None:
         kept = self._record.rollout_iterations if self._record else []

@@ -1,0 +1,77 @@
+"""Do a policy's rewrites differ, or do they all end in the same words?"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.spatial.distance import pdist
+
+COMMON = 0.5  # an ending that this share of the rewrites has is what they converge to
+
+
+def rewrite_diversity(prompts: Sequence[str], rewrites: Sequence[str]) -> dict[str, float | str]:
+    """How much the rewrites of different prompts differ, judged by the words that they add.
+
+    Args:
+        prompts: the users' prompts, N.
+        rewrites: what became of each, N.
+
+    Returns:
+        distinct: share of the rewrites that differ from one another, in (0, 1].
+        added_words: words in a rewrite that its prompt does not have, on average.
+        added_distance: mean Jaccard distance between two rewrites' sets of added words; 0 where all add the same.
+        suffix: the longest ending that at least half of the rewrites add, else the commonest last word.
+        suffix_share: the share of rewrites that end so. A share near 1 tells that all were given the same suffix.
+
+    Raises:
+        ValueError: no rewrites, or not one for each prompt.
+    """
+    if not rewrites or len(prompts) != len(rewrites):
+        raise ValueError(f"rewrites: found {len(rewrites)} of {len(prompts)} prompts, allowed: one each, at least one")
+    asked, written = [set(words(text)) for text in prompts], [words(text) for text in rewrites]
+    added = [set(text) - known for text, known in zip(written, asked, strict=True)]
+    suffix, share = common_ending([_added_ending(*pair) for pair in zip(written, asked, strict=True)])
+    return {
+        "distinct": len(set(rewrites)) / len(rewrites),
+        "added_words": float(np.mean([len(one) for one in added])),
+        "added_distance": mean_jaccard_distance(added),
+        "suffix": " ".join(suffix),
+        "suffix_share": share,
+    }
+
+
+def words(text: str) -> list[str]:
+    """A text's words in order, without case and punctuation."""
+    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+
+
+def mean_jaccard_distance(sets: Sequence[set[str]]) -> float:
+    """Mean of 1 − |A ∩ B| / |A ∪ B| over all pairs; two empty sets are alike. NaN for fewer than two sets."""
+    if len(sets) < 2:
+        return float("nan")
+    vocabulary = {word: place for place, word in enumerate(sorted(set().union(*sets)))}
+    holds = np.zeros((len(sets), max(1, len(vocabulary))), dtype=bool)
+    for row, one in enumerate(sets):
+        holds[row, [vocabulary[word] for word in one]] = True
+    return float(pdist(holds, "jaccard").mean())
+
+
+def common_ending(endings: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], float]:
+    """The longest run of last words that at least half of the texts share, else the commonest last word, and its share.
+
+    A text may be empty; where all are, the ending is empty and its share 0.
+    """
+    best, share = (), 0.0
+    for length in range(1, max(map(len, endings), default=0) + 1):
+        (ending, count), *_ = Counter(tuple(e[-length:]) for e in endings if len(e) >= length).most_common(1)
+        if length > 1 and count / len(endings) < COMMON:
+            break
+        best, share = ending, count / len(endings)
+    return best, share
+
+
+def _added_ending(written: Sequence[str], asked: set[str]) -> list[str]:
+    """The words at a rewrite's end that its prompt does not have."""
+    count = next((i for i, word in enumerate(reversed(written)) if word in asked), len(written))
+    return list(written[len(written) - count :])
