@@ -20,7 +20,13 @@ from grpo_kit.show.lessons.models import (
     seed_figure,
     token_figure,
 )
-from grpo_kit.show.lessons.rewards import agreement_figure, similarity_figure, vectors_figure, winners_figure
+from grpo_kit.show.lessons.rewards import (
+    agreement_figure,
+    audit_figure,
+    similarity_figure,
+    vectors_figure,
+    winners_figure,
+)
 from grpo_kit.show.loop import loop_figure
 from grpo_kit.show.plots import (
     category_plot,
@@ -53,6 +59,7 @@ __all__ = [
     "LossPlayground",
     "RunRecord",
     "agreement_figure",
+    "audit_figure",
     "category_plot",
     "clipping_figure",
     "comparison_plot",

@@ -71,8 +71,8 @@ class RunRecord:
 
     def file(self, name: str) -> Path:
         """Return the path of a file that a row names, which must lie inside the run folder."""
-        path = (self.path / name).resolve()
-        if not path.is_relative_to(self.path.resolve()):
+        path = (self.path / name.replace("\0", "")).resolve()
+        if "\0" in name or not path.is_relative_to(self.path.resolve()):
             raise RecordError(
                 f"{name!r}: leads out of the run folder. A run names only its own files; repair that row."
             )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
 from grpo_kit.config import KitError
@@ -18,10 +22,14 @@ from grpo_kit.show.style import (
     VERMILION,
     Drawing,
     bare,
+    metric_name,
     new_figure,
     plain_text,
     styled,
 )
+
+if TYPE_CHECKING:
+    from grpo_kit.rewards.auditing import Audit
 
 
 @styled
@@ -144,3 +152,62 @@ def winners_figure(chosen: Mapping[str, Mapping[str, float]], random_choice: flo
     axes.tick_params(axis="y", length=0)
     axes.set_title(plain_text(title))
     return figure
+
+
+_AUDIT_PANELS = (  # column of an audit's table, title, limits of a scale that is the same for all audits
+    ("rank within", "agreement with gold\n(ranks, within prompts)", (-1.05, 1.05)),
+    ("seed share", "the seed's share\nof the variance", (-0.05, 1.05)),
+    ("edges", "samples at the\nceiling ●, floor ○", (-0.05, 1.05)),
+    ("idle words", "idle words: in rewrite ●,\nin request ○ (std)", None),
+    ("ms per image", "ms an image", None),
+)
+_AUDIT_PAIRS = {
+    "edges": ("at ceiling", "at floor"),
+    "idle words": ("idle words, rewrite", "idle words, user"),
+}
+
+
+@styled
+def audit_figure(audits: Audit | Sequence[Audit]) -> Drawing:
+    """Draw what audits found, a line a reward: agreement with gold, noise, saturation, idle words, cost.
+
+    A bar is an interval. What was not measured (gold, a text that was never drawn twice) is left empty.
+
+    Args:
+        audits: one audit, or several of different rewards.
+
+    Raises:
+        KitError: no reward, or one that was audited twice.
+    """
+    table = pd.concat([one.table() for one in ([audits] if hasattr(audits, "table") else audits)] or [pd.DataFrame()])
+    if table.empty or table.index.has_duplicates:
+        raise KitError(f"audit_figure: found {len(table)} rewards ({', '.join(table.index)}). Give each of them once.")
+    table = table[::-1]  # the first one is drawn on top
+    panels = [panel for panel in _AUDIT_PANELS if panel[0] in table or panel[0] in _AUDIT_PAIRS]
+    figure = new_figure(1.8 + 1.9 * len(panels), 1.3 + 0.3 * len(table))
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, title, limits) in zip(grid, panels, strict=True):
+        _audit_panel(axes, table, name)
+        axes.set_title(title, fontsize=8.5)
+        axes.grid(True, axis="x")
+        axes.tick_params(axis="y", length=0)
+        axes.set(ylim=(-0.6, len(table) - 0.4), **({"xlim": limits} if limits else {}))
+    figure.axes[0].set_yticks(range(len(table)), [plain_text(metric_name(name), 30) for name in table.index])
+    return figure
+
+
+def _audit_panel(axes: Axes, table: pd.DataFrame, name: str) -> None:
+    rows = range(len(table))
+    if f"{name}, low" in table:
+        axes.hlines(rows, table[f"{name}, low"], table[f"{name}, high"], color=BLUE, lw=3, alpha=0.4)
+    filled, *hollow = _AUDIT_PAIRS.get(name, (name,))
+    for column in hollow:
+        axes.plot(table[column], rows, ls="", marker="o", ms=8, mfc="none", mec=VERMILION, mew=1.5)
+    axes.plot(table[filled], rows, ls="", marker="o", ms=6, color=BLUE, mec="white", mew=0.6)
+    if name == "ms per image":
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=4))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.axvline(0, color=GREY, lw=1, ls=(0, (4, 2)))
