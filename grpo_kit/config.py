@@ -164,6 +164,15 @@ class RewardSettings(Section):
             raise ValueError(f"names that are not among the weights ({', '.join(rewarded)} is rewarded)")
         return value
 
+    @field_validator("options")
+    @classmethod
+    def _can_be_written(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        try:  # config.json has to give the same run again
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("what JSON can hold: finite numbers, whole characters, lists, objects") from None
+        return value
+
     @field_validator("shaping")
     @classmethod
     def _only_rewarded(cls, value: dict[str, ShapingSettings], info: Any) -> dict[str, ShapingSettings]:
@@ -233,6 +242,7 @@ class TrackingSettings(Section):
     """Where a run is reported besides its folder."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
+    tensorboard: bool = False  # needs the optional extra `tensorboard`
     project: Name = "grpo_kit"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -399,7 +409,8 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _resolve_paths(data: dict[str, Any], bases: list[Path]) -> None:
     for keys in MODEL_PATHS + PROMPT_PATHS + REWARD_PATHS:
-        _change_at(data, keys, functools.partial(_resolved, bases=bases, is_path=keys in PROMPT_PATHS))
+        resolved = functools.partial(_resolved, key=".".join(keys), bases=bases, is_path=keys in PROMPT_PATHS)
+        _change_at(data, keys, resolved)
 
 
 def _change_at(data: dict[str, Any], keys: tuple[str, ...], change: Callable[[str], str]) -> None:
@@ -418,10 +429,10 @@ def _inside_project(value: str) -> str:
     return path.relative_to(PROJECT_ROOT).as_posix() if path.is_relative_to(PROJECT_ROOT) else value
 
 
-def _resolved(value: str, bases: list[Path], is_path: bool) -> str:
+def _resolved(value: str, key: str, bases: list[Path], is_path: bool) -> str:
     """The absolute path of `value` under the first base where it exists; else a hub id unless it looks like a path."""
     if "\0" in value:
-        raise ConfigError(f"path {_shown(value)}: allowed: text without NUL characters")
+        raise ConfigError(f"{key}: found {_shown(value)}, allowed: text without NUL characters")
     try:
         path = Path(value).expanduser()
         candidates = [Path(os.path.normpath(base / path)) for base in bases]
@@ -488,6 +499,8 @@ def validated(model: type[Section], values: Mapping[str, Any], place: str) -> Se
 def _problem(problem: Mapping[str, Any], root: dict[str, Any] | None = None) -> str:
     location = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(location)
+    if not location and problem["type"] == "string_unicode":  # pydantic names no place where the key is what is wrong
+        return f"key {_shown(problem['input'])}: allowed: text of whole characters (no lone surrogates)"
     if not location:  # from _bounds_agree, which wrote the whole line
         return problem["msg"].removeprefix("Value error, ")
     schema = _schema_at(key, root)

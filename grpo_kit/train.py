@@ -177,6 +177,7 @@ def _validate(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: i
     result = validate(kit, iteration, folder)
     watched = {name: result[name] for name in ("reward", "paraphrase", "diversity") if name in result}
     tracker.log({"iteration": iteration, **watched, **result["rewards"]}, prefix="eval")
+    tracker.log_samples(iteration)
     logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
     if not earlier or _rank(result, _held_out(kit)) > max(earlier):
         folder.save_best(kit.policy.save_pretrained)

@@ -25,6 +25,14 @@ class RunError(KitError):
     """A run folder that cannot be used."""
 
 
+class _OneLine(logging.Formatter):
+    """A record is one line that a terminal only shows: line ends and escape codes in its text are written out."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = super().formatMessage(record)
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class RunFolder:
     """The files of one run; every path below is inside `path`."""
 
@@ -75,7 +83,8 @@ class RunFolder:
                 f"run folder {self.path}: another process writes into it; wait for it, or choose a new folder"
             ) from error
         file, screen = logging.FileHandler(self.path / "training.log", encoding="utf-8"), logging.StreamHandler()
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+        screen.setFormatter(_OneLine("%(message)s"))
         screen.setLevel(logging.WARNING)
         root = logging.getLogger("grpo_kit")
         root.addHandler(file)
@@ -89,6 +98,13 @@ class RunFolder:
             root.removeHandler(file)
             file.close()
             lock.release()
+
+    def _inside(self, name: str) -> Path:
+        """The place of a file of this run; a name that leads out of the folder is refused."""
+        parts = Path(name).parts
+        if "\0" in name or ".." in parts or Path(name).is_absolute() or not parts:
+            raise RunError(f"file {name!r:.100}: leads out of the run folder; allowed: a path inside it")
+        return self.path / name
 
     # --- metrics and validations --------------------------------------------------------------------------------------
 
@@ -114,7 +130,7 @@ class RunFolder:
 
     def write_json(self, name: str, data: dict) -> Path:
         """Write a JSON file whole or not at all."""
-        place = self.path / name
+        place = self._inside(name)
         text = json.dumps(_without_nan(data), indent=2, ensure_ascii=False, allow_nan=False)
         replace_file(place, f"{text}\n".encode())
         return place
@@ -131,7 +147,7 @@ class RunFolder:
         """Save a small JPEG; returns its path relative to the run, None where there is no picture."""
         if image is None:
             return None
-        place = self.path / "thumbnails" / f"{name}.jpg"
+        place = self._inside(f"thumbnails/{name}.jpg")
         place.parent.mkdir(exist_ok=True)
         small = image.copy()
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))

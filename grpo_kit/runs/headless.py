@@ -195,7 +195,7 @@ def _typed(name: str, given: object, parameter: _Parameter) -> object:
     if isinstance(given, str):
         try:
             value = readers[kind](given)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # as literal_eval is documented
             value = None
     elif kind == "float" and type(given) is int:
         value = float(given)
