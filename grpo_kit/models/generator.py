@@ -168,8 +168,8 @@ def load_generator(config: Config) -> Generator:
     settings, generation = config.model_settings, config.generation_settings
     device, _ = choose_device(settings.device)
     dtype, _ = choose_dtype(device, settings.dtype)
-    diffusers_logging.disable_progress_bar()
     for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
         library.set_verbosity_error()  # they warn of every cut prompt; the generator counts them instead
     without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if settings.drop_t5 else {}
     try:

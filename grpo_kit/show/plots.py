@@ -115,8 +115,15 @@ def _draw_curve(axes: Axes, steps: pd.Series, values: pd.Series, validations: Se
     axes.text(0, 1.03, reading, transform=axes.transAxes, color=GREY, fontsize=8)
     axes.margins(x=0.03, y=0.14)
     if points:
-        below = points[-1][1] > sum(axes.get_ylim()) / 2  # on the side where there is room
-        _label(axes, "held out", points[-1], (0, -13 if below else 8), ha="right", color=VERMILION)
+        _name_points(axes, points, smooth.iloc[-1])
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[float, float]], curve_ends: float) -> None:
+    """Write what the points are beside the last one, on the side away from the curve, and make room there."""
+    (_, low), (_, high) = axes.transData.inverted().transform(axes.transAxes.transform([(0, 0), (1, 1)]))
+    above = points[-1][1] >= curve_ends
+    axes.set_ylim((low, high + 0.12 * (high - low)) if above else (low - 0.12 * (high - low), high))
+    _label(axes, "held out", points[-1], (0, 6 if above else -14), ha="right", color=VERMILION)
 
 
 def _monitor(column: str) -> tuple[str, str, str]:

@@ -134,6 +134,7 @@ class BeTheReward(TwinBox):
             [image or _empty() for image in self._images], captions, 4 if last % 4 == 0 else 6, size=1.9
         )
         how = "as ranked by clicking" if self.ranked else "not ranked yet: run the notebook, and click the best first"
+        figure.set_figheight(figure.get_figheight() + 0.45)  # two lines above the pictures
         figure.suptitle(f"“{plain_text(self._prompt, 60)}”\n{how}", x=0.01, ha="left", weight="bold", fontsize=10.5)
         return [figure]
 
