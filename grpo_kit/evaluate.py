@@ -243,7 +243,7 @@ def _draw_and_score(
         group_ids=torch.tensor([i for i, _, _, _ in cells]),
         image_seeds=torch.tensor(latents),
     )
-    totals = kit.rewards.total(parts)
+    totals = kit.rewards.total(parts, in_groups=False)
     rows = [
         {
             "prompt_id": i,

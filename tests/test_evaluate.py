@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from grpo_kit.config import KitError, load_config
 from grpo_kit.evaluate import EvalResult, evaluate, interval, rewrites, summarize, test_prompts, validate
@@ -316,3 +317,19 @@ def test_picture_that_failed_leaves_a_gap_and_no_black_square(
     rows = pd.read_parquet(tmp_path / "evaluation" / "rows.parquet")
     assert rows["thumbnail"].isna().sum() == 2
     assert np.isfinite(found.results["variants"]["raw"]["reward"]["mean"])
+
+
+def test_a_reward_that_compares_a_group_is_no_part_of_an_evaluations_total(quick: Experiment, tmp_path: Path):
+    def contrast(images: list, prompts: list, enhanced: list, group_ids: torch.Tensor) -> torch.Tensor:
+        alone = torch.bincount(group_ids, minlength=int(group_ids.max()) + 1)[group_ids] < 2
+        return torch.ones(len(images)).masked_fill(alone, torch.nan)
+
+    clip = quick.rewards.parts["clip_similarity"]
+    mixed = quick.with_rewards(Rewards({"clip": clip, "contrast": contrast}, {"clip": 1.0, "contrast": 0.5}))
+    with_it, without = (validate(kit, 0, RunFolder(tmp_path)) for kit in (mixed, quick))
+    assert with_it["reward"] == without["reward"]
+    scores = mixed.rewards.score([Image.new("RGB", (32, 32))] * 2, ["a"] * 2, ["a"] * 2, group_ids=torch.tensor([0, 1]))
+    assert mixed.rewards.total(scores).isnan().all(), "the plain total has no value there"
+    alone = quick.with_rewards(Rewards({"contrast": contrast}, {"contrast": 1.0}))
+    with pytest.raises(KitError, match=r"found contrast alone.*one rewrite a prompt"):
+        validate(alone, 0, RunFolder(tmp_path))

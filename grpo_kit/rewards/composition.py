@@ -109,9 +109,23 @@ class Rewards:
                 logger.warning("%s. Its %d samples have no reward; later failures are counted", problem, count)
             return torch.full((count,), torch.nan, dtype=torch.float64)
 
-    def total(self, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(N,) weighted sum of the raw parts, for people and evaluation; NaN where any part is NaN."""
-        return sum(self.weights[name] * scores[name] for name in self.parts)
+    def total(self, scores: Mapping[str, torch.Tensor], *, in_groups: bool = True) -> torch.Tensor:
+        """(N,) weighted sum of the raw parts, for people and evaluation; NaN where any part is NaN.
+
+        Args:
+            in_groups: the rows are groups of rewrites, as in training. An evaluation has one rewrite a prompt: there
+                the parts that compare a group (they ask for `group_ids`) are left out.
+
+        Raises:
+            RewardError: no part is left.
+        """
+        kept = [name for name, reward in self.parts.items() if in_groups or "group_ids" not in context_of(reward)]
+        if not kept:
+            raise RewardError(
+                f"reward_settings.weights: found {', '.join(self.parts)} alone, which compares the rewrites of a "
+                "group; evaluation has one rewrite a prompt. Weigh a reward beside it that scores an image by itself"
+            )
+        return sum(self.weights[name] * scores[name] for name in kept)
 
     def combined(self, scores: Mapping[str, torch.Tensor], group_ids: torch.Tensor) -> torch.Tensor:
         """(N,) what training uses: the parts shaped, then weighted and summed; NaN where any part is NaN.

@@ -12,8 +12,8 @@ from grpo_kit.rewards.protocol import RewardError
 class Diversity:
     """1 - the mean CLIP cosine to the other images of the same prompt, in [0, 2]; 0 where all are alike.
 
-    NaN for an image without another one in its group: where each prompt is drawn once, as in the validations during
-    training, a total with this part has no value. With several images a rewrite, its own other ones count too.
+    NaN for an image without another one in its group. An evaluation, which has one rewrite a prompt, leaves it out of
+    its total (`Rewards.total`). With several images a rewrite, its own other ones count too.
     """
 
     def __init__(self, clip: ClipEncoder) -> None:
