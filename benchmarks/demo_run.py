@@ -1,7 +1,7 @@
 """Record `data/demo_run` again: one run of profile tiny, from which notebooks, widgets and tests read.
 
-It is trained and evaluated like any run, then put in place without its checkpoints, and with evaluation pictures of every
-fifth prompt only, to keep the repository small. `python -m benchmarks.demo_run` takes four minutes on two cores.
+It is trained and evaluated like any run, then put in place without its checkpoints, and with evaluation pictures of
+every fifth prompt only, to keep the repository small. `python -m benchmarks.demo_run` takes four minutes on two cores.
 """
 
 import shutil
