@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
-from grpo_kit.show.comparison import t_interval
-from grpo_kit.statistics import bootstrap_interval, score_tables, share_interval
+from grpo_kit.statistics import bootstrap_interval, score_tables, share_interval, t_interval
 
 COMPARE = ("raw", "initial", "trained")
 METRICS = ("reward", "gold")

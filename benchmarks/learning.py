@@ -12,12 +12,12 @@ from typing import Annotated
 import pandas as pd
 import torch
 import typer
-from scipy import stats
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards.composition import Rewards
+from grpo_kit.statistics import t_interval
 
 COMPARE = ("raw", "initial", "trained", "oracle")
 
@@ -97,13 +97,8 @@ def pooled(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(run=table["run"].str.replace(r"_\d+$", "", regex=True) + ", all")
     lines = []
     for (run, difference, metric), group in table.groupby(["run", "difference", "metric"], sort=False):
-        means = group["mean"].to_numpy()
-        low, high = (
-            stats.t.interval(0.95, len(means) - 1, means.mean(), stats.sem(means)) if len(means) > 1 else (None, None)
-        )
-        lines.append(
-            {"run": run, "difference": difference, "metric": metric, "mean": means.mean(), "low": low, "high": high}
-        )
+        found = t_interval(group["mean"])
+        lines.append({"run": run, "difference": difference, "metric": metric, **found})
     return pd.DataFrame(lines)
 
 

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+from scipy import special
 
 from grpo_kit.config import KitError
+from grpo_kit.statistics import t_interval
 
 ALPHA = 0.05  # of the runs raise a false alarm, at most
 RISE = 0.05  # level at which the reward has risen; the fall beside it carries the burden of proof
@@ -211,10 +212,7 @@ def changes(table: np.ndarray, earlier: int, later: int) -> np.ndarray:
 
 def interval(differences: np.ndarray) -> Change:
     """Mean over prompts and its Student interval."""
-    mean, half = float(differences.mean()), 0.0
-    if len(differences) > 1:
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * stats.sem(differences))
-    return Change(mean, mean - half, mean + half)
+    return Change(**t_interval(differences, CONFIDENCE))
 
 
 def score_table(validations: Sequence[Mapping], score: str) -> np.ndarray:

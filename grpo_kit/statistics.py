@@ -94,6 +94,24 @@ def _expanded(confidence: float, count: int) -> float:
     return float(min(1 - 2 * stats.norm.sf(quantile), 1 - 1e-12))
 
 
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of independent values, such as one a seed, with its t-interval: mean ± t · s / √n, s with n − 1.
+
+    One value has no interval: its ends are NaN.
+
+    Raises:
+        StatisticsError: there is no value.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) == 0:
+        raise StatisticsError("t_interval: found no value, allowed: at least one. Pass a number a seed")
+    mean = float(values.mean())
+    if len(values) == 1:
+        return {"mean": mean, "low": float("nan"), "high": float("nan")}
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def share_interval(count: int, total: int, confidence: float = 0.95) -> Interval:
     """`count` out of `total` as a share, with Wilson's interval (1927), which is sensible near 0 and 1 too."""
     if total == 0:

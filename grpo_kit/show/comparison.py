@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from grpo_kit.config import Config, KitError, Section
 from grpo_kit.show.record import RunRecord, read_run
 from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, metric_name, plain_text
 from grpo_kit.show.summary import interval_text
+from grpo_kit.statistics import t_interval
 
 SEED = "training_settings.seed"
 # What changes no number of a run that ran through is left out when settings are compared.
@@ -80,21 +80,6 @@ class Pool:
 
 
 # --- intervals over seeds ---------------------------------------------------------------------------------------------
-
-
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
-    """Return the mean of independent values with its t-interval: mean ± t · s / √n, s the standard deviation (n − 1).
-
-    One value has no interval: its ends are NaN.
-    """
-    values = np.asarray(values, dtype=float)
-    if len(values) == 0:
-        raise ComparisonError("t_interval: found no value, allowed: at least one. Pass a number a seed")
-    mean = float(values.mean())
-    if len(values) == 1:
-        return {"mean": mean, "low": float("nan"), "high": float("nan")}
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def paired_interval(
