@@ -91,7 +91,9 @@ def train(
     print(f"run folder: {folder}", flush=True)
     from grpo_kit import load_experiment
     from grpo_kit import train as train_policy
+    from grpo_kit.runs.folder import RunFolder
 
+    RunFolder(folder).require_free()
     try:
         train_policy(load_experiment(config), folder)
     except KeyboardInterrupt:

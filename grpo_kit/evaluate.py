@@ -361,10 +361,9 @@ def _write(
     images: Mapping[ImageKey, Image.Image],
     results: dict,
 ) -> None:
-    (folder.path / "evaluation").mkdir(parents=True, exist_ok=True)
     keys = zip(rows["prompt_id"], rows["variant"], rows["seed"], strict=True)
     names = [folder.save_thumbnail(images[key], "evaluation_{}_{}_{}".format(*key)) for key in keys]
-    rows.assign(thumbnail=names).to_parquet(folder.path / "evaluation" / "rows.parquet", index=False)
+    folder.save_table("evaluation/rows.parquet", rows.assign(thumbnail=names))
     if len(reworded):
-        reworded.to_parquet(folder.path / "evaluation" / "paraphrases.parquet", index=False)
+        folder.save_table("evaluation/paraphrases.parquet", reworded)
     folder.write_json("final_results.json", results)

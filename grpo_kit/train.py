@@ -168,7 +168,8 @@ def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: R
 
 def _commit(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int) -> None:
     keep, state = kit.config.training_settings.keep_checkpoints, kit.rewards.state_dict()
-    save_checkpoint(folder.checkpoints, iteration, kit.policy.trainable_state(), optimizer, keep, state)
+    policy = kit.policy.trainable_state()
+    folder.commit(lambda: save_checkpoint(folder.checkpoints, iteration, policy, optimizer, keep, state))
 
 
 def _validate(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> None:

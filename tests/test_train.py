@@ -346,8 +346,9 @@ def test_folder_of_a_run_with_other_settings_is_refused_in_one_line(
 
 
 def test_more_iterations_are_no_other_settings(kit: Experiment, tmp_path: Path):
-    RunFolder.open(tmp_path, _config(kit, num_iterations=2))
-    RunFolder.open(tmp_path, _config(kit, num_iterations=9, keep_checkpoints=5))
+    for settings in ({"num_iterations": 2}, {"num_iterations": 9, "keep_checkpoints": 5}):
+        with RunFolder.open(tmp_path, _config(kit, **settings)).writing():
+            pass
     assert load_config(tmp_path).training_settings.num_iterations == 9
 
 

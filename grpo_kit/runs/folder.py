@@ -1,11 +1,16 @@
 """A run is a folder: what is written where, and how it is opened again."""
 
+import contextlib
+import errno
+import io
 import json
 import logging
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +22,13 @@ from PIL import Image
 from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.hardware import library_versions
 from grpo_kit.rollout import Rollout
+from grpo_kit.runs.durable import error_number, flush, flush_tree, replace_file
 
+logger = logging.getLogger(__name__)
 _THUMBNAIL = 192  # pixels of the longer side, at most
+_REPLACED = ".replaced-best"  # the old best/ while the new one takes its place
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class RunError(KitError):
@@ -33,71 +43,150 @@ class _OneLine(logging.Formatter):
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-class RunFolder:
-    """The files of one run; every path below is inside `path`."""
+class _LogFile(logging.FileHandler):
+    """A run's log. A line which the disk refuses is missing in it: the screen says so once, and the run goes on."""
 
-    def __init__(self, path: Path) -> None:
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            print(f"{self.baseFilename}: {error.strerror}; lines are missing in it", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # told above: what could not be written cannot be flushed either
+            super().close()
+
+
+class RunFolder:
+    """The files of one run; every path below is inside `path`. What is on disk is whole, and flushed at a commit."""
+
+    def __init__(self, path: Path, config: Config | None = None) -> None:
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
+        self._config = config
+        self._unflushed: set[Path] = set()  # files, and folders whose entries changed, since the last commit
 
     @classmethod
     def open(cls, path: Path | str, config: Config) -> "RunFolder":
-        """Create the folder, or open it again with the same settings (more iterations are fine).
+        """Create the folder, or find it again with the same settings (more iterations are fine).
 
         Raises:
             RunError: it holds a run with other settings, or cannot be written to.
         """
-        folder = cls(Path(path))
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder._agree_on(config)
-        except OSError as error:
-            raise RunError(f"run folder {path}: {error.strerror}; choose a folder that can be written to") from error
+        folder = cls(Path(path), config)
+        with folder._file_errors(""):
+            if not folder.path.is_dir():
+                folder.path.mkdir(parents=True, exist_ok=True)
+                flush(folder.path.parent)
+            folder._agrees_with(config)
         return folder
 
-    def _agree_on(self, config: Config) -> None:
-        """Write the config of a new run; compare it in an old one."""
-        place = self.path / "config.json"
-        if place.is_file():
-            difference = _first_difference(load_config(place).to_dict(), config.to_dict())
-            if difference:
-                raise RunError(
-                    f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
-                )
-        config.save(place, versions=library_versions())
+    def _agrees_with(self, config: Config) -> None:
+        if not (self.path / "config.json").is_file():
+            return
+        difference = _first_difference(load_config(self.path / "config.json").to_dict(), config.to_dict())
+        if difference:
+            raise RunError(
+                f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
+            )
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder as its only writer, with `training.log` open.
+        """Hold the folder as its only writer: config written, leftovers of a crash gone, `training.log` open.
 
         Raises:
-            RunError: another process writes into it.
+            RunError: another process writes into it, or nobody can.
         """
+        with self._locked(), contextlib.ExitStack() as logs:
+            with self._file_errors(""):
+                if self._config is not None:
+                    self._agrees_with(self._config)  # another process may have written it since
+                    self.write_json("config.json", self._config.to_dict() | {"versions": library_versions()})
+                self._tidy()
+                logs.enter_context(_logging_to(self.path / "training.log"))
+            yield
+
+    def require_free(self) -> None:
+        """See that no other process writes into the folder now, before much is loaded.
+
+        Raises:
+            RunError: one does, or nobody can write into it.
+        """
+        if self.path.is_dir():
+            with self._locked():
+                pass
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock, which ends with its process, however that ends."""
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            lock.acquire()
+            with self._file_errors(".lock"):
+                lock.acquire()
         except Timeout as error:
             raise RunError(
                 f"run folder {self.path}: another process writes into it; wait for it, or choose a new folder"
             ) from error
-        file, screen = logging.FileHandler(self.path / "training.log", encoding="utf-8"), logging.StreamHandler()
-        file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
-        screen.setFormatter(_OneLine("%(message)s"))
-        screen.setLevel(logging.WARNING)
-        root = logging.getLogger("grpo_kit")
-        root.addHandler(file)
-        root.addHandler(screen)
-        root.propagate = False  # other libraries' handlers would print every line a second time
         try:
             yield
         finally:
-            root.propagate = True
-            root.removeHandler(screen)
-            root.removeHandler(file)
-            file.close()
             lock.release()
+
+    def _tidy(self) -> None:
+        """Remove what a crash left half written; a `best/` that was about to be replaced is the best again."""
+        for folder in (self.path, self.checkpoints, self.path / "rollouts"):
+            for left in folder.glob(".writing-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        replaced = self.path / _REPLACED
+        if replaced.exists():
+            shutil.rmtree(replaced) if self.best.exists() else os.replace(replaced, self.best)
+
+    @contextmanager
+    def _file_errors(self, name: str) -> Iterator[None]:
+        """Make one clear line of whatever the disk refuses, from the library that raised it.
+
+        Raises:
+            RunError: which file, why, what is committed, and what to do.
+        """
+        try:
+            yield
+        except KitError:
+            raise
+        except Exception as error:
+            number = error_number(error)
+            if number is None or isinstance(error, Timeout):
+                raise
+            what = f"run folder {self.path}: {name and name + ': '}{os.strerror(number)}"
+            raise RunError(f"{what} ({self._committed()}); {self._advice(number)}") from error
+
+    def _committed(self) -> str:
+        last = max((place.name for place in self.checkpoints.glob("iter_*")), default=None)
+        return "nothing is committed yet" if last is None else f"iteration {int(last[5:])} is committed"
+
+    def _advice(self, number: int) -> str:
+        if number not in _FULL and not self.checkpoints.is_dir():
+            return "choose a folder that can be written to"
+        mend = "make room" if number in _FULL else "allow writing into it" if number in _FORBIDDEN else "mend that"
+        return f"{mend}, then give the same command again: it goes on from there"
+
+    def commit(self, save: Callable[[], object]) -> None:
+        """Flush what was written since the last commit, and only then `save` the checkpoint that vouches for it.
+
+        Raises:
+            RunError: the disk does not take it; the commit before is as it was.
+        """
+        with self._file_errors("checkpoints"):
+            for path in sorted(self._unflushed, reverse=True):  # a file before its folder
+                flush(path)
+            flush(self.path)
+            self._unflushed.clear()
+            save()
 
     def _inside(self, name: str) -> Path:
         """The place of a file of this run; a name that leads out of the folder is refused."""
@@ -110,29 +199,57 @@ class RunFolder:
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
         """One line a finished iteration."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_without_nan(metrics), allow_nan=False) + "\n")
+        line = json.dumps(_without_nan(metrics), allow_nan=False) + "\n"
+        self._unflushed.add(self.metrics_file)
+        with self._file_errors("metrics.jsonl"), self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def metrics(self) -> list[dict[str, float]]:
-        """All lines so far."""
+        """All lines so far; a last one without its end is still being written, or was cut by a crash: left out."""
+        return [json.loads(line) for line in self._metrics_lines()]
+
+    def _metrics_lines(self) -> list[bytes]:
         if not self.metrics_file.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        return [line + b"\n" for line in self.metrics_file.read_bytes().split(b"\n")[:-1]]
 
     def forget_after(self, iteration: int) -> None:
-        """Drop what was logged after the last committed iteration: it is computed again."""
-        if self.metrics_file.is_file():
-            lines = self.metrics_file.read_bytes().splitlines(keepends=True)[:iteration]
-            replace_file(self.metrics_file, b"".join(lines))
-        for place in (*self.path.glob("validation_iter_*.json"), *self.path.glob("rollouts/iter_*.parquet")):
-            if int(place.stem.rsplit("_", 1)[1]) > iteration:
-                place.unlink()
+        """Drop what was logged after the last committed iteration: it is computed again.
+
+        A line is kept if it is an earlier iteration's; what is missing among these is a warning, since the run goes on.
+        """
+        with self._file_errors("metrics.jsonl"):
+            kept = {
+                number: line for line in self._metrics_lines() if (number := _iteration(line)) in range(iteration + 1)
+            }
+            if self.metrics_file.is_file():
+                replace_file(self.metrics_file, b"".join(kept.values()))
+        missing = [number for number in range(1, iteration + 1) if number not in kept]
+        if missing:
+            logger.warning("metrics.jsonl: lines of %d committed iterations are missing or damaged", len(missing))
+        with self._file_errors("files of uncommitted iterations"):
+            for place in self._dated_files():
+                if int(re.search(r"\d{6,}", place.name)[0]) > iteration:
+                    place.unlink()
+                    self._unflushed.add(place.parent)
+
+    def _dated_files(self) -> list[Path]:
+        """The files that carry an iteration in their names."""
+        number = "[0-9]" * 6 + "*"
+        names = ("validation_iter_{}.json", "rollouts/iter_{}.parquet", "thumbnails/iter_{}_row_*.jpg")
+        patterns = [name.format(number) for name in (*names, "thumbnails/validation_{}_*.jpg")]
+        return [place for pattern in patterns for place in self.path.glob(pattern)]
 
     def write_json(self, name: str, data: dict) -> Path:
         """Write a JSON file whole or not at all."""
-        place = self._inside(name)
         text = json.dumps(_without_nan(data), indent=2, ensure_ascii=False, allow_nan=False)
-        replace_file(place, f"{text}\n".encode())
+        return self._replace(name, f"{text}\n".encode())
+
+    def _replace(self, name: str, content: bytes) -> Path:
+        place = self._inside(name)
+        with self._file_errors(name):
+            replace_file(place, content)
+        self._unflushed.add(place.parent)
         return place
 
     def validations(self) -> list[dict]:
@@ -147,11 +264,14 @@ class RunFolder:
         """Save a small JPEG; returns its path relative to the run, None where there is no picture."""
         if image is None:
             return None
-        place = self._inside(f"thumbnails/{name}.jpg")
-        place.parent.mkdir(exist_ok=True)
+        place, content = self._inside(f"thumbnails/{name}.jpg"), io.BytesIO()
         small = image.copy()
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        small.save(place, quality=92, subsampling=0)
+        small.save(content, "JPEG", quality=92, subsampling=0)
+        with self._file_errors(f"thumbnails/{name}.jpg"):
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(content.getvalue())
+        self._unflushed |= {place, place.parent}
         return place.relative_to(self.path).as_posix()
 
     def save_rollout(
@@ -174,10 +294,13 @@ class RunFolder:
             | {name: values[row][rollout.completion_mask[row]].tolist() for name, values in logprobs.items()}
             for row, advantage in enumerate(advantages)
         ]
-        place = self.path / "rollouts" / f"iter_{iteration:06d}.parquet"
-        place.parent.mkdir(exist_ok=True)
-        pd.DataFrame(rows).to_parquet(place, index=False)
-        return place
+        return self.save_table(f"rollouts/iter_{iteration:06d}.parquet", pd.DataFrame(rows))
+
+    def save_table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a parquet file whole or not at all."""
+        content = io.BytesIO()
+        table.to_parquet(content, index=False)
+        return self._replace(name, content.getvalue())
 
     def _rollout_row(self, iteration: int, rollout: Rollout, row: int, advantage: float) -> dict[str, object]:
         group = int(rollout.group_ids[row])
@@ -198,21 +321,49 @@ class RunFolder:
             "completion_ids": rollout.completion_ids[row][rollout.completion_mask[row]].tolist(),
         }
 
-    def save_best(self, save_pretrained) -> None:
-        """Replace `best/` by what `save_pretrained(folder)` writes, whole."""
-        aside = self.path / ".writing-best"
-        shutil.rmtree(aside, ignore_errors=True)
-        save_pretrained(aside)
-        shutil.rmtree(self.best, ignore_errors=True)
-        os.replace(aside, self.best)
+    def save_best(self, save_pretrained: Callable[[Path], object]) -> None:
+        """Replace `best/` by what `save_pretrained(folder)` writes, whole; a crash between leaves the old one.
+
+        Raises:
+            RunError: the disk does not take it; the old one is as it was.
+        """
+        aside, replaced = self.path / ".writing-best", self.path / _REPLACED
+        with self._file_errors("best"):
+            shutil.rmtree(aside, ignore_errors=True)
+            save_pretrained(aside)
+            flush_tree(aside)
+            if self.best.exists():
+                os.replace(self.best, replaced)
+            os.replace(aside, self.best)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
-def replace_file(place: Path, content: bytes) -> None:
-    """Write a file aside and rename it into place."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    aside = place.with_name(f".writing-{place.name}")
-    aside.write_bytes(content)
-    os.replace(aside, place)
+@contextmanager
+def _logging_to(place: Path) -> Iterator[None]:
+    """The kit's messages into a file, and its warnings onto the screen."""
+    file, screen = _LogFile(place, encoding="utf-8"), logging.StreamHandler()
+    file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
+    screen.setFormatter(_OneLine("%(message)s"))
+    screen.setLevel(logging.WARNING)
+    root = logging.getLogger("grpo_kit")
+    root.addHandler(file)
+    root.addHandler(screen)
+    root.propagate = False  # other libraries' handlers would print every line a second time
+    try:
+        yield
+    finally:
+        root.propagate = True
+        root.removeHandler(screen)
+        root.removeHandler(file)
+        file.close()
+
+
+def _iteration(line: bytes) -> int | None:
+    """The iteration that a line of metrics is about; None where it says none."""
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _without_nan(data: object) -> object:
