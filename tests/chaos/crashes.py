@@ -46,27 +46,33 @@ def power_cut_gone(disk: Disk) -> bool:
 
 KINDS: tuple[Kind, ...] = (killed, torn, power_cut_empty, power_cut_half, power_cut_gone)
 
+NEEDED = {("rename", ".replaced-best"), ("rename", "checkpoints/iter_000002"), ("rmdir", "checkpoints/iter_000000")}
+
 
 @fault("R2", "crash at every write, rename, fsync")
 def crashes(short: bool) -> Outcome:
     """Crash in a run that begins, and in one that goes on with an iteration that was not committed."""
-    outcome = Outcome(0)
+    outcome, seen = Outcome(0), set()
     with scratch() as place:
-        for name, kit, template in (("first", first_kit(), None), ("resumed", resumed_kit(), cut_short)):
-            begun = None if template is None else template(resumed_kit(), place / "begun")
+        begun = cut_short(resumed_kit(), place / "begun")
+        for name, kit, template in (("first", first_kit(), None), ("resumed", resumed_kit(), begun)):
             expected = reference(kit, place / f"reference_{name}")
-            for number, kind in chosen(len(operations(kit, place / f"count_{name}", begun)), short):
-                outcome += crash(kit, place / f"{name}_{number}_{kind.__name__}", begun, number, kind, expected)
+            asked = operations(kit, place / f"count_{name}", template)
+            seen |= set(asked)
+            for number, kind in chosen(len(asked), short):
+                outcome += crash(kit, place / f"{name}_{number}_{kind.__name__}", template, number, kind, expected)
+    if not seen >= NEEDED:
+        raise RuntimeError(f"not every kind of operation was met: {sorted(NEEDED - seen)}; choose another seed")
     return outcome
 
 
 def first_kit() -> Experiment:
-    """One iteration, from nothing."""
+    """One iteration, from nothing, which makes a better policy."""
     return experiment(num_iterations=1, prompts_per_iteration=1)
 
 
 def resumed_kit() -> Experiment:
-    """Two iterations with a validation each, of which the second makes a better policy than those before."""
+    """Two iterations with a validation each."""
     return experiment(num_iterations=2, prompts_per_iteration=1, validate_every=1)
 
 

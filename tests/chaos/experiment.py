@@ -14,14 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grpo_kit.config import Config, load_config
+import pyarrow.parquet  # noqa: F401  so that no child has to import it
+import torch
+
+from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.experiment import Experiment, load_experiment
+from grpo_kit.train import train
 
 QUICK = {
     "model_settings.device": "cpu",
-    "generation_settings.num_inference_steps": 2,
+    "generation_settings.num_inference_steps": 1,
+    "generation_settings.max_new_tokens": 12,
     "evaluation_settings.validation_prompts": 2,
     "evaluation_settings.paraphrases": False,
+    "evaluation_settings.n_resamples": 100,
     "training_settings.num_iterations": 6,
     "training_settings.prompts_per_iteration": 2,
     "training_settings.group_size": 2,
@@ -34,8 +40,6 @@ QUICK = {
 @functools.cache
 def _loaded() -> Experiment:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not forked along
-    import torch
-
     torch.set_num_threads(1)
     return load_experiment(load_config("tiny", QUICK))
 
@@ -63,8 +67,6 @@ def scratch() -> Iterator[Path]:
 
 def train_in(kit: Experiment, folder: Path) -> None:
     """Train, or go on; raises what `train` raises."""
-    from grpo_kit.train import train
-
     train(kit, folder, progress=False)
 
 
@@ -121,8 +123,6 @@ def child(work: Callable[[], object], log: Path) -> Child:
 
 
 def _done(work: Callable[[], object]) -> int:
-    from grpo_kit.config import KitError
-
     try:
         work()
         code = 0
