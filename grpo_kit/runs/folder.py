@@ -142,10 +142,11 @@ class RunFolder:
         """Remove what a crash left half written; a `best/` that was about to be replaced is the best again."""
         for folder in (self.path, self.checkpoints, self.path / "rollouts"):
             for left in folder.glob(".writing-*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                _remove(left)
         replaced = self.path / _REPLACED
-        if replaced.exists():
-            shutil.rmtree(replaced) if self.best.exists() else os.replace(replaced, self.best)
+        if replaced.exists() and not self.best.exists():
+            os.replace(replaced, self.best)
+        _remove(replaced)
 
     @contextmanager
     def _file_errors(self, name: str) -> Iterator[None]:
@@ -163,14 +164,20 @@ class RunFolder:
             if number is None or isinstance(error, Timeout):
                 raise
             what = f"run folder {self.path}: {name and name + ': '}{os.strerror(number)}"
-            raise RunError(f"{what} ({self._committed()}); {self._advice(number)}") from error
+            raise RunError(f"{what} ({self._told()}); {self._advice(number)}") from error
 
-    def _committed(self) -> str:
-        last = max((place.name for place in self.checkpoints.glob("iter_*")), default=None)
-        return "nothing is committed yet" if last is None else f"iteration {int(last[5:])} is committed"
+    def _committed(self) -> list[int]:
+        """The iterations that have a checkpoint, as far as the folder can be read."""
+        with contextlib.suppress(OSError):
+            return sorted(int(place.name.removeprefix("iter_")) for place in self.checkpoints.glob("iter_[0-9]*"))
+        return []
+
+    def _told(self) -> str:
+        committed = self._committed()
+        return f"iteration {committed[-1]} is committed" if committed else "nothing is committed yet"
 
     def _advice(self, number: int) -> str:
-        if number not in _FULL and not self.checkpoints.is_dir():
+        if number not in _FULL and not self._committed():
             return "choose a folder that can be written to"
         mend = "make room" if number in _FULL else "allow writing into it" if number in _FORBIDDEN else "mend that"
         return f"{mend}, then give the same command again: it goes on from there"
@@ -329,13 +336,18 @@ class RunFolder:
         """
         aside, replaced = self.path / ".writing-best", self.path / _REPLACED
         with self._file_errors("best"):
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             save_pretrained(aside)
             flush_tree(aside)
             if self.best.exists():
                 os.replace(self.best, replaced)
             os.replace(aside, self.best)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
+
+
+def _remove(place: Path) -> None:
+    """Remove a file, or a folder with all that is in it, where there is one."""
+    shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
 
 
 @contextmanager

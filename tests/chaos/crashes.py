@@ -1,69 +1,123 @@
 """R2: a crash before every single write, rename, fsync and removal; then the run goes on."""
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from grpo_kit.experiment import Experiment
 from tests.chaos import Outcome, fault
 from tests.chaos.disk import Disk
-from tests.chaos.experiment import Ended, child, experiment, reference, run_through, scratch, train_in
+from tests.chaos.experiment import child, experiment, reference, run_through, scratch, train_in
 from tests.chaos.kills import newest, still_there, through
 
-CRASHED, NOT_POSSIBLE = 77, 78  # how a child says that it died as asked; that there was nothing to tear
-
-Kind = Callable[[Disk], bool]  # what a crash does to the files; False where it cannot happen there
+Kind = Callable[[Disk, Path], bool]  # what a crash makes of a copy of the disk; False where it cannot happen there
 
 
-def killed(disk: Disk) -> bool:
+def killed(disk: Disk, target: Path) -> bool:
     """The process is gone; what it wrote is there."""
     return True
 
 
-def torn(disk: Disk) -> bool:
+def torn(disk: Disk, target: Path) -> bool:
     """The process is gone in the middle of a write."""
-    return disk.tear()
+    return disk.tear(target)
 
 
-def power_cut_empty(disk: Disk) -> bool:
+def power_cut_empty(disk: Disk, target: Path) -> bool:
     """The machine is gone: what was not flushed is empty."""
-    disk.cut_power(0.0, entries=True)
+    disk.cut_power(target, 0.0, entries=True)
     return True
 
 
-def power_cut_half(disk: Disk) -> bool:
+def power_cut_half(disk: Disk, target: Path) -> bool:
     """The machine is gone: of what was not flushed, half is there."""
-    disk.cut_power(0.5, entries=True)
+    disk.cut_power(target, 0.5, entries=True)
     return True
 
 
-def power_cut_gone(disk: Disk) -> bool:
+def power_cut_gone(disk: Disk, target: Path) -> bool:
     """The machine is gone: what was not flushed is not there, nor are names in folders that were not flushed."""
-    disk.cut_power(0.0, entries=False)
+    disk.cut_power(target, 0.0, entries=False)
     return True
 
 
 KINDS: tuple[Kind, ...] = (killed, torn, power_cut_empty, power_cut_half, power_cut_gone)
-
-NEEDED = {("rename", ".replaced-best"), ("rename", "checkpoints/iter_000002"), ("rmdir", "checkpoints/iter_000000")}
+CRASHED = 77  # how a child says that it died as asked
 
 
 @fault("R2", "crash at every write, rename, fsync")
 def crashes(short: bool) -> Outcome:
-    """Crash in a run that begins, and in one that goes on with an iteration that was not committed."""
-    outcome, seen = Outcome(0), set()
+    """Crash in a run that begins, and in one that goes on with an iteration that was not committed.
+
+    The run itself is not ended: before each operation the disk is copied as a crash would leave it. Crashes that leave
+    the same files behind are continued once, since what a run does then depends on these alone.
+    """
     with scratch() as place:
-        begun = cut_short(resumed_kit(), place / "begun")
-        for name, kit, template in (("first", first_kit(), None), ("resumed", resumed_kit(), begun)):
-            expected = reference(kit, place / f"reference_{name}")
-            asked = operations(kit, place / f"count_{name}", template)
-            seen |= set(asked)
-            for number, kind in chosen(len(asked), short):
-                outcome += crash(kit, place / f"{name}_{number}_{kind.__name__}", template, number, kind, expected)
-    if not seen >= NEEDED:
-        raise RuntimeError(f"not every kind of operation was met: {sorted(NEEDED - seen)}; choose another seed")
+        first, resumed = first_kit(), resumed_kit()
+        outcome = every_crash(first, place / "first", None, short)
+        return outcome + every_crash(resumed, place / "resumed", cut_short(resumed, place / "begun"), short)
+
+
+def every_crash(kit: Experiment, place: Path, begun: Path | None, short: bool) -> Outcome:
+    """All crashes of one run; in the short form three of the states that they leave are continued."""
+    place.mkdir()
+    expected, states = reference(kit, place / "reference"), collect(kit, place, begun)
+    some = list(states)[:: len(states) // 3 + 1] if short else list(states)
+    outcome, before = Outcome(0), -1 if begun is None else newest(begun)
+    for state in some:
+        folder, times = place / "states" / state, len(states[state])
+        found = still_there(folder, before)
+        again = run_through(kit, folder)
+        found += through(folder, again.code, again.text, expected)
+        outcome += Outcome(times, found.lost * times, found.repaired * times, found.remarks)
+        shutil.rmtree(folder)
     return outcome
+
+
+def collect(kit: Experiment, place: Path, begun: Path | None) -> dict[str, list[str]]:
+    """The different states that crashes of one run leave, in `place/states`: name → the crashes that leave it."""
+    crashes, log = place / "crashes.jsonl", place / "watched.log"
+    ended = child(lambda: _watch_crashes(kit, place / "watched", begun, crashes), log).finish()
+    if ended.code != 0:
+        raise RuntimeError(f"the run that was only to be watched failed: {ended.text[-500:]}")
+    states: dict[str, list[str]] = {}
+    for name, state in map(json.loads, crashes.read_text().splitlines()):
+        states.setdefault(state, []).append(name)
+    return states
+
+
+def _watch_crashes(kit: Experiment, folder: Path, begun: Path | None, crashes: Path) -> None:
+    seen: dict[str, str] = {}  # digest → the first crash that left it
+
+    def crash(disk: Disk, number: int, operation: str, place: Path) -> None:
+        for kind in KINDS:
+            target = folder.with_name("states") / f"{number}_{kind.__name__}"
+            disk.copy(target)
+            possible = kind(disk, target)
+            first = seen.setdefault(digest(target), target.name) if possible else ""
+            if first != target.name:
+                shutil.rmtree(target)
+            if possible:
+                with crashes.open("a") as file:
+                    file.write(json.dumps([f"{target.name} before {operation} {place.name}", first]) + "\n")
+
+    prepare(folder, begun)
+    disk = watched(kit, folder, crash)
+    disk.inside = True
+    crash(disk, disk.number, "end", folder)
+
+
+def digest(folder: Path) -> str:
+    """All that a run reads: names and contents, but for the log and the lock."""
+    files = sorted(file for file in folder.rglob("*") if file.name not in ("training.log", ".lock"))
+    whole = hashlib.sha256()
+    for file in files:
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "folder"
+        whole.update(f"{file.relative_to(folder)} {content}\n".encode())
+    return whole.hexdigest()
 
 
 def first_kit() -> Experiment:
@@ -74,31 +128,6 @@ def first_kit() -> Experiment:
 def resumed_kit() -> Experiment:
     """Two iterations with a validation each."""
     return experiment(num_iterations=2, prompts_per_iteration=1, validate_every=1)
-
-
-def chosen(count: int, short: bool) -> Iterator[tuple[int, Kind]]:
-    """Every operation with every kind of crash; in the short form a few operations, each with the next kind."""
-    if not short:
-        yield from ((number, kind) for number in range(count + 1) for kind in KINDS)
-        return
-    step = max(1, count // 8)
-    for turn, number in enumerate(range(count, 0, -step)):
-        yield number, KINDS[(turn + 2) % len(KINDS)]
-
-
-def operations(kit: Experiment, folder: Path, begun: Path | None = None) -> list[tuple[str, str]]:
-    """What a run asks of the disk, in order: operation, file inside the run."""
-    log = folder.with_suffix(".operations")
-
-    def note(disk: Disk, number: int, operation: str, place: Path) -> None:
-        with log.open("a") as file:
-            file.write(f"{operation} {place.relative_to(folder)}\n")
-
-    prepare(folder, begun)
-    ended = child(lambda: watched(kit, folder, note), folder.with_suffix(".log")).finish()
-    if ended.code != 0:
-        raise RuntimeError(f"the run that was only to be watched failed: {ended.text[-500:]}")
-    return [tuple(line.split(" ", 1)) for line in log.read_text().splitlines()]
 
 
 def watched(kit: Experiment, folder: Path, before: Callable[[Disk, int, str, Path], None]) -> Disk:
@@ -129,37 +158,3 @@ def cut_short(kit: Experiment, folder: Path) -> Path:
     if ended.code != CRASHED or newest(folder) != 1:
         raise RuntimeError(f"no run was cut before its second commit: {ended.text[-500:]}")
     return folder
-
-
-def crash(
-    kit: Experiment, folder: Path, begun: Path | None, number: int, kind: Kind, expected: dict[str, str]
-) -> Outcome:
-    """Crash before one operation, see what is committed, and go on."""
-    prepare(folder, begun)
-    before = newest(folder)
-    ended = die_before(kit, folder, number, kind)
-    if ended.code == NOT_POSSIBLE:
-        shutil.rmtree(folder)
-        return Outcome(0)
-    if ended.code != CRASHED:
-        raise RuntimeError(f"{folder.name}: the crash itself failed: {ended.text[-500:]}")
-    outcome = still_there(folder, before)
-    again = run_through(kit, folder)
-    outcome += through(folder, again.code, again.text, expected)
-    shutil.rmtree(folder)
-    return outcome
-
-
-def die_before(kit: Experiment, folder: Path, number: int, kind: Kind) -> Ended:
-    """Train in a child that dies before operation `number`, or when all are done."""
-
-    def die(disk: Disk, at: int, operation: str = "", place: Path | None = None) -> None:
-        if at == number:
-            os._exit(CRASHED if kind(disk) else NOT_POSSIBLE)
-
-    def work() -> None:
-        disk = watched(kit, folder, die)
-        disk.inside = True
-        die(disk, disk.number)
-
-    return child(work, folder.with_suffix(".log")).finish()

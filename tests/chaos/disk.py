@@ -1,4 +1,4 @@
-"""What a process asks of the disk, operation by operation, and what is left where it ends in between.
+"""What a process asks of the disk, operation by operation, and what would be left had it ended in between.
 
 Operations are seen by an audit hook (open for writing, rename, remove, mkdir, rmdir), around `os.fsync`, and around
 safetensors' own writing, which Python does not see. Only for a child: an audit hook cannot be taken off.
@@ -83,36 +83,49 @@ class Disk:
         if place.is_dir():
             self.entries[state.st_ino] = set(os.listdir(place))
 
-    def tear(self) -> bool:
-        """Leave the file that the last operation wrote half written; False where it wrote none."""
+    def copy(self, target: Path) -> None:
+        """What is on the disk now, elsewhere; big files that nothing changes in place are linked."""
+        shutil.copytree(self.folder, target, copy_function=_link_or_copy)
+
+    def tear(self, target: Path) -> bool:
+        """Leave the file that the last operation wrote half written in a copy; False where it wrote none."""
         if self.last is None or self.last[0] not in ("open", "write") or not self.last[1].is_file():
             return False
         place = self.last[1]
         kept = self.flushed.get(place.stat().st_ino, (0, 0))[0] if self._appends(place) else 0
-        os.truncate(place, kept + max(0, place.stat().st_size - kept) // 2)
+        _shorten(target / place.relative_to(self.folder), kept + max(0, place.stat().st_size - kept) // 2)
         return True
 
-    def cut_power(self, kept: float, entries: bool) -> None:
-        """Lose what was written since the last fsync: of each file all but the share `kept`, and new names too.
+    def cut_power(self, target: Path, kept: float, entries: bool) -> None:
+        """Lose in a copy what was written since the last fsync: of each file all but the share `kept`.
 
         Args:
             entries: whether a folder that was not flushed still has the names that came since.
         """
         for folder, folders, files in os.walk(self.folder):
-            known = self.entries.get(os.stat(folder).st_ino, set())
+            copied, known = target / Path(folder).relative_to(self.folder), self.entries.get(os.stat(folder).st_ino, ())
             for name in [*folders, *files]:
-                place = Path(folder, name)
                 if not entries and name not in known:
-                    shutil.rmtree(place) if place.is_dir() else place.unlink()
-                elif place.is_file():
-                    self._cut(place, kept)
-            folders[:] = [name for name in folders if Path(folder, name).is_dir()]
+                    shutil.rmtree(copied / name) if name in folders else (copied / name).unlink()
+                elif name in files:
+                    self._cut(Path(folder, name), copied / name, kept)
+            folders[:] = [name for name in folders if (copied / name).is_dir()]
 
-    def _cut(self, place: Path, kept: float) -> None:
+    def _cut(self, place: Path, copied: Path, kept: float) -> None:
         state = place.stat()
         if self.flushed.get(state.st_ino) != (state.st_size, state.st_mtime_ns):
             safe = min(self.flushed.get(state.st_ino, (0, 0))[0], state.st_size)
-            os.truncate(place, safe + int((state.st_size - safe) * kept))
+            _shorten(copied, safe + int((state.st_size - safe) * kept))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+
+
+def _shorten(file: Path, size: int) -> None:
+    content = file.read_bytes()[:size]
+    file.unlink()  # it may be a link
+    file.write_bytes(content)
 
 
 def _place(name: object, descriptor: object = None) -> Path:

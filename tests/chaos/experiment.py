@@ -84,6 +84,7 @@ class Child:
 
     pid: int
     log: Path
+    ended: Ended | None = None
 
     def kill(self) -> None:
         """SIGKILL, which nothing can answer."""
@@ -92,13 +93,15 @@ class Child:
     def wait(self, seconds: float = 600.0) -> Ended | None:
         """Wait until it has ended; None where that took longer."""
         until = time.monotonic() + seconds
-        while True:
+        while self.ended is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                return Ended(os.waitstatus_to_exitcode(status), self.log.read_text(errors="replace"))
-            if time.monotonic() >= until:
-                return None
-            time.sleep(0.002)
+                self.ended = Ended(os.waitstatus_to_exitcode(status), self.log.read_text(errors="replace"))
+            elif time.monotonic() >= until:
+                break
+            else:
+                time.sleep(0.002)
+        return self.ended
 
     def finish(self) -> Ended:
         """Wait until it has ended; one that hangs is killed."""

@@ -76,9 +76,7 @@ def command_killed(
     kit: Experiment, folder: Path, expected: dict[str, str], times: int, rng: random.Random, longest: float
 ) -> Outcome:
     """Kill `grpo-kit train` in a process of its own while it trains, then let it come to the end."""
-    config = kit.config.save(folder.with_suffix(".json"))
-    command = [sys.executable, "-m", "grpo_kit.cli", "train", "--config", str(config), "--run-dir", str(folder)]
-    outcome = Outcome(0)
+    outcome, command = Outcome(0), command_line(kit, folder)
     for _ in range(times):
         with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as real:
             wait_for_log(folder, real)
@@ -88,6 +86,12 @@ def command_killed(
         outcome += still_there(folder, there)
     done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
     return outcome + through(folder, done.returncode, done.stderr, expected)
+
+
+def command_line(kit: Experiment, folder: Path) -> list[str]:
+    """`grpo-kit train` with the experiment's settings, which are written beside the run folder."""
+    config = kit.config.save(folder.with_suffix(".json"))
+    return [sys.executable, "-m", "grpo_kit.cli", "train", "--config", str(config), "--run-dir", str(folder)]
 
 
 def wait_for_log(folder: Path, process: subprocess.Popen) -> None:
