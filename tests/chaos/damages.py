@@ -80,7 +80,7 @@ def warnings_of(name: str) -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-# --- damages to a checkpoint at `place`, mostly to its `file`; `other` is the same checkpoint of another run -----------
+# --- damages to a checkpoint at `place`, mostly to its `file`; `other` is the same checkpoint of another run ----------
 
 Damage = Callable[[Path, Path, Path, random.Random], None]
 
