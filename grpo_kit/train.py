@@ -19,7 +19,7 @@ from grpo_kit.hardware import derive_seed
 from grpo_kit.prompts import balanced_batch
 from grpo_kit.rollout import Rollout, collect_rollout
 from grpo_kit.runs.checkpoint import load_latest, save_checkpoint
-from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.folder import RunFolder, course
 from grpo_kit.runs.tracking import Tracker
 from grpo_kit.sentinel import held_out_score, watch
 
@@ -106,7 +106,7 @@ def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
 
 def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder) -> int:
     """Put policy, optimizer and rewards where the newest good checkpoint left them; returns its iteration, or 0."""
-    checkpoint = load_latest(folder.checkpoints)
+    checkpoint = load_latest(folder.checkpoints, course(kit.config.to_dict()))
     iteration = 0 if checkpoint is None else checkpoint.iteration
     folder.forget_after(iteration)
     kit.rewards.load_state_dict({} if checkpoint is None else checkpoint.rewards)
@@ -168,8 +168,8 @@ def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: R
 
 def _commit(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int) -> None:
     keep, state = kit.config.training_settings.keep_checkpoints, kit.rewards.state_dict()
-    policy = kit.policy.trainable_state()
-    folder.commit(lambda: save_checkpoint(folder.checkpoints, iteration, policy, optimizer, keep, state))
+    policy, settings = kit.policy.trainable_state(), course(kit.config.to_dict())
+    folder.commit(lambda: save_checkpoint(folder.checkpoints, iteration, policy, optimizer, keep, state, settings))
 
 
 def _validate(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> None:

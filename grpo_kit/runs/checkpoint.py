@@ -32,6 +32,7 @@ class Checkpoint:
     policy: dict[str, torch.Tensor]
     optimizer: dict[str, object]
     rewards: dict[str, torch.Tensor] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)  # of the run that wrote it, name → value
 
 
 def save_checkpoint(
@@ -41,18 +42,29 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int = 2,
     rewards: Mapping[str, torch.Tensor] | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> Path:
-    """Commit an iteration to `folder/iter_NNNNNN` and drop all but the newest `keep`; `rewards` is these' state."""
+    """Commit an iteration to `folder/iter_NNNNNN` and drop all but the newest `keep`.
+
+    Args:
+        rewards: their state, where they have any.
+        settings: what a run must have in common with the one that wrote this, name → value.
+    """
     place = folder / f"iter_{iteration:06d}"
     aside = folder / f".writing-{place.name}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tensors, settings = _flatten(optimizer.state_dict())
+    tensors, optimizer_settings = _flatten(optimizer.state_dict())
     contents = {_POLICY: policy, _OPTIMIZER: tensors} | ({_REWARDS: rewards} if rewards else {})
     for name, content in contents.items():
         save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, aside / name)
     files = {name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in contents}
-    manifest = {"iteration": iteration, "files": files, "optimizer": settings}
+    manifest = {
+        "iteration": iteration,
+        "files": files,
+        "optimizer": optimizer_settings,
+        "settings": dict(settings or {}),
+    }
     manifest["sha256"] = _digest(manifest)
     (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for file in (*aside.iterdir(), aside):
@@ -65,14 +77,27 @@ def save_checkpoint(
     return place
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, None where none does; the log says what was skipped and why."""
+def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None where none does; the log says what was skipped and why.
+
+    Args:
+        settings: the run's; a checkpoint that was written under others is another run's.
+    """
     for place in reversed(_committed(folder)):
         try:
-            return load_checkpoint(place)
+            checkpoint = load_checkpoint(place)
+            _require_same_run(checkpoint, settings or {}, place.name)
+            return checkpoint
         except CheckpointError as error:
             logger.warning("skipped: %s", error)
     return None
+
+
+def _require_same_run(checkpoint: Checkpoint, settings: Mapping[str, object], name: str) -> None:
+    """A setting that only one side has is none that differs: a newer kit may have added it."""
+    for key, value in checkpoint.settings.items():
+        if key in settings and settings[key] != value:
+            raise CheckpointError(f"checkpoint {name}: another run's ({key}: {value!r}, here {settings[key]!r})")
 
 
 def load_checkpoint(place: Path) -> Checkpoint:
@@ -95,7 +120,8 @@ def load_checkpoint(place: Path) -> Checkpoint:
             )
         optimizer = _unflatten(load_file(place / _OPTIMIZER), manifest["optimizer"])
         rewards = load_file(place / _REWARDS) if _REWARDS in manifest["files"] else {}
-        return Checkpoint(manifest["iteration"], load_file(place / _POLICY), optimizer, rewards)
+        policy, settings = load_file(place / _POLICY), dict(manifest.get("settings", {}))
+        return Checkpoint(manifest["iteration"], policy, optimizer, rewards, settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise

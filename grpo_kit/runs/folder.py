@@ -387,15 +387,26 @@ def _without_nan(data: object) -> object:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+def course(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that fix what a run computes, section.key → value: one that differs makes another run.
+
+    Args:
+        settings: a config's `to_dict()`.
+    """
+    may_differ = {f"training_settings.{name}" for name in ("num_iterations", "keep_checkpoints", "stop_on_divergence")}
+    flat = {
+        f"{section}.{key}": value
+        for section, values in settings.items()
+        if isinstance(values, Mapping) and section not in ("evaluation_settings", "tracking_settings", "versions")
+        for key, value in values.items()
+    }
+    return {name: value for name, value in flat.items() if name not in may_differ}
+
+
 def _first_difference(old: dict, new: dict) -> str | None:
     """The first setting, if any, in which two configs differ so that one cannot continue the other."""
-    may_differ = {("training_settings", name) for name in ("num_iterations", "keep_checkpoints", "stop_on_divergence")}
-    for section in new:
-        if not isinstance(new[section], dict):
-            continue
-        for key, value in new[section].items():
-            if section in ("evaluation_settings", "tracking_settings") or (section, key) in may_differ:
-                continue
-            if old.get(section, {}).get(key) != value:
-                return f"{section}.{key}: found {old.get(section, {}).get(key)!r} in the run, {value!r} in the config"
+    there = course(old)
+    for name, value in course(new).items():
+        if there.get(name) != value:
+            return f"{name}: found {there.get(name)!r} in the run, {value!r} in the config"
     return None
