@@ -1,4 +1,4 @@
-"""The command line: `grpo-kit run | train | evaluate | report | compare | check | doctor`.
+"""The command line: `grpo-kit run | train | evaluate | report | compare | push | check | doctor`.
 
 Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked (one line says which), 130 interrupted.
 """
@@ -190,6 +190,24 @@ def check(profile: Profile = "tiny") -> None:
     if problems:
         print(f"{problems} problem{'s' if problems > 1 else ''} found", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+def push(
+    run: Run,
+    repo_id: Annotated[str, typer.Argument(help="The repository on the Hugging Face hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    checkpoint: Annotated[int | None, typer.Option(help="An iteration with a checkpoint; best/ when left out.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload without asking back.")] = False,
+) -> None:
+    """Upload a run's policy, with its model card, to the Hugging Face hub; nothing else of the kit uploads anything."""
+    from grpo_kit.runs.push import plan_upload, push_policy
+
+    upload = plan_upload(existing_run(run), repo_id, checkpoint)
+    print(upload, flush=True)
+    if not yes:
+        typer.confirm("Upload?", abort=True)
+    print(f"uploaded: {push_policy(upload, private)}")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from grpo_kit.hardware import derive_seed
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.prompts import Prompt
 from grpo_kit.rollout import picture_prompts
+from grpo_kit.runs.card import add_results
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.statistics import VARIANTS, success_rate
 
@@ -85,6 +86,7 @@ def evaluate(
     results |= {"policies": saved} if saved else {}
     if run_dir is not None:
         _write(RunFolder(Path(run_dir)), frame, other, images, results)
+        add_results(Path(run_dir), kit.config, results)
     return EvalResult(frame, results, images, other)
 
 

@@ -15,9 +15,10 @@ from grpo_kit.evaluate import validate
 from grpo_kit.experiment import Experiment
 from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.grpo.step import StepStats, grpo_step
-from grpo_kit.hardware import derive_seed
+from grpo_kit.hardware import derive_seed, library_versions
 from grpo_kit.prompts import balanced_batch
 from grpo_kit.rollout import Rollout, collect_rollout
+from grpo_kit.runs.card import save_with_card
 from grpo_kit.runs.checkpoint import load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, course
 from grpo_kit.runs.tracking import Tracker
@@ -111,7 +112,7 @@ def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder)
     folder.forget_after(iteration)
     kit.rewards.load_state_dict({} if checkpoint is None else checkpoint.rewards)
     if checkpoint is not None:
-        kit.policy.load_trainable_state(checkpoint.policy)
+        kit.policy.load_pretrained(checkpoint.policy)
         optimizer.load_state_dict(checkpoint.optimizer)
         logger.info("continuing after iteration %d", iteration)
     return iteration
@@ -167,9 +168,19 @@ def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: R
 
 
 def _commit(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int) -> None:
-    keep, state = kit.config.training_settings.keep_checkpoints, kit.rewards.state_dict()
-    policy, settings = kit.policy.trainable_state(), course(kit.config.to_dict())
-    folder.commit(lambda: save_checkpoint(folder.checkpoints, iteration, policy, optimizer, keep, state, settings))
+    """Put everything that the next iteration depends on into a checkpoint, once what it vouches for is on the disk."""
+    folder.commit(
+        lambda: save_checkpoint(
+            folder.checkpoints,
+            iteration,
+            lambda place: save_with_card(kit.policy, kit.config, place, iteration),
+            optimizer.state_dict(),
+            kit.config.training_settings.keep_checkpoints,
+            rewards=kit.rewards.state_dict(),
+            settings=course(kit.config.to_dict()),
+            versions=library_versions(),
+        )
+    )
 
 
 def _validate(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> None:
@@ -181,7 +192,7 @@ def _validate(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: i
     tracker.log_samples(iteration)
     logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
     if not earlier or _rank(result, _held_out(kit)) > max(earlier):
-        folder.save_best(kit.policy.save_pretrained)
+        folder.save_best(lambda place: save_with_card(kit.policy, kit.config, place, iteration))
 
 
 def _rank(validation: Mapping, held_out: str | None) -> tuple[float, float]:

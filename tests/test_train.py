@@ -18,7 +18,7 @@ from filelock import FileLock
 from policy_forms import LORA
 
 from grpo_kit.config import Config, KitError, load_config
-from grpo_kit.experiment import Experiment, load_experiment
+from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.rewards.clip_similarity import ClipSimilarity
@@ -72,7 +72,7 @@ def _bytes(folder: Path, *names: str) -> dict[str, bytes]:
 
 
 WEIGHTS = (
-    "checkpoints/iter_000004/policy.safetensors",
+    "checkpoints/iter_000004/policy/model.safetensors",
     "checkpoints/iter_000004/optimizer.safetensors",
     "checkpoints/iter_000004/manifest.json",
     "best/model.safetensors",
@@ -113,7 +113,7 @@ def test_an_adapter_with_dropout_that_sees_pictures_goes_on_byte_for_byte_too(ki
     train(_adapted(kit, 2), tmp_path / "whole", progress=False)
     train(_adapted(kit, 1), tmp_path / "parts", progress=False)
     assert train(_adapted(kit, 2), tmp_path / "parts", progress=False).started_from == 1
-    names = [f"checkpoints/iter_000002/{name}.safetensors" for name in ("policy", "optimizer")]
+    names = [f"checkpoints/iter_000002/{name}.safetensors" for name in ("policy/adapter_model", "optimizer")]
     assert _bytes(tmp_path / "parts", *names) == _bytes(tmp_path / "whole", *names)
     assert _without_times(tmp_path / "parts") == _without_times(tmp_path / "whole")
 
@@ -134,7 +134,7 @@ def test_rewards_with_running_statistics_go_on_byte_for_byte_and_would_not_witho
     train(_with_running_statistics(kit, num_iterations=1, **settings), tmp_path / "parts", progress=False)
     shutil.copytree(tmp_path / "parts", tmp_path / "forgetful")
     train(_with_running_statistics(kit, num_iterations=2, **settings), tmp_path / "parts", progress=False)
-    names = [f"checkpoints/iter_000002/{name}.safetensors" for name in ("policy", "optimizer", "rewards")]
+    names = [f"checkpoints/iter_000002/{name}.safetensors" for name in ("policy/model", "optimizer", "rewards")]
     assert _bytes(tmp_path / "parts", *names) == _bytes(tmp_path / "whole", *names)
 
     forgetful = _with_running_statistics(kit, num_iterations=2, **settings)
@@ -187,7 +187,7 @@ def optimizer_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def weights_forgotten(patch: pytest.MonkeyPatch) -> None:
     """The resumed run trains the policy that the first one started from."""
-    patch.setattr(Policy, "load_trainable_state", lambda self, state: None)
+    patch.setattr(Policy, "load_pretrained", lambda self, folder: None)
 
 
 def randomness_counted_from_the_start_of_the_process(patch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_resume_that_forgets_something_would_be_noticed(
 
 def test_finished_run_stays_as_it_is(kit: Experiment, tmp_path: Path):
     _train(kit, tmp_path, num_iterations=1)
-    names = ("metrics.jsonl", "checkpoints/iter_000001/policy.safetensors", "validation_iter_000001.json")
+    names = ("metrics.jsonl", "checkpoints/iter_000001/policy/model.safetensors", "validation_iter_000001.json")
     before = _bytes(tmp_path, *names)
     result = _train(kit, tmp_path, num_iterations=1)
     assert (result.started_from, result.iterations) == (1, 1) and result.metrics["iteration"] == 1
@@ -241,7 +241,7 @@ def test_run_folder_holds_what_is_documented(run: Path):
     expected |= {f"validation_iter_00000{i}.json" for i in (0, 2, 4)}
     expected |= {"sentinel.json"} | {f"rollouts/iter_00000{i}.parquet" for i in (1, 2, 4)}
     for iteration in (2, 4):
-        names = ("policy.safetensors", "optimizer.safetensors", "manifest.json")
+        names = ("policy/model.safetensors", "optimizer.safetensors", "manifest.json")
         expected |= {f"checkpoints/iter_00000{iteration}/{name}" for name in names}
     assert expected <= found
     assert not [name for name in found if ".writing" in name or name.endswith(".tmp")]
@@ -310,18 +310,10 @@ def test_best_holds_the_policy_of_the_validation_with_the_best_gold(run: Path, k
     validations = {i: json.loads((run / f"validation_iter_00000{i}.json").read_text()) for i in (0, 2, 4)}
     scores = {i: (found["rewards"]["gold"], found["reward"]) for i, found in validations.items()}
     best = max(scores, key=scores.get)
-    loaded = load_experiment(kit.config, trained=run / "best").policy.model.state_dict()
-    if best == 0:
-        expected = kit.policy.model.state_dict()
-    else:
-        expected = _checkpoint_policy(run, best)
+    committed = None if best == 0 else run / "checkpoints" / f"iter_{best:06d}" / "policy"
+    loaded, expected = (load_policy(kit.config, place).model.state_dict() for place in (run / "best", committed))
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-
-
-def _checkpoint_policy(run: Path, iteration: int) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(run / "checkpoints" / f"iter_{iteration:06d}" / "policy.safetensors")
+    assert f"after iteration {best}" in (run / "best" / "README.md").read_text()
 
 
 def test_log_tells_what_happened_and_the_library_logger_is_left_as_it_was(run: Path):

@@ -17,7 +17,7 @@ from grpo_kit.config import Config
 from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
 from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.decoding import decode, row_seeds, row_uniforms
-from grpo_kit.models.loading import ModelError, add_lora, load_language_model
+from grpo_kit.models.loading import ModelError, add_lora, load_failure, load_language_model
 from grpo_kit.models.prefix import Packing, run_prompts
 
 
@@ -96,7 +96,7 @@ class Policy:
         """The model's inputs for user prompts (and one picture each): ids and mask (P, length), left-padded."""
         texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        options["add_special_tokens"] = not self._chats  # a chat template has written them already
+        options["add_special_tokens"] = not self.chats  # a chat template has written them already
         if self.sees:
             pictures = list(images) if images is not None else None
             batch = self.processor(text=texts, images=pictures, **options)
@@ -111,7 +111,7 @@ class Policy:
     def format_prompt(self, prompt: str, with_image: bool = False) -> str:
         """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none."""
         text = self.instruction.replace("{prompt}", self._without_control(prompt))
-        if not self._chats:
+        if not self.chats:
             return "\n".join(part for part in (self.system_prompt, text) if part)
         content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}] if self.sees else text
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
@@ -119,7 +119,8 @@ class Policy:
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     @property
-    def _chats(self) -> bool:
+    def chats(self) -> bool:
+        """Whether prompts are put into a chat template."""
         return getattr(self.processor, "chat_template", None) is not None
 
     def _without_control(self, prompt: str) -> str:
@@ -253,10 +254,42 @@ class Policy:
             )
         self.model.load_state_dict(state, strict=False)
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write model (or adapter) and processor as transformers (or peft) loads them."""
-        self.model.save_pretrained(folder)
+    def save_pretrained(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write model (or adapter) and processor as transformers (or peft) loads them.
+
+        `state` is the model's state dict where its own has only a part of each tensor.
+        """
+        self.model.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
+
+    def load_pretrained(self, folder: Path) -> None:
+        """Put in the weights that `save_pretrained` wrote, bit for bit; the reference stays as it is.
+
+        Raises:
+            ModelError: they cannot be read, or belong to another model.
+        """
+        try:
+            complete = self._load_adapter(folder) if hasattr(self.model, "peft_config") else self._load_model(folder)
+        except Exception as error:  # the libraries raise a dozen kinds
+            raise ModelError(load_failure("vlm_model", str(folder), error)) from error
+        if not complete:
+            raise ModelError(f"policy {folder}: found other tensors than the policy has; use the run's own config")
+
+    def _load_adapter(self, folder: Path) -> bool:
+        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+        weights = load_peft_weights(str(folder), device=str(self.device))
+        if weights.keys() != get_peft_model_state_dict(self.model).keys():
+            return False
+        set_peft_model_state_dict(self.model, weights)
+        return True
+
+    def _load_model(self, folder: Path) -> bool:
+        other, told = type(self.model).from_pretrained(folder, dtype=self.model.dtype, output_loading_info=True)
+        if any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            return False
+        self.model.load_state_dict(other.state_dict())
+        return True
 
     @contextmanager
     def _answering(self, reference: bool) -> Iterator[torch.nn.Module]:

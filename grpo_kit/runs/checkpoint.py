@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo_kit.config import KitError
+from grpo_kit.runs.durable import flush, flush_tree
 
 logger = logging.getLogger(__name__)
-_POLICY, _OPTIMIZER, _MANIFEST = "policy.safetensors", "optimizer.safetensors", "manifest.json"
+POLICY = "policy"  # a folder as transformers (or peft) loads it
+_OPTIMIZER, _MANIFEST = "optimizer.safetensors", "manifest.json"
 _REWARDS = "rewards.safetensors"  # written only where rewards have state
 
 
@@ -26,70 +28,83 @@ class CheckpointError(KitError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed iteration: the trained tensors, the optimizer's state, and the rewards' where they have any."""
+    """A committed iteration that verified: the folder with the policy, the optimizer's state, and the rewards'."""
 
     iteration: int
-    policy: dict[str, torch.Tensor]
+    policy: Path
     optimizer: dict[str, object]
     rewards: dict[str, torch.Tensor] = field(default_factory=dict)
-    settings: dict[str, object] = field(default_factory=dict)  # of the run that wrote it, name → value
+    settings: dict[str, object] = field(default_factory=dict)  # that fixed the run's course, name → value
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
 
 
 def save_checkpoint(
     folder: Path,
     iteration: int,
-    policy: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    save_policy: Callable[[Path], object],
+    optimizer: Mapping[str, object],
     keep: int = 2,
+    *,
     rewards: Mapping[str, torch.Tensor] | None = None,
     settings: Mapping[str, object] | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> Path:
-    """Commit an iteration to `folder/iter_NNNNNN` and drop all but the newest `keep`.
+    """Commit an iteration to `folder/iter_NNNNNN` and drop all but the newest `keep` that verify.
 
     Args:
-        rewards: their state, where they have any.
+        save_policy: writes the policy into the folder that it is given, as `Policy.save_pretrained` does.
+        optimizer: its state dict, with states by index or by parameter name.
+        rewards: their state dict.
         settings: what a run must have in common with the one that wrote this, name → value.
+        versions: of the libraries, as a record.
     """
     place = folder / f"iter_{iteration:06d}"
     aside = folder / f".writing-{place.name}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tensors, optimizer_settings = _flatten(optimizer.state_dict())
-    contents = {_POLICY: policy, _OPTIMIZER: tensors} | ({_REWARDS: rewards} if rewards else {})
-    for name, content in contents.items():
+    save_policy(aside / POLICY)
+    tensors, optimizer_settings = _flatten(optimizer)
+    for name, content in ({_OPTIMIZER: tensors} | ({_REWARDS: rewards} if rewards else {})).items():
         save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, aside / name)
-    files = {name: {"bytes": (aside / name).stat().st_size, "sha256": sha256(aside / name)} for name in contents}
     manifest = {
         "iteration": iteration,
-        "files": files,
+        "files": _listed(aside),
         "optimizer": optimizer_settings,
         "settings": dict(settings or {}),
+        "versions": dict(versions or {}),
     }
     manifest["sha256"] = _digest(manifest)
     (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in (*aside.iterdir(), aside):
-        _flush(file)
+    flush_tree(aside)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(aside, place)
-    _flush(folder)
-    for old in _committed(folder)[:-keep]:
-        shutil.rmtree(old)
+    flush(folder)
+    _drop_old(folder, keep)
     return place
 
 
 def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> Checkpoint | None:
-    """The newest checkpoint that verifies, None where none does; the log says what was skipped and why.
+    """The newest checkpoint that verifies, None where there is none yet; the log says what was skipped and why.
 
     Args:
         settings: the run's; a checkpoint that was written under others is another run's.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none verifies: starting afresh would write over the run.
     """
-    for place in reversed(_committed(folder)):
+    places, reasons = _committed(folder), []
+    for place in reversed(places):
         try:
             checkpoint = load_checkpoint(place)
             _require_same_run(checkpoint, settings or {}, place.name)
             return checkpoint
         except CheckpointError as error:
+            reasons.append(str(error))
             logger.warning("skipped: %s", error)
+    if reasons:
+        raise CheckpointError(
+            f"{reasons[0]}; none of {len(places)} verifies. Restore one from a copy, or choose a new folder"
+        )
     return None
 
 
@@ -107,21 +122,11 @@ def load_checkpoint(place: Path) -> Checkpoint:
         CheckpointError: a file is missing, or differs from what was written.
     """
     try:
-        manifest = json.loads((place / _MANIFEST).read_text())
-        if manifest.pop("sha256") != _digest(manifest):
-            raise CheckpointError(f"checkpoint {place.name}: {_MANIFEST} is damaged (its sha256 is not its own)")
-        for name, written in manifest["files"].items():
-            file = place / name
-            if file.stat().st_size != written["bytes"] or sha256(file) != written["sha256"]:
-                raise CheckpointError(f"checkpoint {place.name}: {name} is damaged (its sha256 is not the manifest's)")
-        if place.name != f"iter_{manifest['iteration']:06d}":
-            raise CheckpointError(
-                f"checkpoint {place.name}: holds iteration {manifest['iteration']}; it was moved or swapped"
-            )
+        manifest = _verified(place)
         optimizer = _unflatten(load_file(place / _OPTIMIZER), manifest["optimizer"])
         rewards = load_file(place / _REWARDS) if _REWARDS in manifest["files"] else {}
-        policy, settings = load_file(place / _POLICY), dict(manifest.get("settings", {}))
-        return Checkpoint(manifest["iteration"], policy, optimizer, rewards, settings)
+        record = (dict(manifest.get(name, {})) for name in ("settings", "versions"))
+        return Checkpoint(manifest["iteration"], place / POLICY, optimizer, rewards, *record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -136,35 +141,72 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _verified(place: Path) -> dict[str, object]:
+    """A checkpoint's manifest, whose every word about its files is true."""
+    manifest = json.loads((place / _MANIFEST).read_text())
+    if manifest.pop("sha256") != _digest(manifest):
+        raise CheckpointError(f"checkpoint {place.name}: {_MANIFEST} is damaged (its sha256 is not its own)")
+    for name, written in manifest["files"].items():
+        file = place / name
+        if file.stat().st_size != written["bytes"] or sha256(file) != written["sha256"]:
+            raise CheckpointError(f"checkpoint {place.name}: {name} is damaged (its sha256 is not the manifest's)")
+    if place.name != f"iter_{manifest['iteration']:06d}":
+        raise CheckpointError(
+            f"checkpoint {place.name}: holds iteration {manifest['iteration']}; it was moved or swapped"
+        )
+    if not (place / POLICY).is_dir():
+        raise CheckpointError(
+            f"checkpoint {place.name}: has no {POLICY}/ folder; go on with the version of the kit that wrote it"
+        )
+    return manifest
+
+
+def _drop_old(folder: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` checkpoints that verify; a damaged one counts for nothing."""
+    sound = 0
+    for place in reversed(_committed(folder)):
+        if sound >= keep:
+            shutil.rmtree(place)
+        else:
+            sound += _verifies(place)
+
+
+def _verifies(place: Path) -> bool:
+    try:
+        return bool(_verified(place))
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _listed(folder: Path) -> dict[str, dict[str, object]]:
+    """Relative path → size and hash of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
+    }
+
+
 def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _committed(folder: Path) -> list[Path]:
-    return sorted(folder.glob("iter_*"))
+    return sorted(folder.glob("iter_*"), key=lambda place: (len(place.name), place.name))
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flatten(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+def _flatten(state: Mapping) -> tuple[dict[str, torch.Tensor], dict]:
     """An optimizer's state as named tensors, and the rest as plain JSON."""
     tensors = {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, values in state["state"].items()
+        f"{owner}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for owner, values in state["state"].items()
         for name, value in values.items()
     }
     return tensors, {"param_groups": state["param_groups"]}
 
 
 def _unflatten(tensors: dict[str, torch.Tensor], settings: dict) -> dict[str, object]:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int | str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        owner, name = key.rsplit(".", 1)
+        state.setdefault(int(owner) if owner.isdigit() else owner, {})[name] = value
     return {"state": state, "param_groups": settings["param_groups"]}
