@@ -79,6 +79,9 @@ def train(
     override: Annotated[list[str] | None, typer.Option("-o", help="section.key=value; may be repeated.")] = None,
     run_dir: RunDir = None,
     name: Name = "",
+    processes: Annotated[
+        int, typer.Option("--launch", min=1, metavar="N", help="Share the work among N processes, by accelerate.")
+    ] = 1,
 ) -> None:
     """Train a policy into a run folder; a run that is there goes on, with its own settings unless others are given."""
     from grpo_kit.config import load_config
@@ -88,17 +91,42 @@ def train(
     folder = new_run_folder(config.profile, run_dir, name)
     if not profile and (folder / "config.json").is_file():
         config = load_config(folder, changes)
-    print(f"run folder: {folder}", flush=True)
-    from grpo_kit import load_experiment
-    from grpo_kit import train as train_policy
-    from grpo_kit.runs.folder import RunFolder
-
-    RunFolder(folder).require_free()
+    if processes > 1:
+        _launch(processes, profile, override or [], folder, config)
+        return
     try:
-        train_policy(load_experiment(config), folder)
+        is_main = _train(config, folder)
     except KeyboardInterrupt:
         raise _interrupted("train", "--run-dir", str(folder)) from None
-    print(f"done. Next: grpo-kit evaluate {folder}")
+    if is_main:
+        print(f"done. Next: grpo-kit evaluate {folder}")
+
+
+def _train(config: "Config", folder: Path) -> bool:
+    """Train, with the other processes where this one was launched with some; whether it is the one that speaks."""
+    from grpo_kit.launch import joined
+
+    with joined(config, folder) as processes:
+        from grpo_kit import load_experiment
+        from grpo_kit import train as train_policy
+        from grpo_kit.runs.folder import RunFolder
+
+        if processes.is_main:
+            print(f"run folder: {folder}", flush=True)
+            RunFolder(folder).require_free()
+
+        train_policy(load_experiment(config), folder, processes=processes)
+    return processes.is_main
+
+
+def _launch(processes: int, profile: str, override: Sequence[str], folder: Path, config: "Config") -> None:
+    """Train in several processes, which are started with the same options."""
+    from grpo_kit.launch import launch
+
+    given = ["--profile", profile] if profile else []
+    options = [*given, *(part for text in override for part in ("-o", text)), "--run-dir", str(folder)]
+    if code := launch(processes, options, config, folder):
+        raise typer.Exit(code)
 
 
 @app.command()

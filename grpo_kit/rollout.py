@@ -1,8 +1,9 @@
 """A rollout: prompts → rewrites → images → rewards, kept so that the step on it can be computed again later."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from PIL import Image
@@ -11,8 +12,11 @@ from grpo_kit.grpo.advantages import group_spread
 from grpo_kit.hardware import derive_seed
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Completions, Policy, Scores
+from grpo_kit.parallel import ALONE, Processes
 from grpo_kit.prompts import Prompt
 from grpo_kit.rewards.composition import Rewards
+
+_BY_ROW = ("group_ids", "image_seeds", "rewards", "truncated")  # columns of which a share has its own rows
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,12 @@ def collect_rollout(
     images_per_prompt: int = 1,
     share_seeds: bool = True,
     use_image: bool = False,
+    processes: Processes = ALONE,
 ) -> Rollout:
     """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
+
+    Several processes share the prompts by whole groups; each then has the whole rollout, but for the pictures, which
+    only the main process has all of.
 
     Args:
         num_generations: G, at least 2: a sample is judged against its group.
@@ -85,8 +93,10 @@ def collect_rollout(
         images_per_prompt: M images a rewrite; its reward is their mean.
         share_seeds: a group's rewrites are drawn from the same M latents, so that they differ by their words alone.
         use_image: the policy sees the picture that the user's own prompt gives.
+        processes: those that share the work.
 
     Raises:
+        ProcessError: there are more processes than prompts, or one of them failed.
         ValueError: fewer than two generations, or no prompts.
     """
     if num_generations < 2:
@@ -96,16 +106,55 @@ def collect_rollout(
     if not prompts:
         raise ValueError("prompts: found none, allowed: at least one")
     prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    shard = processes.shards(len(prompts))[processes.rank]
+
+    def share() -> Rollout:
+        return _collect_share(
+            policy,
+            generator,
+            rewards,
+            prompts[shard.start : shard.stop],
+            num_generations,
+            seed,
+            shard.start,
+            images_per_prompt=images_per_prompt,
+            share_seeds=share_seeds,
+            use_image=use_image,
+        )
+
+    rollout = _gathered(share, policy.tokenizer.pad_token_id, processes)
+    return replace(
+        rollout,
+        rewards=rewards.combined(rollout.reward_parts, rollout.group_ids),
+        totals=rewards.total(rollout.reward_parts) if rewards.is_shaped else None,
+    )
+
+
+def _collect_share(
+    policy: Policy,
+    generator: Generator,
+    rewards: Rewards,
+    prompts: list[Prompt],
+    num_generations: int,
+    seed: int,
+    first: int,
+    *,
+    images_per_prompt: int,
+    share_seeds: bool,
+    use_image: bool,
+) -> Rollout:
+    """The rows of some prompts, of which the `first` one's place in the batch is given; with the raw rewards."""
     texts = [prompt.user_prompt for prompt in prompts]
     seconds, clock = {}, time.perf_counter()
-    seen = picture_prompts(generator, texts, seed) if use_image else None
-    completions = policy.sample(texts, num_generations, seed=derive_seed(seed, "sampling"), images=seen)
+    seen = picture_prompts(generator, texts, seed, first) if use_image else None
+    seed_of_tokens = derive_seed(seed, "sampling")
+    completions = policy.sample(texts, num_generations, seed=seed_of_tokens, images=seen, first_prompt=first)
     seconds["sampling"], clock = time.perf_counter() - clock, time.perf_counter()
-    group_ids = torch.arange(len(prompts)).repeat_interleave(num_generations)
+    group_ids = first + torch.arange(len(prompts)).repeat_interleave(num_generations)
     seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
     images = _draw(generator, completions.texts, seeds)
     seconds["images"], clock = time.perf_counter() - clock, time.perf_counter()
-    parts = _score(rewards, images, [texts[g] for g in group_ids], completions.texts, group_ids, seeds)
+    parts = _score(rewards, images, [texts[group - first] for group in group_ids], completions.texts, group_ids, seeds)
     seconds["rewards"] = time.perf_counter() - clock
     return Rollout(
         prompts=prompts,
@@ -116,13 +165,54 @@ def collect_rollout(
         images=images,
         image_seeds=seeds,
         reward_parts=parts,
-        rewards=rewards.combined(parts, group_ids),
-        totals=rewards.total(parts) if rewards.is_shaped else None,
+        rewards=rewards.total(parts),
         old_logprobs=completions.logprobs.cpu(),
         truncated=_truncated(completions, policy),
         prompt_images=seen,
         seconds=seconds,
     )
+
+
+def _gathered(share: Callable[[], Rollout], pad_token_id: int, processes: Processes) -> Rollout:
+    """The rollout whose shares the processes collect; in one process its only share."""
+    if processes.count == 1:
+        return share()
+    own: list[Rollout] = []
+
+    def without_pictures() -> Rollout:
+        own.append(share())
+        return replace(own[0], images=[])
+
+    shares = processes.gather(without_pictures)
+    pictures = processes.gather_on_main(own[0].images)
+    nothing = [None] * own[0].image_seeds.shape[1]
+    images = [found or [nothing] * len(one.group_ids) for found, one in zip(pictures, shares, strict=True)]
+    return replace(_joined(shares, pad_token_id), images=list(chain(*images)), seconds=own[0].seconds)
+
+
+def _joined(shares: Sequence[Rollout], pad_token_id: int) -> Rollout:
+    """The rows of all shares, one after the other, as long as the longest completion; the first one's pictures."""
+    longest = max(share.completion_ids.shape[1] for share in shares)
+
+    def rows(name: str, fill: float = 0) -> torch.Tensor:
+        return torch.cat([_widened(getattr(share, name), longest, fill) for share in shares])
+
+    seen = [share.prompt_images for share in shares]
+    return replace(
+        shares[0],
+        prompts=[prompt for share in shares for prompt in share.prompts],
+        enhanced_prompts=[text for share in shares for text in share.enhanced_prompts],
+        completion_ids=rows("completion_ids", pad_token_id),
+        reward_parts={n: torch.cat([share.reward_parts[n] for share in shares]) for n in shares[0].reward_parts},
+        prompt_images=None if None in seen else list(chain(*seen)),
+        completion_mask=rows("completion_mask"),
+        old_logprobs=rows("old_logprobs"),
+        **{name: torch.cat([getattr(share, name) for share in shares]) for name in _BY_ROW},
+    )
+
+
+def _widened(column: torch.Tensor, length: int, fill: float) -> torch.Tensor:
+    return torch.nn.functional.pad(column, (0, length - column.shape[1]), value=fill)
 
 
 def _mean_and_std(values: torch.Tensor) -> tuple[float, float]:
@@ -143,9 +233,15 @@ def latent_seeds(
     return torch.tensor([[one(row, image) for image in range(images_per_prompt)] for row in range(len(group_ids))])
 
 
-def picture_prompts(generator: Generator, prompts: Sequence[str], seed: int) -> list[Image.Image]:
-    """What the users' own prompts give, for a policy that looks at it."""
-    return [generator.generate_image(prompt, derive_seed(seed, "seen", i)) for i, prompt in enumerate(prompts)]
+def picture_prompts(
+    generator: Generator, prompts: Sequence[str], seed: int, first_prompt: int = 0
+) -> list[Image.Image]:
+    """What the users' own prompts give, for a policy that looks at it; `first_prompt` is the first one's place."""
+    places = range(first_prompt, first_prompt + len(prompts))
+    return [
+        generator.generate_image(prompt, derive_seed(seed, "seen", i))
+        for i, prompt in zip(places, prompts, strict=True)
+    ]
 
 
 def _draw(generator: Generator, texts: list[str], seeds: torch.Tensor) -> list[list[Image.Image | None]]:

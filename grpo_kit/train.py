@@ -2,8 +2,10 @@
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.grpo.step import StepStats, grpo_step
 from grpo_kit.hardware import derive_seed, library_versions
+from grpo_kit.parallel import ALONE, Processes
 from grpo_kit.prompts import balanced_batch
 from grpo_kit.rollout import Rollout, collect_rollout
 from grpo_kit.runs.card import save_with_card
@@ -44,6 +47,7 @@ def train(
     *,
     progress: bool = True,
     on_iteration: Callable[[dict[str, float]], None] | None = None,
+    processes: Processes = ALONE,
 ) -> TrainResult:
     """Train the kit's policy as its config says and leave everything in `run_dir`.
 
@@ -54,48 +58,63 @@ def train(
     Args:
         progress: show a progress bar.
         on_iteration: called with each iteration's metrics, after all that the iteration writes is on disk.
+        processes: those that share the work, each of which calls this; the main one alone writes, and calls back. The
+            number of processes may change when a run is continued.
 
     Raises:
         KitError: the folder belongs to another run, is in use, or cannot be written; or the settings name a held-out
-            score that is none.
+            score that is none; or another process failed (`ProcessError`).
     """
     settings = kit.config.training_settings
     logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
     _held_out(kit)
-    folder = RunFolder.open(run_dir, kit.config)
+    processes.shards(settings.prompts_per_iteration)  # an error where they are too few
+    folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config))
     optimizer = make_optimizer(kit, kit.config)
-    with folder.writing(), Tracker(kit.config, folder.path) as tracker:
-        start = iteration = resume(kit, optimizer, folder)
+    with ExitStack() as stack:
+        tracker = processes.only_main(lambda: _open(folder, kit.config, stack))
+        start = iteration = resume(kit, optimizer, folder, processes)
+        processes.prepare(kit.policy, optimizer)
         if start == 0:
-            _validate(kit, folder, tracker, 0)
-            _commit(kit, optimizer, folder, 0)  # so that a run stopped before its first checkpoint starts afresh
-        stopped = _look(kit, folder, announce=False)
+            _validate(kit, folder, tracker, 0, processes)
+            _commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
+        stopped = processes.on_main(lambda: _look(kit, folder, announce=False))
         bar = tqdm(
             () if stopped else range(start + 1, settings.num_iterations + 1),
             initial=start,
             total=settings.num_iterations,
             desc="GRPO",
             unit="it",
-            disable=not progress,
+            disable=not (progress and processes.is_main),
             mininterval=1.0,
         )
         for iteration in bar:
-            metrics = _iterate(kit, optimizer, folder, iteration)
-            folder.append_metrics(metrics)
-            tracker.log(metrics)
+            metrics = _iterate(kit, optimizer, folder, iteration, processes)
+            processes.only_main(lambda metrics=metrics: _log(folder, tracker, metrics))
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
             last = iteration == settings.num_iterations
             if last or iteration % settings.validate_every == 0:
-                _validate(kit, folder, tracker, iteration)
-                stopped = _look(kit, folder)
+                _validate(kit, folder, tracker, iteration, processes)
+                stopped = processes.on_main(lambda: _look(kit, folder))
             if last or stopped or iteration % settings.save_every == 0:
-                _commit(kit, optimizer, folder, iteration)
-            if on_iteration is not None:
+                _commit(kit, optimizer, folder, iteration, processes)
+            if on_iteration is not None and processes.is_main:
                 on_iteration(metrics)
             if stopped:
                 break
     logged = folder.metrics()
     return TrainResult(folder.path, iteration, start, logged[-1] if logged else {}, stopped)
+
+
+def _open(folder: RunFolder, config: Config, stack: ExitStack) -> Tracker:
+    """Hold the folder as its writer, and mirror it, until the stack is closed."""
+    stack.enter_context(folder.writing())
+    return stack.enter_context(Tracker(config, folder.path))
+
+
+def _log(folder: RunFolder, tracker: Tracker, metrics: dict[str, float]) -> None:
+    folder.append_metrics(metrics)
+    tracker.log(metrics)
 
 
 def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
@@ -105,11 +124,11 @@ def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
-def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder) -> int:
+def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, processes: Processes = ALONE) -> int:
     """Put policy, optimizer and rewards where the newest good checkpoint left them; returns its iteration, or 0."""
     checkpoint = load_latest(folder.checkpoints, course(kit.config.to_dict()))
     iteration = 0 if checkpoint is None else checkpoint.iteration
-    folder.forget_after(iteration)
+    processes.on_main(lambda: folder.forget_after(iteration))
     kit.rewards.load_state_dict({} if checkpoint is None else checkpoint.rewards)
     if checkpoint is not None:
         kit.policy.load_pretrained(checkpoint.policy)
@@ -118,33 +137,40 @@ def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder)
     return iteration
 
 
-def run_iteration(kit: Experiment, optimizer: torch.optim.Optimizer, iteration: int) -> tuple[Rollout, StepStats]:
+def run_iteration(
+    kit: Experiment, optimizer: torch.optim.Optimizer, iteration: int, processes: Processes = ALONE
+) -> tuple[Rollout, StepStats]:
     """One iteration without any files: its prompts, its rollout and the step on it, all fixed by (seed, iteration)."""
     settings, generation = kit.config.training_settings, kit.config.generation_settings
     prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, iteration)
-    rollout = collect_rollout(
-        kit.policy,
-        kit.generator,
-        kit.rewards,
-        prompts,
-        settings.group_size,
-        seed=derive_seed(settings.seed, "rollout", iteration),
-        images_per_prompt=generation.images_per_prompt,
-        share_seeds=generation.share_seeds,
-        use_image=kit.config.model_settings.use_image,
-    )
-    return rollout, grpo_step(kit.policy, optimizer, rollout, kit.config)
+    with processes.whole_policy():
+        rollout = collect_rollout(
+            kit.policy,
+            kit.generator,
+            kit.rewards,
+            prompts,
+            settings.group_size,
+            seed=derive_seed(settings.seed, "rollout", iteration),
+            images_per_prompt=generation.images_per_prompt,
+            share_seeds=generation.share_seeds,
+            use_image=kit.config.model_settings.use_image,
+            processes=processes,
+        )
+    return rollout, grpo_step(kit.policy, optimizer, rollout, kit.config, processes)
 
 
-def _iterate(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int) -> dict[str, float]:
+def _iterate(
+    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes
+) -> dict[str, float]:
     """One iteration and its line for metrics.jsonl; some rollouts are kept whole, pictures included."""
     settings = kit.config.training_settings
     started = time.perf_counter()
-    rollout, stats = run_iteration(kit, optimizer, iteration)
+    rollout, stats = run_iteration(kit, optimizer, iteration, processes)
     seconds = {f"time/{name}": value for name, value in rollout.seconds.items()}
     metrics = {"iteration": iteration, **stats.metrics, **seconds, "learning_rate": settings.learning_rate}
     if iteration == 1 or iteration % settings.validate_every == 0 or iteration == settings.num_iterations:
-        kl = _keep_rollout(kit, folder, iteration, rollout, stats)
+        with processes.whole_policy():
+            kl = processes.on_main(lambda: _keep_rollout(kit, folder, iteration, rollout, stats))
         metrics.setdefault("kl", kl)  # beta 0 needs no KL, but who watches the run does
     metrics["step_time"] = time.perf_counter() - started
     metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
@@ -167,32 +193,54 @@ def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: R
     return float(kl[rollout.completion_mask].mean())
 
 
-def _commit(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int) -> None:
+def _commit(
+    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes
+) -> None:
     """Put everything that the next iteration depends on into a checkpoint, once what it vouches for is on the disk."""
-    folder.commit(
-        lambda: save_checkpoint(
+    weights, state = _shared_weights(kit, processes), processes.full(optimizer.state_dict())
+
+    def save() -> None:
+        save_checkpoint(
             folder.checkpoints,
             iteration,
-            lambda place: save_with_card(kit.policy, kit.config, place, iteration),
-            optimizer.state_dict(),
+            lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights),
+            state,
             kit.config.training_settings.keep_checkpoints,
             rewards=kit.rewards.state_dict(),
             settings=course(kit.config.to_dict()),
             versions=library_versions(),
         )
-    )
+
+    processes.on_main(lambda: folder.commit(save))
 
 
-def _validate(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> None:
-    """Validate, and keep the policy in `best/` when no validation before scored as high."""
+def _shared_weights(kit: Experiment, processes: Processes) -> dict[str, torch.Tensor] | None:
+    """The policy's whole weights where each process holds only a part of them."""
+    return processes.full(kit.policy.trainable_state()) if processes.sharded else None
+
+
+def _validate(
+    kit: Experiment, folder: RunFolder, tracker: Tracker | None, iteration: int, processes: Processes
+) -> None:
+    """Validate, and keep the policy in `best/` when no validation before scored as high; the main process does it."""
+    with processes.whole_policy():
+        is_best = processes.on_main(lambda: _looks_best(kit, folder, tracker, iteration))
+    if is_best:
+        weights = _shared_weights(kit, processes)
+        processes.on_main(
+            lambda: folder.save_best(lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights))
+        )
+
+
+def _looks_best(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> bool:
+    """Validate; whether no validation before scored as high."""
     earlier = [_rank(v, _held_out(kit)) for v in folder.validations() if v["iteration"] < iteration]
     result = validate(kit, iteration, folder)
     watched = {name: result[name] for name in ("reward", "paraphrase", "diversity") if name in result}
     tracker.log({"iteration": iteration, **watched, **result["rewards"]}, prefix="eval")
     tracker.log_samples(iteration)
     logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
-    if not earlier or _rank(result, _held_out(kit)) > max(earlier):
-        folder.save_best(lambda place: save_with_card(kit.policy, kit.config, place, iteration))
+    return not earlier or _rank(result, _held_out(kit)) > max(earlier)
 
 
 def _rank(validation: Mapping, held_out: str | None) -> tuple[float, float]:
@@ -238,3 +286,14 @@ def _look(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str |
         held_out,
     )
     return str(seen.divergence)
+
+
+def _main() -> None:
+    """`python -m grpo_kit.train`, which accelerate launches, takes the options of `grpo-kit train`."""
+    from grpo_kit.cli import main
+
+    main(["train", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    _main()

@@ -24,14 +24,14 @@ LAYERS = [  # imports run downward only
     {"evaluate", "sentinel"},
     {"conclusions"},
     {"experiment"},
-    {"runs"},
+    {"runs", "launch"},
     {"rollout"},
     {"rewards"},
     {"models"},
     {"shapeworld"},
     {"prompts", "grpo"},  # grpo: tensors in, tensors out
     {"statistics", "diversity", "noise"},  # tables in, numbers out
-    {"hardware"},
+    {"hardware", "parallel"},
     {"config"},
 ]
 

@@ -1,5 +1,6 @@
 """One GRPO step: from a rollout's rewards to changed weights."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import torch
 from grpo_kit.config import Config, TrainingSettings
 from grpo_kit.grpo.advantages import group_advantages, usable_rewards
 from grpo_kit.grpo.loss import LossOutput, grpo_loss, token_weights
+from grpo_kit.parallel import ALONE, Processes, full_tensor
 
 if TYPE_CHECKING:
     from grpo_kit.models.policy import Policy, Scores
@@ -35,25 +37,27 @@ class _Batch:
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None
-    weights: torch.Tensor | None
+    weights: torch.Tensor | None  # of the tokens in the whole batch
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "_Batch":
         """The batch with every tensor changed."""
         return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
 
-    def split(self, size: int | None) -> "list[_Batch]":
-        """Its rows, in order, `size` at a time; all at once where `size` is None."""
-        places = torch.arange(len(self.rows), device=self.rows.device).split(size or len(self.rows))
-        return [self.map(lambda tensor, keep=keep: tensor[keep]) for keep in places]
 
-
-def grpo_step(policy: "Policy", optimizer: torch.optim.Optimizer, rollout: "Rollout", config: Config) -> StepStats:
+def grpo_step(
+    policy: "Policy",
+    optimizer: torch.optim.Optimizer,
+    rollout: "Rollout",
+    config: Config,
+    processes: Processes = ALONE,
+) -> StepStats:
     """Update the policy on a rollout: advantages, then `updates_per_rollout` times loss, gradient and optimizer step.
 
     Rows without a usable reward are left out as `on_bad_reward` says. Where no advantage differs from 0 and beta is 0
     there is nothing to learn: the optimizer is not run, so that momentum and weight decay cannot move the weights. A
     gradient that is not finite is not applied. Micro-batches weigh their tokens as the whole batch does, so that the
-    gradient does not depend on their size.
+    gradient does not depend on their size. Several processes share the rows by whole groups in the same way: each
+    adds its own rows' gradient, weighed as in the whole batch.
 
     Raises:
         BadRewardError: a reward is not finite and `on_bad_reward` is "raise".
@@ -75,16 +79,16 @@ def grpo_step(policy: "Policy", optimizer: torch.optim.Optimizer, rollout: "Roll
     if not kept.any() or (settings.beta == 0 and not advantages.any()):
         return StepStats(metrics | {"loss": 0.0, "grad_norm": 0.0}, advantages, 0, 0)
     started = time.perf_counter()
-    batch = _make_batch(policy, rollout, advantages, kept, settings)
+    batch = _make_batch(policy, rollout, advantages, kept, settings, processes)
     metrics["time/reference"] = time.perf_counter() - started
     updates, made = [], 0
     for update in range(settings.updates_per_rollout):
-        measured, own = _accumulate(policy, rollout, batch, settings, first=update == 0)
+        measured, own = _accumulate(policy, rollout, batch, settings, processes, first=update == 0)
         if update == 0:
             metrics |= _disagreement(own, batch)
             batch = replace(batch, old_logprobs=_settled(own, batch.old_logprobs, policy))
         started = time.perf_counter()
-        norm = torch.nn.utils.clip_grad_norm_(policy.trainable_parameters(), settings.max_grad_norm)
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(policy.trainable_parameters(), settings.max_grad_norm))
         if norm.isfinite():
             optimizer.step()
             made += 1
@@ -102,7 +106,12 @@ def _overall(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _make_batch(
-    policy: "Policy", rollout: "Rollout", advantages: torch.Tensor, kept: torch.Tensor, settings: TrainingSettings
+    policy: "Policy",
+    rollout: "Rollout",
+    advantages: torch.Tensor,
+    kept: torch.Tensor,
+    settings: TrainingSettings,
+    processes: Processes,
 ) -> _Batch:
     """Move the kept rows to the policy's device; score them under the reference where the KL term needs it."""
     batch = _Batch(
@@ -113,16 +122,23 @@ def _make_batch(
         ref_logprobs=None if settings.beta == 0 else rollout.ref_logprobs,
         weights=None,
     ).map(lambda tensor: tensor[kept].to(policy.device))
+    batch = replace(batch, weights=token_weights(batch.mask, settings.loss_type, policy.max_new_tokens))
     if settings.beta != 0 and batch.ref_logprobs is None:
+        parts, own = _parts(batch, rollout, settings.micro_batch_size, processes)
+        scorer = processes.scorer(policy)
         with torch.no_grad():
-            rows = batch.rows.split(settings.micro_batch_size or len(batch.rows))
-            parts = [rollout.score(policy, part, reference=True) for part in rows]
-        batch = replace(batch, ref_logprobs=torch.cat([part.logprobs for part in parts]))
-    return replace(batch, weights=token_weights(batch.mask, settings.loss_type, policy.max_new_tokens))
+            scores = [rollout.score(scorer, part.rows, reference=True).logprobs for part in parts]
+        batch = replace(batch, ref_logprobs=_whole_column(scores[:own], batch, processes))
+    return batch
 
 
 def _accumulate(
-    policy: "Policy", rollout: "Rollout", batch: _Batch, settings: TrainingSettings, first: bool
+    policy: "Policy",
+    rollout: "Rollout",
+    batch: _Batch,
+    settings: TrainingSettings,
+    processes: Processes,
+    first: bool,
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Leave the whole batch's gradient on the parameters.
 
@@ -131,23 +147,63 @@ def _accumulate(
     """
     totals: dict[str, float] = {}
     found = []
-    for part in batch.split(settings.micro_batch_size):
-        started = time.perf_counter()
-        scores = rollout.score(policy, part.rows)
-        scored = time.perf_counter()
-        found.append(scores.logprobs.detach())
-        if first:
-            part = replace(part, old_logprobs=_settled(found[-1], part.old_logprobs, policy))
-        output = _loss(scores, part, settings)
-        output.loss.backward()
+    scorer = processes.scorer(policy)
+    parts, own = _parts(batch, rollout, settings.micro_batch_size, processes)
+    for number, part in enumerate(parts, start=1):
+        with processes.accumulating(last=number == len(parts)):
+            started = time.perf_counter()
+            scores = rollout.score(scorer, part.rows)
+            scored = time.perf_counter()
+            found.append(scores.logprobs.detach())
+            if first:
+                part = replace(part, old_logprobs=_settled(found[-1], part.old_logprobs, policy))
+            output = _loss(scores, part, settings)
+            processes.backward(output.loss)
         measured = _shares(output.metrics, part, batch, settings.importance_sampling_level == "sequence") | {
             "loss": float(output.loss.detach()),
-            "entropy": float(scores.entropy.sum() / batch.mask.sum()),
+            "entropy": float((scores.entropy * part.mask).sum() / batch.mask.sum()),
             "time/scoring": scored - started,
             "time/backward": time.perf_counter() - scored,
         }
         totals = {name: totals.get(name, 0.0) + value for name, value in measured.items()}
-    return totals, torch.cat(found)
+    return _summed(totals, processes), _whole_column(found[:own], batch, processes)
+
+
+def _parts(batch: _Batch, rollout: "Rollout", size: int | None, processes: Processes) -> tuple[list[_Batch], int]:
+    """This process's rows, `size` at a time, and how many such parts there are.
+
+    Every process has as many parts, since FSDP gathers weights in each: one with fewer rows goes on with parts that
+    weigh nothing, so the list may be longer than the number beside it.
+    """
+    groups, size = rollout.group_ids[batch.rows.cpu()], size or len(batch.rows)
+    shards = processes.shards(len(rollout.prompts))
+    rows = [((groups >= shard.start) & (groups < shard.stop)).nonzero().flatten() for shard in shards]
+    own = [
+        batch.map(lambda tensor, keep=keep: tensor[keep.to(tensor.device)])
+        for keep in rows[processes.rank].split(size)
+        if len(keep)
+    ]
+    first = batch.map(lambda tensor: tensor[:1])
+    idle = replace(first, mask=torch.zeros_like(first.mask), weights=torch.zeros_like(first.weights))
+    most = max(math.ceil(len(some) / size) for some in rows)
+    return own + [idle] * (most - len(own)), len(own)
+
+
+def _whole_column(own: list[torch.Tensor], batch: _Batch, processes: Processes) -> torch.Tensor:
+    """(N, T) values of all rows, from what each process found for its own: the shards are in the batch's order."""
+    if processes.count == 1:
+        return torch.cat(own)
+    shares = processes.gather(lambda: [values.cpu() for values in own])
+    return torch.cat([values for share in shares for values in share]).to(batch.mask.device)
+
+
+def _summed(totals: dict[str, float], processes: Processes) -> dict[str, float]:
+    """Shares of the batch's means added up over processes; seconds stay this process's own."""
+    shares = processes.gather(lambda: totals)
+    return {
+        name: value if name.startswith("time/") else sum(share[name] for share in shares)
+        for name, value in totals.items()
+    }
 
 
 def _settled(own: torch.Tensor, recorded: torch.Tensor | None, policy: "Policy") -> torch.Tensor:

@@ -16,9 +16,10 @@ def row_uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def row_seeds(seed: int, num_prompts: int, num_generations: int) -> list[int]:
-    """One seed per (prompt, sample), group-major."""
-    return [derive_seed(seed, "tokens", p, g) for p in range(num_prompts) for g in range(num_generations)]
+def row_seeds(seed: int, num_prompts: int, num_generations: int, first_prompt: int = 0) -> list[int]:
+    """One seed per (prompt, sample), group-major; the prompts are counted from `first_prompt`."""
+    places = range(first_prompt, first_prompt + num_prompts)
+    return [derive_seed(seed, "tokens", p, g) for p in places for g in range(num_generations)]
 
 
 def choose_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature: float) -> torch.Tensor:

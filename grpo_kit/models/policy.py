@@ -142,14 +142,16 @@ class Policy:
         images: Sequence[Image.Image] | None = None,
         greedy: bool = False,
         reference: bool = False,
+        first_prompt: int = 0,
     ) -> Completions:
         """G completions of each prompt; the prompt is run once per group.
 
-        `seed` fixes every row's draw by (seed, prompt's place, sample's place). With `reference` the frozen reference
-        answers instead.
+        `seed` fixes every row's draw by (seed, prompt's place, sample's place); `first_prompt` is the first one's place
+        in the batch that these prompts are a share of. With `reference` the frozen reference answers instead.
         """
         P, G = len(prompts), num_generations
-        uniforms = None if greedy else row_uniforms(row_seeds(seed, P, G), self.max_new_tokens).to(self.device)
+        seeds = row_seeds(seed, P, G, first_prompt)
+        uniforms = None if greedy else row_uniforms(seeds, self.max_new_tokens).to(self.device)
         with self._answering(reference) as model, _evaluating(model):
             prefix = run_prompts(model, self.encode(prompts, images))
             cache = prefix.room_for(G * self.max_new_tokens)
