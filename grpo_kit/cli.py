@@ -125,7 +125,10 @@ def _launch(processes: int, profile: str, override: Sequence[str], folder: Path,
 
     given = ["--profile", profile] if profile else []
     options = [*given, *(part for text in override for part in ("-o", text)), "--run-dir", str(folder)]
-    if code := launch(processes, options, config, folder):
+    code = launch(processes, options, config, folder)
+    if code > 128:
+        _interrupted("train", *options, "--launch", str(processes))
+    if code:
         raise typer.Exit(code)
 
 

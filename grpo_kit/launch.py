@@ -58,8 +58,10 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     handlers = [InitProcessGroupKwargs(timeout=_PATIENCE), unused]
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
     processes = Launched(accelerator)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the launcher ends what is left so
     if not processes.is_main:
         logging.getLogger("grpo_kit").addHandler(logging.NullHandler())  # the main process logs
+        logging.getLogger("grpo_kit").propagate = False
     with _Peers(processes, run_dir).watched():
         yield processes
         accelerator.wait_for_everyone()
@@ -91,6 +93,7 @@ class _Peers:
         try:
             yield
         except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already; the launcher may ask for it once more
             self._leave_note(error)
             self._end(error)
             raise
@@ -216,12 +219,13 @@ def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) 
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-        killed = [rank for rank, code in codes.items() if code < 0]
-        if killed:
-            who = f"process {killed[0]} of {count} ({signal.Signals(-codes[killed[0]]).name})"
-            print(f"grpo-kit: {lost_text(who, None, run_dir)}", file=sys.stderr)
-        return 1 if killed else max(codes.values())
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        first = max(codes, key=lambda rank: (codes[rank] < 0, codes[rank] != -signal.SIGTERM))  # which ends the others
+        if codes[first] >= 0:  # an error, which that process has told
+            return codes[first]
+        who = f"process {first} of {count} ({signal.Signals(-codes[first]).name})"
+        print(f"\ngrpo-kit: {lost_text(who, None, run_dir)}", file=sys.stderr)  # below a bar that was left as it was
+        return 1
     finally:
         del os.environ[_TOLD_BY_LAUNCHER]
     return 0
