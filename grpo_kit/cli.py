@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import signal
@@ -84,10 +85,12 @@ def train(
     ] = 1,
 ) -> None:
     """Train a policy into a run folder; a run that is there goes on, with its own settings unless others are given."""
-    from grpo_kit.config import load_config
+    from grpo_kit.config import KitError, load_config
 
     changes = _overrides(override or [])
     config = load_config(profile or "tiny", changes)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and run_dir is None and not name:
+        raise KitError("--run-dir: not given, but several processes have to agree on one. Give --run-dir or --name")
     folder = new_run_folder(config.profile, run_dir, name)
     if not profile and (folder / "config.json").is_file():
         config = load_config(folder, changes)

@@ -77,12 +77,11 @@ class _Peers:
         self.rank, self.count, self.run_dir = processes.rank, processes.count, run_dir
         self.notes = _get_default_store().clone()  # of its own connection, so that a waiting collective is no matter
         own = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
-        self.pids = {
-            rank: pid
+        self.others = {  # those of this machine
+            rank: psutil.Process(pid)
             for rank, (host, pid, born) in enumerate(processes.gather(lambda: own))
-            if rank != self.rank and host == own[0] and _is_alive(pid, born)
+            if rank != self.rank and host == own[0] and _born(pid) == born
         }
-        self.born = {pid: psutil.Process(pid).create_time() for pid in self.pids.values()}
         self.launcher = os.getppid()
 
     @contextmanager
@@ -137,7 +136,7 @@ class _Peers:
         """The processes of this machine that have ended; looked for until there is one, `wait` seconds at most."""
         until = time.monotonic() + wait
         while True:
-            gone = [rank for rank, pid in self.pids.items() if not _is_alive(pid, self.born[pid])]
+            gone = [rank for rank, process in self.others.items() if not _is_alive(process)]
             if gone or time.monotonic() >= until:
                 return gone
             time.sleep(0.05)
@@ -168,10 +167,17 @@ class _Peers:
             os._exit(1)
 
 
-def _is_alive(pid: int, born: float) -> bool:
+def _born(pid: int) -> float | None:
+    """When a process started; None where its id is not known here, as in another container of the same name."""
     try:
-        process = psutil.Process(pid)
-        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
@@ -181,7 +187,7 @@ def lost_text(who: str, note: str | None, run_dir: Path) -> str:
     how = "was killed or crashed" if note is None else f"ended ({' '.join(note.split())[:300]})"
     committed = sorted((run_dir / "checkpoints").glob("iter_*"))
     kept = f"iteration {int(committed[-1].name[5:])} is committed" if committed else "nothing is committed yet"
-    return f"{who} {how}; {kept}. Run the same command again: it goes on from there"
+    return f"{who} {how}; {kept}. The same command with --run-dir {run_dir} goes on from there"
 
 
 # --- starting them ----------------------------------------------------------------------------------------------------
@@ -190,7 +196,7 @@ def lost_text(who: str, note: str | None, run_dir: Path) -> str:
 def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) -> int:
     """Run `python -m grpo_kit.train` with these arguments in `count` processes, by accelerate; returns the exit code.
 
-    The settings of `accelerate config` hold where there are any. Where a process is killed, one line says so.
+    Where a process is killed, one line says so.
 
     Raises:
         ProcessError: there are more processes than prompts in an iteration.

@@ -226,7 +226,11 @@ def test_where_one_process_is_killed_the_other_ends_and_one_line_says_so(
     assert process.returncode not in (0, None)
     (line,) = _told(run)
     committed = max(int(place.name[5:]) for place in (run / "checkpoints").glob("iter_*"))
-    assert f"process {rank} of 2" in line and f"iteration {committed} is committed" in line and "again" in line
+    assert (
+        f"process {rank} of 2" in line
+        and f"iteration {committed} is committed" in line
+        and f"--run-dir {run} goes on" in line
+    )
     with RunFolder(run).writing():  # the lock is free
         assert committed >= 1
 
