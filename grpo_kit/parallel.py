@@ -114,6 +114,11 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The part that this process holds of a tensor that may be spread over processes."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class _Scoring(torch.nn.Module):
     """The scoring of a policy as a module's forward pass, which is where DDP and FSDP come in."""
 

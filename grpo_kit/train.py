@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from tqdm import tqdm
 from grpo_kit.config import Config, KitError
 from grpo_kit.evaluate import validate
 from grpo_kit.experiment import Experiment
+from grpo_kit.grpo.finite import NotFinite
 from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.grpo.step import StepStats, grpo_step
+from grpo_kit.guard import guard
 from grpo_kit.hardware import derive_seed, library_versions
 from grpo_kit.parallel import ALONE, Processes
 from grpo_kit.prompts import balanced_batch
@@ -62,14 +65,16 @@ def train(
             number of processes may change when a run is continued.
 
     Raises:
-        KitError: the folder belongs to another run, is in use, or cannot be written; or the settings name a held-out
-            score that is none; or another process failed (`ProcessError`).
+        KitError: the folder belongs to another run, is in use, or cannot be written; the settings name a held-out score
+            that is none; steps were skipped again and again (`NonFiniteError`, which says why); or another process
+            failed (`ProcessError`).
     """
     settings = kit.config.training_settings
     logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
     _held_out(kit)
     processes.shards(settings.prompts_per_iteration)  # an error where they are too few
     folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config))
+    kit.policy.recover()
     optimizer = make_optimizer(kit, kit.config)
     with ExitStack() as stack:
         tracker = processes.only_main(lambda: _open(folder, kit.config, stack))
@@ -89,8 +94,10 @@ def train(
             mininterval=1.0,
         )
         for iteration in bar:
-            metrics = _iterate(kit, optimizer, folder, iteration, processes)
+            metrics, trouble = _iterate(kit, optimizer, folder, iteration, processes)
             processes.only_main(lambda metrics=metrics: _log(folder, tracker, metrics))
+            if trouble is not None:
+                processes.on_main(partial(guard, folder, iteration, trouble, settings.updates_per_rollout))
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
             last = iteration == settings.num_iterations
             if last or iteration % settings.validate_every == 0:
@@ -161,8 +168,8 @@ def run_iteration(
 
 def _iterate(
     kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes
-) -> dict[str, float]:
-    """One iteration and its line for metrics.jsonl; some rollouts are kept whole, pictures included."""
+) -> tuple[dict[str, float], NotFinite | None]:
+    """One iteration: its line for metrics.jsonl, and what was not finite; some rollouts are kept, with pictures."""
     settings = kit.config.training_settings
     started = time.perf_counter()
     rollout, stats = run_iteration(kit, optimizer, iteration, processes)
@@ -174,7 +181,7 @@ def _iterate(
         metrics.setdefault("kl", kl)  # beta 0 needs no KL, but who watches the run does
     metrics["step_time"] = time.perf_counter() - started
     metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
-    return metrics
+    return metrics, stats.trouble
 
 
 def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> float:

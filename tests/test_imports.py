@@ -21,7 +21,7 @@ LAYERS = [  # imports run downward only
     {"check", "doctor"},
     {"show"},
     {"train"},
-    {"evaluate", "sentinel"},
+    {"evaluate", "sentinel", "guard"},
     {"conclusions"},
     {"experiment"},
     {"runs", "launch"},

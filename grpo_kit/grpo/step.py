@@ -10,6 +10,15 @@ import torch
 
 from grpo_kit.config import Config, TrainingSettings
 from grpo_kit.grpo.advantages import group_advantages, usable_rewards
+from grpo_kit.grpo.finite import (
+    NotFinite,
+    carrier,
+    gradient_trouble,
+    loss_trouble,
+    rows_not_finite,
+    step_or_restore,
+    weight_trouble,
+)
 from grpo_kit.grpo.loss import LossOutput, grpo_loss, token_weights
 from grpo_kit.parallel import ALONE, Processes, full_tensor
 
@@ -25,7 +34,8 @@ class StepStats:
     metrics: dict[str, float]
     advantages: torch.Tensor  # (N,)
     updates: int  # optimizer steps made
-    skipped: int  # optimizer steps left out because the gradient was not finite
+    skipped: int  # optimizer steps left out because something was not finite
+    trouble: NotFinite | None = None  # what, in the first of them
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,11 @@ def grpo_step(
     """Update the policy on a rollout: advantages, then `updates_per_rollout` times loss, gradient and optimizer step.
 
     Rows without a usable reward are left out as `on_bad_reward` says. Where no advantage differs from 0 and beta is 0
-    there is nothing to learn: the optimizer is not run, so that momentum and weight decay cannot move the weights. A
-    gradient that is not finite is not applied. Micro-batches weigh their tokens as the whole batch does, so that the
-    gradient does not depend on their size. Several processes share the rows by whole groups in the same way: each
-    adds its own rows' gradient, weighed as in the whole batch.
+    there is nothing to learn: the optimizer is not run, so that momentum and weight decay cannot move the weights.
+    Where something is not finite, in sampling, scoring, loss, gradient or the optimizer's result, or no sample has a
+    usable reward, the update is skipped: weights and momentum stay as they are, bit for bit. Micro-batches weigh their
+    tokens as the whole batch does, so that the gradient does not depend on their size. Several processes share the
+    rows by whole groups in the same way: each adds its own rows' gradient, weighed as in the whole batch.
 
     Raises:
         BadRewardError: a reward is not finite and `on_bad_reward` is "raise".
@@ -76,27 +87,89 @@ def grpo_step(
     )
     kept = ~rewards.isnan()
     metrics = rollout.metrics() | {"unscored": float((~kept).sum())}
-    if not kept.any() or (settings.beta == 0 and not advantages.any()):
-        return StepStats(metrics | {"loss": 0.0, "grad_norm": 0.0}, advantages, 0, 0)
+    idle = settings.beta == 0 and not advantages.any() and not rows_not_finite(rollout.old_logprobs)
+    if idle or not kept.any():
+        skipped, trouble = (0, None) if kept.any() else (settings.updates_per_rollout, _unscored(rollout))
+        metrics |= {"loss": 0.0, "grad_norm": 0.0} | _skip_metrics(skipped, trouble)
+        return StepStats(metrics, advantages, 0, skipped, trouble)
+    optimizer.zero_grad(set_to_none=True)  # an interrupted step leaves a gradient behind
+    try:
+        updates, found, troubles = _update(policy, optimizer, rollout, advantages, kept, settings, processes)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    skipped, trouble = len(troubles), next(iter(troubles), None)
+    metrics |= found | _overall(updates) | {"skipped_updates": 0.0} | _skip_metrics(skipped, trouble)
+    return StepStats(metrics, advantages, len(updates) - skipped, skipped, trouble)
+
+
+def _update(
+    policy: "Policy",
+    optimizer: torch.optim.Optimizer,
+    rollout: "Rollout",
+    advantages: torch.Tensor,
+    kept: torch.Tensor,
+    settings: TrainingSettings,
+    processes: Processes,
+) -> tuple[list[dict[str, float]], dict[str, float], list[NotFinite]]:
+    """Loss, gradient and optimizer step, `updates_per_rollout` times.
+
+    Returns:
+        What each update measured, what is measured once, and why updates were skipped.
+    """
     started = time.perf_counter()
     batch = _make_batch(policy, rollout, advantages, kept, settings, processes)
-    metrics["time/reference"] = time.perf_counter() - started
-    updates, made = [], 0
+    once = {"time/reference": time.perf_counter() - started}
+    updates, troubles = [], []
     for update in range(settings.updates_per_rollout):
         measured, own = _accumulate(policy, rollout, batch, settings, processes, first=update == 0)
         if update == 0:
-            metrics |= _disagreement(own, batch)
+            once |= _disagreement(own, batch)
             batch = replace(batch, old_logprobs=_settled(own, batch.old_logprobs, policy))
         started = time.perf_counter()
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(policy.trainable_parameters(), settings.max_grad_norm))
-        if norm.isfinite():
-            optimizer.step()
-            made += 1
+        parameters = policy.trainable_parameters()
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        measured["grad_norm"] = float(norm)
+        if not math.isfinite(measured["grad_norm"]) or not math.isfinite(measured["loss"]):
+            troubles.append(_diagnose(policy, rollout, batch, own, measured))
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, settings.max_grad_norm, norm)
+            if not step_or_restore(optimizer, lambda sound: all(processes.gather(lambda: sound))):
+                found = weight_trouble(dict(policy.model.named_parameters()))  # as they were before
+                troubles.append(found or NotFinite("optimizer", "weights or momentum after the optimizer's step"))
         optimizer.zero_grad(set_to_none=True)
         measured["time/backward"] += time.perf_counter() - started
-        updates.append(measured | {"grad_norm": float(norm)})
-    skipped = len(updates) - made
-    return StepStats(metrics | _overall(updates) | {"skipped_updates": float(skipped)}, advantages, made, skipped)
+        updates.append(measured)
+    return updates, once, troubles
+
+
+def _diagnose(
+    policy: "Policy", rollout: "Rollout", batch: _Batch, own: torch.Tensor, measured: dict[str, float]
+) -> NotFinite:
+    """Why an update cannot be made; only asked where it is known that something is not finite."""
+    parameters = dict(policy.model.named_parameters())
+    recorded = None if rollout.old_logprobs is None else rollout.old_logprobs[batch.rows.cpu()]
+    return (
+        weight_trouble(parameters)
+        or loss_trouble(recorded, batch.ref_logprobs, own, measured["loss"])
+        or gradient_trouble(parameters, measured["grad_norm"])
+    )
+
+
+def _unscored(rollout: "Rollout") -> NotFinite:
+    """Why no sample of a rollout has a usable reward."""
+    if rows := rows_not_finite(rollout.old_logprobs):
+        return NotFinite("sampling", f"log-probabilities in sampling ({rows} of {len(rollout.rewards)} completions)")
+    if not any(image is not None for images in rollout.images for image in images):
+        return NotFinite("pictures", f"the pictures (all {len(rollout.rewards)} are blank or not finite)")
+    bad = [name for name, values in rollout.reward_parts.items() if values.isnan().all()]
+    return NotFinite("rewards", f"the rewards (no sample has one; {', '.join(bad) or 'their parts'} gave no number)")
+
+
+def _skip_metrics(skipped: int, trouble: NotFinite | None) -> dict[str, float]:
+    """How many updates were skipped, and under the name of the first part that was not finite."""
+    if trouble is None:
+        return {}
+    return {"skipped_updates": float(skipped), f"skipped_updates/{trouble.part}": float(skipped)}
 
 
 def _overall(updates: list[dict[str, float]]) -> dict[str, float]:
@@ -158,9 +231,10 @@ def _accumulate(
             if first:
                 part = replace(part, old_logprobs=_settled(found[-1], part.old_logprobs, policy))
             output = _loss(scores, part, settings)
-            processes.backward(output.loss)
+            loss = output.loss * carrier(scores.logprobs, part.old_logprobs, part.ref_logprobs)
+            processes.backward(loss)
         measured = _shares(output.metrics, part, batch, settings.importance_sampling_level == "sequence") | {
-            "loss": float(output.loss.detach()),
+            "loss": float(loss.detach()),
             "entropy": float((scores.entropy * part.mask).sum() / batch.mask.sum()),
             "time/scoring": scored - started,
             "time/backward": time.perf_counter() - scored,

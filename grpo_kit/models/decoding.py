@@ -28,6 +28,9 @@ def choose_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperatu
     Args:
         logits: (N, V).
         uniforms: (N,) numbers in [0, 1), turned into tokens through the cumulative distribution.
+
+    Logits with a NaN or plus infinity are no distribution. Their row gets an id without meaning, which exists, and its
+    log-probability is NaN: that is how the step on the rollout sees it, and is skipped.
     """
     if uniforms is None:
         return logits.argmax(dim=-1)

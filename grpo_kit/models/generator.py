@@ -4,7 +4,8 @@ import inspect
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -92,14 +93,16 @@ class Generator:
         """One pipeline call; each image's noise comes from its own seed, on the CPU, so that devices agree."""
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
         sizes = {name: value for name, value in (("height", self.height), ("width", self.width)) if value}
-        output = self.pipeline(
-            **self._text_inputs([text for text, _ in pairs]),
-            **self._schedule(),
-            **sizes,
-            guidance_scale=self.guidance_scale,
-            generator=generators,
-            output_type="np",
-        )
+        inputs = self._text_inputs([text for text, _ in pairs])
+        with _infinities_as_nan(self.pipeline):
+            output = self.pipeline(
+                **inputs,
+                **self._schedule(),
+                **sizes,
+                guidance_scale=self.guidance_scale,
+                generator=generators,
+                output_type="np",
+            )
         return [_checked_image(pixels) for pixels in output.images]
 
     def _schedule(self) -> dict[str, object]:
@@ -185,6 +188,20 @@ def load_generator(config: Config) -> Generator:
         max_sequence_length=generation.max_sequence_length,
         batch_size=generation.image_batch_size,
     )
+
+
+@contextmanager
+def _infinities_as_nan(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Let an infinite value that the decoder gives become NaN: a pipeline cuts it to 0 or 1, where nobody sees it."""
+    decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
+    if decoder is None:
+        yield
+        return
+    hook = decoder.register_forward_hook(lambda module, arguments, values: values + values * 0)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _checked_image(pixels: np.ndarray) -> Image.Image | None:

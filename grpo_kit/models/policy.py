@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from grpo_kit.config import Config
+from grpo_kit.grpo.finite import weight_trouble
 from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
 from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.decoding import decode, row_seeds, row_uniforms
@@ -260,7 +261,11 @@ class Policy:
         """Write model (or adapter) and processor as transformers (or peft) loads them.
 
         `state` is the model's state dict where its own has only a part of each tensor.
+
+        Raises:
+            ModelError: a weight is not finite.
         """
+        self._require_finite(dict(self.model.named_parameters()) if state is None else state)
         self.model.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
 
@@ -292,6 +297,19 @@ class Policy:
             return False
         self.model.load_state_dict(other.state_dict())
         return True
+
+    def _require_finite(self, weights: dict[str, torch.Tensor]) -> None:
+        if trouble := weight_trouble(weights):
+            raise ModelError(
+                f"policy: not finite: {trouble.detail}; it is not saved. Load other weights, or set "
+                "model_settings.dtype to float32 (float16 overflows at 65504)"
+            )
+
+    def recover(self) -> None:
+        """Put right what an interrupt can leave behind: gradients, and a LoRA adapter that is off in some layers."""
+        if hasattr(self.model, "disable_adapter"):
+            self.model.enable_adapter_layers()
+        self.model.zero_grad(set_to_none=True)
 
     @contextmanager
     def _answering(self, reference: bool) -> Iterator[torch.nn.Module]:
@@ -333,8 +351,8 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Dropout off, so that two scorings of the same ids agree; afterwards the mode is as it was."""
     was_training = model.training
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         model.train(was_training)
