@@ -1,6 +1,7 @@
 """The command line: `grpo-kit run | train | evaluate | report | compare | push | check | doctor`.
 
-Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked (one line says which), 130 interrupted.
+Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked (one line says which), 130 interrupted
+(Ctrl-C), 143 terminated (SIGTERM), 129 hung up. Of an interrupted command one line says how it goes on.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach a vision-language model to write better text-to-image prompts, with GRPO.",
 )
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # those that end a command
+_UNWINDING = 8.0  # seconds that it may take after a signal
 
 Profile = Annotated[
     str, typer.Option("--profile", "--config", help="A profile (tiny, workshop, full, classic) or a JSON file.")
@@ -94,13 +98,12 @@ def train(
     folder = new_run_folder(config.profile, run_dir, name)
     if not profile and (folder / "config.json").is_file():
         config = load_config(folder, changes)
-    if processes > 1:
-        _launch(processes, profile, override or [], folder, config)
-        return
-    try:
+    options = [part for text in override or () for part in ("-o", text)]
+    with _goes_on(lambda: _train_again(folder, profile, options, processes)):
+        if processes > 1:
+            _launch(processes, profile, options, folder, config)
+            return
         is_main = _train(config, folder)
-    except KeyboardInterrupt:
-        raise _interrupted("train", "--run-dir", str(folder)) from None
     if is_main:
         print(f"done. Next: grpo-kit evaluate {folder}")
 
@@ -117,20 +120,18 @@ def _train(config: "Config", folder: Path) -> bool:
         if processes.is_main:
             print(f"run folder: {folder}", flush=True)
             RunFolder(folder).require_free()
-
         train_policy(load_experiment(config), folder, processes=processes)
     return processes.is_main
 
 
-def _launch(processes: int, profile: str, override: Sequence[str], folder: Path, config: "Config") -> None:
+def _launch(processes: int, profile: str, options: Sequence[str], folder: Path, config: "Config") -> None:
     """Train in several processes, which are started with the same options."""
     from grpo_kit.launch import launch
 
-    given = ["--profile", profile] if profile else []
-    options = [*given, *(part for text in override for part in ("-o", text)), "--run-dir", str(folder)]
-    code = launch(processes, options, config, folder)
-    if code > 128:
-        _interrupted("train", *options, "--launch", str(processes))
+    given = [*(("--profile", profile) if profile else ()), *options, "--run-dir", str(folder)]
+    code = launch(processes, given, config, folder)
+    if code > 128:  # a signal, which the launcher has handed on
+        raise SystemExit(code)
     if code:
         raise typer.Exit(code)
 
@@ -162,10 +163,8 @@ def evaluate(
     place = place if out is None else out.expanduser().resolve()
     if several and place in folders:
         raise KitError(f"--out {place}: one of the runs, whose own evaluation would be lost. Name another folder")
-    try:
+    with _goes_on(lambda: ["evaluate", *map(str, folders)], "it starts again"):
         (_evaluate_several if several else _evaluate_one)(config, folders, place)
-    except KeyboardInterrupt:
-        raise _interrupted("evaluate", *map(str, folders)) from None
     _print_results(place)
     print(f"written: {place}" if several else f"Next: grpo-kit report {place}")
 
@@ -395,18 +394,15 @@ def _run_notebooks(
     from grpo_kit.runs.headless import execute, write_profile
 
     print(f"run folder: {folder}", flush=True)
-    _unwind_on_signals()
     write_profile(folder, profile, settings)
     ran: list[Executed] = []
-    try:
+    with _goes_on(lambda: again):
         for number, notebook in enumerate(planned, start=1):
             print(f"[{number}/{len(planned)}] {notebook.name}", flush=True)
             with _progress_told(folder):
                 ran.append(execute(notebook, folder / "notebooks", minutes_per_cell))
             if ran[-1].error:
                 break
-    except KeyboardInterrupt:
-        raise _interrupted(*again) from None
     _finish(folder, ran)
     if ran[-1].error:
         print(f"{ran[-1].name} failed: {ran[-1].error} (as far as it came: {ran[-1].path})", file=sys.stderr)
@@ -439,10 +435,9 @@ def _run_grid(trials: "Sequence[PlannedTrial]", folder: Path, minutes_per_cell: 
     from grpo_kit.show.report import write_report
 
     print(f"grid folder: {folder}", flush=True)
-    _unwind_on_signals()
     write_order(folder, trials)
     results: list[TrialResult] = []
-    try:
+    with _goes_on(lambda: again):
         for number, trial in enumerate(trials, start=1):
             before = finished(trial)
             print(f"[{number}/{len(trials)}] {trial.name}{', finished before' if before else ''}", flush=True)
@@ -451,8 +446,6 @@ def _run_grid(trials: "Sequence[PlannedTrial]", folder: Path, minutes_per_cell: 
             if results[-1].error:
                 print(f"      failed: {results[-1].error}", file=sys.stderr, flush=True)
             write_report(trial.folder)
-    except KeyboardInterrupt:
-        raise _interrupted(*again) from None
     _compare([result.folder for result in results], folder / "index.html")
     failed = [result for result in results if result.error]
     for result in failed:
@@ -476,12 +469,59 @@ def _compare(folders: Sequence[Path], page: Path) -> "list[Pool]":
     return pools
 
 
-def _unwind_on_signals() -> None:
-    """Let a signal that ends this process unwind it, so that a notebook's kernel ends too."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it: so does its child
-            signal.signal(number, lambda received, _: sys.exit(128 + received))
+@contextlib.contextmanager
+def _goes_on(again: Callable[[], Sequence[str]], how: str = "it goes on where it stopped") -> Iterator[None]:
+    """Let a signal that ends this process unwind what it does; then say in one line how it goes on, and exit.
+
+    Unwinding closes what mirrors a run, frees its folder and ends a notebook's kernel. Where it does not come to an end
+    (a server that does not answer), the process ends all the same after `_UNWINDING` seconds: commits are whole or not
+    there at any moment.
+
+    Args:
+        again: the command that goes on, asked when it is needed.
+    """
+    numbers = [number for name in _SIGNALS if (number := getattr(signal, name, None))]  # Windows has no SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:  # nohup ignores it: so does its child
+            signal.signal(number, _unwind)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code not in [128 + number for number in numbers]:
+            raise
+        if _speaks():
+            with contextlib.suppress(OSError):  # whoever hung up reads nothing
+                print(f"\ninterrupted; {how} with: {_again_text(again())}", file=sys.stderr, flush=True)
+        raise typer.Exit(code) from None
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def _unwind(number: int, _: object) -> None:
+    """What a signal does: unwinding, once, and the end of the process where that takes too long."""
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    last = threading.Timer(_UNWINDING, os._exit, [128 + number])
+    last.daemon = True
+    last.start()
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _speaks() -> bool:
+    """Whether this process tells of an interrupt: not one of several that others have started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2
+
+
+def _train_again(folder: Path, profile: str, options: Sequence[str], processes: int) -> list[str]:
+    """The command that goes on with a training run: its folder knows the settings, once it has been written."""
+    known = (folder / "config.json").is_file()
+    own = [] if known else [*(("--profile", profile) if profile else ()), *options]
+    several = ["--launch", str(processes)] if processes > 1 else []
+    return ["train", "--run-dir", str(folder), *own, *several]
 
 
 @contextlib.contextmanager
@@ -511,11 +551,6 @@ def _last_metrics(path: Path) -> str:
         return f"iteration {row['iteration']}: reward {row['reward']:.3f}, {row['step_time']:.1f} s an iteration"
     except (IndexError, ValueError, KeyError, TypeError):  # nothing there yet, or half a line
         return ""
-
-
-def _interrupted(*again: str) -> typer.Exit:
-    print(f"\ninterrupted; it goes on where it stopped with: {_again_text(again)}", file=sys.stderr)
-    return typer.Exit(130)
 
 
 def _again_text(again: Sequence[str]) -> str:

@@ -269,6 +269,7 @@ def test_terminated_run_takes_its_kernel_along(tmp_path: Path, name: str):
     )
     code = f"import grpo_kit.runs.headless as h, pathlib; h.NOTEBOOK_FOLDER = pathlib.Path({str(tmp_path)!r})\n"
     code += f"import grpo_kit.cli; grpo_kit.cli.main(['run', '--run-dir', {str(tmp_path / 'run')!r}])"
+    code = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n{code}"  # nohup ignores it, and so would this
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
     pid = _wait_for_number(tmp_path / "pid")
     process.send_signal(number)

@@ -124,19 +124,19 @@ class RunFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock, which ends with its process, however that ends."""
+        """Hold the lock; wherever an interrupt comes, it is free afterwards, though a notebook keeps the error."""
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            with self._file_errors(".lock"):
-                lock.acquire()
-        except Timeout as error:
-            raise RunError(
-                f"run folder {self.path}: another process writes into it; wait for it, or choose a new folder"
-            ) from error
-        try:
+            try:
+                with self._file_errors(".lock"):
+                    lock.acquire()
+            except Timeout as error:
+                raise RunError(
+                    f"run folder {self.path}: another process writes into it; wait for it, or choose a new folder"
+                ) from error
             yield
         finally:
-            lock.release()
+            lock.release(force=True)
 
     def _tidy(self) -> None:
         """Remove what a crash left half written; a `best/` that was about to be replaced is the best again."""
@@ -358,10 +358,10 @@ def _logging_to(place: Path) -> Iterator[None]:
     screen.setFormatter(_OneLine("%(message)s"))
     screen.setLevel(logging.WARNING)
     root = logging.getLogger("grpo_kit")
-    root.addHandler(file)
-    root.addHandler(screen)
-    root.propagate = False  # other libraries' handlers would print every line a second time
     try:
+        root.addHandler(file)
+        root.addHandler(screen)
+        root.propagate = False  # other libraries' handlers would print every line a second time
         yield
     finally:
         root.propagate = True

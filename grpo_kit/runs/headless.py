@@ -255,7 +255,8 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
             parameters=dict(notebook.parameters),
             kernel_name="python3",
             progress_bar=False,
-            extra_arguments=["--log-level=ERROR"],  # the kernel's: its warnings would stand between the progress lines
+            # the kernel's own log would stand between the progress lines, and be a traceback where it is interrupted
+            extra_arguments=["--log-level=CRITICAL"],
             execution_timeout=max(1, round(minutes_per_cell * 60)),
             cwd=str(PROJECT_ROOT),
         )

@@ -165,7 +165,11 @@ class Tracker:
         self._run_dir = run_dir
 
     def __enter__(self) -> "Tracker":
-        self._each(lambda mirror: mirror.start())
+        try:
+            self._each(lambda mirror: mirror.start())
+        except BaseException as error:  # an interrupt: what was opened is closed
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def log(self, metrics: Mapping[str, float], prefix: str = "train") -> None:

@@ -1,0 +1,315 @@
+"""Interruptions: a command unwinds, says how it goes on and leaves nothing behind; a notebook's objects stay usable."""
+
+import copy
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from broken_twins import broken_versions
+
+from grpo_kit import cli
+from grpo_kit.config import PROJECT_ROOT, load_config
+from grpo_kit.experiment import Experiment
+from grpo_kit.grpo import step as step_file
+from grpo_kit.models.policy import Policy, load_policy
+from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.tracking import Tracker
+from grpo_kit.train import train
+from tests.chaos import signals as r4
+from tests.chaos.nonfinite import LORA
+from tests.chaos.phases import content, differences
+
+TENSORBOARD = {"tracking_settings.tensorboard": True}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profile")
+    return load_config("tiny", r4.SETTINGS | TENSORBOARD).save(folder / "quick.json")
+
+
+# --- a command --------------------------------------------------------------------------------------------------------
+
+
+def test_terminated_training_closes_its_mirror_and_goes_on_with_what_it_says(profile: Path, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ended = r4.interrupted_train(profile, tmp_path / "run", "step", 0.5, signal.SIGTERM)
+    assert not r4.problems(ended, signal.SIGTERM, tmp_path / "run")
+    seen = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in seen.Scalars("train/reward")] == [1]
+    said = r4.said_command(ended)
+    assert said == ["train", "--run-dir", str(tmp_path / "run")]
+    assert r4.command(said, tmp_path / "again.err").code == 0  # R4 compares the files with an uninterrupted run's
+    assert (tmp_path / "run" / "checkpoints" / "iter_000003").is_dir()
+
+
+def test_a_terminal_that_hangs_up_is_answered_too(profile: Path, tmp_path: Path):
+    ended = r4.interrupted_train(profile, tmp_path / "run", "images", 0.2, signal.SIGHUP)
+    assert not r4.problems(ended, signal.SIGHUP, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_wandb_is_told_that_its_run_was_terminated(tmp_path: Path):
+    from test_tracking import _parts, _records
+
+    offline = {"tracking_settings.wandb": "offline"}
+    profile = load_config("tiny", r4.SETTINGS | offline).save(tmp_path / "quick.json")
+    ended = r4.interrupted_train(profile, tmp_path / "run", "rewards", 0.5, signal.SIGTERM)
+    assert not r4.problems(ended, signal.SIGTERM, tmp_path / "run")
+    (part,) = _parts(tmp_path / "run")
+    assert [record.exit.exit_code for record in _records(part) if record.HasField("exit")] == [143]
+
+
+class Swallowing:
+    """An object whose end takes a while: an exception that a signal raises there is lost, as Python documents."""
+
+    def __del__(self) -> None:
+        time.sleep(30)
+
+
+def _interrupt_that_is_lost(_: object, folder: Path) -> None:
+    threading_timer(0.2)
+    Swallowing()
+    time.sleep(30)
+
+
+def _unwinding_that_hangs(_: object, folder: Path) -> None:
+    try:
+        threading_timer(0.2)
+        time.sleep(30)
+    finally:
+        time.sleep(30)
+
+
+def threading_timer(seconds: float) -> None:
+    """This process gets SIGTERM in so many seconds."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@pytest.mark.parametrize("hang", [_interrupt_that_is_lost, _unwinding_that_hangs])
+def test_command_ends_though_it_does_not_unwind(hang: Callable, profile: Path, tmp_path: Path):
+    def work() -> None:
+        import grpo_kit
+
+        vars(grpo_kit).update(load_experiment=lambda config: None, train=hang)
+        cli._UNWINDING = 0.5
+        cli.main(["train", "--profile", str(profile), "--run-dir", str(tmp_path / "run")])
+
+    started = time.monotonic()
+    ended = r4.wait(r4.in_fork(work, tmp_path / "err"), tmp_path / "err", lambda: started)
+    assert ended.code == 143 and ended.seconds < 10
+
+
+def test_a_run_that_has_written_nothing_yet_goes_on_with_all_its_options(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder, options = tmp_path / "run", ["-o", "training_settings.seed=3"]
+    assert cli._train_again(folder, "workshop", options) == [
+        "train", "--run-dir", str(folder), "--profile", "workshop", *options,
+    ]  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert cli._train_again(folder, "workshop", options) == ["train", "--run-dir", str(folder)]
+
+
+def test_handlers_are_as_they_were_afterwards():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(KeyError), cli._goes_on(list):
+        assert signal.getsignal(signal.SIGTERM) is cli._unwind
+        raise KeyError
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+# --- a notebook's objects ---------------------------------------------------------------------------------------------
+
+
+def _own(kit: Experiment, policy: Policy | None = None, **training: object) -> Experiment:
+    changes = {f"training_settings.{name}": value for name, value in training.items()}
+    config = load_config(kit.config, r4.SETTINGS | changes)
+    return dataclasses.replace(kit, config=config, policy=copy.deepcopy(policy or kit.policy))
+
+
+@pytest.fixture(scope="module")
+def adapted(kit: Experiment) -> Policy:
+    return load_policy(load_config(kit.config, {"model_settings.lora": LORA}))
+
+
+@pytest.fixture(scope="module")
+def expected(kit: Experiment, adapted: Policy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    train(_own(kit, adapted, num_iterations=2), folder, progress=False)
+    return content(folder)
+
+
+@pytest.mark.parametrize(("phase", "share"), [("step", 0.02), ("step", 0.6)])
+def test_interrupted_objects_of_an_adapter_stay_usable_and_go_on(
+    kit: Experiment, adapted: Policy, expected: dict[str, str], tmp_path: Path, phase: str, share: float
+):
+    own = _own(kit, adapted, num_iterations=2)
+    assert r4.interrupted_objects(own, tmp_path / "run", phase, share) == []
+    assert not differences(tmp_path / "run", expected)
+
+
+KERNEL = """import sys, dataclasses, time
+sys.path.insert(0, {root!r})
+import grpo_kit as gk
+from pathlib import Path
+from tests.chaos.phases import interrupting
+kit = gk.load_experiment(gk.load_config({profile!r}))
+with interrupting("step", 0.3, Path({fired!r}).touch):
+    gk.train(kit, {folder!r}, progress=False)"""
+AFTER = "print(len(str(kit.policy.enhance_prompt('a red ball'))), gk.train(kit, {folder!r}, progress=False).iterations)"
+
+
+@pytest.mark.slow
+def test_kernel_that_is_interrupted_goes_on_with_the_same_objects(profile: Path, tmp_path: Path):
+    from jupyter_client.manager import start_new_kernel
+
+    whole = r4.command(["train", "--profile", str(profile), "--run-dir", str(tmp_path / "whole")], tmp_path / "w.err")
+    assert whole.code == 0
+    places = {"folder": str(tmp_path / "run"), "fired": str(tmp_path / "fired")}
+    manager, client = start_new_kernel(kernel_name="python3", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        asked = client.execute(KERNEL.format(root=str(PROJECT_ROOT), profile=str(profile), **places))
+        _wait_for(tmp_path / "fired")
+        manager.interrupt_kernel()
+        assert _reply(client, asked)["ename"] == "KeyboardInterrupt"
+        said = []
+        reply = client.execute_interactive(AFTER.format(**places), timeout=120, output_hook=said.append)["content"]
+        assert reply["status"] == "ok", reply
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    printed = "".join(message["content"].get("text", "") for message in said)
+    assert printed.split()[-1] == "3" and int(printed.split()[-2]) > 0
+    assert not differences(tmp_path / "run", content(tmp_path / "whole"))
+
+
+def _wait_for(place: Path) -> None:
+    until = time.monotonic() + 120
+    while not place.exists():
+        assert time.monotonic() < until, f"{place.name} did not come"
+        time.sleep(0.01)
+
+
+def _reply(client: object, asked: str) -> dict:
+    while (message := client.get_shell_msg(timeout=120))["parent_header"].get("msg_id") != asked:
+        pass
+    return message["content"]
+
+
+def _half_off(policy: Policy) -> None:
+    """As an interrupt leaves an adapter that was about to be switched on again: off in one layer, which is frozen."""
+    layer = next(module for name, module in policy.model.named_modules() if name.endswith("layers.1.self_attn.q_proj"))
+    layer.enable_adapters(False)
+
+
+def test_adapter_that_an_interrupt_left_half_off_is_whole_again(
+    kit: Experiment, adapted: Policy, expected: dict[str, str], tmp_path: Path
+):
+    own = _own(kit, adapted, num_iterations=2)
+    _half_off(own.policy)
+    assert len(own.policy.trainable_parameters()) < len(adapted.trainable_parameters())
+    train(own, tmp_path / "run", progress=False)
+    assert not differences(tmp_path / "run", expected)
+
+
+def nothing_is_put_right(patch: pytest.MonkeyPatch) -> None:
+    """The run trains what the interrupt left to train."""
+    patch.setattr(Policy, "recover", lambda self: None)
+
+
+@pytest.mark.parametrize("break_it", broken_versions({nothing_is_put_right: "T24"}))
+def test_adapter_that_stays_half_off_would_be_noticed(
+    kit: Experiment, adapted: Policy, expected: dict[str, str], tmp_path: Path, monkeypatch, break_it: Callable
+):
+    own = _own(kit, adapted, num_iterations=2)
+    _half_off(own.policy)
+    break_it(monkeypatch)
+    train(own, tmp_path / "run", progress=False)
+    assert differences(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_gradient_left_by_an_interrupt_would_be_added_if_a_step_did_not_start_clean(
+    kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: bool
+):
+    """Between backward and the optimizer, where everything has a gradient."""
+
+    def step_stopped(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    whole, own = _own(kit, num_iterations=1), _own(kit, num_iterations=1)
+    train(whole, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        if not clean:
+            patch.setattr(torch.optim.Optimizer, "zero_grad", lambda self, set_to_none=True: None)
+            patch.setattr(Policy, "recover", lambda self: None)
+        with patch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+            interrupted.setattr(step_file, "step_or_restore", step_stopped)
+            train(own, tmp_path / "run", progress=False)
+        assert any(p.grad is not None for p in own.policy.trainable_parameters()) != clean
+        train(own, tmp_path / "run", progress=False)
+    assert bool(differences(tmp_path / "run", content(tmp_path / "whole"))) != clean
+
+
+# --- what is opened is closed -----------------------------------------------------------------------------------------
+
+
+def _interrupted_at(call: int, enter: Callable[[], object]) -> KeyboardInterrupt | None:
+    """Enter with an interrupt at the n-th function call; what it raised, which keeps all its frames alive."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "return", "c_call", "c_return")
+        if calls == call:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(count)
+    try:
+        enter()
+    except KeyboardInterrupt as error:
+        return error
+    finally:
+        sys.setprofile(None)
+    return None
+
+
+def test_folder_is_free_wherever_opening_it_is_interrupted(kit: Experiment, tmp_path: Path):
+    folder, kept = RunFolder.open(tmp_path, kit.config), []
+    for call in range(1, 5000, 7):
+        opened = folder.writing()
+        kept.append(_interrupted_at(call, opened.__enter__))
+        if kept[-1] is None:
+            opened.__exit__(None, None, None)
+            break
+        with folder.writing():  # the frames in `kept` still hold what they opened
+            pass
+    assert kept[-1] is None and len(kept) > 10
+
+
+def test_mirror_that_is_interrupted_while_it_opens_is_closed(kit: Experiment, tmp_path: Path):
+    finished = []
+
+    class Slow:
+        name = "slow"
+
+        def start(self) -> None:
+            raise KeyboardInterrupt
+
+        def finish(self, exit_code: int) -> None:
+            finished.append(exit_code)
+
+    tracker = Tracker(kit.config, tmp_path)
+    tracker._mirrors = [Slow()]
+    with pytest.raises(KeyboardInterrupt), tracker:
+        pass
+    assert finished == [130]
