@@ -8,9 +8,9 @@ pydantic:
     kit = gk.load_experiment(config)
     gk.train(kit, "reports/first")
 
-`train` and `evaluate` are functions here and files of the same name below. `gk.train` and `from grpo_kit import train`
-always give the function, whatever was imported before; the rest of such a file is reached by
-`from grpo_kit.train import ...`.
+`train`, `evaluate`, `replay` and `branch` are functions here and files of the same name below. `gk.train` and
+`from grpo_kit import train` always give the function, whatever was imported before; the rest of such a file is reached
+by `from grpo_kit.train import ...`.
 """
 
 import importlib
@@ -38,6 +38,8 @@ _HOME = {
     "grpo_step": "grpo.step",
     "train": "train",
     "evaluate": "evaluate",
+    "replay": "replay",
+    "branch": "branch",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

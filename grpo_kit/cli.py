@@ -1,4 +1,4 @@
-"""The command line: `grpo-kit run | train | evaluate | report | compare | push | check | doctor`.
+"""The command line: `grpo-kit run | train | evaluate | report | compare | replay | push | check | doctor`.
 
 Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked (one line says which), 130 interrupted
 (Ctrl-C), 143 terminated (SIGTERM), 129 hung up. Of an interrupted command one line says how it goes on.
@@ -211,6 +211,40 @@ def compare(
 
 
 @app.command()
+def replay(
+    run: Run,
+    iteration: Annotated[int, typer.Option(help="Which one; of a branch, its last one that both runs have.")],
+    step_only: Annotated[
+        bool, typer.Option("--step-only", help="Only the step, on the recorded rollout; nothing is drawn.")
+    ] = False,
+    branch: Annotated[bool, typer.Option("--branch", help="Make a new run that goes on from there.")] = False,
+    override: Annotated[list[str] | None, typer.Option("-o", help="section.key=value of the branch.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The branch's folder.")] = None,
+    name: Annotated[str, typer.Option(help="The branch's name, a folder in reports/.")] = "",
+) -> None:
+    """Compute an iteration of a run again and compare it bit for bit with its record; or branch off from it.
+
+    It starts from the newest checkpoint before the iteration, or from the config's own models, and runs what lies
+    between in memory; the run's folder is only read. Exit code 1 where something differs: the last line says what is
+    first different. Bits agree on the same machine with the same versions; where those changed, that line says so.
+
+    With --branch, a new run folder has the run's history up to the iteration and goes on from there with the settings
+    given by -o: grpo-kit replay RUN --iteration 12 --branch --run-dir NEW -o training_settings.beta=0.1
+    """
+    folder = existing_run(run)
+    if branch:
+        _branch(folder, iteration, _overrides(override or []), run_dir, name, step_only)
+        return
+    _only_with_branch({"-o": override, "--run-dir": run_dir, "--name": name})
+    from grpo_kit import replay as replay_iteration
+
+    found = replay_iteration(folder, iteration, step_only=step_only)
+    print(found)
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
 def check(profile: Profile = "tiny") -> None:
     """Say what runs on this machine, and what to do where something does not."""
     from grpo_kit.check import check_machine
@@ -264,6 +298,32 @@ def doctor(
     print(table(findings))
     if any(finding.outcome == FALLS_IN for finding in findings):
         raise typer.Exit(1)
+
+
+def _branch(
+    folder: Path, iteration: int, changes: Mapping[str, object], run_dir: Path | None, name: str, step_only: bool
+) -> None:
+    """Make the branch, and say how it goes on and whether its start is what the run had."""
+    from grpo_kit import branch as branch_off
+    from grpo_kit.config import KitError
+
+    if step_only:
+        raise KitError("--step-only: found with --branch. Give one of them")
+    if run_dir is None and not name:
+        name = f"{folder.name}-from-{iteration}"
+    place = new_run_folder("", run_dir, name)
+    origin = branch_off(folder, iteration, place, changes)
+    if origin.differs is not None:
+        print(f"its start is not bit for bit what the run had: {origin.differs}", file=sys.stderr)
+    print(f"branch: {place}\nNext: {_again_text(['train', '--run-dir', str(place)])}")
+
+
+def _only_with_branch(given: Mapping[str, object]) -> None:
+    from grpo_kit.config import KitError
+
+    for option, value in given.items():
+        if value:
+            raise KitError(f"{option}: found without --branch, which it belongs to. Add --branch, or leave it out")
 
 
 def _evaluate_one(config: "Config", folders: Sequence[Path], place: Path) -> None:

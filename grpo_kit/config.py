@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PROFILE_FOLDER = Path(__file__).resolve().parent / "profiles"
+RECORDS = ("versions", "machine")  # what a run's config.json says of its making; no settings
 PROFILES = ("tiny", "workshop", "full", "classic")
 # Settings that hold a path. A model may also be a hub id, so it is a path only where something lies there.
 MODEL_PATHS = (("model_settings", "vlm_model"), ("model_settings", "sd_model"), ("model_settings", "clip_model"))
@@ -281,11 +282,13 @@ class Config(Section):
             _change_at(data, keys, _inside_project)
         return data
 
-    def save(self, path: str | Path, versions: Mapping[str, str] | None = None) -> Path:
-        """Write the settings as JSON that `load_config` reads; `versions` of the libraries are kept as a record."""
-        data = self.to_dict()
-        if versions is not None:
-            data["versions"] = dict(versions)
+    def save(self, path: str | Path, **records: Mapping[str, str]) -> Path:
+        """Write the settings as JSON that `load_config` reads.
+
+        Args:
+            records: `versions` of the libraries and the `machine` that computes, kept beside the settings.
+        """
+        data = self.to_dict() | {name: dict(record) for name, record in records.items()}
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -385,7 +388,8 @@ def _profile(name: str) -> dict[str, Any]:
 def _complete(data: Mapping[str, Any], bases: list[Path], source: str = "") -> dict[str, Any]:
     """Fill what a user's settings leave out from the profile that they build on; their paths count from `bases`."""
     data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
-    data.pop("versions", None)  # a record in a run's config.json, no setting
+    for record in RECORDS:
+        data.pop(record, None)
     name = data.get("profile")
     if name is None:
         models = data.get("model_settings")

@@ -130,6 +130,16 @@ def _held(things: Iterable[object], depth: int) -> Iterator[object]:
             yield from _held(list(getattr(thing, "__dict__", {}).values()), depth - 1)
 
 
+def computing_machine(device: str = "auto") -> dict[str, str]:
+    """What decides how sums are rounded besides the versions: the device that `device` means here, and the threads."""
+    import torch
+
+    chosen, _ = choose_device(device)
+    kind = torch.backends.cpu.get_cpu_capability() if chosen.type == "cpu" else ""
+    kind = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else kind
+    return {"device": f"{chosen.type} {kind}".strip(), "threads": str(torch.get_num_threads())}
+
+
 def library_versions() -> dict[str, str]:
     """Python's version and those of the libraries that a result depends on; what is not installed is left out."""
     versions = {"python": platform.python_version()}

@@ -25,8 +25,9 @@ from grpo_kit.parallel import ALONE, Processes
 from grpo_kit.prompts import balanced_batch
 from grpo_kit.rollout import Rollout, collect_rollout
 from grpo_kit.runs.card import save_with_card
-from grpo_kit.runs.checkpoint import load_latest, save_checkpoint
+from grpo_kit.runs.checkpoint import Checkpoint, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, course
+from grpo_kit.runs.origin import first_own_validation, require_no_branch
 from grpo_kit.runs.tracking import Tracker
 from grpo_kit.sentinel import held_out_score, watch
 
@@ -82,7 +83,7 @@ def train(
         processes.prepare(kit.policy, optimizer)
         if start == 0:
             _validate(kit, folder, tracker, 0, processes)
-            _commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
+            commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
         stopped = processes.on_main(lambda: _look(kit, folder, announce=False))
         bar = tqdm(
             () if stopped else range(start + 1, settings.num_iterations + 1),
@@ -104,7 +105,7 @@ def train(
                 _validate(kit, folder, tracker, iteration, processes)
                 stopped = processes.on_main(lambda: _look(kit, folder))
             if last or stopped or iteration % settings.save_every == 0:
-                _commit(kit, optimizer, folder, iteration, processes)
+                commit(kit, optimizer, folder, iteration, processes)
             if on_iteration is not None and processes.is_main:
                 on_iteration(metrics)
             if stopped:
@@ -134,14 +135,22 @@ def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
 def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, processes: Processes = ALONE) -> int:
     """Put policy, optimizer and rewards where the newest good checkpoint left them; returns its iteration, or 0."""
     checkpoint = load_latest(folder.checkpoints, course(kit.config.to_dict()))
+    if checkpoint is None:
+        require_no_branch(folder.path)
     iteration = 0 if checkpoint is None else checkpoint.iteration
     processes.on_main(lambda: folder.forget_after(iteration))
+    restore(kit, optimizer, checkpoint)
+    if checkpoint is not None:
+        logger.info("continuing after iteration %d", iteration)
+    return iteration
+
+
+def restore(kit: Experiment, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> None:
+    """Put policy, optimizer and rewards where a checkpoint left them; None is the start, where the policy must be."""
     kit.rewards.load_state_dict({} if checkpoint is None else checkpoint.rewards)
     if checkpoint is not None:
         kit.policy.load_pretrained(checkpoint.policy)
         optimizer.load_state_dict(checkpoint.optimizer)
-        logger.info("continuing after iteration %d", iteration)
-    return iteration
 
 
 def run_iteration(
@@ -173,18 +182,24 @@ def _iterate(
     settings = kit.config.training_settings
     started = time.perf_counter()
     rollout, stats = run_iteration(kit, optimizer, iteration, processes)
-    seconds = {f"time/{name}": value for name, value in rollout.seconds.items()}
-    metrics = {"iteration": iteration, **stats.metrics, **seconds, "learning_rate": settings.learning_rate}
+    metrics = log_line(kit, iteration, rollout, stats)
     if iteration == 1 or iteration % settings.validate_every == 0 or iteration == settings.num_iterations:
         with processes.whole_policy():
-            kl = processes.on_main(lambda: _keep_rollout(kit, folder, iteration, rollout, stats))
+            kl = processes.on_main(lambda: keep_rollout(kit, folder, iteration, rollout, stats))
         metrics.setdefault("kl", kl)  # beta 0 needs no KL, but who watches the run does
     metrics["step_time"] = time.perf_counter() - started
     metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
     return metrics, stats.trouble
 
 
-def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> float:
+def log_line(kit: Experiment, iteration: int, rollout: Rollout, stats: StepStats) -> dict[str, float]:
+    """What metrics.jsonl says of an iteration, but for the seconds that it took as a whole."""
+    seconds = {f"time/{name}": value for name, value in rollout.seconds.items()}
+    learning_rate = kit.config.training_settings.learning_rate
+    return {"iteration": iteration, **stats.metrics, **seconds, "learning_rate": learning_rate}
+
+
+def keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> float:
     """Save a rollout with what the step did to each of its tokens; returns its mean KL from the reference per token."""
     size = kit.config.training_settings.micro_batch_size or len(rollout.rewards)
     parts = torch.arange(len(rollout.rewards)).split(size)
@@ -200,8 +215,12 @@ def _keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: R
     return float(kl[rollout.completion_mask].mean())
 
 
-def _commit(
-    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes
+def commit(
+    kit: Experiment,
+    optimizer: torch.optim.Optimizer,
+    folder: RunFolder,
+    iteration: int,
+    processes: Processes = ALONE,
 ) -> None:
     """Put everything that the next iteration depends on into a checkpoint, once what it vouches for is on the disk."""
     weights, state = _shared_weights(kit, processes), processes.full(optimizer.state_dict())
@@ -241,13 +260,22 @@ def _validate(
 
 def _looks_best(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> bool:
     """Validate; whether no validation before scored as high."""
-    earlier = [_rank(v, _held_out(kit)) for v in folder.validations() if v["iteration"] < iteration]
+    since = first_own_validation(folder.path)  # a branch may have none of the policies that its parent validated
+    earlier = [_rank(v, _held_out(kit)) for v in folder.validations() if since <= v["iteration"] < iteration]
     result = validate(kit, iteration, folder)
     watched = {name: result[name] for name in ("reward", "paraphrase", "diversity") if name in result}
     tracker.log({"iteration": iteration, **watched, **result["rewards"]}, prefix="eval")
     tracker.log_samples(iteration)
     logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
     return not earlier or _rank(result, _held_out(kit)) > max(earlier)
+
+
+def best_iteration(kit: Experiment, folder: RunFolder) -> int | None:
+    """The iteration whose policy `best/` holds: the first of those that were validated best; None before any was."""
+    since = first_own_validation(folder.path)
+    own = [validation for validation in folder.validations() if validation["iteration"] >= since]
+    best = max(own, key=lambda validation: _rank(validation, _held_out(kit)), default=None)
+    return None if best is None else best["iteration"]
 
 
 def _rank(validation: Mapping, held_out: str | None) -> tuple[float, float]:

@@ -20,6 +20,9 @@ LAYERS = [  # imports run downward only
     {"cli"},
     {"check", "doctor"},
     {"show"},
+    {"branch"},
+    {"replay"},
+    {"recompute"},
     {"train"},
     {"evaluate", "sentinel", "guard"},
     {"conclusions"},
@@ -86,7 +89,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "replay", "branch"])
 def test_train_and_evaluate_are_functions_whatever_was_imported_before(name: str, order: str, tmp_path: Path):
     # a copy of the package with light files of these names, so that the test needs neither torch nor a second
     (tmp_path / "grpo_kit").mkdir()

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from grpo_kit.config import Config, KitError, load_config
-from grpo_kit.hardware import library_versions
+from grpo_kit.hardware import computing_machine, library_versions
 from grpo_kit.rollout import Rollout
 from grpo_kit.runs.durable import error_number, flush, flush_tree, replace_file
 
@@ -90,7 +90,7 @@ class RunFolder:
     def _agrees_with(self, config: Config) -> None:
         if not (self.path / "config.json").is_file():
             return
-        difference = _first_difference(load_config(self.path / "config.json").to_dict(), config.to_dict())
+        difference = first_difference(load_config(self.path / "config.json").to_dict(), config.to_dict())
         if difference:
             raise RunError(
                 f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
@@ -107,7 +107,7 @@ class RunFolder:
             with self._file_errors(""):
                 if self._config is not None:
                     self._agrees_with(self._config)  # another process may have written it since
-                    self.write_json("config.json", self._config.to_dict() | {"versions": library_versions()})
+                    self.write_json("config.json", self._config.to_dict() | _made_by(self._config))
                 self._tidy()
                 logs.enter_context(_logging_to(self.path / "training.log"))
             yield
@@ -350,6 +350,11 @@ def _remove(place: Path) -> None:
     shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
 
 
+def _made_by(config: Config) -> dict[str, object]:
+    """What beside the settings decides on a run's last bits."""
+    return {"versions": library_versions(), "machine": computing_machine(config.model_settings.device)}
+
+
 @contextmanager
 def _logging_to(place: Path) -> Iterator[None]:
     """The kit's messages into a file, and its warnings onto the screen."""
@@ -394,16 +399,17 @@ def course(settings: Mapping[str, object]) -> dict[str, object]:
         settings: a config's `to_dict()`.
     """
     may_differ = {f"training_settings.{name}" for name in ("num_iterations", "keep_checkpoints", "stop_on_divergence")}
+    judged = {"evaluation_settings", "tracking_settings"}
     flat = {
         f"{section}.{key}": value
         for section, values in settings.items()
-        if isinstance(values, Mapping) and section not in ("evaluation_settings", "tracking_settings", "versions")
+        if section.endswith("_settings") and section not in judged
         for key, value in values.items()
     }
     return {name: value for name, value in flat.items() if name not in may_differ}
 
 
-def _first_difference(old: dict, new: dict) -> str | None:
+def first_difference(old: dict, new: dict) -> str | None:
     """The first setting, if any, in which two configs differ so that one cannot continue the other."""
     there = course(old)
     for name, value in course(new).items():

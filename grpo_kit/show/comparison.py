@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from grpo_kit.config import Config, KitError, Section
+from grpo_kit.config import RECORDS, Config, KitError, Section
 from grpo_kit.show.record import RunRecord, read_run
 from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, metric_name, plain_text
-from grpo_kit.show.summary import interval_text
+from grpo_kit.show.summary import branch_text, interval_text
 from grpo_kit.statistics import t_interval
 
 SEED = "training_settings.seed"
 # What changes no number of a run that ran through is left out when settings are compared.
-IDLE_SECTIONS = ("profile", "versions", "tracking_settings")
+IDLE_SECTIONS = ("profile", *RECORDS, "tracking_settings")
 IDLE = ("training_settings.save_every", "training_settings.keep_checkpoints")
 METRICS = ("reward", "gold")
 CURVES = {"reward": "reward", "gold": "rewards/gold/mean", "kl": "kl"}  # column of a table of curves → of metrics.jsonl
@@ -120,13 +120,13 @@ def pool_runs(records: Sequence[RunRecord]) -> list[Pool]:
     groups: dict[tuple, list[RunRecord]] = {}
     seen: Counter = Counter()
     for record in records:
-        settings = _flat(record.config)
+        settings = _settings(record)
         seed = settings.pop(SEED, None)
         key = _key(settings)
         seen[key, str(seed)] += 1
         groups.setdefault((key, seen[key, str(seed)]), []).append(record)
     members = [tuple(sorted(runs, key=_seed_order)) for runs in groups.values()]
-    settings = [{k: v for k, v in _flat(runs[0].config).items() if k != SEED} for runs in members]
+    settings = [{k: v for k, v in _settings(runs[0]).items() if k != SEED} for runs in members]
     labels = _labels(members, settings)
     return [Pool(*parts) for parts in zip(labels, members, settings, strict=True)]
 
@@ -134,6 +134,11 @@ def pool_runs(records: Sequence[RunRecord]) -> list[Pool]:
 def _seed_order(record: RunRecord) -> tuple[bool, float]:
     seed = _flat(record.config).get(SEED)
     return (True, 0.0) if seed is None else (False, float(seed))
+
+
+def _settings(record: RunRecord) -> dict[str, object]:
+    """What a run was trained with: its settings, and of a branch what it began with."""
+    return _flat(record.config) | ({"branch": branch_text(record.branch)} if record.branch else {})
 
 
 def _flat(config: Mapping) -> dict[str, object]:

@@ -34,6 +34,7 @@ class RunRecord:
     results: dict = field(repr=False)
     evaluation: pd.DataFrame = field(repr=False)
     sentinel: dict = field(default_factory=dict, repr=False)
+    branch: dict = field(default_factory=dict, repr=False)  # where a branch comes from
 
     @property
     def iterations(self) -> int:
@@ -124,6 +125,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
         results=_read_json(path / "final_results.json"),
         evaluation=_read_parquet(path / "evaluation" / "rows.parquet"),
         sentinel=_read_json(path / "sentinel.json"),
+        branch=_read_json(path / "branch.json"),
     )
 
 

@@ -19,6 +19,7 @@ from grpo_kit.show.summary import (
     FALLS,
     RISES,
     Case,
+    branch_text,
     category_rows,
     comparison_rows,
     comparison_table,
@@ -68,6 +69,7 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
     return {
         "name": record.path.resolve().name,
         "profile": record.config.get("profile"),
+        "origin": _origin(record.branch),
         "headline": headline(record.results),
         "paragraph": paragraph(record),
         "warning": _warning(record),
@@ -85,6 +87,11 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
         "notebooks": notebooks,
         "config": json.dumps(record.config, indent=2, ensure_ascii=False) if record.config else "",
     }
+
+
+def _origin(branch: Mapping) -> str:
+    """Return where a branch comes from; an empty text of a run that is none."""
+    return f"branch of {branch.get('parent')}, {branch_text(branch)}" if branch else ""
 
 
 def _warning(record: RunRecord) -> str:

@@ -1,0 +1,68 @@
+"""Where a branch comes from: the run, the iteration, and the settings that it changed there."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_kit.config import KitError
+
+FILE = "branch.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `branch.json` says: nothing in it is a path of this machine."""
+
+    parent: str  # the run's name
+    iteration: int  # the last one that both have
+    settings: dict[str, list[Any]]  # dotted key → [the parent's value, the branch's], in the order of the config
+    best_from_parent: bool  # whether the parent had chosen its best/ by then
+    differs: str | None = None  # how the state that was computed again differs from the parent's record, if it does
+
+
+def write_origin(run_dir: Path, origin: Origin) -> Path:
+    """Write `branch.json` into a branch's folder."""
+    place = run_dir / FILE
+    place.write_text(json.dumps(asdict(origin), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return place
+
+
+def read_origin(run_dir: Path) -> Origin | None:
+    """Where a run comes from; None where it is no branch.
+
+    Raises:
+        KitError: `branch.json` is damaged.
+    """
+    place = run_dir / FILE
+    if not place.is_file():
+        return None
+    try:
+        return Origin(**json.loads(place.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise KitError(
+            f"{place}: no record of a branch ({error}). Restore the file, or make the branch again"
+        ) from error
+
+
+def first_own_validation(run_dir: Path) -> int:
+    """The first iteration whose validation speaks of a policy that `best/` could hold.
+
+    0, but for a branch that began before its parent had chosen its best: the policies validated until then are gone.
+    """
+    origin = read_origin(run_dir)
+    return 0 if origin is None or origin.best_from_parent else origin.iteration + 1
+
+
+def require_no_branch(run_dir: Path) -> None:
+    """Refuse to begin a branch at iteration 0: its first iterations are its parent's.
+
+    Raises:
+        KitError: the run is a branch.
+    """
+    origin = read_origin(run_dir)
+    if origin is not None:
+        raise KitError(
+            f"run {run_dir}: none of its checkpoints is whole, and a branch of {origin.parent} cannot begin at "
+            f"iteration 0. Branch again: grpo-kit replay {origin.parent} --iteration {origin.iteration} --branch"
+        )
