@@ -19,9 +19,7 @@ from grpo_kit.runs.origin import read_origin
 from grpo_kit.train import restore
 
 # columns of a kept rollout that a step on it needs
-NEEDED = (
-    "group_id user_prompt category difficulty enhanced_prompt image_seed reward completion_ids old_logprobs".split()
-)
+NEEDED = "group_id user_prompt category difficulty enhanced_prompt image_seed completion_ids old_logprobs".split()
 
 
 class ReplayError(KitError):
@@ -135,28 +133,31 @@ def restore_newest(
 def recorded_rollout(kit: Experiment, table: pd.DataFrame, iteration: int) -> Rollout:
     """A rollout as its step needs it, from the table that `RunFolder.save_rollout` wrote: all but the pictures.
 
+    What the step learns from is made of the recorded scores again, so that running statistics take them in.
+
     Args:
         table: a row a sample, group-major.
 
     Raises:
         ValueError: a column is missing, or holds what no rollout has.
     """
-    _require_rollout(table, kit.policy.model.get_input_embeddings().num_embeddings)
+    parts = {name[7:]: torch.tensor(table[name].to_numpy()) for name in table if name.startswith("reward/")}
+    _require_rollout(table, kit.policy.model.get_input_embeddings().num_embeddings, kit.rewards.parts.keys() - parts)
     prompts = [Prompt(*row) for row in table.drop_duplicates("group_id")[NEEDED[1:4]].itertuples(index=False)]
     ids = _padded(table["completion_ids"], torch.int64, kit.policy.tokenizer.pad_token_id)
     lengths = torch.tensor(table["completion_ids"].map(len).to_numpy())
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    parts = {name[7:]: torch.tensor(table[name].to_numpy()) for name in table if name.startswith("reward/")}
+    group_ids = torch.tensor(table["group_id"].to_numpy())
     return Rollout(
         prompts=prompts,
-        group_ids=torch.tensor(table["group_id"].to_numpy()),
+        group_ids=group_ids,
         completion_ids=ids,
         completion_mask=mask,
         enhanced_prompts=list(table["enhanced_prompt"]),
         images=[[None] for _ in ids],
         image_seeds=torch.tensor(table["image_seed"].to_numpy())[:, None],
         reward_parts=parts,
-        rewards=torch.tensor(table["reward"].to_numpy()),
+        rewards=kit.rewards.combined(parts, group_ids),
         totals=kit.rewards.total(parts) if kit.rewards.is_shaped else None,
         old_logprobs=_padded(table["old_logprobs"], torch.float32, 0.0),
         truncated=~(torch.isin(ids, torch.tensor(kit.policy.eos_token_ids)) & mask).any(dim=1),
@@ -164,8 +165,8 @@ def recorded_rollout(kit: Experiment, table: pd.DataFrame, iteration: int) -> Ro
     )
 
 
-def _require_rollout(table: pd.DataFrame, vocabulary: int) -> None:
-    missing = [name for name in NEEDED if name not in table]
+def _require_rollout(table: pd.DataFrame, vocabulary: int, unscored: set[str]) -> None:
+    missing = [name for name in NEEDED if name not in table] + [f"reward/{name}" for name in sorted(unscored)]
     if missing or not len(table):
         raise ValueError(f"no column {', '.join(missing)}" if missing else "no rows")
     if (pd.factorize(table["group_id"])[0] != table["group_id"]).any():

@@ -43,7 +43,7 @@ from grpo_kit.runs.folder import RunFolder
 from grpo_kit.train import keep_rollout, log_line, make_optimizer, restore, run_iteration
 
 WHOLE, STEP = "whole", "step alone"
-COMPUTED_BY_THE_STEP = ["advantage", "ref_logprobs", "new_logprobs"]  # columns of a kept rollout
+COMPUTED_BY_THE_STEP = ["reward", "advantage", "ref_logprobs", "new_logprobs"]  # columns of a kept rollout
 # libraries that decide a number, a picture or a file of a run
 DECISIVE = "grpo_kit torch torchvision transformers diffusers peft open_clip_torch numpy pandas pyarrow pillow".split()
 
@@ -220,8 +220,8 @@ def _step_alone(
     stats = grpo_step(kit.policy, optimizer, rollout, kit.config)
     drawn = "; what the policy looked at was drawn again" if rollout.prompt_images else ""
     source = (
-        f"prompts, tokens, rewards and the sampler's log-probabilities from rollouts/{place.name}; "
-        f"advantages, the other log-probabilities and the step computed{drawn}"
+        f"prompts, tokens, scores and the sampler's log-probabilities from rollouts/{place.name}; "
+        f"rewards, advantages, the other log-probabilities and the step computed{drawn}"
     )
     return source, recorded.beside(STEP, kit, optimizer, rollout, stats)
 
