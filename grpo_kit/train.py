@@ -25,7 +25,7 @@ from grpo_kit.parallel import ALONE, Processes
 from grpo_kit.prompts import balanced_batch
 from grpo_kit.rollout import Rollout, collect_rollout
 from grpo_kit.runs.card import save_with_card
-from grpo_kit.runs.checkpoint import Checkpoint, load_latest, save_checkpoint
+from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, course
 from grpo_kit.runs.origin import first_own_validation, require_no_branch
 from grpo_kit.runs.tracking import Tracker
@@ -138,11 +138,18 @@ def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder,
     if checkpoint is None:
         require_no_branch(folder.path)
     iteration = 0 if checkpoint is None else checkpoint.iteration
-    processes.on_main(lambda: folder.forget_after(iteration))
+    processes.on_main(lambda: _tidy(kit, folder, iteration))
     restore(kit, optimizer, checkpoint)
     if checkpoint is not None:
         logger.info("continuing after iteration %d", iteration)
     return iteration
+
+
+def _tidy(kit: Experiment, folder: RunFolder, iteration: int) -> None:
+    """Drop what is later than the committed iteration, and checkpoints that a crash came before the removal of."""
+    folder.forget_after(iteration)
+    with folder.file_errors("checkpoints"):
+        keep_newest(folder.checkpoints, kit.config.training_settings.keep_checkpoints, iteration)
 
 
 def restore(kit: Experiment, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> None:

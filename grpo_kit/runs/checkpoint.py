@@ -79,8 +79,26 @@ def save_checkpoint(
     shutil.rmtree(place, ignore_errors=True)
     os.replace(aside, place)
     flush(folder)
-    _drop_old(folder, keep)
+    keep_newest(folder, keep, iteration)
     return place
+
+
+def keep_newest(folder: Path, keep: int, iteration: int) -> None:
+    """Drop what is older than the newest `keep` checkpoints up to an iteration that verify: a damaged one keeps nothing.
+
+    Each is renamed before it is removed, so that none looks committed when it is half gone. One that is later than the
+    iteration was found damaged, or will be.
+    """
+    sound = 0
+    for place in reversed(_committed(folder)):
+        if int(place.name[5:]) > iteration:
+            continue
+        if sound >= keep:
+            aside = folder / f".writing-{place.name}"
+            os.replace(place, aside)
+            shutil.rmtree(aside)
+        else:
+            sound += _verifies(place)
 
 
 def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> Checkpoint | None:
@@ -161,16 +179,6 @@ def _verified(place: Path) -> dict[str, object]:
     return manifest
 
 
-def _drop_old(folder: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` checkpoints that verify; a damaged one counts for nothing."""
-    sound = 0
-    for place in reversed(_committed(folder)):
-        if sound >= keep:
-            shutil.rmtree(place)
-        else:
-            sound += _verifies(place)
-
-
 def _verifies(place: Path) -> bool:
     try:
         return bool(_verified(place))
@@ -191,7 +199,7 @@ def _digest(manifest: dict) -> str:
 
 
 def _committed(folder: Path) -> list[Path]:
-    return sorted(folder.glob("iter_*"), key=lambda place: (len(place.name), place.name))
+    return sorted(folder.glob("iter_[0-9]*"), key=lambda place: int(place.name[5:]))
 
 
 def _flatten(state: Mapping) -> tuple[dict[str, torch.Tensor], dict]:

@@ -80,7 +80,7 @@ class RunFolder:
             RunError: it holds a run with other settings, or cannot be written to.
         """
         folder = cls(Path(path), config)
-        with folder._file_errors(""):
+        with folder.file_errors(""):
             if not folder.path.is_dir():
                 folder.path.mkdir(parents=True, exist_ok=True)
                 flush(folder.path.parent)
@@ -104,7 +104,7 @@ class RunFolder:
             RunError: another process writes into it, or nobody can.
         """
         with self._locked(), contextlib.ExitStack() as logs:
-            with self._file_errors(""):
+            with self.file_errors(""):
                 if self._config is not None:
                     self._agrees_with(self._config)  # another process may have written it since
                     self.write_json("config.json", self._config.to_dict() | _made_by(self._config))
@@ -128,7 +128,7 @@ class RunFolder:
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             try:
-                with self._file_errors(".lock"):
+                with self.file_errors(".lock"):
                     lock.acquire()
             except Timeout as error:
                 raise RunError(
@@ -149,7 +149,7 @@ class RunFolder:
         _remove(replaced)
 
     @contextmanager
-    def _file_errors(self, name: str) -> Iterator[None]:
+    def file_errors(self, name: str) -> Iterator[None]:
         """Make one clear line of whatever the disk refuses, from the library that raised it.
 
         Raises:
@@ -188,7 +188,7 @@ class RunFolder:
         Raises:
             RunError: the disk does not take it; the commit before is as it was.
         """
-        with self._file_errors("checkpoints"):
+        with self.file_errors("checkpoints"):
             for path in sorted(self._unflushed, reverse=True):  # a file before its folder
                 flush(path)
             flush(self.path)
@@ -208,7 +208,7 @@ class RunFolder:
         """One line a finished iteration."""
         line = json.dumps(_without_nan(metrics), allow_nan=False) + "\n"
         self._unflushed.add(self.metrics_file)
-        with self._file_errors("metrics.jsonl"), self.metrics_file.open("a", encoding="utf-8") as file:
+        with self.file_errors("metrics.jsonl"), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def metrics(self) -> list[dict[str, float]]:
@@ -225,7 +225,7 @@ class RunFolder:
 
         A line is kept if it is an earlier iteration's; what is missing among these is a warning, since the run goes on.
         """
-        with self._file_errors("metrics.jsonl"):
+        with self.file_errors("metrics.jsonl"):
             kept = {
                 number: line for line in self._metrics_lines() if (number := _iteration(line)) in range(iteration + 1)
             }
@@ -234,7 +234,7 @@ class RunFolder:
         missing = [number for number in range(1, iteration + 1) if number not in kept]
         if missing:
             logger.warning("metrics.jsonl: lines of %d committed iterations are missing or damaged", len(missing))
-        with self._file_errors("files of uncommitted iterations"):
+        with self.file_errors("files of uncommitted iterations"):
             for place in self._dated_files():
                 if int(re.search(r"\d{6,}", place.name)[0]) > iteration:
                     place.unlink()
@@ -254,7 +254,7 @@ class RunFolder:
 
     def _replace(self, name: str, content: bytes) -> Path:
         place = self._inside(name)
-        with self._file_errors(name):
+        with self.file_errors(name):
             replace_file(place, content)
         self._unflushed.add(place.parent)
         return place
@@ -275,7 +275,7 @@ class RunFolder:
         small = image.copy()
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))
         small.save(content, "JPEG", quality=92, subsampling=0)
-        with self._file_errors(f"thumbnails/{name}.jpg"):
+        with self.file_errors(f"thumbnails/{name}.jpg"):
             place.parent.mkdir(exist_ok=True)
             place.write_bytes(content.getvalue())
         self._unflushed |= {place, place.parent}
@@ -335,7 +335,7 @@ class RunFolder:
             RunError: the disk does not take it; the old one is as it was.
         """
         aside, replaced = self.path / ".writing-best", self.path / _REPLACED
-        with self._file_errors("best"):
+        with self.file_errors("best"):
             _remove(aside)
             save_pretrained(aside)
             flush_tree(aside)

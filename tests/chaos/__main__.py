@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from tests.chaos import Fault, Outcome, every_fault, table
+from tests.chaos.twins import escaped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Faults, each tried for real.")
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(known)}; all when left out")
     parser.add_argument("--short", action="store_true", help="a few tries of each")
+    parser.add_argument("--broken", action="store_true", help="show instead that broken versions of the kit are caught")
     given = parser.parse_args(arguments)
+    if given.broken:
+        return int(bool(escaped()))
     unknown = [name for name in given.faults if name not in known]
     if unknown:
         parser.error(f"fault {unknown[0]!r:.40}: allowed: {', '.join(known)}")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from grpo_kit.experiment import Experiment
@@ -55,19 +55,27 @@ def crashes(short: bool) -> Outcome:
     The run itself is not ended: before each operation the disk is copied as a crash would leave it. Crashes that leave
     the same files behind are continued once, since what a run does then depends on these alone.
     """
+    choose = three_of if short else list
     with scratch() as place:
         first, resumed = first_kit(), resumed_kit()
-        outcome = every_crash(first, place / "first", None, short)
-        return outcome + every_crash(resumed, place / "resumed", cut_short(resumed, place / "begun"), short)
+        outcome = every_crash(first, place / "first", None, choose)
+        return outcome + every_crash(resumed, place / "resumed", cut_short(resumed, place / "begun"), choose)
 
 
-def every_crash(kit: Experiment, place: Path, begun: Path | None, short: bool) -> Outcome:
-    """All crashes of one run; in the short form three of the states that they leave are continued."""
+def three_of(states: Iterable[str]) -> list[str]:
+    """Some states, evenly spread."""
+    every = list(states)
+    return every[len(every) // 6 :: len(every) // 3 + 1]
+
+
+def every_crash(
+    kit: Experiment, place: Path, begun: Path | None, choose: Callable[[Iterable[str]], Iterable[str]]
+) -> Outcome:
+    """The crashes of one run that leave the chosen states: see what is committed, go on, compare."""
     place.mkdir()
     expected, states = reference(kit, place / "reference"), collect(kit, place, begun)
-    some = list(states)[:: len(states) // 3 + 1] if short else list(states)
     outcome, before = Outcome(0), -1 if begun is None else newest(begun)
-    for state in some:
+    for state in choose(states):
         folder, times = place / "states" / state, len(states[state])
         found = still_there(folder, before)
         again = run_through(kit, folder)

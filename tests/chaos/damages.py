@@ -171,17 +171,16 @@ KINDS: tuple[Damage, ...] = (
 # --- why hashes -------------------------------------------------------------------------------------------------------
 
 
-def noticed_by_loaders(run: Path, flips: int, seed: int = 0) -> dict[str, int]:
-    """How many of so many flipped bits in tensor data `torch.load` and safetensors themselves refuse to load."""
-    rng, noticed = random.Random(seed), {"torch": 0, "safetensors": 0}
-    file = run / "checkpoints" / NEWEST / "optimizer.safetensors"
+def noticed_by_loaders(file: Path, flips: int, seed: int = 0) -> dict[str, int]:
+    """How many of so many flipped bits in a safetensors file's tensors safetensors and `torch.load` refuse to load."""
+    rng, noticed = random.Random(seed), {"safetensors": 0, "torch": 0}
     with scratch() as place:
         torch.save(load_file(file), place / "torch")
         for name, source in (("safetensors", file), ("torch", place / "torch")):
             whole = source.read_bytes()
             for _ in range(flips):
                 data = bytearray(whole)
-                data[rng.randrange(len(data) // 2, len(data) * 3 // 4)] ^= 1 << rng.randrange(8)  # tensors, no tables
+                data[rng.randrange(len(data) // 2, len(data) * 3 // 4)] ^= 1 << rng.randrange(8)  # no table is there
                 (place / "flipped").write_bytes(data)
                 noticed[name] += not _loads(name, place / "flipped")
     return noticed
