@@ -84,7 +84,7 @@ def save_checkpoint(
 
 
 def keep_newest(folder: Path, keep: int, iteration: int) -> None:
-    """Drop what is older than the newest `keep` checkpoints up to an iteration that verify: a damaged one keeps nothing.
+    """Drop what is older than the newest `keep` sound checkpoints up to an iteration; a damaged one does not count.
 
     Each is renamed before it is removed, so that none looks committed when it is half gone. One that is later than the
     iteration was found damaged, or will be.

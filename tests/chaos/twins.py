@@ -95,7 +95,7 @@ TWINS: dict[str, Twin] = {
         "R2",
         last_state("power_cut_empty"),
         {f"{_FOLDER}.flush": nothing, "grpo_kit.runs.durable.flush": nothing, f"{_FOLDER}.flush_tree": nothing}
-        | {f"{_CHECKPOINT}._flush": nothing},
+        | {f"{_CHECKPOINT}.flush": nothing, f"{_CHECKPOINT}.flush_tree": nothing},
     ),
     "commit_before_what_it_vouches_for": Twin(
         "R2", last_state("power_cut_half"), {f"{_FOLDER}.RunFolder.commit": lambda self, save: save()}
