@@ -22,6 +22,7 @@ import typer
 if TYPE_CHECKING:
     from grpo_kit.config import Config
     from grpo_kit.runs.grid import PlannedTrial, TrialResult
+    from grpo_kit.runs.grid_ray import Cluster
     from grpo_kit.runs.headless import Executed, Planned
     from grpo_kit.show.comparison import Pool
 
@@ -42,6 +43,10 @@ Profile = Annotated[
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; an existing run is continued.")]
 Name = Annotated[str, typer.Option(help="The run's name, a folder in reports/.")]
 Run = Annotated[str, typer.Argument(help="A run: its folder, or its name in reports/.")]
+_RAY_HELP = (
+    "With --grid: run the trials on a Ray cluster: local (several at once on this machine), auto, or host:port. "
+    "All its machines must see the grid's folder, and this checkout, at the same path."
+)
 
 
 @app.command()
@@ -57,6 +62,10 @@ def run(
     name: Name = "",
     minutes_per_cell: Annotated[float, typer.Option(min=0.01, help="The longest that a cell may take.")] = 60.0,
     yes: Annotated[bool, typer.Option("--yes", help="Run a large grid without asking back.")] = False,
+    ray: Annotated[str, typer.Option(metavar="ADDRESS", help=_RAY_HELP)] = "",
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray: trials at once; as many as fit.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=0.01, help="With --ray: CPUs of a trial; 1.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: GPUs of a trial; 0: it sees none.")] = None,
 ) -> None:
     """Execute the notebooks, and write the report of the run; with --grid, of a run for each combination."""
     from grpo_kit.config import load_config
@@ -70,9 +79,11 @@ def run(
     again += ["--notebooks", notebooks] if notebooks else []
     for option, given in (("-p", parameter), ("-o", override)):
         again += [part for text in given or () for part in (option, text)]
+    cluster = _cluster(grid, ray, workers, cpus, gpus)
     if grid is not None:
         trials = _planned_grid(grid, chosen, profile, folder, parameters, settings, yes)
-        _run_grid(trials, folder, minutes_per_cell, [*again, "--grid", str(grid), *(["--yes"] if yes else [])])
+        again += ["--grid", str(grid), *(["--yes"] if yes else []), *_ray_options(ray, workers, cpus, gpus)]
+        _run_grid(trials, folder, minutes_per_cell, again, cluster)
         return
     planned = plan(chosen, profile, folder, parameters, settings)
     _run_notebooks(planned, profile, settings, folder, minutes_per_cell, again)
@@ -489,30 +500,99 @@ def _planned_grid(
     return planned
 
 
-def _run_grid(trials: "Sequence[PlannedTrial]", folder: Path, minutes_per_cell: float, again: Sequence[str]) -> None:
-    """Run the trials one after the other, write a page for each and one that compares them."""
-    from grpo_kit.runs.grid import finished, run_trial, write_order
+def _ray_options(ray: str, workers: int | None, cpus: float | None, gpus: float | None) -> list[str]:
+    """The command's options about Ray, as they were given."""
+    given = {"--ray": ray or None, "--workers": workers, "--cpus": cpus, "--gpus": gpus}
+    return [part for option, value in given.items() if value is not None for part in (option, f"{value}")]
+
+
+def _cluster(
+    grid: Path | None, ray: str, workers: int | None, cpus: float | None, gpus: float | None
+) -> "Cluster | None":
+    """The Ray cluster that was asked for, None where none was."""
+    from grpo_kit.config import KitError
+
+    given = _ray_options(ray, workers, cpus, gpus)
+    if given and not ray:
+        raise KitError(f"{given[0]}: only with --ray. Add --ray local, or leave it out")
+    if given and grid is None:
+        raise KitError("--ray: only with --grid. Add one, or leave it out")
+    if not given:
+        return None
+    from grpo_kit.runs.grid_ray import Cluster
+
+    return Cluster(ray, 1.0 if cpus is None else cpus, gpus or 0.0, workers)
+
+
+def _run_grid(
+    trials: "Sequence[PlannedTrial]",
+    folder: Path,
+    minutes_per_cell: float,
+    again: Sequence[str],
+    cluster: "Cluster | None" = None,
+) -> None:
+    """Run the trials, write a page for each and one that compares them."""
+    from grpo_kit.runs.grid import write_order
     from grpo_kit.show.report import write_report
 
     print(f"grid folder: {folder}", flush=True)
     write_order(folder, trials)
-    results: list[TrialResult] = []
-    with _goes_on(lambda: again):
-        for number, trial in enumerate(trials, start=1):
-            before = finished(trial)
-            print(f"[{number}/{len(trials)}] {trial.name}{', finished before' if before else ''}", flush=True)
-            with _progress_told(trial.folder):
-                results.append(before or run_trial(trial, minutes_per_cell, _tell_notebook))
-            if results[-1].error:
-                print(f"      failed: {results[-1].error}", file=sys.stderr, flush=True)
-            write_report(trial.folder)
-    _compare([result.folder for result in results], folder / "index.html")
-    failed = [result for result in results if result.error]
+    results: dict[str, TrialResult] = {}
+    coming = (
+        _in_turn(trials, minutes_per_cell) if cluster is None else _on_ray(trials, folder, minutes_per_cell, cluster)
+    )
+    with _goes_on(lambda: again), contextlib.closing(coming):
+        for result in coming:
+            results[result.name] = result
+            if result.error:
+                print(f"      failed: {result.error}", file=sys.stderr, flush=True)
+            write_report(result.folder)
+    _compare([trial.folder for trial in trials], folder / "index.html")
+    failed = [results[trial.name] for trial in trials if results[trial.name].error]
     for result in failed:
         print(f"{result.name} failed: {result.error} (as far as it came: {result.folder})", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(results)} trials failed; {_again_text(again)} tries those again", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _in_turn(trials: "Sequence[PlannedTrial]", minutes_per_cell: float) -> "Iterator[TrialResult]":
+    """Run one trial after the other in this process, and say which."""
+    from grpo_kit.runs.grid import finished, run_trial
+
+    for number, trial in enumerate(trials, start=1):
+        before = finished(trial)
+        print(f"[{number}/{len(trials)}] {trial.name}{', finished before' if before else ''}", flush=True)
+        with _progress_told(trial.folder):
+            result = before or run_trial(trial, minutes_per_cell, _tell_notebook)
+        yield result
+
+
+def _on_ray(
+    trials: "Sequence[PlannedTrial]", folder: Path, minutes_per_cell: float, cluster: "Cluster"
+) -> "Iterator[TrialResult]":
+    """Run the trials on a Ray cluster, several at once, and say which is done."""
+    from grpo_kit.runs.grid import finished
+    from grpo_kit.runs.grid_ray import check_machines, connected, marked, run_trials_on_ray
+
+    before = [result for trial in trials if (result := finished(trial)) is not None]
+    rest = [trial for trial in trials if trial.name not in {result.name for result in before}]
+    for number, result in enumerate(before, start=1):
+        print(f"[{number}/{len(trials)}] {result.name}, finished before", flush=True)
+        yield result
+    if not rest:
+        return
+    with marked(folder) as mark, connected(cluster) as told:
+        print(told, flush=True)
+        check_machines(cluster, mark, [notebook.path for notebook in rest[0].notebooks])
+        coming = run_trials_on_ray(rest, mark, cluster, minutes_per_cell, _tell_retry)
+        for number, result in enumerate(coming, start=len(before) + 1):
+            print(f"[{number}/{len(trials)}] {result.name}, {result.minutes:.1f} min", flush=True)
+            yield result
+
+
+def _tell_retry(trial: "PlannedTrial", died: str) -> None:
+    print(f"      {trial.name} is started again: {died}", file=sys.stderr, flush=True)
 
 
 def _tell_notebook(notebook: "Planned") -> None:

@@ -47,6 +47,7 @@ class Executed:
     path: Path
     minutes: float
     error: str | None = None
+    died: bool = False  # its kernel did, so that the same notebook may well succeed when it is run again
 
 
 def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
@@ -247,7 +248,7 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / notebook.path.name
-    error = None
+    error, died = None, False
     try:
         papermill.execute_notebook(
             _verbatim(notebook.path),
@@ -266,12 +267,13 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
         error = f"a cell ran longer than {minutes_per_cell:g} minutes. Raise --minutes-per-cell"
         _mark_stopped(output, error)
     except DeadKernelError:
+        died = True
         error = "its kernel died, most likely for want of memory. Close other programs, or take a smaller profile"
         _mark_stopped(output, error)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM: what was done is kept, and says that it is not all
         _mark_stopped(output, "interrupted")
         raise
-    return Executed(notebook.name, output, _minutes(output), error)
+    return Executed(notebook.name, output, _minutes(output), error, died)
 
 
 def _mark_stopped(output: Path, error: str) -> None:

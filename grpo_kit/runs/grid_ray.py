@@ -1,0 +1,283 @@
+"""Grids past one machine: each trial is a task of a Ray cluster, https://docs.ray.io (the extra `ray`).
+
+Ray decides where a trial runs, by the CPUs and GPUs that it takes. What it writes goes into the grid's folder, as
+without Ray, so every machine has to see that folder, and the kit with its notebooks, at the same path.
+
+A trial that fails by its own doing (a cell's error, a cell that takes too long) is not tried again: it would fail
+again. One that dies (its kernel, its worker, its machine) is, and its training goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from grpo_kit import __version__
+from grpo_kit.runs.grid import GridError, PlannedTrial, TrialResult, run_trial
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+LOCAL = "local"  # an address: a cluster of this machine alone, which ends with the command
+RETRIES = 2  # how often a trial that died is started again
+_LOCAL_STORE = 100_000_000  # bytes; trials and their results are small, and Ray would take a third of the memory
+_STARTS = 3  # Ray gives a part of it 15 s to start, which a busy machine can exceed: ray-project/ray issue 65983
+_PROBE_SECONDS = 120  # how long a machine may take to start a worker
+_CANCEL_SECONDS = 20  # how long a trial may take to end its kernel
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster, what a trial takes of it as Ray counts it, and how many trials run at once.
+
+    Args:
+        address: `local`, or what `ray.init` takes: `auto`, `host:port`.
+        cpus: of a trial; a share of one is fine.
+        gpus: of a trial; with 0 it sees none.
+        workers: trials at once; None: as many as there is room for. A local cluster makes room for so many.
+    """
+
+    address: str = LOCAL
+    cpus: float = 1.0
+    gpus: float = 0.0
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A file in the grid's folder with a word in it, by which a machine shows that it sees that very folder."""
+
+    path: Path
+    word: str
+    version: str = __version__  # of the kit here
+
+
+# --- the cluster ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connected(cluster: Cluster) -> Iterator[str]:
+    """Connect to a Ray cluster, or start one of this machine; yield a line about it; leave nothing running.
+
+    Raises:
+        GridError: Ray is not installed, or there is no cluster at that address.
+    """
+    ray = _ray()
+    try:
+        _connect(ray, cluster)
+        yield _told(ray.cluster_resources(), cluster)
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: ModuleType, cluster: Cluster) -> None:
+    options: dict[str, object] = {"address": cluster.address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if cluster.address == LOCAL:
+        options |= {"include_dashboard": False, "object_store_memory": _LOCAL_STORE}
+        options |= {} if cluster.workers is None else {"num_cpus": max(1, math.ceil(cluster.workers * cluster.cpus))}
+    for left in reversed(range(_STARTS if cluster.address == LOCAL else 1)):
+        try:
+            with _own_signals():
+                return ray.init(**options)
+        except Exception as error:  # Ray raises many, its bare Exception among them
+            ray.shutdown()
+            if not left:
+                advice = f"Start one (ray start --head) and give its host:port, or give {LOCAL}"
+                raise GridError(
+                    f"--ray {cluster.address!r:.100}: no cluster there ({_first_line(error)}). {advice}"
+                ) from None
+
+
+def _ray() -> ModuleType:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers what it is used for
+    try:
+        import ray
+    except ImportError:
+        raise GridError("--ray: Ray is not installed. Install it: pip install 'ray>=2.60,<3'") from None
+    return ray
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what this process does on SIGTERM: `ray.init` would make it exit with another code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _told(has: Mapping[str, float], cluster: Cluster) -> str:
+    machines = sum(name.startswith("node:") and "__internal" not in name for name in has)
+    room = f"{machines} machine{'' if machines == 1 else 's'}, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
+    return f"Ray: {room}; a trial takes {cluster.cpus:g} and {cluster.gpus:g} (--cpus, --gpus)"
+
+
+# --- what its machines must be able to do -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def marked(folder: Path) -> Iterator[Mark]:
+    """Leave a mark in a grid's folder for as long as the grid runs."""
+    mark = Mark(Path(folder).resolve() / f".seen-{secrets.token_hex(4)}", secrets.token_hex(16))
+    mark.path.parent.mkdir(parents=True, exist_ok=True)
+    mark.path.write_text(mark.word, encoding="utf-8")
+    try:
+        yield mark
+    finally:
+        mark.path.unlink(missing_ok=True)
+
+
+def check_machines(cluster: Cluster, mark: Mark, notebooks: Sequence[Path]) -> None:
+    """Ask every machine of the cluster that can take a trial whether it sees the grid's folder and the notebooks.
+
+    Raises:
+        GridError: no machine has what a trial takes, or one of them sees another folder or has another kit.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    able = [node for node in alive if _fits(node["Resources"], cluster)]
+    if not able:
+        most = {name: max(node["Resources"].get(name, 0) for node in alive) for name in ("CPU", "GPU")}
+        raise GridError(
+            f"--cpus {cluster.cpus:g}, --gpus {cluster.gpus:g}: no machine of the Ray cluster has that for one trial, "
+            f"allowed: up to {most['CPU']:g} CPUs, {most['GPU']:g} GPUs. Ask for less, or start a larger machine"
+        )
+    probe = ray.remote(num_cpus=0, max_retries=RETRIES)(check_here)
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in able]
+    asked = [probe.options(scheduling_strategy=place).remote(mark, notebooks) for place in places]
+    for node, answer in zip(able, asked, strict=True):
+        try:
+            ray.get(answer, timeout=_PROBE_SECONDS)
+        except ray.exceptions.RayError as error:
+            cause = _cause(error)
+            if isinstance(cause, GridError):
+                raise cause from None
+            raise GridError(
+                f"Ray's machine {node['NodeManagerHostname']}: cannot run a trial ({_first_line(cause)}). "
+                "Install the kit and what it needs there, as here"
+            ) from None
+
+
+def _fits(has: Mapping[str, float], cluster: Cluster) -> bool:
+    return has.get("CPU", 0) >= cluster.cpus and has.get("GPU", 0) >= cluster.gpus
+
+
+def check_here(mark: Mark, notebooks: Sequence[Path]) -> None:
+    """Raise a `GridError` where this machine does not see the grid's folder and notebooks, or has another version."""
+    here = f"Ray's machine {socket.gethostname()}"
+    if not mark.path.is_file() or mark.path.read_text(encoding="utf-8") != mark.word:
+        raise GridError(
+            f"{here}: does not see the grid's folder {mark.path.parent}. "
+            "Give --run-dir a folder on a disk that all machines share, at the same path"
+        )
+    absent = [path for path in notebooks if not path.is_file()]
+    if absent:
+        raise GridError(f"{here}: has no {absent[0]}. Put the kit on a disk that all machines share, at the same path")
+    if mark.version != __version__:
+        raise GridError(f"{here}: has grpo_kit {__version__}, allowed: {mark.version}, as here. Install that there")
+
+
+# --- the trials -------------------------------------------------------------------------------------------------------
+
+
+def run_trials_on_ray(
+    trials: Sequence[PlannedTrial],
+    mark: Mark,
+    cluster: Cluster,
+    minutes_per_cell: float = 60.0,
+    retrying: Callable[[PlannedTrial, str], None] | None = None,
+) -> Iterator[TrialResult]:
+    """Run trials on the connected cluster and yield each result when it is there; closed early, it cancels the rest.
+
+    Args:
+        trials: from `plan_trials`.
+        mark: of the grid's folder, by `marked`.
+        cluster: what each takes, and how many run at once.
+        minutes_per_cell: the longest that a cell may take.
+        retrying: called with a trial that died, and why, before it is started again.
+    """
+    import ray
+
+    task = ray.remote(max_retries=0, num_cpus=cluster.cpus, num_gpus=cluster.gpus)(_run_here)
+    waiting = deque((trial, 0) for trial in trials)
+    running: dict[ObjectRef, tuple[PlannedTrial, int]] = {}
+
+    def fill() -> None:
+        while waiting and len(running) < (cluster.workers or len(trials)):
+            trial, died = waiting.popleft()
+            running[task.remote(trial, minutes_per_cell, mark)] = trial, died
+
+    try:
+        fill()
+        while running:
+            (ready,), _ = ray.wait(list(running))
+            trial, died = running.pop(ready)
+            result, death = _outcome(ready, trial)
+            if death and died < RETRIES:
+                waiting.appendleft((trial, died + 1))
+                if retrying is not None:
+                    retrying(trial, death)
+            fill()  # before what is done with a result takes its time
+            if not death or died == RETRIES:
+                yield result
+    finally:
+        _cancel(list(running))
+
+
+def _run_here(trial: PlannedTrial, minutes_per_cell: float, mark: Mark) -> TrialResult:
+    """What a worker does; the check is for a machine that came to the cluster later."""
+    check_here(mark, [notebook.path for notebook in trial.notebooks])
+    return run_trial(trial, minutes_per_cell)
+
+
+def _outcome(ready: ObjectRef, trial: PlannedTrial) -> tuple[TrialResult, str | None]:
+    """A trial's result, and what it died of, where it did not end by its own doing."""
+    import ray
+
+    try:
+        result = ray.get(ready)
+        return result, result.error if any(notebook.died for notebook in result.ran) else None
+    except ray.exceptions.RayTaskError as error:  # raised by the task's own code
+        if isinstance(error.cause, GridError):  # of its machine: all other trials would meet it too
+            raise error.cause from None
+        said = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
+        return TrialResult(trial.name, trial.folder, (), said), None
+    except ray.exceptions.RayError as error:  # a worker, a machine or the network
+        died = f"its worker died: {_first_line(error)}"
+        return TrialResult(trial.name, trial.folder, (), died), died
+
+
+def _cancel(running: list[ObjectRef]) -> None:
+    """Interrupt what runs, so that each trial ends its kernel and says in its notebook that it was stopped."""
+    import ray
+
+    for ref in running:
+        ray.cancel(ref)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
+
+
+def _cause(error: Exception) -> BaseException:
+    """What a task raised, in place of Ray's account of it."""
+    return getattr(error, "cause", None) or error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no further text"]
+    return f"{lines[0]:.200}"
