@@ -68,7 +68,9 @@ class LoraSettings(Section):
     r: Count = Field(16, description="rank of the adapter")
     alpha: Count = Field(32, description="scale of the adapter; its weight is alpha / r")
     dropout: Number = Field(0.0, ge=0, lt=1)
-    target_modules: list[Name] | None = Field(None, description="layers that get an adapter; null is peft's choice")
+    target_modules: list[Name] | None = Field(
+        None, description="layers that get an adapter; null is all linear layers of the language model"
+    )
 
 
 class ModelSettings(Section):
@@ -84,6 +86,10 @@ class ModelSettings(Section):
     drop_t5: bool = Field(True, description="leave out SD3's third text encoder")
     system_prompt: str = ""
     instruction: str = Field("Improve: {prompt}", description="what the policy is asked; {prompt} is the user's prompt")
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
+        default_factory=lambda: {"enable_thinking": False}, description="variables for the policy's chat template"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for more time: layers are computed twice")
     use_image: bool = Field(False, description="the policy sees the picture that the user's own prompt gives")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
 

@@ -26,6 +26,7 @@ from grpo_kit.models import policy as policy_module
 from grpo_kit.models.decoding import choose_tokens, row_seeds, row_uniforms
 from grpo_kit.models.loading import ModelError, load_language_model
 from grpo_kit.models.policy import Completions, EnhancedPrompt, Policy, load_policy
+from grpo_kit.models.rows import evaluating
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import random_scenes
 
@@ -61,7 +62,7 @@ def _plain(policy: Policy, prompt: str, ids: torch.Tensor, image: Image.Image | 
     for name, added in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)), ("mm_token_type_ids", 0 * ids)):
         if name in inputs:
             inputs[name] = torch.cat([inputs[name], added[None]], dim=1)
-    with policy_module._evaluating(policy.model):
+    with evaluating(policy.model):
         logits = policy.model(**inputs, use_cache=False).logits[0, start - 1 : -1]
     return (logits / policy.temperature).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 

@@ -91,7 +91,7 @@ def _losing(loss: Callable[..., LossOutput]) -> Iterator[None]:
 def _dropout_left_on() -> Iterator[None]:
     """A policy that samples and scores in the mode that it finds its model in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "_evaluating", lambda model: nullcontext())
+        patch.setattr(policy_module, "evaluating", lambda model: nullcontext())
         yield
 
 

@@ -1,14 +1,18 @@
 """Loading models by folder or hub id, and saying in one line what to do where that fails."""
 
+import re
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from grpo_kit.config import KitError, LoraSettings
 from grpo_kit.hardware import derive_seed
+
+_LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's linear layers are called Conv1D
 
 
 class ModelError(KitError):
@@ -38,11 +42,27 @@ def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None, s
 
     if trained is not None:
         return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
-    targets = lora.target_modules or "all-linear"
+    targets = lora.target_modules or language_layers(model)
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     with torch.random.fork_rng(devices=[]):  # peft draws the adapter's start from the global stream
         torch.manual_seed(derive_seed(seed, "adapter"))
         return get_peft_model(model, config)
+
+
+def language_layers(model: torch.nn.Module) -> str:
+    """A regular expression of the names of the linear layers of the language model, for peft.
+
+    Neither the vision tower and what joins it to the text, which a policy that reads words alone would never train, nor
+    the head, which may share its weights with the embeddings.
+    """
+    decoder = model.get_decoder()
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
+    names = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, _LINEAR)}
+    if not names:
+        raise ModelError(
+            "model_settings.lora.target_modules: found null, but no linear layers in this model; name the layers"
+        )
+    return rf"{re.escape(prefix)}(.*\.)?({'|'.join(sorted(names))})"
 
 
 def load_failure(setting: str, name: str, error: Exception) -> str:

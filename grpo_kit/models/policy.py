@@ -5,21 +5,31 @@ completions are run on it: in sampling, and again, with gradients, in scoring.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from grpo_kit.config import Config
 from grpo_kit.grpo.finite import weight_trouble
 from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
 from grpo_kit.hardware import choose_device, choose_dtype
-from grpo_kit.models.decoding import decode, row_seeds, row_uniforms
+from grpo_kit.models.decoding import NextLogits, decode, row_seeds, row_uniforms
 from grpo_kit.models.loading import ModelError, add_lora, load_failure, load_language_model
-from grpo_kit.models.prefix import Packing, run_prompts
+from grpo_kit.models.prefix import Packing, Prefix, reason_not_to_share, run_prompts
+from grpo_kit.models.rows import continued_rows, evaluating, recomputable_layers, recomputing, row_logits
+
+logger = logging.getLogger(__name__)
+
+_TEMPLATE = "vlm_model: its chat template does not fit"
+_WITHOUT_SYSTEM = (
+    'set model_settings.system_prompt to "" and say it in model_settings.instruction, or set another template'
+)
 
 
 class EnhancedPrompt(str):
@@ -65,6 +75,10 @@ class Policy:
         temperature: for sampling and for scoring what was sampled.
         max_new_tokens: longest completion.
         reference: a frozen model to compare with; None where switching a LoRA adapter off gives it.
+        chat_template_kwargs: variables for the chat template, such as Qwen3's `enable_thinking`.
+        gradient_checkpointing: scoring with gradients computes layers again instead of keeping their activations.
+
+    `not_shared` says why completions do not share their prompt's cache; None where they do.
     """
 
     def __init__(
@@ -77,6 +91,8 @@ class Policy:
         temperature: float = 1.0,
         max_new_tokens: int = 64,
         reference: torch.nn.Module | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -87,6 +103,11 @@ class Policy:
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.reference = reference
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.gradient_checkpointing = gradient_checkpointing
+        self.not_shared = reason_not_to_share(model)
+        if gradient_checkpointing:
+            recomputable_layers(model)  # refuses a model that has none
         self.eos_token_ids = _end_tokens(model, self.tokenizer)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token_id = self.eos_token_ids[0]
@@ -95,29 +116,57 @@ class Policy:
 
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, torch.Tensor]:
         """The model's inputs for user prompts (and one picture each): ids and mask (P, length), left-padded."""
+        if images is not None and not self.sees:
+            raise ModelError(
+                "use_image: found true, but this policy is text-only; set model_settings.use_image to false"
+            )
         texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        options["add_special_tokens"] = not self.chats  # a chat template has written them already
+        options["add_special_tokens"] = not self._writes_start(texts[0])
         if self.sees:
-            pictures = list(images) if images is not None else None
+            pictures = None if images is None else [[image] for image in images]  # one list a prompt
             batch = self.processor(text=texts, images=pictures, **options)
         else:
-            if images is not None:
-                raise ModelError(
-                    "use_image: found true, but this policy is text-only; set model_settings.use_image to false"
-                )
             batch = self.tokenizer(texts, **options)
         return {name: value.to(self.device) for name, value in batch.items() if name != "token_type_ids"}
 
     def format_prompt(self, prompt: str, with_image: bool = False) -> str:
-        """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none."""
+        """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none.
+
+        Raises:
+            ModelError: the template refuses the turns, or leaves one of them out.
+        """
         text = self.instruction.replace("{prompt}", self._without_control(prompt))
         if not self.chats:
-            return "\n".join(part for part in (self.system_prompt, text) if part)
-        content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}] if self.sees else text
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        turns = [*system, {"role": "user", "content": content}]
-        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            picture = self.processor.image_token if with_image else ""
+            return "\n".join(part for part in (picture, self.system_prompt, text) if part)
+        turns = [{"role": "user", "content": self._content(text, with_image)}]
+        if self.system_prompt:
+            turns.insert(0, {"role": "system", "content": self._content(self.system_prompt)})
+        try:
+            read = self.processor.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
+            )
+        except TemplateError as error:
+            raise ModelError(f"{_TEMPLATE}: it refuses the turns ({error}); {_WITHOUT_SYSTEM}") from error
+        for part in (self.system_prompt, text):
+            if part.strip() not in read:
+                raise ModelError(f"{_TEMPLATE}: it leaves out {part.strip()[:60]!r}; {_WITHOUT_SYSTEM}")
+        return read
+
+    def _content(self, text: str, with_image: bool = False) -> str | list[dict[str, str]]:
+        """A turn's content: in parts for a model that sees, whose templates look for them; else the text."""
+        if not self.sees:
+            return text
+        return [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
+
+    def _writes_start(self, text: str) -> bool:
+        """Whether a formatted prompt has its special tokens already, as transformers decides it.
+
+        A tokenizer's template writes them all; a processor's may leave the first to the tokenizer (LLaVA 1.5).
+        """
+        start = self.tokenizer.bos_token
+        return self.chats and (not self.sees or (start is not None and text.startswith(start)))
 
     @property
     def chats(self) -> bool:
@@ -153,20 +202,11 @@ class Policy:
         P, G = len(prompts), num_generations
         seeds = row_seeds(seed, P, G, first_prompt)
         uniforms = None if greedy else row_uniforms(seeds, self.max_new_tokens).to(self.device)
-        with self._answering(reference) as model, _evaluating(model):
+        with self._answering(reference) as model, evaluating(model):
             prefix = run_prompts(model, self.encode(prompts, images))
-            cache = prefix.room_for(G * self.max_new_tokens)
-            itself = torch.eye(G, dtype=torch.bool, device=self.device)
-
-            def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
-                """One token of each completion: it sees what stands G, 2G, … places before it, and itself."""
-                sees = itself.repeat(1, step + 1).expand(P, -1, -1)
-                steps = torch.full((P, G), step, device=self.device)
-                return prefix.extend(model, ids.reshape(P, G), steps, sees, cache).flatten(0, 1)
-
             ids, logprobs = decode(
                 prefix.last_logits.repeat_interleave(G, dim=0),
-                next_logits,
+                self._continued(model, prefix, G),
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
                 max_new_tokens=self.max_new_tokens,
@@ -175,6 +215,21 @@ class Policy:
             )
         mask = completion_mask(ids, self.eos_token_ids)
         return Completions(ids, mask, torch.where(mask, logprobs, 0.0), self.decode(ids, mask))
+
+    def _continued(self, model: torch.nn.Module, prefix: Prefix, G: int) -> NextLogits:
+        """Logits of the completions' next tokens: behind their prompt, or in rows of their own."""
+        if self.not_shared:
+            return continued_rows(model, prefix, G)
+        P, cache = len(prefix.mask), prefix.room_for(G * self.max_new_tokens)
+        itself = torch.eye(G, dtype=torch.bool, device=self.device)
+
+        def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
+            """One token of each completion: it sees what stands G, 2G, … places before it, and itself."""
+            sees = itself.repeat(1, step + 1).expand(P, -1, -1)
+            steps = torch.full((P, G), step, device=self.device)
+            return prefix.extend(model, ids.reshape(P, G), steps, sees, cache).flatten(0, 1)
+
+        return next_logits
 
     def score(
         self,
@@ -197,16 +252,50 @@ class Policy:
             (N, T) each, 0 outside the mask; gradients flow where torch has them enabled. Dropout is off.
         """
         group_ids, completion_ids, mask = (tensor.to(self.device) for tensor in (group_ids, completion_ids, mask))
-        with self._answering(reference) as model, _evaluating(model):
-            prefix = run_prompts(model, self.encode(prompts, images))
-            lanes = _lanes(mask, len(prompts), prefix.mask.shape[1])
-            packing = Packing.of(mask, group_ids, len(prompts), lanes)
-            here, following = (completion_ids[packing.rows, packing.steps + ahead] for ahead in (0, 1))
-            steps, sees = packing.lay_out(packing.steps), packing.sees()
-            logits = prefix.in_lanes(lanes).extend(model, packing.lay_out(here), steps, sees)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        with self._answering(reference) as model, evaluating(model):
+            if self.not_shared or recompute:
+                with recomputing(model) if recompute else nullcontext():
+                    return self._scored_in_rows(model, prompts, group_ids, completion_ids, mask, images)
+            return self._scored_behind_prompts(model, prompts, group_ids, completion_ids, mask, images)
+
+    def _scored_behind_prompts(
+        self,
+        model: torch.nn.Module,
+        prompts: Sequence[str],
+        group_ids: torch.Tensor,
+        completion_ids: torch.Tensor,
+        mask: torch.Tensor,
+        images: Sequence[Image.Image] | None,
+    ) -> Scores:
+        """Scores with each prompt run once."""
+        prefix = run_prompts(model, self.encode(prompts, images))
+        lanes = _lanes(mask, len(prompts), prefix.mask.shape[1])
+        packing = Packing.of(mask, group_ids, len(prompts), lanes)
+        here, following = (completion_ids[packing.rows, packing.steps + ahead] for ahead in (0, 1))
+        steps, sees = packing.lay_out(packing.steps), packing.sees()
+        logits = prefix.in_lanes(lanes).extend(model, packing.lay_out(here), steps, sees)
         first = logprobs_and_entropy(prefix.last_logits[group_ids], completion_ids[:, 0], self.temperature)
         later = logprobs_and_entropy(logits, packing.lay_out(following), self.temperature)
         columns = [torch.cat([a[:, None], packing.take_out(b, mask)], dim=1) for a, b in zip(first, later, strict=True)]
+        return Scores(*(torch.where(mask, column, 0.0) for column in columns))
+
+    def _scored_in_rows(
+        self,
+        model: torch.nn.Module,
+        prompts: Sequence[str],
+        group_ids: torch.Tensor,
+        completion_ids: torch.Tensor,
+        mask: torch.Tensor,
+        images: Sequence[Image.Image] | None,
+    ) -> Scores:
+        """Scores with each completion behind its own copy of the prompt."""
+        groups = group_ids.tolist()
+        inputs = self.encode(
+            [prompts[group] for group in groups], None if images is None else [images[group] for group in groups]
+        )
+        logits = row_logits(model, inputs, completion_ids, mask)
+        columns = logprobs_and_entropy(logits, completion_ids, self.temperature)
         return Scores(*(torch.where(mask, column, 0.0) for column in columns))
 
     def decode(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
@@ -336,7 +425,7 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
             model, _ = load_language_model(str(trained), dtype)
     else:
         reference, model = None, add_lora(model, settings.lora, trained, config.training_settings.seed)
-    return Policy(
+    policy = Policy(
         model.to(device),
         processor,
         instruction=settings.instruction,
@@ -344,18 +433,12 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
         temperature=generation.temperature,
         max_new_tokens=generation.max_new_tokens,
         reference=None if reference is None else reference.to(device).eval(),
+        chat_template_kwargs=settings.chat_template_kwargs,
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, so that two scorings of the same ids agree; afterwards the mode is as it was."""
-    was_training = model.training
-    try:
-        model.eval()
-        yield
-    finally:
-        model.train(was_training)
+    if policy.not_shared:
+        logger.warning("policy: prompts are run once for each completion, not once for a group: %s", policy.not_shared)
+    return policy
 
 
 def _lanes(mask: torch.Tensor, num_prompts: int, prompt_length: int) -> int:

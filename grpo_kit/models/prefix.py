@@ -7,16 +7,17 @@ sees the prompt and its own completion.
     prompt          | completion 0 | completion 1 | …       in scoring: all tokens at once
 
 In scoring attention pays for all pairs of tokens in a row, so the completions may share several rows, *lanes*, each
-behind the prompt.
+behind the prompt. Models that cannot be continued like this say why (`reason_not_to_share`) and take `models.rows`.
 """
 
 import copy
+import inspect
 from dataclasses import dataclass, replace
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from grpo_kit.models.loading import ModelError
+_TAKE_MASKS_OF_PAIRS = ("sdpa", "eager")  # attention that takes any (query, key) mask; flash attention takes none
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,19 @@ class Prefix:
         """
         prompt = self.mask[:, None].expand(-1, ids.shape[1], -1)
         hidden = ~torch.cat([prompt, sees], dim=2).unsqueeze(1)  # (P, 1, S, L + own)
-        dtype = self.last_logits.dtype
+        dtype = self.cache.layers[0].keys.dtype  # attention's own: some models give logits in float32 whatever they are
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
         positions = self.next_position[:, None] + steps
         return model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=positions.expand(3, *positions.shape) if self.three_axes else positions,
+            position_ids=self.on_axes(positions),
             past_key_values=self._with_layers(map(copy.copy, self.cache.layers)) if cache is None else cache,
         ).logits
+
+    def on_axes(self, positions: torch.Tensor) -> torch.Tensor:
+        """(P, S) positions of text as the model takes them: (3, P, S) where pictures have time, height and width."""
+        return positions.expand(3, *positions.shape) if self.three_axes else positions
 
     def _with_layers(self, layers: object) -> object:
         cache = copy.copy(self.cache)
@@ -75,21 +80,41 @@ class Prefix:
 def run_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Prefix:
     """Run left-padded prompts once and keep their cache (with its gradients, where enabled)."""
     mask = inputs["attention_mask"]
-    length = mask.sum(dim=1)
+    output = model(**placed(model, inputs), use_cache=True, **last_logits_only(model, 1))
+    deltas = _rope_deltas(model) if "pixel_values" in inputs else None
+    shift = 0 if deltas is None else deltas.reshape(-1).to(mask.device)
+    position = mask.sum(dim=1) + shift
+    return Prefix(output.past_key_values, output.logits[:, -1], mask.bool(), position, deltas is not None)
+
+
+def placed(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's inputs with each token's position counted from its row's first token, wherever the padding stands.
+
+    Where pictures have positions of their own (Qwen-VL's multimodal rotary ones), the model counts by itself.
+    """
     with_picture = "pixel_values" in inputs
-    if not with_picture:
-        inputs = {"input_ids": inputs["input_ids"], "attention_mask": mask}
-        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
-    kinds = {type(layer) for layer in output.past_key_values.layers} - {DynamicLayer}
+    if with_picture and any(hasattr(module, "get_rope_index") for module in model.modules()):
+        return inputs
+    named = inputs if with_picture else {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return {**named, "position_ids": (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
+
+
+def last_logits_only(model: torch.nn.Module, tokens: int) -> dict[str, int]:
+    """The option that keeps a model from computing logits of more than the last tokens, where it has one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = "logits_to_keep" in inspect.signature(base.forward).parameters
+    return {"logits_to_keep": tokens} if takes else {}
+
+
+def reason_not_to_share(model: torch.nn.Module) -> str | None:
+    """Why completions cannot stand behind one prompt in a model's cache; None where they can."""
+    attention = model.config.get_text_config()._attn_implementation
+    if attention not in _TAKE_MASKS_OF_PAIRS:
+        return f"its attention ({attention}) takes no mask of pairs; sdpa and eager do"
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {DynamicLayer.__name__}
     if kinds:
-        raise ModelError(
-            f"vlm_model: found a cache of {min(kind.__name__ for kind in kinds)}, allowed: full attention in every "
-            "layer, since completions share their prompt's cache; take another model"
-        )
-    deltas = _rope_deltas(model) if with_picture else None
-    shift = 0 if deltas is None else deltas.reshape(-1).to(length.device)
-    return Prefix(output.past_key_values, output.logits[:, -1], mask.bool(), length + shift, deltas is not None)
+        return f"some of its layers keep less than the whole past ({', '.join(sorted(kinds))})"
+    return None
 
 
 def _rope_deltas(model: torch.nn.Module) -> torch.Tensor | None:

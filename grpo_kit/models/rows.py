@@ -1,0 +1,111 @@
+"""Every completion in a row of its own, behind its own copy of the prompt: the plain way that any causal model takes.
+
+It is the way of models that cannot share a prompt (`prefix.reason_not_to_share`), and of scoring with gradient
+checkpointing: recomputing a layer needs its whole input, and a cache would be filled a second time.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from grpo_kit.models.decoding import NextLogits
+from grpo_kit.models.loading import ModelError
+from grpo_kit.models.prefix import Prefix, last_logits_only, placed
+
+
+def continued_rows(model: torch.nn.Module, prefix: Prefix, num_generations: int) -> NextLogits:
+    """Logits of each row's next token, from a cache of its own and the model's own masks.
+
+    Args:
+        prefix: P prompts that were run; its cache is left as it is.
+        num_generations: G rows for each of them.
+    """
+    rows = prefix.in_lanes(num_generations)
+    mask = rows.mask.long()
+
+    def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
+        seen = torch.cat([mask, mask.new_ones(len(mask), step + 1)], dim=1)
+        positions = rows.on_axes((rows.next_position + step)[:, None])
+        return model(
+            input_ids=ids[:, None], attention_mask=seen, position_ids=positions, past_key_values=rows.cache
+        ).logits[:, -1]
+
+    return next_logits
+
+
+def row_logits(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], completion_ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Logits (N, T, V) that each token of the completions was drawn from, in one forward pass without a cache.
+
+    Args:
+        inputs: N left-padded prompts, one for each completion.
+        completion_ids, mask: (N, T).
+    """
+    prompt_shape, behind = inputs["input_ids"].shape, {"input_ids": completion_ids, "attention_mask": mask.long()}
+    whole = {
+        name: torch.cat([value, behind.get(name, torch.zeros_like(completion_ids)).to(value)], dim=1)
+        if value.shape == prompt_shape  # one value a token; what else there is belongs to pictures
+        else value
+        for name, value in inputs.items()
+    }
+    length = completion_ids.shape[1]
+    logits = model(**placed(model, whole), use_cache=False, **last_logits_only(model, length + 1)).logits
+    return logits[:, -length - 1 : -1]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, so that two scorings of the same ids agree; afterwards the mode is as it was."""
+    was_training = model.training
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(was_training)
+
+
+def recomputable_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers, of text and of pictures, whose activations may be computed again instead of kept.
+
+    Raises:
+        ModelError: there are none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            "model_settings.gradient_checkpointing: found true, but this model has no layers that transformers "
+            "recomputes; set false"
+        )
+    return layers
+
+
+@contextmanager
+def recomputing(model: torch.nn.Module) -> Iterator[None]:
+    """Layers keep only their input and compute the rest again in the backward pass (arXiv 1604.06174).
+
+    The backward pass comes when the model may be in training mode again. A layer is therefore put into evaluation mode
+    each time it runs: else dropout would be off in the forward pass and on in its repetition, and the gradient wrong.
+    """
+    layers = recomputable_layers(model)
+    for layer in layers:
+        layer.forward = partial(checkpoint, _in_evaluation(layer), use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # what the class says stands again
+
+
+def _in_evaluation(layer: torch.nn.Module) -> Callable:
+    forward = layer.forward
+
+    def run(*args: object, **options: object) -> object:
+        with evaluating(layer):
+            return forward(*args, **options)
+
+    return run
