@@ -43,7 +43,13 @@ def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None, s
     if trained is not None:
         return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
     targets = lora.target_modules or language_layers(model)
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
     with torch.random.fork_rng(devices=[]):  # peft draws the adapter's start from the global stream
         torch.manual_seed(derive_seed(seed, "adapter"))
         return get_peft_model(model, config)

@@ -143,10 +143,9 @@ class Policy:
         turns = [{"role": "user", "content": self._content(text, with_image)}]
         if self.system_prompt:
             turns.insert(0, {"role": "system", "content": self._content(self.system_prompt)})
+        variables = {name: value for name, value in self.chat_template_kwargs.items() if name in self._template}
         try:
-            read = self.processor.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
-            )
+            read = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **variables)
         except TemplateError as error:
             raise ModelError(f"{_TEMPLATE}: it refuses the turns ({error}); {_WITHOUT_SYSTEM}") from error
         for part in (self.system_prompt, text):
@@ -169,9 +168,15 @@ class Policy:
         return self.chats and (not self.sees or (start is not None and text.startswith(start)))
 
     @property
+    def _template(self) -> str:
+        """The chat template, "" where there is none."""
+        template = getattr(self.processor, "chat_template", None) or ""
+        return template if isinstance(template, str) else "\n".join(template.values())  # several, by name
+
+    @property
     def chats(self) -> bool:
         """Whether prompts are put into a chat template."""
-        return getattr(self.processor, "chat_template", None) is not None
+        return bool(self._template)
 
     def _without_control(self, prompt: str) -> str:
         """The prompt with every added token's text broken by a space, so that it is read as ordinary text."""

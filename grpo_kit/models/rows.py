@@ -46,16 +46,34 @@ def row_logits(
         inputs: N left-padded prompts, one for each completion.
         completion_ids, mask: (N, T).
     """
-    prompt_shape, behind = inputs["input_ids"].shape, {"input_ids": completion_ids, "attention_mask": mask.long()}
+    prompt, length = inputs["input_ids"], completion_ids.shape[1]
+    # what a policy writes is text, should it write the very token that pictures stand for: the model may not look for
+    # one there. It is shown the prompt's last token instead, and embeds what was written
+    shown = prompt[:, -1:].expand_as(completion_ids) if "pixel_values" in inputs else completion_ids
+    behind = {"input_ids": shown, "attention_mask": mask}
     whole = {
-        name: torch.cat([value, behind.get(name, torch.zeros_like(completion_ids)).to(value)], dim=1)
-        if value.shape == prompt_shape  # one value a token; what else there is belongs to pictures
+        name: torch.cat([value, behind.get(name, torch.zeros_like(shown)).to(value)], dim=1)
+        if value.shape == prompt.shape  # one value a token; what else there is belongs to pictures
         else value
         for name, value in inputs.items()
     }
-    length = completion_ids.shape[1]
-    logits = model(**placed(model, whole), use_cache=False, **last_logits_only(model, length + 1)).logits
+    with _embedding(model, torch.cat([prompt, completion_ids], dim=1)):
+        logits = model(**placed(model, whole), use_cache=False, **last_logits_only(model, length + 1)).logits
     return logits[:, -length - 1 : -1]
+
+
+@contextmanager
+def _embedding(model: torch.nn.Module, ids: torch.Tensor) -> Iterator[None]:
+    """The model embeds these ids (N, L), whichever so many it is given."""
+
+    def as_written(module: torch.nn.Module, given: tuple[torch.Tensor, ...], found: torch.Tensor) -> torch.Tensor:
+        return module.forward(ids) if given[0].shape == ids.shape else found
+
+    hook = model.get_input_embeddings().register_forward_hook(as_written)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
