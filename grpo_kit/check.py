@@ -97,7 +97,7 @@ def weights_text(where: str) -> str:
 
 
 def _reward_model(where: str) -> str:
-    if Path(where).is_absolute():
+    if Path(where).is_absolute() or (where.count("/") == 1 and not where.startswith("hf-hub:")):
         return weights_text(where)
     return f"{where}: open_clip keeps its weights in its own cache, and fetches them at first use"
 

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from grpo_kit.config import KitError, LoraSettings
 from grpo_kit.hardware import derive_seed
 
+_MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 _LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's linear layers are called Conv1D
 
 
@@ -76,8 +77,16 @@ def load_failure(setting: str, name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     if Path(name).is_dir():
         advice = "a file there is missing or damaged: restore it (git checkout), or train it again (make models)"
+    elif name in _MIRRORS:
+        advice = (
+            f"its owner took it off the hub, where the same weights are {(mirror := _MIRRORS[name])!r}: set that, and "
+            f"fetch it once where there is network (`hf download {mirror}`)"
+        )
     elif any(sign in reason.lower() for sign in ("gated", "401 client", "403 client")):
         advice = f"accept the licence on the model's page ({name}) and log in with `hf auth login`"
     else:
-        advice = "check the name, or the folder; without network use profile tiny"
+        advice = (
+            f"check the name, or the folder; fetch a model once where there is network (`hf download {name}`), or take "
+            "HF_HOME along from there; without network use profile tiny"
+        )
     return f"model_settings.{setting}: could not load {name!r} ({type(error).__name__}: {reason}); {advice}"

@@ -17,21 +17,15 @@ logger = logging.getLogger(__name__)
 TOKENIZING = threading.Lock()  # a tokenizer of the hub keeps a call's length in itself: one thread at a time
 _KEPT_TEXTS = 4096
 _KEPT_BATCHES = 2  # of images: what one reward encoded, the next one asks for
-_OPENAI = {  # transformers' names of OpenAI's models → open_clip's
-    "openai/clip-vit-base-patch32": "ViT-B-32-quickgelu",
-    "openai/clip-vit-base-patch16": "ViT-B-16-quickgelu",
-    "openai/clip-vit-large-patch14": "ViT-L-14-quickgelu",
-    "openai/clip-vit-large-patch14-336": "ViT-L-14-336-quickgelu",
-}
 
 
 class ClipEncoder:
-    """Image and text embeddings of an open_clip model, frozen.
+    """Image and text embeddings of a CLIP in open_clip's form, frozen.
 
     `truncated` counts the texts that were longer than the model's context and were cut.
     """
 
-    def __init__(self, model: open_clip.CLIP, preprocess: object, tokenizer: object, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module, preprocess: object, tokenizer: object, device: torch.device) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.preprocess = preprocess
         self.tokenizer = tokenizer
@@ -87,15 +81,13 @@ class ClipEncoder:
 def open_clip_model(
     name: str, pretrained: str | None, setting: str = "model_settings.clip_model", **options: object
 ) -> tuple[open_clip.CLIP, object, object]:
-    """Model, preprocessing and tokenizer of an open_clip folder, name and weights, hub id ("hf-hub:…"), or OpenAI id.
+    """Model, preprocessing and tokenizer of an open_clip folder, name and weights, or hub id ("hf-hub:…").
 
     Raises:
         ModelError: it cannot be loaded; the line names the `setting`.
     """
     if Path(name).is_dir():
         name, pretrained = f"local-dir:{name}", None
-    elif name in _OPENAI:
-        name, pretrained = _OPENAI[name], "openai"
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, **options)
         return model, preprocess, open_clip.get_tokenizer(name)

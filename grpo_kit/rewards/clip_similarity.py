@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from grpo_kit.rewards.clip_encoder import ClipEncoder, open_clip_model
+from grpo_kit.rewards.transformers_clip import is_transformers_clip, transformers_clip
 
 
 class ClipSimilarity(ClipEncoder):
@@ -24,5 +25,10 @@ class ClipSimilarity(ClipEncoder):
 
 
 def load_clip_similarity(name: str, pretrained: str | None, device: torch.device) -> ClipSimilarity:
-    """An open_clip model from a folder, by its name and weights, from the hub ("hf-hub:…"), or OpenAI's by hub id."""
+    """A CLIP by folder or hub id, or by open_clip's name and weights.
+
+    A folder is in open_clip's form or in transformers'; a hub id is in open_clip's form where it begins with "hf-hub:".
+    """
+    if is_transformers_clip(name):
+        return ClipSimilarity(*transformers_clip(name), device)
     return ClipSimilarity(*open_clip_model(name, pretrained), device)
