@@ -414,7 +414,7 @@ def test_pictures_stay_with_their_rows_when_prompts_are_shuffled(name: str, make
 @of_each_family
 def test_prompts_are_read_as_the_processors_own_template_reads_them(family: Family, make_case: Callable):
     policy = make_case(family.name, family.sees, True).policy
-    if not policy._chats:
+    if not policy.chats:
         assert policy.format_prompt("a cat") == f"{SYSTEM}\nRewrite this request: a cat"
         return
     turns = [("system", SYSTEM, None)] if family.system else []
