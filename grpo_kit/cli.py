@@ -614,41 +614,47 @@ def _goes_on(again: Callable[[], Sequence[str]], how: str = "it goes on where it
     """Let a signal that ends this process unwind what it does; then say in one line how it goes on, and exit.
 
     Unwinding closes what mirrors a run, frees its folder and ends a notebook's kernel. Where it does not come to an end
-    (a server that does not answer), the process ends all the same after `_UNWINDING` seconds: commits are whole or not
-    there at any moment.
+    (a server that does not answer; Python loses an exception that comes while an object is taken down), the process
+    ends all the same after `_UNWINDING` seconds: commits are whole or not there at any moment.
 
     Args:
         again: the command that goes on, asked when it is needed.
     """
     numbers = [number for name in _SIGNALS if (number := getattr(signal, name, None))]  # Windows has no SIGHUP
     before = {number: signal.getsignal(number) for number in numbers}
+    last: list[threading.Timer] = []
+
+    def tell() -> None:
+        with contextlib.suppress(OSError):  # whoever hung up reads nothing
+            if _speaks():
+                print(f"\ninterrupted; {how} with: {_again_text(again())}", file=sys.stderr, flush=True)
+
+    def unwind(number: int, _: object) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        last.append(threading.Timer(_UNWINDING, lambda: (tell(), os._exit(128 + number))))
+        last[0].daemon = True
+        last[0].start()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
     for number in numbers:
         if before[number] != signal.SIG_IGN:  # nohup ignores it: so does its child
-            signal.signal(number, _unwind)
+            signal.signal(number, unwind)
     try:
         yield
+        for timer in last:  # it came to its end before the interrupt was missed
+            timer.cancel()
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
         if code not in [128 + number for number in numbers]:
             raise
-        if _speaks():
-            with contextlib.suppress(OSError):  # whoever hung up reads nothing
-                print(f"\ninterrupted; {how} with: {_again_text(again())}", file=sys.stderr, flush=True)
+        for timer in last:
+            timer.cancel()
+        tell()
         raise typer.Exit(code) from None
     finally:
         for number in numbers:
             signal.signal(number, before[number] or signal.SIG_DFL)
-
-
-def _unwind(number: int, _: object) -> None:
-    """What a signal does: unwinding, once, and the end of the process where that takes too long."""
-    for name in _SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    last = threading.Timer(_UNWINDING, os._exit, [128 + number])
-    last.daemon = True
-    last.start()
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _speaks() -> bool:

@@ -276,7 +276,7 @@ def not_finite_files(folder: Path) -> list[str]:
     ] or ([] if files else ["nothing was saved"])
 
 
-SHORT = ("sampling-nan-flat", "scoring-impossible", "gradient-nan", "latents-nan", "optimizer-momentum")
+SHORT = ("sampling-nan-flat", "gradient-nan", "latents-nan")
 
 
 @fault("R14", "NaN and infinity in sampling, pictures, rewards, scoring, loss, gradient, optimizer")
