@@ -60,12 +60,21 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     processes = Launched(accelerator)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the launcher ends what is left so
     if not processes.is_main:
-        logging.getLogger("grpo_kit").addHandler(logging.NullHandler())  # the main process logs
-        logging.getLogger("grpo_kit").propagate = False
+        _warn_only(processes.rank)
     with _Peers(processes, run_dir).watched():
         yield processes
         accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def _warn_only(rank: int) -> None:
+    """The main process logs; of the others only warnings are shown, such as that of a reward which failed there."""
+    screen = logging.StreamHandler()
+    screen.setFormatter(logging.Formatter(f"process {rank}: %(message)s"))
+    screen.setLevel(logging.WARNING)
+    logger = logging.getLogger("grpo_kit")
+    logger.addHandler(screen)
+    logger.propagate = False
 
 
 class _Peers:

@@ -156,6 +156,7 @@ class Launched(Processes):
     # --- knowing the same ---------------------------------------------------------------------------------------------
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
+        """As `Processes.gather`; results travel pickled, an error as its text."""
         result, error = _attempt(work)
         outcomes: list = [None] * self.count
         torch.distributed.all_gather_object(outcomes, (result, _told(error)))
@@ -163,12 +164,14 @@ class Launched(Processes):
         return [result for result, _ in outcomes]
 
     def gather_on_main(self, item: Result) -> list[Result | None]:
+        """As `Processes.gather_on_main`."""
         items: list = [None] * self.count
         torch.distributed.gather_object(item, items if self.is_main else None)
         items[self.rank] = item
         return items
 
     def on_main(self, work: Callable[[], Result]) -> Result:
+        """As `Processes.on_main`; the result travels pickled."""
         result, error = _attempt(work) if self.is_main else (None, None)
         outcome = [(result, _told(error))]
         torch.distributed.broadcast_object_list(outcome)
@@ -176,6 +179,7 @@ class Launched(Processes):
         return outcome[0][0]
 
     def only_main(self, work: Callable[[], Result]) -> Result | None:
+        """As `Processes.only_main`; nothing travels but an error."""
         kept: list[Result] = []
         self.on_main(lambda: kept.append(work()))
         return kept[0] if kept else None
@@ -191,6 +195,7 @@ class Launched(Processes):
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def prepare(self, policy: "Policy", optimizer: torch.optim.Optimizer) -> None:
+        """Wrap the policy's scoring for DDP, or spread its weights and the optimizer's state (FSDP)."""
         module = _Scoring(policy)
         if self.sharded:
             self._shards = _shard(module, policy, optimizer, self.count)
@@ -199,16 +204,20 @@ class Launched(Processes):
         self._module = module
 
     def scorer(self, policy: "Policy") -> "Policy":
+        """The prepared scoring."""
         return _Scorer(self._module)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
+        """DDP waits for the last micro-batch; FSDP adds up after each, which needs less memory."""
         return nullcontext() if last or self.sharded else self._module.no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
-        (loss * self.count).backward()  # DDP and FSDP take the mean over processes, the batch's gradient is the sum
+        """DDP and FSDP take the mean over processes, the batch's gradient is the sum."""
+        (loss * self.count).backward()
 
     @contextmanager
     def whole_policy(self) -> Iterator[None]:
+        """Gather the spread weights, and spread them again."""
         for module in self._shards:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -220,6 +229,7 @@ class Launched(Processes):
                 module.set_reshard_after_forward(True, recurse=False)
 
     def full(self, state: dict) -> dict:
+        """As `Processes.full`, on the CPU where weights are spread."""
         return _mapped(state, lambda tensor: full_tensor(tensor).cpu()) if self.sharded else state
 
 

@@ -21,7 +21,7 @@ from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.grpo.step import StepStats, grpo_step
 from grpo_kit.guard import guard
 from grpo_kit.hardware import derive_seed, library_versions
-from grpo_kit.parallel import ALONE, Processes
+from grpo_kit.parallel import ALONE, ProcessError, Processes
 from grpo_kit.prompts import balanced_batch
 from grpo_kit.rollout import Rollout, collect_rollout
 from grpo_kit.runs.card import save_with_card
@@ -85,33 +85,31 @@ def train(
             _validate(kit, folder, tracker, 0, processes)
             commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
         stopped = processes.on_main(lambda: _look(kit, folder, announce=False))
-        bar = tqdm(
-            () if stopped else range(start + 1, settings.num_iterations + 1),
-            initial=start,
-            total=settings.num_iterations,
-            desc="GRPO",
-            unit="it",
-            disable=not (progress and processes.is_main),
-            mininterval=1.0,
-        )
+        last = start if stopped else settings.num_iterations
+        bar = _bar(start, last, shown=progress and processes.is_main)
         for iteration in bar:
             metrics, trouble = _iterate(kit, optimizer, folder, iteration, processes)
             processes.only_main(lambda metrics=metrics: _log(folder, tracker, metrics))
             if trouble is not None:
                 processes.on_main(partial(guard, folder, iteration, trouble, settings.updates_per_rollout))
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
-            last = iteration == settings.num_iterations
-            if last or iteration % settings.validate_every == 0:
+            if iteration == last or iteration % settings.validate_every == 0:
                 _validate(kit, folder, tracker, iteration, processes)
                 stopped = processes.on_main(lambda: _look(kit, folder))
-            if last or stopped or iteration % settings.save_every == 0:
+            if iteration == last or stopped or iteration % settings.save_every == 0:
                 commit(kit, optimizer, folder, iteration, processes)
-            if on_iteration is not None and processes.is_main:
-                on_iteration(metrics)
+            if on_iteration is not None:
+                processes.only_main(partial(on_iteration, metrics))
             if stopped:
                 break
     logged = folder.metrics()
     return TrainResult(folder.path, iteration, start, logged[-1] if logged else {}, stopped)
+
+
+def _bar(start: int, last: int, *, shown: bool) -> tqdm:
+    """The iterations after `start`, with their progress."""
+    numbers = range(start + 1, last + 1)
+    return tqdm(numbers, initial=start, total=last, desc="GRPO", unit="it", disable=not shown, mininterval=1.0)
 
 
 def _open(folder: RunFolder, config: Config, stack: ExitStack) -> Tracker:
@@ -138,6 +136,11 @@ def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder,
     if checkpoint is None:
         require_no_branch(folder.path)
     iteration = 0 if checkpoint is None else checkpoint.iteration
+    if len(seen := set(processes.gather(lambda: iteration))) > 1:
+        raise ProcessError(
+            f"run folder {folder.path}: its newest checkpoint is iteration {min(seen)} for one process and {max(seen)} "
+            "for another. Give a folder that all of them see"
+        )
     processes.on_main(lambda: _tidy(kit, folder, iteration))
     restore(kit, optimizer, checkpoint)
     if checkpoint is not None:
