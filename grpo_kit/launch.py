@@ -58,7 +58,8 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     handlers = [InitProcessGroupKwargs(timeout=_PATIENCE), unused]
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
     processes = Launched(accelerator)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the launcher ends what is left so
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # by which the launcher ends what is left
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if not processes.is_main:
         _warn_only(processes.rank)
     with _Peers(processes, run_dir).watched():
@@ -133,6 +134,8 @@ class _Peers:
         lost = [rank for rank in gone if self._note(rank) is None]
         if lost or (gone and not asked_to):
             self._tell((lost or gone)[0], gone, error)
+        if asked_to and (self.rank or os.environ.get(_TOLD_BY_LAUNCHER)):
+            raise SystemExit(1) from error  # all were asked, and one of them says so
 
     def _also_main_says(self, text: str) -> bool:
         """Whether the main process ends with the same words, which need not be said twice."""
