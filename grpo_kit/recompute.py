@@ -130,6 +130,20 @@ def restore_newest(
 # --- its rollout ------------------------------------------------------------------------------------------------------
 
 
+def read_rollout(place: Path) -> pd.DataFrame:
+    """The table of a kept rollout.
+
+    Raises:
+        ReplayError: the file is damaged.
+    """
+    try:
+        table = pd.read_parquet(place)
+        table.to_dict("list")  # decodes every text, which pandas puts off
+        return table
+    except Exception as error:  # flipped bits were seen to raise a dozen kinds, from KeyError to ArrowException
+        raise ReplayError(f"not a rollout's table ({type(error).__name__}: {error})") from error
+
+
 def recorded_rollout(kit: Experiment, table: pd.DataFrame, iteration: int) -> Rollout:
     """A rollout as its step needs it, from the table that `RunFolder.save_rollout` wrote: all but the pictures.
 

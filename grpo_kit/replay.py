@@ -23,6 +23,7 @@ from grpo_kit.recompute import (
     ReplayError,
     State,
     own_experiment,
+    read_rollout,
     recorded_rollout,
     require_iteration,
     restore_newest,
@@ -31,6 +32,7 @@ from grpo_kit.rollout import Rollout
 from grpo_kit.runs.checkpoint import CheckpointError, load_checkpoint
 from grpo_kit.runs.difference import (
     Comparison,
+    Digits,
     compare_files,
     compare_metrics,
     compare_settings,
@@ -197,7 +199,7 @@ def _compare_line(part: str, line: bytes, metrics: dict[str, float]) -> list[Com
     """
     place = f"metrics.jsonl line {metrics['iteration']}"
     try:
-        recorded = dict(json.loads(line))
+        recorded = dict(json.loads(line, parse_float=Digits))
     except (ValueError, TypeError) as error:
         return [unreadable(part, place, error)]
     if "kl" not in metrics:
@@ -214,8 +216,8 @@ def _step_alone(
     """The step on the recorded rollout: what it took from the record and what it computed, and the comparisons."""
     place = rollout_file(recorded.run.path, recorded.iteration)
     try:
-        rollout = recorded_rollout(kit, pd.read_parquet(place), recorded.iteration)
-    except (OSError, ValueError, TypeError) as error:
+        rollout = recorded_rollout(kit, read_rollout(place), recorded.iteration)
+    except (ReplayError, ValueError, TypeError) as error:
         return "nothing, since the rollout cannot be read", [unreadable(STEP, f"rollouts/{place.name}", error)]
     stats = grpo_step(kit.policy, optimizer, rollout, kit.config)
     drawn = "; what the policy looked at was drawn again" if rollout.prompt_images else ""
@@ -255,8 +257,8 @@ class _Recorded:
         place, again = (rollout_file(folder, self.iteration) for folder in (self.run.path, scratch))
         name = f"rollouts/{place.name}"
         try:
-            tables = [pd.read_parquet(file) for file in (place, again)]
-        except (OSError, ValueError) as error:
+            tables = [read_rollout(file) for file in (place, again)]
+        except ReplayError as error:
             return [unreadable(part, name, error)]
         if part == STEP:
             return compare_tables(part, name, *(table.filter(COMPUTED_BY_THE_STEP) for table in tables))

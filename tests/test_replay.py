@@ -22,7 +22,7 @@ from grpo_kit.hardware import library_versions
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import load_policy
 from grpo_kit.recompute import State, recorded_rollout, restore_newest
-from grpo_kit.replay import COMPUTED_BY_THE_STEP, STEP, WHOLE, Replay, _Recorded, replay
+from grpo_kit.replay import COMPUTED_BY_THE_STEP, STEP, WHOLE, Replay, _compare_line, _Recorded, replay
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.runs.difference import compare_metrics, compare_tables, compare_tensors
@@ -258,6 +258,17 @@ def test_notebook_shows_the_table_with_its_texts_escaped(runs: dict[str, Path], 
 def test_numbers_that_only_look_alike_differ(recorded: dict, replayed: dict):
     assert not compare_metrics("p", "line", recorded, replayed)[0].equal
     assert all(one.equal for one in compare_metrics("p", "line", replayed, replayed))
+
+
+def test_flipped_bit_of_a_line_is_found_wherever_no_seconds_stand():
+    line = b'{"iteration": 4, "loss": -0.029126213863492012, "kl": 1e-05, "clip_ratio/low_mean": null}'
+    metrics = {"iteration": 4, "loss": -0.029126213863492012, "kl": 1e-05, "clip_ratio/low_mean": float("nan")}
+    assert all(one.equal for one in _compare_line(WHOLE, line, metrics))
+    for place in range(len(line)):
+        for bit in range(8):
+            damaged = bytearray(line)
+            damaged[place] ^= 1 << bit
+            assert not all(one.equal for one in _compare_line(WHOLE, bytes(damaged), metrics)), bytes(damaged)
 
 
 def test_nan_is_what_metrics_has_null_for_and_seconds_are_left_out():

@@ -47,6 +47,12 @@ def together(comparisons: Sequence[Comparison], what: str) -> Comparison:
 # --- a line of metrics.jsonl ------------------------------------------------------------------------------------------
 
 
+class Digits(str):
+    """A number as its file has it: `json.loads(line, parse_float=Digits)` rounds nothing."""
+
+    __repr__ = str.__str__
+
+
 def is_seconds(name: str) -> bool:
     """Whether a metric is a time, which no two runs have in common."""
     return name == "step_time" or name.startswith("time/")
