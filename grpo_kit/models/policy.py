@@ -122,7 +122,7 @@ class Policy:
             )
         texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        options["add_special_tokens"] = not self._writes_start(texts[0])
+        options["add_special_tokens"] = not self.writes_start(texts[0])
         if self.sees:
             pictures = None if images is None else [[image] for image in images]  # one list a prompt
             batch = self.processor(text=texts, images=pictures, **options)
@@ -159,7 +159,7 @@ class Policy:
             return text
         return [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
 
-    def _writes_start(self, text: str) -> bool:
+    def writes_start(self, text: str) -> bool:
         """Whether a formatted prompt has its special tokens already, as transformers decides it.
 
         A tokenizer's template writes them all; a processor's may leave the first to the tokenizer (LLaVA 1.5).

@@ -16,6 +16,7 @@ CARD = "README.md"
 _ADAPTER = "adapter_config.json"
 _SIGNIFICANT = ("learning_rate", "num_iterations", "prompts_per_iteration", "group_size", "loss_type", "beta", "seed")
 _NAMES = {"raw": "the user's own prompt", "initial": "before training", "trained": "this policy", "oracle": "oracle"}
+_USED, _TRAINED = "## Results", "## Training"
 _SNIPPET = """{imports}
 
 folder = "."  # where this card lies, or this repository's name
@@ -23,8 +24,8 @@ model = {model}.from_pretrained({weights}, dtype="auto"){adapter}
 processor = {processor}.from_pretrained(folder)
 
 prompt = "a crimson ball, at night"
-text = {instruction!r}.replace("{{prompt}}", prompt)
-{ask}
+text = {text!r}.replace("{{prompt}}", prompt)  # as it was trained
+inputs = processor(text=[text], add_special_tokens={special}, return_tensors="pt")
 ids = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
 print(processor.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip())"""
 
@@ -41,8 +42,7 @@ def save_with_card(
     """
     policy.save_pretrained(folder, state)
     _name_base_model(folder, _base_model(config))
-    card = model_card(config, iteration=iteration, sees=policy.sees, chats=policy.chats)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(model_card(policy, config, iteration), encoding="utf-8")
 
 
 def add_results(run: Path, config: Config, results: Mapping) -> None:
@@ -50,39 +50,36 @@ def add_results(run: Path, config: Config, results: Mapping) -> None:
     place = run / "best" / CARD
     if not place.is_file() or "trained" not in results["variants"]:
         return
-    told = ModelCard.load(place).data
-    form = {"sees": told.pipeline_tag == "image-text-to-text", "chats": (run / "best/chat_template.jinja").is_file()}
-    replace_file(place, model_card(config, iteration=told.iteration, results=results, **form).encode())
+    card = ModelCard.load(place)
+    data = ModelCardData(**card.data.to_dict() | _for_the_hub(config, results))
+    used, trained = card.text.split(_USED)[0].split(_TRAINED)[0].strip(), card.text.split(_TRAINED, 1)[1]
+    body = "\n\n".join([used, _results(results), _TRAINED + trained.rstrip()])
+    replace_file(place, f"---\n{data.to_yaml()}\n---\n\n{body}\n".encode())
 
 
-def model_card(config: Config, *, iteration: int, sees: bool, chats: bool, results: Mapping | None = None) -> str:
+def model_card(policy: Policy, config: Config, iteration: int) -> str:
     """The card's text: front matter for the hub, then what the policy is, how to use it, and how it was made.
 
     Args:
-        iteration: after which the policy was saved.
-        sees: it takes pictures too.
-        chats: its tokenizer has a chat template.
-        results: the content of `final_results.json`; None where it was not evaluated.
+        iteration: after which the policy is saved.
     """
     base, generator = _base_model(config), config.to_dict()["model_settings"]["sd_model"]
     data = ModelCardData(
         base_model=base,
         library_name="peft" if config.model_settings.lora else "transformers",
-        pipeline_tag="image-text-to-text" if sees else "text-generation",
+        pipeline_tag="image-text-to-text" if policy.sees else "text-generation",
         tags=["grpo", "prompt-enhancement", "text-to-image"],
         iteration=iteration,
-        **_for_the_hub(config, results),
     )
     parts = (
         f"---\n{data.to_yaml()}\n---",
         "# A policy that rewrites prompts for a text-to-image model",
         f"From `{base}`, trained by grpo_kit with [GRPO](https://arxiv.org/abs/2402.03300) to rewrite a user's prompt "
         f"so that `{generator}` shows better what the user asked for; the weights after iteration {iteration}.",
-        f"## Use\n\n```python\n{_snippet(config, sees, chats)}\n```",
-        _results(results),
+        f"## Use\n\n```python\n{_snippet(policy, config)}\n```",
         _training(config),
     )
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _base_model(config: Config) -> str:
@@ -97,10 +94,8 @@ def _name_base_model(folder: Path, name: str) -> None:
         place.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _for_the_hub(config: Config, results: Mapping | None) -> dict[str, object]:
+def _for_the_hub(config: Config, results: Mapping) -> dict[str, object]:
     """The results as the hub's own tables take them."""
-    if results is None:
-        return {}
     prompts = Path(config.to_dict()["evaluation_settings"]["val_prompts"]).name
     found = [
         EvalResult(
@@ -115,9 +110,7 @@ def _for_the_hub(config: Config, results: Mapping | None) -> dict[str, object]:
     return {"model_name": "trained policy", "eval_results": found}
 
 
-def _results(results: Mapping | None) -> str:
-    if results is None:
-        return ""
+def _results(results: Mapping) -> str:
     variants = results["variants"]
     metrics = [metric for metric in ("reward", "gold") if metric in variants["trained"]]
     cells = {name: [_cell(found[metric]) for metric in metrics] for name, found in variants.items()}
@@ -127,7 +120,7 @@ def _results(results: Mapping | None) -> str:
         *([_NAMES.get(name, name), *values] for name, values in cells.items()),
     ]
     told = (
-        f"## Results\n\n{results['num_prompts']} held-out prompts, {results['seeds_per_prompt']} images each, drawn "
+        f"{_USED}\n\n{results['num_prompts']} held-out prompts, {results['seeds_per_prompt']} images each, drawn "
         f"from the same latents for every line; mean [{results['confidence']:.0%} interval over prompts].\n\n"
     )
     return told + "\n".join(f"| {' | '.join(row)} |" for row in table)
@@ -147,36 +140,22 @@ def _training(config: Config) -> str:
         ", ".join(f"{name} {getattr(training, name)}" for name in _SIGNIFICANT),
         ", ".join(f"{name} {version}" for name, version in library_versions().items()),
     ]
-    return "## Training\n\n" + "\n".join(f"* {line}" for line in lines)
+    return f"{_TRAINED}\n\n" + "\n".join(f"* {line}" for line in lines)
 
 
-def _snippet(config: Config, sees: bool, chats: bool) -> str:
+def _snippet(policy: Policy, config: Config) -> str:
     """Code that gives the policy's likeliest rewrite with transformers (and peft) alone."""
-    settings, adapter = config.model_settings, config.model_settings.lora is not None
-    kinds = ("AutoModelForImageTextToText", "AutoProcessor") if sees else ("AutoModelForCausalLM", "AutoTokenizer")
-    imports = ["from peft import PeftModel"] if adapter else []
+    vision = ("AutoModelForImageTextToText", "AutoProcessor")
+    model, processor = vision if policy.sees else ("AutoModelForCausalLM", "AutoTokenizer")
+    imports, text = f"from transformers import {model}, {processor}", policy.format_prompt("{prompt}")
+    adapter = config.model_settings.lora is not None
     return _SNIPPET.format(
-        imports="\n".join([*imports, f"from transformers import {', '.join(kinds)}"]),
-        model=kinds[0],
-        processor=kinds[1],
+        imports=f"from peft import PeftModel\n{imports}" if adapter else imports,
+        model=model,
+        processor=processor,
         weights=repr(_base_model(config)) if adapter else "folder",
         adapter="\nmodel = PeftModel.from_pretrained(model, folder)" if adapter else "",
-        instruction=settings.instruction,
-        ask=_chat(settings.system_prompt, sees) if chats else _plainly(settings.system_prompt),
+        text=text,
+        special=not policy.writes_start(text),
         tokens=config.generation_settings.max_new_tokens,
     )
-
-
-def _chat(system_prompt: str, sees: bool) -> str:
-    system = f'{{"role": "system", "content": {system_prompt!r}}}, ' if system_prompt else ""
-    content = '[{"type": "text", "text": text}]' if sees else "text"
-    return (
-        f'turns = [{system}{{"role": "user", "content": {content}}}]\n'
-        "text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)\n"
-        'inputs = processor(text=[text], add_special_tokens=False, return_tensors="pt")'
-    )
-
-
-def _plainly(system_prompt: str) -> str:
-    system = f'text = {system_prompt!r} + "\\n" + text\n' if system_prompt else ""
-    return system + 'inputs = processor(text=[text], return_tensors="pt")'
