@@ -16,6 +16,7 @@ from grpo_kit.prompts import load_prompts
 from grpo_kit.recompute import own_experiment, require_iteration, restore_newest
 from grpo_kit.replay import advance, recorded_lines
 from grpo_kit.rewards.loading import check_reward_settings
+from grpo_kit.runs.durable import flush, flush_tree
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.origin import Origin, write_origin
 from grpo_kit.train import best_iteration, commit, make_optimizer
@@ -138,9 +139,11 @@ def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, ne
         shutil.copytree(run.best, folder.best)
     commit(kit, _with_own_rates(kit, optimizer), folder, origin.iteration)
     write_origin(aside, origin)
+    flush_tree(aside)
     if new.is_dir():
         new.rmdir()
     os.replace(aside, new)
+    flush(new.parent)
 
 
 def _with_own_rates(kit: Experiment, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

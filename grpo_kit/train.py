@@ -89,7 +89,7 @@ def train(
         bar = _bar(start, last, shown=progress and processes.is_main)
         for iteration in bar:
             metrics, trouble = _iterate(kit, optimizer, folder, iteration, processes)
-            processes.only_main(lambda metrics=metrics: _log(folder, tracker, metrics))
+            processes.on_main(partial(_log, folder, tracker, metrics))
             if trouble is not None:
                 processes.on_main(partial(guard, folder, iteration, trouble, settings.updates_per_rollout))
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)

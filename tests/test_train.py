@@ -193,7 +193,9 @@ def weights_forgotten(patch: pytest.MonkeyPatch) -> None:
 def randomness_counted_from_the_start_of_the_process(patch: pytest.MonkeyPatch) -> None:
     """The resumed run draws again what the first one drew, as with a generator that is seeded when a process starts."""
     patch.setattr(
-        sys.modules[train.__module__], "run_iteration", lambda kit, optimizer, i: run_iteration(kit, optimizer, i - 2)
+        sys.modules[train.__module__],
+        "run_iteration",
+        lambda kit, optimizer, i, *_: run_iteration(kit, optimizer, i - 2),
     )
 
 
