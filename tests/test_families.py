@@ -483,6 +483,16 @@ def test_a_model_that_sees_but_has_no_template_still_gets_its_picture(make_case:
     assert case.sample().texts
 
 
+def test_a_prompt_that_leaves_no_positions_is_one_line_where_positions_are_learned(make_case: Callable):
+    learned, computed = (make_case(name, False, True).policy for name in ("GPT-2", "Llama 3"))
+    room = families.LONGEST - learned.max_new_tokens
+    longest = next(n for n in range(room) if learned.encode(["a " * (n + 1)])["input_ids"].shape[1] > room)
+    assert learned.sample(["a " * longest], 1, seed=0).texts
+    with pytest.raises(ModelError, match=f"user_prompt: found {room + 1} tokens .*shorten") as error:
+        learned.sample(["a " * (longest + 1)], 1, seed=0)
+    assert "\n" not in str(error.value) and computed.sample(["a " * families.LONGEST], 1, seed=0).texts
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 

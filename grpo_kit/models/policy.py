@@ -21,7 +21,7 @@ from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
 from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.decoding import NextLogits, decode, row_seeds, row_uniforms
 from grpo_kit.models.loading import ModelError, add_lora, load_failure, load_language_model
-from grpo_kit.models.prefix import Packing, Prefix, reason_not_to_share, run_prompts
+from grpo_kit.models.prefix import Packing, Prefix, learned_positions, reason_not_to_share, run_prompts
 from grpo_kit.models.rows import continued_rows, evaluating, recomputable_layers, recomputing, row_logits
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class Policy:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.gradient_checkpointing = gradient_checkpointing
         self.not_shared = reason_not_to_share(model)
+        self._longest = learned_positions(model)
         if gradient_checkpointing:
             recomputable_layers(model)  # refuses a model that has none
         self.eos_token_ids = _end_tokens(model, self.tokenizer)
@@ -208,7 +209,9 @@ class Policy:
         seeds = row_seeds(seed, P, G, first_prompt)
         uniforms = None if greedy else row_uniforms(seeds, self.max_new_tokens).to(self.device)
         with self._answering(reference) as model, evaluating(model):
-            prefix = run_prompts(model, self.encode(prompts, images))
+            inputs = self.encode(prompts, images)
+            self._check_room(inputs["input_ids"].shape[1])
+            prefix = run_prompts(model, inputs)
             ids, logprobs = decode(
                 prefix.last_logits.repeat_interleave(G, dim=0),
                 self._continued(model, prefix, G),
@@ -220,6 +223,14 @@ class Policy:
             )
         mask = completion_mask(ids, self.eos_token_ids)
         return Completions(ids, mask, torch.where(mask, logprobs, 0.0), self.decode(ids, mask))
+
+    def _check_room(self, length: int) -> None:
+        """Raise where a prompt of that many tokens leaves no positions for the longest completion."""
+        if self._longest is not None and length + self.max_new_tokens > self._longest:
+            raise ModelError(
+                f"user_prompt: found {length} tokens with its instruction, allowed: {self._longest} positions of this "
+                f"model less {self.max_new_tokens} of generation_settings.max_new_tokens; shorten one of them"
+            )
 
     def _continued(self, model: torch.nn.Module, prefix: Prefix, G: int) -> NextLogits:
         """Logits of the completions' next tokens: behind their prompt, or in rows of their own."""

@@ -99,6 +99,14 @@ def placed(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str,
     return {**named, "position_ids": (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
 
 
+def learned_positions(model: torch.nn.Module) -> int | None:
+    """How many positions a model has an embedding for; None where it computes them (rotary), at any length."""
+    longest, tokens = model.config.get_text_config().max_position_embeddings, model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    return longest if any(id(table) in decoder and table.num_embeddings >= longest for table in tables) else None
+
+
 def last_logits_only(model: torch.nn.Module, tokens: int) -> dict[str, int]:
     """The option that keeps a model from computing logits of more than the last tokens, where it has one."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
