@@ -47,7 +47,7 @@ def test_spoilt_step_leaves_no_trace_and_several_end_the_run_with_a_diagnosis(
 
 def result_is_not_looked_at(patch: pytest.MonkeyPatch) -> str:
     """The optimizer's result stands whatever it is."""
-    patch.setattr(step_file, "step_or_restore", lambda optimizer: optimizer.step() or True)
+    patch.setattr(step_file, "step_or_restore", lambda optimizer, agreed: optimizer.step() or True)
     return "optimizer-momentum"
 
 
