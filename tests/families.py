@@ -43,6 +43,10 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SmolVLMConfig,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 SEED = 0
@@ -115,6 +119,7 @@ class Family:
     write: Callable[[Path], None]
     sees: bool
     system: bool = True  # its template takes a system turn
+    needs: str | None = None  # a package that its processor imports
 
     @property
     def views(self) -> list[bool]:
@@ -249,15 +254,19 @@ def qwen3_vl(folder: Path) -> None:
     _write(folder, config, processor, ["<|im_end|>", "<|endoftext|>"])
 
 
-def smolvlm(folder: Path) -> None:
-    """SmolVLM in its first form, which is Idefics3's: a picture is cut into parts, the whole beside them."""
+def _smolvlm_tokenizer() -> GPT2Tokenizer:
     parts = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
     special = ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *parts]
     ends = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
-    tokenizer = _byte_level(GPT2Tokenizer, [*special, "<|im_end|>"], **ends)
-    pictures = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    processor = Idefics3Processor(pictures, tokenizer, image_seq_len=4, chat_template=IDEFICS3)
-    config = Idefics3Config(
+    return _byte_level(GPT2Tokenizer, [*special, "<|im_end|>"], **ends)
+
+
+PARTS = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+
+
+def _smolvlm(folder: Path, kind: type[PretrainedConfig], processor: object) -> None:
+    tokenizer = processor.tokenizer
+    config = kind(
         text_config=_text(tokenizer) | {"model_type": "llama"},
         vision_config=VISION | SQUARE,
         scale_factor=2,
@@ -265,6 +274,20 @@ def smolvlm(folder: Path) -> None:
         **_ids(tokenizer, image_token_id="<image>"),
     )
     _write(folder, config, processor, ["<end_of_utterance>", "<|im_end|>"])
+
+
+def smolvlm(folder: Path) -> None:
+    """SmolVLM in its first form, which is Idefics3's: a picture is cut into parts, the whole beside them."""
+    pictures = Idefics3ImageProcessor(**PARTS)
+    processor = Idefics3Processor(pictures, _smolvlm_tokenizer(), image_seq_len=4, chat_template=IDEFICS3)
+    _smolvlm(folder, Idefics3Config, processor)
+
+
+def smolvlm2(folder: Path) -> None:
+    """SmolVLM 2, which has classes of its own."""
+    pictures, videos = SmolVLMImageProcessor(**PARTS), SmolVLMVideoProcessor(**PARTS)
+    processor = SmolVLMProcessor(pictures, _smolvlm_tokenizer(), videos, image_seq_len=4, chat_template=IDEFICS3)
+    _smolvlm(folder, SmolVLMConfig, processor)
 
 
 def llava(folder: Path) -> None:
@@ -372,6 +395,7 @@ FAMILIES = [
     Family("Qwen2.5-VL", qwen2_5_vl, sees=True),
     Family("Qwen3-VL", qwen3_vl, sees=True),
     Family("SmolVLM", smolvlm, sees=True),
+    Family("SmolVLM 2", smolvlm2, sees=True, needs="num2words"),
     Family("LLaVA 1.5", llava, sees=True),
     Family("LLaVA-NeXT", llava_next, sees=True),
     Family("LLaVA-OneVision", llava_onevision, sees=True),

@@ -78,6 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]
 
     @cache
     def written(family: Family) -> Path:
+        if family.needs is not None:
+            pytest.importorskip(family.needs, reason=f"the processor of {family.name} needs {family.needs}")
         family.write(place / family.name)
         return place / family.name
 
