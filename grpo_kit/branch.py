@@ -134,6 +134,7 @@ def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, ne
     aside = new.with_name(f".writing-{new.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder = RunFolder.open(aside, kit.config)
+    folder.write_config(kit.config)
     _copy_history(run, folder, origin.iteration)
     if origin.best_from_parent:
         shutil.copytree(run.best, folder.best)

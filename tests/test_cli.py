@@ -306,7 +306,7 @@ def test_train_hands_settings_and_folder_over(tmp_path: Path, monkeypatch: pytes
 
     seen = {}
     monkeypatch.setitem(vars(grpo_kit), "load_experiment", lambda config: seen.setdefault("config", config))
-    monkeypatch.setitem(vars(grpo_kit), "train", lambda kit, run_dir: seen.setdefault("run_dir", run_dir))
+    monkeypatch.setitem(vars(grpo_kit), "train", lambda kit, run_dir, processes: seen.setdefault("run_dir", run_dir))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text('{"user_prompt": "a"}')
     overrides = ["-o", "training_settings.seed=5", "-o", "training_settings.train_prompts=mine.jsonl"]
@@ -335,7 +335,7 @@ def test_run_that_is_there_goes_on_with_its_own_settings(tmp_path: Path, monkeyp
 
     seen = []
     monkeypatch.setitem(vars(grpo_kit), "load_experiment", seen.append)
-    monkeypatch.setitem(vars(grpo_kit), "train", lambda kit, run_dir: None)
+    monkeypatch.setitem(vars(grpo_kit), "train", lambda kit, run_dir, processes: None)
     config = grpo_kit.load_config("workshop", {"training_settings.seed": 5})
     config.save(tmp_path / "config.json")
     assert _run("train", "--run-dir", str(tmp_path)) == 0

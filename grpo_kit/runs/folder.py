@@ -107,10 +107,14 @@ class RunFolder:
             with self.file_errors(""):
                 if self._config is not None:
                     self._agrees_with(self._config)  # another process may have written it since
-                    self.write_json("config.json", self._config.to_dict() | _made_by(self._config))
+                    self.write_config(self._config)
                 self._tidy()
                 logs.enter_context(_logging_to(self.path / "training.log"))
             yield
+
+    def write_config(self, config: Config) -> None:
+        """Write the settings, with what beside them decides on the last bits."""
+        self.write_json("config.json", config.to_dict() | _made_by(config))
 
     def require_free(self) -> None:
         """See that no other process writes into the folder now, before much is loaded.
