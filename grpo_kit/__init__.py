@@ -13,9 +13,10 @@ pydantic:
 by `from grpo_kit.train import ...`.
 """
 
-import importlib
 import sys
 from types import ModuleType
+
+from grpo_kit.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -45,16 +46,7 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)
 
 
 class _Package(ModuleType):

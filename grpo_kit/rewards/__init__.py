@@ -9,7 +9,7 @@ registered. The names below are what rewards are composed of; each is loaded whe
     kit = kit.with_rewards(rewards)
 """
 
-import importlib
+from grpo_kit.lazy import lazy_names
 
 _HOME = {
     "Rewards": "composition",
@@ -45,13 +45,4 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -3,8 +3,7 @@
 The widgets are loaded when they are first used: they need ipywidgets and torch, the rest does not.
 """
 
-import importlib
-
+from grpo_kit.lazy import lazy_names
 from grpo_kit.show.lessons.loss import (
     clipping_figure,
     group_rows_figure,
@@ -90,13 +89,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _WIDGETS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.widgets"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(_WIDGETS, "widgets"))

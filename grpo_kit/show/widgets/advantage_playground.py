@@ -97,6 +97,7 @@ class AdvantagePlayground(TwinBox):
 
     @rewards.setter
     def rewards(self, values: Sequence[float]) -> None:
+        """Move the sliders to these rewards; the group is as large as there are."""
         with self._drawn_once():
             self.size.value = len(values)
             for slider, value in zip(self.sliders, values, strict=False):
