@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test traps chaos lab bench models format
+.PHONY: help run test traps chaos abuse lab bench models format
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
@@ -33,6 +33,9 @@ traps: $(READY) ## show that each known trap of GRPO is avoided, and that delibe
 
 chaos: $(READY) ## kill, crash, fill up and damage runs, and show that nothing is lost (ARGS="--short", or some: ARGS="R1 R2")
 	OMP_NUM_THREADS=1 $(PY) -m tests.chaos $(ARGS)
+
+abuse: $(READY) ## try hostile names, values, texts and files, and show how often they were tried and got through
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m abuse --abuse -n $(JOBS) --dist loadfile $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)

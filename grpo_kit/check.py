@@ -153,7 +153,8 @@ def _wandb(mode: str) -> str:
         return "disabled: the run folder keeps everything"
     import wandb
 
-    if mode == "online" and not wandb.api.api_key:
+    wandb.setup(wandb.Settings(silent=True))
+    if mode == "online" and not wandb.login(prompt=False, verify=False):  # looks for a key, calls nobody
         raise KitError(
             "online, but no key on this machine. Log in (wandb login), or set tracking_settings.wandb=offline"
         )

@@ -739,11 +739,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="grpo-kit")
     except Exception as error:
-        from grpo_kit.config import KitError  # here, since it takes longer than --help may
+        from grpo_kit.config import KitError, printable  # here, since it takes longer than --help may
 
         if not isinstance(error, KitError):
             raise
-        print(f"grpo-kit: {error}", file=sys.stderr)
+        print(printable(f"grpo-kit: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

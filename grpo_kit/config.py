@@ -364,7 +364,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # a key that stands twice, an integer of thousands of digits
-        raise ConfigError(f"{path}: {_printable(str(error))}") from None
+        raise ConfigError(f"{path}: {printable(str(error))}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found {_kind(data)}, allowed: a JSON object with the sections of a profile")
     return data
@@ -490,7 +490,7 @@ def _value(key: str, text: str) -> object:
 def _one_line(error: ValidationError, source: str) -> str:
     problems = error.errors(include_url=False, include_context=False)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _printable(_problem(problems[0])) + more + source
+    return printable(_problem(problems[0])) + more + source
 
 
 def validated(model: type[Section], values: Mapping[str, Any], place: str) -> Section:
@@ -503,7 +503,7 @@ def validated(model: type[Section], values: Mapping[str, Any], place: str) -> Se
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         problem = min(problems, key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key is missing, too
-        raise ConfigError(_printable(f"{place}.{_problem(problem, model.model_json_schema())}")) from None
+        raise ConfigError(printable(f"{place}.{_problem(problem, model.model_json_schema())}")) from None
 
 
 def _problem(problem: Mapping[str, Any], root: dict[str, Any] | None = None) -> str:
@@ -594,12 +594,13 @@ def _kind(value: object) -> str:
 
 def _shown(value: object) -> str:
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return _printable(text if len(text) <= 60 else f"{text[:57]}...")
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _shown_key(key: str) -> str:
-    return _printable(key if len(key) <= 100 else f"{key[:97]}...")
+    return printable(key if len(key) <= 100 else f"{key[:97]}...")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """`text` as one line that a terminal only shows: line ends and escape codes are written out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

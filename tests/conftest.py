@@ -1,14 +1,16 @@
-"""Fixtures that several tests share, and the table that `make traps` ends with."""
+"""Fixtures that several tests share, and the tables that `make traps` and `make abuse` end with."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import abuse
 import pytest
 import traps
 from synthetic_run import write_synthetic_run
@@ -23,23 +25,33 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; test processes share the cores
 
 
-# --- the table of `make traps` ----------------------------------------------------------------------------------------
+# --- the tables of `make traps` and `make abuse` ----------------------------------------------------------------------
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--traps` ends a run with the table, and makes it fail where a trap is not wholly covered."""
+    """`--traps` and `--abuse` end a run with their tables, and make it fail where something is not wholly covered."""
     parser.addoption("--traps", action="store_true", help="print which trap each test excludes; fail where one is open")
+    parser.addoption("--abuse", action="store_true", help="print how often each abuse was tried, and got through")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Gather the results where the reports arrive: in the process that xdist's workers report to."""
     if config.getoption("--traps") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(traps.TrapReport(), "traps")
+    if config.getoption("--abuse") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(abuse.AbuseReport(), "abuse")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Let a test's report say what it shows, so that a worker's report does too."""
     item.user_properties.extend(("trap", claim) for claim in traps.claims(item))
+    item.user_properties.extend(("abuse", claim) for claim in abuse.claims(item))
+
+
+@pytest.fixture
+def attempts(request: pytest.FixtureRequest) -> abuse.Count:
+    """`with attempts(200) as got_through:` counts abuse for the table; what got through is added to the list."""
+    return functools.partial(abuse.counted, request.node)
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------

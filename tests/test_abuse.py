@@ -22,11 +22,13 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+from abuse import Count
 from papermill.parameterize import parameterize_notebook
 from PIL import Image
 from test_grid import write_notebook
 
 from grpo_kit import cli
+from grpo_kit import config as config_module
 from grpo_kit.config import PROFILES, PROJECT_ROOT, KitError, load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
@@ -134,25 +136,31 @@ RULES: list[Callable[[ast.AST], bool]] = [
 ]
 
 
-def test_nothing_shipped_runs_code_that_comes_with_data() -> None:
+@pytest.mark.abuse("S1")
+def test_nothing_shipped_runs_code_that_comes_with_data(attempts: Count) -> None:
     texts = list(sources())
     assert len(texts) > 100
-    found = {(name, node) for name, source in texts for node in unsafe(source)}
-    assert found == NAMED_EXCEPTIONS
+    with attempts(len(texts)) as got_through:
+        found = {(name, node) for name, source in texts for node in unsafe(source)}
+        got_through += found - NAMED_EXCEPTIONS
+        assert found == NAMED_EXCEPTIONS
 
 
-def test_the_grids_yaml_loader_makes_plain_values_only(tmp_path: Path) -> None:
+@pytest.mark.abuse("S1")
+def test_the_grids_yaml_loader_makes_plain_values_only(tmp_path: Path, attempts: Count) -> None:
     place = tmp_path / "g.yaml"
     place.write_text(f"seed: !!python/object/apply:os.system ['touch {tmp_path / 'ran'}']")
-    with pytest.raises(GridError):
-        read_grid(place)
-    assert not (tmp_path / "ran").exists()
+    with attempts(1):
+        with pytest.raises(GridError):
+            read_grid(place)
+        assert not (tmp_path / "ran").exists()
 
 
 def test_remote_code_is_off_unless_a_setting_says_otherwise() -> None:
     assert not any(load_config(name).model_settings.trust_remote_code for name in PROFILES)
 
 
+@pytest.mark.abuse("S1", broken="a_line_that_runs_code")
 @pytest.mark.parametrize(
     "line",
     [
@@ -259,27 +267,35 @@ def accepted_names(notebooks: list[Path], names: list[str], run: Path) -> list[s
     return accepted
 
 
-def test_400_names_with_code_are_no_parameters(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.abuse("S3")
+@pytest.mark.abuse("S3", broken="names_unchecked")
+def test_400_names_with_code_are_no_parameters(
+    notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempts: Count
+) -> None:
     names = texts(AS_NAME, 400)
     assert len(names) == 400
-    assert accepted_names([notebook], names, tmp_path / "run") == []
-    assert accepted_names(select_notebooks(), names[:20], tmp_path / "run") == []
+    with attempts(420) as got_through:
+        got_through += accepted_names([notebook], names, tmp_path / "run")
+        got_through += accepted_names(select_notebooks(), names[:20], tmp_path / "run")
+        assert got_through == []
     monkeypatch.setattr(headless, "_check_name", lambda *_: None)  # papermill alone only warns of such a name
     assert accepted_names([notebook], names, tmp_path / "run") == names
 
 
-def test_600_values_with_code_stay_values(notebook: Path, tmp_path: Path) -> None:
+@pytest.mark.abuse("S3")
+def test_600_values_with_code_stay_values(notebook: Path, tmp_path: Path, attempts: Count) -> None:
     outcomes = {"literal": 0, "refused": 0}
     kinds = itertools.cycle(["label", "label", "label", "seed", "rate", "flag", "steps", "extra"])
-    for value, name in zip(texts(AS_VALUE, 600), kinds, strict=False):
-        try:
-            (planned,) = plan([notebook], "tiny", tmp_path / "run", {name: value})
-        except NotebookError as error:
-            assert name != "label" and len(str(error).splitlines()) == 1
-            outcomes["refused"] += 1
-            continue
-        assert assigned(injected(planned)) == planned.parameters, value
-        outcomes["literal"] += 1
+    with attempts(600):
+        for value, name in zip(texts(AS_VALUE, 600), kinds, strict=False):
+            try:
+                (planned,) = plan([notebook], "tiny", tmp_path / "run", {name: value})
+            except NotebookError as error:
+                assert name != "label" and len(str(error).splitlines()) == 1
+                outcomes["refused"] += 1
+                continue
+            assert assigned(injected(planned)) == planned.parameters, value
+            outcomes["literal"] += 1
     print(outcomes)
     assert sum(outcomes.values()) == 600 and min(outcomes.values()) > 100
     assert not list(tmp_path.rglob("escaped*")) and not list(PROJECT_ROOT.glob("escaped*"))
@@ -292,6 +308,7 @@ def test_a_value_that_python_cannot_read_is_one_line(notebook: Path, tmp_path: P
             plan([notebook], "tiny", tmp_path / "run", {name: value})
 
 
+@pytest.mark.abuse("S3", broken="value_as_code")
 def test_a_value_that_becomes_code_is_seen(notebook: Path) -> None:
     with pytest.raises(AssertionError):
         assigned("label = '' ; print(1)")
@@ -360,13 +377,17 @@ def save_pictures(outside: Path) -> list[str]:
     return written + [attempt(lambda name=name: run.write_json(name, {})) for name in names]
 
 
-def test_250_names_of_pictures_and_files_stay_in_the_run(outside: Path) -> None:
+@pytest.mark.abuse("S4")
+def test_250_names_of_pictures_and_files_stay_in_the_run(outside: Path, attempts: Count) -> None:
     before = strangers(outside)
-    outcomes = save_pictures(outside)
+    with attempts(250) as got_through:
+        outcomes = save_pictures(outside)
+        got_through += dict(strangers(outside).items() ^ before.items())
+        assert got_through == []
     assert len(outcomes) == 250 and outcomes.count("refused") > 100
-    assert strangers(outside) == before
 
 
+@pytest.mark.abuse("S4", broken="any_name_taken")
 def test_a_run_that_takes_any_name_is_caught(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "_inside", lambda self, name: self.path / name)
     before = strangers(outside)
@@ -383,9 +404,16 @@ def read_outside(run: Path, names: list[str]) -> list[Path]:
     return [path for path in found if not path.is_relative_to(run.resolve())]
 
 
-def test_125_pictures_named_in_rows_are_read_from_the_run_only(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.abuse("S4")
+@pytest.mark.abuse("S4", broken="any_picture_read")
+def test_125_pictures_named_in_rows_are_read_from_the_run_only(
+    outside: Path, monkeypatch: pytest.MonkeyPatch, attempts: Count
+) -> None:
     names = names_that_lead_out(outside)
-    assert len(names) == 125 and read_outside(outside / "outer" / "run", names) == []
+    assert len(names) == 125
+    with attempts(125) as got_through:
+        got_through += read_outside(outside / "outer" / "run", names)
+        assert got_through == []
     monkeypatch.setattr(RunRecord, "file", lambda self, name: self.path / name.replace("\0", ""))
     assert outside / "victim.jpg" in read_outside(outside / "outer" / "run", names)
 
@@ -401,22 +429,29 @@ def misplaced(folder_of: Callable[[str], Path], names: list[str], parent: Path) 
     return found
 
 
-def test_125_run_names_lie_directly_in_the_reports(outside: Path) -> None:
+@pytest.mark.abuse("S4")
+@pytest.mark.abuse("S4", broken="run_name_as_it_is")
+def test_125_run_names_lie_directly_in_the_reports(outside: Path, attempts: Count) -> None:
     names, reports = names_that_lead_out(outside), PROJECT_ROOT / "reports"
-    assert misplaced(lambda name: cli.new_run_folder("tiny", None, name), names, reports) == []
+    with attempts(len(names)) as got_through:
+        got_through += misplaced(lambda name: cli.new_run_folder("tiny", None, name), names, reports)
+        assert got_through == []
     assert cli.new_run_folder("tiny", None, "a-name.1").parent == reports
     assert len(misplaced(lambda name: reports / name, names, reports)) > 90
 
 
-def test_125_grid_values_make_folders_in_the_grid(outside: Path) -> None:
+@pytest.mark.abuse("S4")
+@pytest.mark.abuse("S4", broken="grid_value_as_it_is")
+def test_125_grid_values_make_folders_in_the_grid(outside: Path, attempts: Count) -> None:
     notebook = write_notebook(outside / "outer" / "run" / "00_kinds.ipynb", "1", parameters=ALL_KINDS)
     before, grid, names = strangers(outside), outside / "outer" / "run" / "grid", names_that_lead_out(outside)
     trials = plan_trials(grid_trials({"label": names}), [notebook], "tiny", grid)
     folders = {trial.values["label"]: trial.folder for trial in trials}
     assert len(set(folders.values())) == len(names)
-    assert misplaced(folders.__getitem__, names, grid) == []
+    with attempts(len(names)) as got_through:
+        got_through += misplaced(folders.__getitem__, names, grid)
+        assert got_through == [] and strangers(outside) == before
     assert len(misplaced(lambda name: grid / name, names, grid)) > 90
-    assert strangers(outside) == before
 
 
 def test_pages_are_shared_into_the_folder_that_was_named(outside: Path) -> None:
@@ -487,11 +522,15 @@ def keyed_run(kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path / "run"
 
 
-def test_no_key_of_the_environment_is_in_a_run(keyed_run: Path) -> None:
+@pytest.mark.abuse("S7")
+@pytest.mark.abuse("S7", broken="environment_in_a_log")
+def test_no_key_of_the_environment_is_in_a_run(keyed_run: Path, attempts: Count) -> None:
     written = {path.relative_to(keyed_run).as_posix() for path in keyed_run.rglob("*") if path.is_file()}
     for kind in ("config.json", "training.log", "rollouts/", "checkpoints/", "best/", "notebooks/", "index.html"):
         assert any(name.startswith(kind) for name in written), kind
-    assert hits(keyed_run) == []
+    with attempts(len(written)) as got_through:
+        got_through += hits(keyed_run)
+        assert got_through == []
     key = CANARIES["HF_TOKEN"]
     (keyed_run / "leak.log").write_text(f"{dict(os.environ)}")
     pd.DataFrame({"note": [f"token={key}"] * 500}).to_parquet(keyed_run / "leak.parquet")
@@ -511,12 +550,15 @@ def draw_titles(text: str) -> None:
     training_curves(pd.DataFrame({"iteration": [1, 2], "reward": [0.1, 0.2], f"reward/{text}": [0.1, 0.2]})).to_png(40)
 
 
-def test_formulas_in_titles_are_text() -> None:
+@pytest.mark.abuse("S9")
+def test_formulas_in_titles_are_text(attempts: Count) -> None:
     assert STYLE["text.parse_math"] is False and STYLE["text.usetex"] is False
-    for text in FORMULAS:
-        draw_titles(text)
+    with attempts(len(FORMULAS)):
+        for text in FORMULAS:
+            draw_titles(text)
 
 
+@pytest.mark.abuse("S9", broken="style_that_reads_mathematics")
 def test_a_style_that_reads_mathematics_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STYLE, "text.parse_math", True)
     with pytest.raises(ValueError, match=r"ParseException|Expected"):
@@ -551,12 +593,17 @@ def is_plain(text: str, lines: int) -> bool:
 FORGED = "x\n2026-01-01 00:00:00,000 INFO all is well"
 
 
-def test_escape_codes_and_line_ends_in_logs_are_written_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.abuse("S9")
+def test_escape_codes_and_line_ends_in_logs_are_written_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture, attempts: Count
+) -> None:
     file, screen = logged(tmp_path / "run", [*ESCAPES, FORGED], capsys)
-    assert is_plain(file, len(ESCAPES) + 1) and is_plain(screen, len(ESCAPES) + 1)
+    with attempts(len(ESCAPES) + 1):
+        assert is_plain(file, len(ESCAPES) + 1) and is_plain(screen, len(ESCAPES) + 1)
     assert "\\x1b[31mred" in file and "\\n2026-01-01" in file
 
 
+@pytest.mark.abuse("S9", broken="log_as_it_is")
 def test_a_log_that_keeps_escape_codes_is_caught(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -577,3 +624,23 @@ def test_a_rewards_own_error_reaches_the_log_without_its_escape_codes(
         rewards.score([picture], ["a"], ["\x1b[31mred \x07"])
     text = (tmp_path / "training.log").read_text(encoding="utf-8")
     assert is_plain(text, 1) and "\\x1b[31mred" in text
+
+
+def errors_of_the_command(folder: Path, texts: list[str], capsys: pytest.CaptureFixture) -> str:
+    """What the command says on the screen of files with such names."""
+    for text in texts:
+        with pytest.raises(SystemExit):
+            cli.main(["run", "--notebooks", "00", "--grid", str(folder / text.replace("\ud800", "\udcff"))])
+    return capsys.readouterr().err
+
+
+@pytest.mark.abuse("S9")
+@pytest.mark.abuse("S9", broken="error_as_it_is")
+def test_escape_codes_in_a_commands_errors_are_written_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, attempts: Count
+) -> None:
+    texts = [text for text in ESCAPES if "\0" not in text]  # no command line can hold that one
+    with attempts(len(texts)):
+        assert is_plain(errors_of_the_command(tmp_path, [*texts, "line\nend"], capsys), len(texts) + 1)
+    monkeypatch.setattr(config_module, "printable", str)
+    assert not is_plain(errors_of_the_command(tmp_path, texts[:1], capsys), 1)

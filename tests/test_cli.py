@@ -321,7 +321,7 @@ def test_interrupted_training_says_how_to_go_on(
 ):
     import grpo_kit
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(vars(grpo_kit), "load_experiment", lambda config: None)

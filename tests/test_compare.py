@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from abuse import Count
 from hostile import active_nodes, hostile_texts, image_count
 from scipy import stats
 from synthetic_run import write_synthetic_run
@@ -264,24 +265,33 @@ def hostile_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
+@pytest.mark.abuse("S5")
 def test_200_hostile_prompts_leave_no_active_node_in_the_report(
-    hostile_runs: list[Path], monkeypatch: pytest.MonkeyPatch
+    hostile_runs: list[Path], monkeypatch: pytest.MonkeyPatch, attempts: Count
 ):
     from grpo_kit.show import report
 
     monkeypatch.setattr(report, "CASES", 200)  # every prompt, not only the first of each category
     page = write_report(hostile_runs[0]).read_text(encoding="utf-8")
     assert page.count('class="case"') >= 200
-    assert active_nodes(page) == []
+    with attempts(200) as got_through:
+        got_through += active_nodes(page)
+        assert got_through == []
 
 
-def test_200_hostile_prompts_leave_no_active_node_in_the_comparison(hostile_runs: list[Path], tmp_path: Path):
+@pytest.mark.abuse("S5")
+def test_200_hostile_prompts_leave_no_active_node_in_the_comparison(
+    hostile_runs: list[Path], tmp_path: Path, attempts: Count
+):
     pools = pool_runs(read_runs(hostile_runs))
     page = write_comparison(pools, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert active_nodes(page) == [] and "alert(1)" in page
+    with attempts(200) as got_through:
+        got_through += active_nodes(page)
+        assert got_through == [] and "alert(1)" in page
     assert "alert(1)" in runs_text(pools)
 
 
+@pytest.mark.abuse("S5", broken="page_without_escapes")
 def test_the_judge_sees_what_is_not_escaped():
     texts = hostile_texts(200)
     raw = [text for text in texts if active_nodes(f"<p title='{text}'>{text}</p>")]

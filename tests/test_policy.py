@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
+from abuse import Count
 from broken_twins import broken_versions
 from PIL import Image
 from policy_forms import LORA, new_adapter, with_attention_dropout, with_moved_adapter
@@ -399,11 +400,15 @@ def _injections(policy: Policy) -> list[str]:
 
 @pytest.mark.trap("T26")
 @pytest.mark.trap("T26", broken="text_as_it_is")
+@pytest.mark.abuse("S6")
+@pytest.mark.abuse("S6", broken="text_as_it_is")
 @seeing
-def test_special_tokens_in_a_users_text_stay_ordinary_text(any_policy: Policy, images: list | None):
-    plain = _control_tokens(any_policy, "a red circle", images)
-    for text in _injections(any_policy):
-        assert _control_tokens(any_policy, text, images) == plain, text
+def test_special_tokens_in_a_users_text_stay_ordinary_text(any_policy: Policy, images: list | None, attempts: Count):
+    plain, injections = _control_tokens(any_policy, "a red circle", images), _injections(any_policy)
+    with attempts(len(injections)) as got_through:
+        got_through += [text for text in injections if _control_tokens(any_policy, text, images) != plain]
+        assert got_through == []
+    for text in injections:
         assert any_policy.sample([text], 1, seed=0, images=None if images is None else images[:1]).texts
     any_policy._without_control = lambda prompt: prompt
     assert _control_tokens(any_policy, f"a {any_policy.tokenizer.eos_token} circle", images) > plain

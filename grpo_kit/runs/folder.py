@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from grpo_kit.config import Config, KitError, load_config
+from grpo_kit.config import Config, KitError, load_config, printable
 from grpo_kit.hardware import computing_machine, library_versions
 from grpo_kit.rollout import Rollout
 from grpo_kit.runs.durable import error_number, flush, flush_tree, replace_file
@@ -39,8 +39,7 @@ class _OneLine(logging.Formatter):
     """A record is one line that a terminal only shows: line ends and escape codes in its text are written out."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        text = super().formatMessage(record)
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(super().formatMessage(record))
 
 
 class _LogFile(logging.FileHandler):

@@ -24,7 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from grpo_kit import __version__
+import grpo_kit
+from grpo_kit.config import printable
 from grpo_kit.runs.grid import GridError, PlannedTrial, TrialResult, run_trial
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Mark:
 
     path: Path
     word: str
-    version: str = __version__  # of the kit here
+    version: str = grpo_kit.__version__  # of the kit here
 
 
 # --- the cluster ------------------------------------------------------------------------------------------------------
@@ -189,8 +190,10 @@ def check_here(mark: Mark, notebooks: Sequence[Path]) -> None:
     absent = [path for path in notebooks if not path.is_file()]
     if absent:
         raise GridError(f"{here}: has no {absent[0]}. Put the kit on a disk that all machines share, at the same path")
-    if mark.version != __version__:
-        raise GridError(f"{here}: has grpo_kit {__version__}, allowed: {mark.version}, as here. Install that there")
+    if mark.version != grpo_kit.__version__:
+        raise GridError(
+            f"{here}: has grpo_kit {grpo_kit.__version__}, allowed: {mark.version}, as here. Install that there"
+        )
 
 
 # --- the trials -------------------------------------------------------------------------------------------------------
@@ -242,6 +245,7 @@ def run_trials_on_ray(
 
 def _run_here(trial: PlannedTrial, minutes_per_cell: float, mark: Mark) -> TrialResult:
     """What a worker does; the check is for a machine that came to the cluster later."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # how Ray cancels; a cluster of a script ignores it
     check_here(mark, [notebook.path for notebook in trial.notebooks])
     return run_trial(trial, minutes_per_cell)
 
@@ -270,7 +274,9 @@ def _cancel(running: list[ObjectRef]) -> None:
     for ref in running:
         ray.cancel(ref)
     if running:
-        ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
+        _, deaf = ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
+        for ref in deaf:
+            ray.cancel(ref, force=True)  # its worker ends, and the kernel with it
 
 
 def _cause(error: Exception) -> BaseException:
@@ -280,4 +286,4 @@ def _cause(error: Exception) -> BaseException:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ["no further text"]
-    return f"{lines[0]:.200}"
+    return printable(f"{lines[0]:.200}")
