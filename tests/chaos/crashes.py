@@ -55,25 +55,30 @@ def crashes(short: bool) -> Outcome:
     The run itself is not ended: before each operation the disk is copied as a crash would leave it. Crashes that leave
     the same files behind are continued once, since what a run does then depends on these alone.
     """
-    choose = three_of if short else list
+    choose = two_of if short else list
     with scratch() as place:
         first, resumed = first_kit(), resumed_kit()
-        outcome = every_crash(first, place / "first", None, choose)
-        return outcome + every_crash(resumed, place / "resumed", cut_short(resumed, place / "begun"), choose)
+        stride = 8 if short else 1
+        outcome = every_crash(first, place / "first", None, choose, stride)
+        return outcome + every_crash(resumed, place / "resumed", cut_short(resumed, place / "begun"), choose, stride)
 
 
-def three_of(states: Iterable[str]) -> list[str]:
-    """Some states, evenly spread."""
+def two_of(states: Iterable[str]) -> list[str]:
+    """Two states, one of the first half and one of the second."""
     every = list(states)
-    return every[len(every) // 6 :: len(every) // 3 + 1]
+    return every[len(every) // 4 :: len(every) // 2 + 1]
 
 
 def every_crash(
-    kit: Experiment, place: Path, begun: Path | None, choose: Callable[[Iterable[str]], Iterable[str]]
+    kit: Experiment,
+    place: Path,
+    begun: Path | None,
+    choose: Callable[[Iterable[str]], Iterable[str]],
+    stride: int = 1,
 ) -> Outcome:
-    """The crashes of one run that leave the chosen states: see what is committed, go on, compare."""
+    """The crashes of one run, at every so many operations, that leave the chosen states: go on, and compare."""
     place.mkdir()
-    expected, states = reference(kit, place / "reference"), collect(kit, place, begun)
+    expected, states = reference(kit, place / "reference"), collect(kit, place, begun, stride)
     outcome, before = Outcome(0), -1 if begun is None else newest(begun)
     for state in choose(states):
         folder, times = place / "states" / state, len(states[state])
@@ -85,10 +90,10 @@ def every_crash(
     return outcome
 
 
-def collect(kit: Experiment, place: Path, begun: Path | None) -> dict[str, list[str]]:
+def collect(kit: Experiment, place: Path, begun: Path | None, stride: int = 1) -> dict[str, list[str]]:
     """The different states that crashes of one run leave, in `place/states`: name → the crashes that leave it."""
     crashes, log = place / "crashes.jsonl", place / "watched.log"
-    ended = child(lambda: _watch_crashes(kit, place / "watched", begun, crashes), log).finish()
+    ended = child(lambda: _watch_crashes(kit, place / "watched", begun, crashes, stride), log).finish()
     if ended.code != 0:
         raise RuntimeError(f"the run that was only to be watched failed: {ended.text[-500:]}")
     states: dict[str, list[str]] = {}
@@ -97,11 +102,11 @@ def collect(kit: Experiment, place: Path, begun: Path | None) -> dict[str, list[
     return states
 
 
-def _watch_crashes(kit: Experiment, folder: Path, begun: Path | None, crashes: Path) -> None:
+def _watch_crashes(kit: Experiment, folder: Path, begun: Path | None, crashes: Path, stride: int) -> None:
     seen: dict[str, str] = {}  # digest → the first crash that left it
 
     def crash(disk: Disk, number: int, operation: str, place: Path) -> None:
-        for kind in KINDS:
+        for kind in KINDS if number % stride == 0 else ():
             target = folder.with_name("states") / f"{number}_{kind.__name__}"
             disk.copy(target)
             possible = kind(disk, target)

@@ -28,8 +28,8 @@ def damages(short: bool) -> Outcome:
     rng, outcome = random.Random(0), Outcome(0)
     with scratch() as place:
         run, other, expected = runs(place)
-        for number in range(len(KINDS) if short else 300):
-            damage = KINDS[number % len(KINDS)]
+        kinds = list(dict.fromkeys(KINDS)) if short else KINDS * (300 // len(KINDS))
+        for number, damage in enumerate(kinds):
             acted_out = number == 0 if short else number % _ACTED_OUT == 0
             outcome += one_damage(run, other, place / f"damaged_{number}", damage, rng, expected if acted_out else None)
     return outcome

@@ -18,7 +18,7 @@ _LONGEST = 0.4  # of an uninterrupted run's seconds: the longest that a part of 
 @fault("R1", "SIGKILL at random times")
 def kills(short: bool) -> Outcome:
     """Kill children of this process, 200 of them, and the real command, three times; saving every iteration."""
-    kit = experiment()
+    kit = experiment(num_iterations=3 if short else 6)
     with scratch() as place:
         started = time.monotonic()
         expected = reference(kit, place / "reference")

@@ -36,8 +36,8 @@ def refusals(short: bool) -> Outcome:
         expected = reference(kit, place / "reference")
         begun = place / "begun"
         reference(experiment(num_iterations=1, prompts_per_iteration=1, validate_every=1), begun)
-        outcome, refused = Outcome(0), range(95)  # of the operations of an iteration and a half
-        for number in rng.sample(refused, 3) if short else refused:
+        outcome = Outcome(0)
+        for number in rng.sample(range(60), 2) if short else range(100):
             outcome += refused_operation(kit, place / f"operation_{number}", begun, number, expected)
         for number in range(1 if short else 10):
             limit = int(1e3 * 10 ** rng.uniform(0, 3.5))  # bytes: from less than a picture to a policy's weights
@@ -70,7 +70,7 @@ def goes_on(kit: Experiment, folder: Path, expected: dict[str, str]) -> Outcome:
 
 
 def refused_operation(kit: Experiment, folder: Path, begun: Path, number: int, expected: dict[str, str]) -> Outcome:
-    """From one operation on, the disk refuses everything."""
+    """From one operation on, the disk refuses everything; nothing is tried where the run has fewer operations."""
     shutil.copytree(begun, folder)
     error = ERRORS[number % len(ERRORS)]
 
@@ -79,7 +79,8 @@ def refused_operation(kit: Experiment, folder: Path, begun: Path, number: int, e
             raise OSError(error, os.strerror(error), str(place))
 
     ended = child(lambda: watched(kit, folder, refuse), folder.with_suffix(".log")).finish()
-    return told(ended, folder, 1) + goes_on(kit, folder, expected)
+    never = ended.code == 0 and newest(folder) == kit.config.training_settings.num_iterations
+    return (Outcome(0) if never else told(ended, folder, 1)) + goes_on(kit, folder, expected)
 
 
 def file_too_big(kit: Experiment, folder: Path, begun: Path, limit: int, expected: dict[str, str]) -> Outcome:
