@@ -19,6 +19,7 @@ from families import FAMILIES, Family
 from PIL import Image
 from policy_forms import with_attention_dropout, with_moved_adapter
 from torch.utils.checkpoint import CheckpointError
+from transformers import MambaConfig, MambaForCausalLM
 
 from grpo_kit.config import Config, load_config
 from grpo_kit.experiment import Experiment
@@ -262,7 +263,8 @@ def counting_padding(prefix: object) -> object:
     return dataclasses.replace(prefix, next_position=torch.full_like(prefix.next_position, prefix.mask.shape[1]))
 
 
-SHARING = [name for name, family in NAMES.items() if family.name != "Gemma 3 (text)"]
+ALONE = {"Gemma 3 (text)": "DynamicSlidingWindowLayer"}
+SHARING = [name for name in NAMES if name not in ALONE]
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -316,6 +318,21 @@ def test_recomputed_layers_keep_less(make_case: Callable):
     assert kept["again"] < 0.8 * kept["kept"]
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3-VL"])
+def test_the_setting_recomputes_and_a_step_comes_out_the_same(name: str, kit: Experiment, folder: Callable):
+    family, after = NAMES[name], []
+    for again in (True, False):
+        config = _settings(kit, folder(family), family, use_image=family.sees, gradient_checkpointing=again)
+        policy = load_policy(config)
+        assert policy.gradient_checkpointing is again
+        rollout = collect_rollout(
+            policy, kit.generator, kit.rewards, kit.train_prompts[:1], 3, seed=0, use_image=family.sees
+        )
+        grpo_step(policy, torch.optim.SGD(policy.trainable_parameters(), lr=1.0), rollout, config)
+        after.append(torch.cat([value.flatten() for value in policy.trainable_state().values()]))
+    assert _far(*after) < 1e-5 and after[0].any()
+
+
 def test_layers_run_as_before_once_recomputing_is_over(case: Case):
     layers = rows.recomputable_layers(case.policy.model)
     with rows.recomputing(case.policy.model):
@@ -323,15 +340,23 @@ def test_layers_run_as_before_once_recomputing_is_over(case: Case):
     assert layers and not any("forward" in vars(layer) for layer in layers)
 
 
+def test_a_model_without_a_cache_is_refused_in_one_line(make_case: Callable):
+    policy = make_case("Qwen3", False, True).own().policy
+    policy.model = MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1)).eval()
+    with pytest.raises(ModelError, match="MambaForCausalLM, which gives no cache to go on from") as error:
+        policy.sample(PROMPTS, 2, seed=0)
+    assert "\n" not in str(error.value)
+
+
 def test_a_model_without_recomputable_layers_is_refused_in_one_line(make_case: Callable):
     with pytest.raises(ModelError, match="gradient_checkpointing: found true, but this model has no layers"):
         rows.recomputable_layers(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["Gemma 3 (text)"])
+@pytest.mark.parametrize("name", ALONE)
 def test_a_model_that_cannot_share_says_why(name: str, kit: Experiment, folder: Callable, caplog: object):
     policy = load_policy(_settings(kit, folder(NAMES[name]), NAMES[name]))
-    assert "DynamicSlidingWindowLayer" in policy.not_shared
+    assert ALONE[name] in policy.not_shared
     assert "run once for each completion, not once for a group: some of its layers keep less" in caplog.text
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from grpo_kit.models.loading import ModelError
+
 _TAKE_MASKS_OF_PAIRS = ("sdpa", "eager")  # attention that takes any (query, key) mask; flash attention takes none
 
 
@@ -81,6 +83,11 @@ def run_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Pref
     """Run left-padded prompts once and keep their cache (with its gradients, where enabled)."""
     mask = inputs["attention_mask"]
     output = model(**placed(model, inputs), use_cache=True, **last_logits_only(model, 1))
+    if getattr(output, "past_key_values", None) is None:
+        raise ModelError(
+            f"vlm_model: found {type(model).__name__}, which gives no cache to go on from, allowed: models that do; "
+            "take another one"
+        )
     deltas = _rope_deltas(model) if "pixel_values" in inputs else None
     shift = 0 if deltas is None else deltas.reshape(-1).to(mask.device)
     position = mask.sum(dim=1) + shift
@@ -101,7 +108,10 @@ def placed(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str,
 
 def learned_positions(model: torch.nn.Module) -> int | None:
     """How many positions a model has an embedding for; None where it computes them (rotary), at any length."""
-    longest, tokens = model.config.get_text_config().max_position_embeddings, model.get_input_embeddings()
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is None:
+        return None
+    tokens = model.get_input_embeddings()
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
     decoder = {id(module) for module in model.get_decoder().modules()}
     return longest if any(id(table) in decoder and table.num_embeddings >= longest for table in tables) else None

@@ -21,17 +21,18 @@ def continued_rows(model: torch.nn.Module, prefix: Prefix, num_generations: int)
     """Logits of each row's next token, from a cache of its own and the model's own masks.
 
     Args:
-        prefix: P prompts that were run; its cache is left as it is.
+        prefix: P prompts that were run; its cache is used up.
         num_generations: G rows for each of them.
     """
-    rows = prefix.in_lanes(num_generations)
-    mask = rows.mask.long()
+    places = torch.arange(len(prefix.mask), device=prefix.mask.device).repeat_interleave(num_generations)
+    prefix.cache.reorder_cache(places)  # beam search has made every kind of cache take it
+    mask, start = prefix.mask[places].long(), prefix.next_position[places]
 
     def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
         seen = torch.cat([mask, mask.new_ones(len(mask), step + 1)], dim=1)
-        positions = rows.on_axes((rows.next_position + step)[:, None])
+        positions = prefix.on_axes((start + step)[:, None])
         return model(
-            input_ids=ids[:, None], attention_mask=seen, position_ids=positions, past_key_values=rows.cache
+            input_ids=ids[:, None], attention_mask=seen, position_ids=positions, past_key_values=prefix.cache
         ).logits[:, -1]
 
     return next_logits
