@@ -281,11 +281,11 @@ def push(
     """Upload a run's policy, with its model card, to the Hugging Face hub; nothing else of the kit uploads anything."""
     from grpo_kit.runs.push import plan_upload, push_policy
 
-    upload = plan_upload(existing_run(run), repo_id, checkpoint)
+    upload = plan_upload(existing_run(run), repo_id, checkpoint, private=private)
     print(upload, flush=True)
     if not yes:
         typer.confirm("Upload?", abort=True)
-    print(f"uploaded: {push_policy(upload, private)}")
+    print(f"uploaded: {push_policy(upload)}")
 
 
 @app.command()

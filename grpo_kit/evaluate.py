@@ -86,7 +86,7 @@ def evaluate(
     results |= {"policies": saved} if saved else {}
     if run_dir is not None:
         _write(RunFolder(Path(run_dir)), frame, other, images, results)
-        add_results(Path(run_dir), kit.config, results)
+        add_results(Path(run_dir), kit.policy, results)
     return EvalResult(frame, results, images, other)
 
 

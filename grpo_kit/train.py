@@ -239,7 +239,7 @@ def commit(
         save_checkpoint(
             folder.checkpoints,
             iteration,
-            lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights),
+            _saving(kit, iteration, weights),
             state,
             kit.config.training_settings.keep_checkpoints,
             rewards=kit.rewards.state_dict(),
@@ -248,6 +248,12 @@ def commit(
         )
 
     processes.on_main(lambda: folder.commit(save))
+
+
+def _saving(kit: Experiment, iteration: int, weights: dict[str, torch.Tensor] | None) -> Callable[[Path], None]:
+    """What writes the policy, as it is then, into the folder that it is given."""
+    count = len(kit.train_prompts)
+    return lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights, num_prompts=count)
 
 
 def _shared_weights(kit: Experiment, processes: Processes) -> dict[str, torch.Tensor] | None:
@@ -263,9 +269,7 @@ def _validate(
         is_best = processes.on_main(lambda: _looks_best(kit, folder, tracker, iteration))
     if is_best:
         weights = _shared_weights(kit, processes)
-        processes.on_main(
-            lambda: folder.save_best(lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights))
-        )
+        processes.on_main(lambda: folder.save_best(_saving(kit, iteration, weights)))
 
 
 def _looks_best(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> bool:

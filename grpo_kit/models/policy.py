@@ -371,7 +371,9 @@ class Policy:
             ModelError: a weight is not finite.
         """
         self._require_finite(dict(self.model.named_parameters()) if state is None else state)
-        self.model.save_pretrained(folder, state_dict=state)
+        # peft would ask the hub whether the vocabulary has grown, at every save; the kit never changes it
+        options = {"save_embedding_layers": False} if self._adapted else {}
+        self.model.save_pretrained(folder, state_dict=state, **options)
         self.processor.save_pretrained(folder)
 
     def load_pretrained(self, folder: Path) -> None:
@@ -380,28 +382,57 @@ class Policy:
         Raises:
             ModelError: they cannot be read, or belong to another model.
         """
+        saved = self._saved_state(folder)
+        if self._adapted:
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, saved)
+        else:
+            self.model.load_state_dict(saved)
+
+    def is_saved_in(self, folder: Path) -> bool:
+        """Whether `load_pretrained` of a folder would change nothing.
+
+        Raises:
+            ModelError: what is there cannot be read, or belongs to another model.
+        """
+        own, saved = self._own_state(), self._saved_state(folder)
+        return all(torch.equal(value.cpu(), saved[name].to("cpu", value.dtype)) for name, value in own.items())
+
+    @property
+    def _adapted(self) -> bool:
+        """Whether an adapter is trained, rather than the model itself."""
+        return hasattr(self.model, "peft_config")
+
+    def _own_state(self) -> dict[str, torch.Tensor]:
+        """The weights under the names that a saved folder gives them."""
+        if not self._adapted:
+            return self.model.state_dict()
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.model, save_embedding_layers=False)
+
+    def _saved_state(self, folder: Path) -> dict[str, torch.Tensor]:
+        """A saved folder's weights, which have the names and shapes of this policy's own."""
         try:
-            complete = self._load_adapter(folder) if hasattr(self.model, "peft_config") else self._load_model(folder)
+            saved = self._read_adapter(folder) if self._adapted else self._read_model(folder)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ModelError(load_failure("vlm_model", str(folder), error)) from error
-        if not complete:
+        shapes = {name: value.shape for name, value in self._own_state().items()}
+        if shapes != {name: value.shape for name, value in saved.items()}:
             raise ModelError(f"policy {folder}: found other tensors than the policy has; use the run's own config")
+        return saved
 
-    def _load_adapter(self, folder: Path) -> bool:
-        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    def _read_adapter(self, folder: Path) -> dict[str, torch.Tensor]:
+        from peft import load_peft_weights
 
-        weights = load_peft_weights(str(folder), device=str(self.device))
-        if weights.keys() != get_peft_model_state_dict(self.model).keys():
-            return False
-        set_peft_model_state_dict(self.model, weights)
-        return True
+        return load_peft_weights(str(folder), device=str(self.device))
 
-    def _load_model(self, folder: Path) -> bool:
-        other, told = type(self.model).from_pretrained(folder, dtype=self.model.dtype, output_loading_info=True)
-        if any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-            return False
-        self.model.load_state_dict(other.state_dict())
-        return True
+    def _read_model(self, folder: Path) -> dict[str, torch.Tensor]:
+        """What is not there, or not this model's, is left out."""
+        model, told = type(self.model).from_pretrained(folder, dtype=self.model.dtype, output_loading_info=True)
+        incomplete = told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"]
+        return {} if incomplete else model.state_dict()
 
     def _require_finite(self, weights: dict[str, torch.Tensor]) -> None:
         if trouble := weight_trouble(weights):
