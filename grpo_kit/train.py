@@ -79,11 +79,12 @@ def train(
     optimizer = make_optimizer(kit, kit.config)
     with ExitStack() as stack:
         tracker = processes.only_main(lambda: _open(folder, kit.config, stack))
-        start = iteration = resume(kit, optimizer, folder, processes)
+        committed = resume(kit, optimizer, folder, processes)
         processes.prepare(kit.policy, optimizer)
-        if start == 0:
+        if committed is None:
             _validate(kit, folder, tracker, 0, processes)
             commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
+        start = iteration = committed or 0
         stopped = processes.on_main(lambda: _look(kit, folder, announce=False))
         last = start if stopped else settings.num_iterations
         bar = _bar(start, last, shown=progress and processes.is_main)
@@ -130,8 +131,14 @@ def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
-def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, processes: Processes = ALONE) -> int:
-    """Put policy, optimizer and rewards where the newest good checkpoint left them; returns its iteration, or 0."""
+def resume(
+    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, processes: Processes = ALONE
+) -> int | None:
+    """Put policy, optimizer and rewards where the newest good checkpoint left them.
+
+    Returns:
+        Its iteration, None where nothing is committed yet.
+    """
     checkpoint = load_latest(folder.checkpoints, course(kit.config.to_dict()))
     if checkpoint is None:
         require_no_branch(folder.path)
@@ -143,8 +150,9 @@ def resume(kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder,
         )
     processes.on_main(lambda: _tidy(kit, folder, iteration))
     restore(kit, optimizer, checkpoint)
-    if checkpoint is not None:
-        logger.info("continuing after iteration %d", iteration)
+    if checkpoint is None:
+        return None
+    logger.info("continuing after iteration %d", iteration)
     return iteration
 
 

@@ -188,7 +188,7 @@ def two_line_error(*_: object) -> str:
 
 @pytest.mark.parametrize(
     ("name", "broken"),
-    [("_read_json", unchecked_json), ("_one_line", two_line_error), ("_printable", str)],
+    [("_read_json", unchecked_json), ("_one_line", two_line_error), ("printable", str)],
     ids=["a file read as it is", "an error of two lines", "an error with escape codes"],
 )
 def test_a_reader_that_is_less_careful_is_caught(

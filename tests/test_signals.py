@@ -74,13 +74,13 @@ class Swallowing:
         time.sleep(30)
 
 
-def _interrupt_that_is_lost(_: object, folder: Path) -> None:
+def _interrupt_that_is_lost(*_: object, **options: object) -> None:
     threading_timer(0.2)
     Swallowing()
     time.sleep(30)
 
 
-def _unwinding_that_hangs(_: object, folder: Path) -> None:
+def _unwinding_that_hangs(*_: object, **options: object) -> None:
     try:
         threading_timer(0.2)
         time.sleep(30)
@@ -111,12 +111,13 @@ def test_command_ends_though_it_does_not_unwind(hang: Callable, profile: Path, t
 
 def test_a_run_that_has_written_nothing_yet_goes_on_with_all_its_options(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder, options = tmp_path / "run", ["-o", "training_settings.seed=3"]
-    assert cli._train_again(folder, "workshop", options) == [
+    assert cli._train_again(folder, "workshop", options, 1) == [
         "train", "--run-dir", str(folder), "--profile", "workshop", *options,
     ]  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    assert cli._train_again(folder, "workshop", options) == ["train", "--run-dir", str(folder)]
+    assert cli._train_again(folder, "workshop", options, 1) == ["train", "--run-dir", str(folder)]
+    assert cli._train_again(folder, "workshop", options, 2)[-2:] == ["--launch", "2"]
 
 
 def test_handlers_are_as_they_were_afterwards():

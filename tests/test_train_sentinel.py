@@ -112,8 +112,8 @@ def test_stopped_run_stays_stopped(kit: Experiment, stopped: Path, tmp_path: Pat
 
     result = _train(kit, folder, training__stop_on_divergence=False)
     assert (result.started_from, result.iterations, result.stopped) == (4, 6, None)
-    for name in ("policy", "optimizer"):
-        one, other = (place / f"checkpoints/iter_000006/{name}.safetensors" for place in (folder, whole))
+    for name in ("policy/model.safetensors", "optimizer.safetensors"):
+        one, other = (place / "checkpoints/iter_000006" / name for place in (folder, whole))
         assert one.read_bytes() == other.read_bytes()
     assert (folder / "sentinel.json").read_bytes() == (whole / "sentinel.json").read_bytes()
 

@@ -76,7 +76,8 @@ def save_checkpoint(
     manifest["sha256"] = _digest(manifest)
     (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     flush_tree(aside)
-    shutil.rmtree(place, ignore_errors=True)
+    if place.exists():
+        _drop(place)  # it was found damaged, and is computed again
     os.replace(aside, place)
     flush(folder)
     keep_newest(folder, keep, iteration)
@@ -86,19 +87,24 @@ def save_checkpoint(
 def keep_newest(folder: Path, keep: int, iteration: int) -> None:
     """Drop what is older than the newest `keep` sound checkpoints up to an iteration; a damaged one does not count.
 
-    Each is renamed before it is removed, so that none looks committed when it is half gone. One that is later than the
-    iteration was found damaged, or will be.
+    One that is later than the iteration was found damaged, or will be.
     """
     sound = 0
     for place in reversed(_committed(folder)):
         if int(place.name[5:]) > iteration:
             continue
         if sound >= keep:
-            aside = folder / f".writing-{place.name}"
-            os.replace(place, aside)
-            shutil.rmtree(aside)
+            _drop(place)
         else:
             sound += _verifies(place)
+
+
+def _drop(place: Path) -> None:
+    """Remove a checkpoint; renamed first, so that it never looks committed when it is half gone."""
+    aside = place.with_name(f".writing-dropped-{place.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(place, aside)
+    shutil.rmtree(aside)
 
 
 def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> Checkpoint | None:

@@ -279,7 +279,7 @@ class RunFolder:
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))
         small.save(content, "JPEG", quality=92, subsampling=0)
         with self.file_errors(f"thumbnails/{name}.jpg"):
-            place.parent.mkdir(exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(content.getvalue())
         self._unflushed |= {place, place.parent}
         return place.relative_to(self.path).as_posix()

@@ -24,26 +24,33 @@ def kills(short: bool) -> Outcome:
         expected = reference(kit, place / "reference")
         longest = _LONGEST * (time.monotonic() - started)
         outcome, rng, number = Outcome(0), random.Random(0), 0
-        while outcome.tried < (10 if short else 200):
+        times = 10 if short else 200
+        while outcome.tried < times:
             number += 1
-            outcome += killed_until_through(kit, place / f"run_{number}", expected, rng, longest)
+            left = times - outcome.tried
+            outcome += killed_until_through(kit, place / f"run_{number}", expected, rng, longest, left)
         return outcome + command_killed(kit, place / "command", expected, 1 if short else 3, rng, longest)
 
 
 def killed_until_through(
-    kit: Experiment, folder: Path, expected: dict[str, str], rng: random.Random, longest: float
+    kit: Experiment, folder: Path, expected: dict[str, str], rng: random.Random, longest: float, times: int
 ) -> Outcome:
-    """Start a run in `folder` and kill it, until a part of it comes to the end; compare what it left."""
+    """Start a run in `folder` and kill it, at most so many times, until it comes to the end; compare what it left.
+
+    A part that came no further than the one before makes the next last longer: a busy machine is slow.
+    """
     outcome = Outcome(0)
     while True:
+        before = newest(folder)
         running = child(lambda: train_in(kit, folder), folder.with_suffix(".log"))
-        ended = running.wait(rng.uniform(0, longest))
+        ended = running.wait(rng.uniform(0, longest)) if outcome.tried < times else running.finish()
         if ended is not None:
             return outcome + through(folder, ended.code, ended.text, expected)
         there = newest(folder)
         running.kill()
         running.wait()
         outcome += still_there(folder, there)
+        longest *= 1.0 if there > before else 1.2
 
 
 def through(folder: Path, code: int, text: str, expected: dict[str, str]) -> Outcome:

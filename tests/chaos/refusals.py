@@ -15,7 +15,7 @@ from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.experiment import Experiment
 from grpo_kit.train import train
 from tests.chaos import Outcome, fault
-from tests.chaos.crashes import watched
+from tests.chaos.crashes import cut_short, watched
 from tests.chaos.disk import Disk
 from tests.chaos.experiment import Ended, child, experiment, reference, run_through, scratch, train_in
 from tests.chaos.kills import command_line, newest, still_there, through
@@ -34,8 +34,7 @@ def refusals(short: bool) -> Outcome:
         place.chmod(0o755)  # who has given up root must still be able to read
         kit = experiment(num_iterations=3, prompts_per_iteration=1, validate_every=1)
         expected = reference(kit, place / "reference")
-        begun = place / "begun"
-        reference(experiment(num_iterations=1, prompts_per_iteration=1, validate_every=1), begun)
+        begun = cut_short(kit, place / "begun")
         outcome = Outcome(0)
         for number in rng.sample(range(60), 2) if short else range(100):
             outcome += refused_operation(kit, place / f"operation_{number}", begun, number, expected)
