@@ -67,14 +67,11 @@ class Watched(torch.optim.SGD):
 
 
 def cases(everything: bool) -> list[dict[str, object]]:
-    """Training settings: each loss type with some of the scalings and sizes of a micro-batch, or with all of them."""
-    some = [
-        {"loss_type": loss, "scale_rewards": SCALES[i % 3], "micro_batch_size": SIZES[i % 2], "beta": 0.04 * (i % 2)}
-        for i, loss in enumerate(LOSS_TYPES)
-    ]
-    names = ("loss_type", "scale_rewards", "micro_batch_size", "beta")
-    product = itertools.product(LOSS_TYPES, SCALES, SIZES, (0.0, 0.04))
-    found = [dict(zip(names, values, strict=True)) for values in product] if everything else some
+    """Training settings: each loss type once, or with every scaling and beta, the sizes of a micro-batch in turn."""
+    names = ("loss_type", "scale_rewards", "beta")
+    product = [dict(zip(names, values, strict=True)) for values in itertools.product(LOSS_TYPES, SCALES, (0.0, 0.04))]
+    chosen = product if everything else [product[6 * i + i % 6] for i in range(len(LOSS_TYPES))]
+    found = [case | {"micro_batch_size": SIZES[i % len(SIZES)]} for i, case in enumerate(chosen)]
     return [case | ({"epsilon_high": 5.0} if case["loss_type"] == "cispo" else {}) for case in found]
 
 
