@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 
 from grpo_kit.config import Config
@@ -22,14 +21,10 @@ from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.decoding import NextLogits, decode, row_seeds, row_uniforms
 from grpo_kit.models.loading import ModelError, add_lora, load_failure, load_language_model
 from grpo_kit.models.prefix import Packing, Prefix, learned_positions, reason_not_to_share, run_prompts
+from grpo_kit.models.prompt_format import PromptFormat
 from grpo_kit.models.rows import continued_rows, evaluating, recomputable_layers, recomputing, row_logits
 
 logger = logging.getLogger(__name__)
-
-_TEMPLATE = "vlm_model: its chat template does not fit"
-_WITHOUT_SYSTEM = (
-    'set model_settings.system_prompt to "" and say it in model_settings.instruction, or set another template'
-)
 
 
 class EnhancedPrompt(str):
@@ -64,18 +59,15 @@ class Scores:
     entropy: torch.Tensor
 
 
-class Policy:
+class Policy(PromptFormat):
     """A model with its processor, its instruction and its reference.
 
     Args:
         model: a transformers model with a language head.
-        processor: its processor (vision-language) or tokenizer (text only).
-        instruction: the user turn, with "{prompt}" where the user's prompt goes.
-        system_prompt: an optional system turn.
+        processor, instruction, system_prompt, chat_template_kwargs: how it is asked; see `PromptFormat`.
         temperature: for sampling and for scoring what was sampled.
         max_new_tokens: longest completion.
         reference: a frozen model to compare with; None where switching a LoRA adapter off gives it.
-        chat_template_kwargs: variables for the chat template, such as Qwen3's `enable_thinking`.
         gradient_checkpointing: scoring with gradients computes layers again instead of keeping their activations.
 
     `not_shared` says why completions do not share their prompt's cache; None where they do.
@@ -94,16 +86,16 @@ class Policy:
         chat_template_kwargs: Mapping[str, object] | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
+        super().__init__(
+            processor,
+            instruction=instruction,
+            system_prompt=system_prompt,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         self.model = model
-        self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.sees = self.tokenizer is not processor
-        self.instruction = instruction
-        self.system_prompt = system_prompt
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.reference = reference
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.gradient_checkpointing = gradient_checkpointing
         self.not_shared = reason_not_to_share(model)
         self._longest = learned_positions(model)
@@ -117,74 +109,7 @@ class Policy:
 
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, torch.Tensor]:
         """The model's inputs for user prompts (and one picture each): ids and mask (P, length), left-padded."""
-        if images is not None and not self.sees:
-            raise ModelError(
-                "use_image: found true, but this policy is text-only; set model_settings.use_image to false"
-            )
-        texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
-        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        options["add_special_tokens"] = not self.writes_start(texts[0])
-        if self.sees:
-            pictures = None if images is None else [[image] for image in images]  # one list a prompt
-            batch = self.processor(text=texts, images=pictures, **options)
-        else:
-            batch = self.tokenizer(texts, **options)
-        return {name: value.to(self.device) for name, value in batch.items() if name != "token_type_ids"}
-
-    def format_prompt(self, prompt: str, with_image: bool = False) -> str:
-        """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none.
-
-        Raises:
-            ModelError: the template refuses the turns, or leaves one of them out.
-        """
-        text = self.instruction.replace("{prompt}", self._without_control(prompt))
-        if not self.chats:
-            picture = self.processor.image_token if with_image else ""
-            return "\n".join(part for part in (picture, self.system_prompt, text) if part)
-        turns = [{"role": "user", "content": self._content(text, with_image)}]
-        if self.system_prompt:
-            turns.insert(0, {"role": "system", "content": self._content(self.system_prompt)})
-        variables = {name: value for name, value in self.chat_template_kwargs.items() if name in self._template}
-        try:
-            read = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **variables)
-        except TemplateError as error:
-            raise ModelError(f"{_TEMPLATE}: it refuses the turns ({error}); {_WITHOUT_SYSTEM}") from error
-        for part in (self.system_prompt, text):
-            if part.strip() not in read:
-                raise ModelError(f"{_TEMPLATE}: it leaves out {part.strip()[:60]!r}; {_WITHOUT_SYSTEM}")
-        return read
-
-    def _content(self, text: str, with_image: bool = False) -> str | list[dict[str, str]]:
-        """A turn's content: in parts for a model that sees, whose templates look for them; else the text."""
-        if not self.sees:
-            return text
-        return [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
-
-    def writes_start(self, text: str) -> bool:
-        """Whether a formatted prompt has its special tokens already, as transformers decides it.
-
-        A tokenizer's template writes them all; a processor's may leave the first to the tokenizer (LLaVA 1.5).
-        """
-        start = self.tokenizer.bos_token
-        return self.chats and (not self.sees or (start is not None and text.startswith(start)))
-
-    @property
-    def _template(self) -> str:
-        """The chat template, "" where there is none."""
-        template = getattr(self.processor, "chat_template", None) or ""
-        return template if isinstance(template, str) else "\n".join(template.values())  # several, by name
-
-    @property
-    def chats(self) -> bool:
-        """Whether prompts are put into a chat template."""
-        return bool(self._template)
-
-    def _without_control(self, prompt: str) -> str:
-        """The prompt with every added token's text broken by a space, so that it is read as ordinary text."""
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        for token in sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True):
-            prompt = prompt.replace(token, f"{token[:1]} {token[1:]}" if len(token) > 1 else " ")
-        return prompt
+        return {name: value.to(self.device) for name, value in self.tokenized(prompts, images).items()}
 
     # --- sampling and scoring -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,115 @@
+"""What the policy reads: a user's prompt in its instruction, in the chat template of the model, as token ids."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+
+from grpo_kit.models.loading import ModelError
+
+_TEMPLATE = "vlm_model: its chat template does not fit"
+_WITHOUT_SYSTEM = (
+    'set model_settings.system_prompt to "" and say it in model_settings.instruction, or set another template'
+)
+
+
+class PromptFormat:
+    """How a model is asked.
+
+    Args:
+        processor: its processor (vision-language) or tokenizer (text only).
+        instruction: the user turn, with "{prompt}" where the user's prompt goes.
+        system_prompt: an optional system turn.
+        chat_template_kwargs: variables for the chat template, such as Qwen3's `enable_thinking`.
+    """
+
+    def __init__(
+        self,
+        processor: object,
+        *,
+        instruction: str,
+        system_prompt: str = "",
+        chat_template_kwargs: Mapping[str, object] | None = None,
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.sees = self.tokenizer is not processor
+        self.instruction = instruction
+        self.system_prompt = system_prompt
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+
+    def tokenized(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, torch.Tensor]:
+        """Ids and mask (P, length) of user prompts, left-padded, and what belongs to their pictures (one each).
+
+        Raises:
+            ModelError: there are pictures, and the policy is text-only.
+        """
+        if images is not None and not self.sees:
+            raise ModelError(
+                "use_image: found true, but this policy is text-only; set model_settings.use_image to false"
+            )
+        texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        options["add_special_tokens"] = not self.writes_start(texts[0])
+        if self.sees:
+            pictures = None if images is None else [[image] for image in images]  # one list a prompt
+            batch = self.processor(text=texts, images=pictures, **options)
+        else:
+            batch = self.tokenizer(texts, **options)
+        return {name: value for name, value in batch.items() if name != "token_type_ids"}
+
+    def format_prompt(self, prompt: str, with_image: bool = False) -> str:
+        """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none.
+
+        Raises:
+            ModelError: the template refuses the turns, or leaves one of them out.
+        """
+        text = self.instruction.replace("{prompt}", self._without_control(prompt))
+        if not self.chats:
+            picture = self.processor.image_token if with_image else ""
+            return "\n".join(part for part in (picture, self.system_prompt, text) if part)
+        turns = [{"role": "user", "content": self._content(text, with_image)}]
+        if self.system_prompt:
+            turns.insert(0, {"role": "system", "content": self._content(self.system_prompt)})
+        variables = {name: value for name, value in self.chat_template_kwargs.items() if name in self._template}
+        try:
+            read = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **variables)
+        except TemplateError as error:
+            raise ModelError(f"{_TEMPLATE}: it refuses the turns ({error}); {_WITHOUT_SYSTEM}") from error
+        for part in (self.system_prompt, text):
+            if part.strip() not in read:
+                raise ModelError(f"{_TEMPLATE}: it leaves out {part.strip()[:60]!r}; {_WITHOUT_SYSTEM}")
+        return read
+
+    def _content(self, text: str, with_image: bool = False) -> str | list[dict[str, str]]:
+        """A turn's content: in parts for a model that sees, whose templates look for them; else the text."""
+        if not self.sees:
+            return text
+        return [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
+
+    def writes_start(self, text: str) -> bool:
+        """Whether a formatted prompt has its special tokens already, as transformers decides it.
+
+        A tokenizer's template writes them all; a processor's may leave the first to the tokenizer (LLaVA 1.5).
+        """
+        start = self.tokenizer.bos_token
+        return self.chats and (not self.sees or (start is not None and text.startswith(start)))
+
+    @property
+    def _template(self) -> str:
+        """The chat template, "" where there is none."""
+        template = getattr(self.processor, "chat_template", None) or ""
+        return template if isinstance(template, str) else "\n".join(template.values())  # several, by name
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are put into a chat template."""
+        return bool(self._template)
+
+    def _without_control(self, prompt: str) -> str:
+        """The prompt with every added token's text broken by a space, so that it is read as ordinary text."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        for token in sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True):
+            prompt = prompt.replace(token, f"{token[:1]} {token[1:]}" if len(token) > 1 else " ")
+        return prompt
