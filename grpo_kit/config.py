@@ -106,6 +106,12 @@ class GenerationSettings(Section):
 
     max_new_tokens: Count = Field(description="the longest rewrite, in tokens")
     temperature: Number = Field(1.0, gt=0, description="of sampling during training")
+    decoding: Literal["plain", "static", "compiled"] = Field(
+        "plain", description="how the policy samples: a cache that grows, one of fixed size, or that with torch.compile"
+    )
+    sampling_batch_size: Count | None = Field(
+        None, description="completions sampled in one call, by whole groups; null is all"
+    )
     num_inference_steps: Count
     guidance_scale: Number = Field(ge=0)
     height: Pixels | None = Field(None, description="pixels; null is the generator's own size")

@@ -6,6 +6,7 @@ completions are run on it: in sampling, and again, with gradients, in scoring.
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from grpo_kit.config import Config
 from grpo_kit.grpo.finite import weight_trouble
 from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
 from grpo_kit.hardware import choose_device, choose_dtype
+from grpo_kit.models.continuing import Decoding, continued_groups, require_decoding
 from grpo_kit.models.decoding import NextLogits, decode, row_seeds, row_uniforms
 from grpo_kit.models.loading import ModelError, add_lora, load_failure, load_language_model
 from grpo_kit.models.prefix import Packing, Prefix, learned_positions, reason_not_to_share, run_prompts
@@ -69,6 +71,8 @@ class Policy(PromptFormat):
         max_new_tokens: longest completion.
         reference: a frozen model to compare with; None where switching a LoRA adapter off gives it.
         gradient_checkpointing: scoring with gradients computes layers again instead of keeping their activations.
+        decoding: how completions are sampled token by token; see `models.continuing`.
+        sampling_batch_size: most completions sampled in one call, by whole groups; None is all.
 
     `not_shared` says why completions do not share their prompt's cache; None where they do.
     """
@@ -85,6 +89,8 @@ class Policy(PromptFormat):
         reference: torch.nn.Module | None = None,
         chat_template_kwargs: Mapping[str, object] | None = None,
         gradient_checkpointing: bool = False,
+        decoding: Decoding = "plain",
+        sampling_batch_size: int | None = None,
     ) -> None:
         super().__init__(
             processor,
@@ -98,6 +104,9 @@ class Policy(PromptFormat):
         self.reference = reference
         self.gradient_checkpointing = gradient_checkpointing
         self.not_shared = reason_not_to_share(model)
+        require_decoding(decoding, self.not_shared)
+        self.decoding = decoding
+        self.sampling_batch_size = sampling_batch_size
         self._longest = learned_positions(model)
         if gradient_checkpointing:
             recomputable_layers(model)  # refuses a model that has none
@@ -130,8 +139,41 @@ class Policy(PromptFormat):
         `seed` fixes every row's draw by (seed, prompt's place, sample's place); `first_prompt` is the first one's place
         in the batch that these prompts are a share of. With `reference` the frozen reference answers instead.
         """
-        P, G = len(prompts), num_generations
-        seeds = row_seeds(seed, P, G, first_prompt)
+        size = self._prompts_at_once(len(prompts), num_generations)
+        parts = [
+            self._sampled(
+                prompts[start : start + size],
+                num_generations,
+                row_seeds(seed, len(prompts[start : start + size]), num_generations, first_prompt + start),
+                None if images is None else images[start : start + size],
+                greedy,
+                reference,
+            )
+            for start in range(0, len(prompts), size)
+        ]
+        ids, mask, logprobs = (
+            _below_each_other(columns, fill)
+            for columns, fill in zip(zip(*parts, strict=True), (self.tokenizer.pad_token_id, False, 0.0), strict=True)
+        )
+        return Completions(ids, mask, logprobs, self.decode(ids, mask))
+
+    def _prompts_at_once(self, num_prompts: int, num_generations: int) -> int:
+        """Prompts in one call of the decoder, the calls as even as can be; a group stays together."""
+        if self.sampling_batch_size is None:
+            return max(num_prompts, 1)
+        calls = math.ceil(num_prompts / max(self.sampling_batch_size // num_generations, 1))
+        return math.ceil(num_prompts / max(calls, 1))
+
+    def _sampled(
+        self,
+        prompts: Sequence[str],
+        G: int,
+        seeds: Sequence[int],
+        images: Sequence[Image.Image] | None,
+        greedy: bool,
+        reference: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, mask and log-probabilities (N, T) of one call of the decoder, whose rows have those seeds."""
         uniforms = None if greedy else row_uniforms(seeds, self.max_new_tokens).to(self.device)
         with self._answering(reference) as model, evaluating(model):
             inputs = self.encode(prompts, images)
@@ -147,7 +189,7 @@ class Policy(PromptFormat):
                 uniforms=uniforms,
             )
         mask = completion_mask(ids, self.eos_token_ids)
-        return Completions(ids, mask, torch.where(mask, logprobs, 0.0), self.decode(ids, mask))
+        return ids, mask, torch.where(mask, logprobs, 0.0)
 
     def _check_room(self, length: int) -> None:
         """Raise where a prompt of that many tokens leaves no positions for the longest completion."""
@@ -161,16 +203,7 @@ class Policy(PromptFormat):
         """Logits of the completions' next tokens: behind their prompt, or in rows of their own."""
         if self.not_shared:
             return continued_rows(model, prefix, G)
-        P, cache = len(prefix.mask), prefix.room_for(G * self.max_new_tokens)
-        itself = torch.eye(G, dtype=torch.bool, device=self.device)
-
-        def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
-            """One token of each completion: it sees what stands G, 2G, … places before it, and itself."""
-            sees = itself.repeat(1, step + 1).expand(P, -1, -1)
-            steps = torch.full((P, G), step, device=self.device)
-            return prefix.extend(model, ids.reshape(P, G), steps, sees, cache).flatten(0, 1)
-
-        return next_logits
+        return continued_groups(model, prefix, G, self.max_new_tokens, self.decoding)
 
     def score(
         self,
@@ -407,10 +440,18 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
         reference=None if reference is None else reference.to(device).eval(),
         chat_template_kwargs=settings.chat_template_kwargs,
         gradient_checkpointing=settings.gradient_checkpointing,
+        decoding=generation.decoding,
+        sampling_batch_size=generation.sampling_batch_size,
     )
     if policy.not_shared:
         logger.warning("policy: prompts are run once for each completion, not once for a group: %s", policy.not_shared)
     return policy
+
+
+def _below_each_other(parts: Sequence[torch.Tensor], fill: float) -> torch.Tensor:
+    """Rows of several calls, (N, T) each, filled up to the longest on the right."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])
 
 
 def _lanes(mask: torch.Tensor, num_prompts: int, prompt_length: int) -> int:
