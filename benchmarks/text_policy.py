@@ -32,13 +32,17 @@ class Shape:
         return f"{self.prompts} prompts × {self.group}, {self.prompt_tokens} + {self.completion_tokens} tokens"
 
 
-def build(folder: Path, vocabulary: int = VOCABULARY) -> Path:
-    """Write model and tokenizer, the same weights each time; returns the folder."""
+def build(folder: Path, vocabulary: int = VOCABULARY, **size: int) -> Path:
+    """Write model and tokenizer, the same weights each time; returns the folder.
+
+    `size` is settings of the model's configuration that differ from `SIZE` and `HEADS`.
+    """
     tokenizer = _tokenizer(vocabulary)
     torch.manual_seed(0)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": None}
+    settings = SIZE | HEADS | ids | size
     model = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=vocabulary, **SIZE, **HEADS, **ids, tie_word_embeddings=True, initializer_range=0.05)
+        Qwen2Config(vocab_size=vocabulary, tie_word_embeddings=True, initializer_range=0.05, **settings)
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
