@@ -37,7 +37,7 @@ def build(folder: Path, vocabulary: int = VOCABULARY, **size: int) -> Path:
 
     `size` is settings of the model's configuration that differ from `SIZE` and `HEADS`.
     """
-    tokenizer = _tokenizer(vocabulary)
+    tokenizer = word_tokenizer(vocabulary)
     torch.manual_seed(0)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": None}
     settings = SIZE | HEADS | ids | size
@@ -49,7 +49,8 @@ def build(folder: Path, vocabulary: int = VOCABULARY, **size: int) -> Path:
     return folder
 
 
-def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token a word: `w1`, `w2`, …; the token that ends a text is one past the vocabulary."""
     words = {"<pad>": 0} | {f"w{i}": i for i in range(1, vocabulary)} | {"<end>": vocabulary}
     raw = Tokenizer(models.WordLevel(words, unk_token="w1"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -9,6 +9,8 @@ import torch
 from families import FAMILIES, Family
 from PIL import Image
 
+from benchmarks import sampling as benchmark
+from benchmarks.results import BenchmarkError
 from grpo_kit.config import ConfigError, load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import continuing
@@ -166,6 +168,15 @@ def test_mistakes_in_fixed_shapes_are_noticed(mutant: tuple, own_policy: Policy,
     plain = _sampled(own_policy, "plain")
     monkeypatch.setattr(continuing, *mutant)
     assert _difference(plain, _sampled(own_policy, "static")) > CLOSE
+
+
+def test_ways_that_sample_otherwise_are_not_timed(own_policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    _compile_with(monkeypatch, "eager")
+    case = benchmark.Case("embedded", own_policy, PROMPTS, G)
+    assert [gate.passed for gate in benchmark.agree(case)] == [True, True]
+    monkeypatch.setattr(continuing, "_seen", sees_the_empty_room)
+    with pytest.raises(BenchmarkError, match="embedded, static"):
+        benchmark.agree(case)
 
 
 # --- several calls ----------------------------------------------------------------------------------------------------
