@@ -69,9 +69,14 @@ def _libraries() -> Finding:
 
 
 def _device(config: Config) -> str:
-    device, why = hardware.choose_device(config.model_settings.device)
+    placed = hardware.placement(config.model_settings)
+    device, why = placed["device"]
     dtype, reason = hardware.choose_dtype(device, config.model_settings.dtype)
-    return f"{device} ({why}), {str(dtype).removeprefix('torch.')} ({reason})"
+    text = f"{device} ({why}), {str(dtype).removeprefix('torch.')} ({reason})"
+    for part in ("generator", "reward"):
+        other, why = placed[f"{part}_device"]
+        text += "" if other == device else f"; {part} on {other} ({why})"
+    return text
 
 
 def weights_text(where: str) -> str:

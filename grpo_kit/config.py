@@ -54,6 +54,7 @@ Count = Annotated[int, Field(ge=1), _NUMERIC]
 Pixels = Annotated[int, Field(ge=8), _NUMERIC]
 Number = Annotated[float, _NUMERIC]
 Name = Annotated[str, Field(min_length=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
 class Section(BaseModel):
@@ -80,7 +81,9 @@ class ModelSettings(Section):
     sd_model: Name = Field(description="the generator: hub id or folder of a diffusers pipeline")
     clip_model: Name = Field(description="the reward model: hub id, folder or open_clip name")
     clip_pretrained: Name | None = Field(None, description="open_clip's tag of the weights, where clip_model is a name")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto is the best one here")
+    device: Device = Field("auto", description="auto is the best one here")
+    generator_device: Device | None = Field(None, description="where pictures are drawn; null is device")
+    reward_device: Device | None = Field(None, description="where reward models compute; null is device")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     lora: LoraSettings | None = Field(None, description="null trains all weights")
     drop_t5: bool = Field(True, description="leave out SD3's third text encoder")
@@ -167,6 +170,10 @@ class RewardSettings(Section):
     )
     timeout: dict[Name, Annotated[float, Field(gt=0), _NUMERIC]] = Field(
         default_factory=dict, description="seconds that a call of a reward may take; then on_bad_reward decides"
+    )
+    overlap: bool | None = Field(
+        None,
+        description="score pictures while the next are drawn; null: where generator and rewards have different devices",
     )
 
     @field_validator("monitors")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo_kit.config import Config
+from grpo_kit.hardware import placement
 from grpo_kit.models.generator import Generator, load_generator
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.prompts import Prompt, load_prompts
@@ -22,6 +23,16 @@ class Experiment:
     train_prompts: list[Prompt]
     val_prompts: list[Prompt]
 
+    @property
+    def overlap(self) -> bool:
+        """Whether a rollout's pictures are scored while its next are drawn.
+
+        As `reward_settings.overlap` says; left open, where the generator and the rewards have different devices.
+        """
+        wanted = self.config.reward_settings.overlap
+        placed = placement(self.config.model_settings)
+        return placed["generator_device"][0] != placed["reward_device"][0] if wanted is None else wanted
+
     def with_rewards(self, rewards: Rewards) -> "Experiment":
         """The same experiment under other rewards, whose failures are treated as its `on_bad_reward` says."""
         on_error = "raise" if self.config.training_settings.on_bad_reward == "raise" else "nan"
@@ -38,7 +49,8 @@ def load_experiment(config: Config, trained: Path | str | None = None) -> Experi
     Raises:
         KitError: one line on what is missing, damaged or wrong, and what to do.
     """
-    check_reward_settings(config)  # before any model is loaded
+    placement(config.model_settings)  # what is wrong is said before any model is loaded
+    check_reward_settings(config)
     generator = load_generator(config)
     return Experiment(
         config=config,

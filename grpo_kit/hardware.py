@@ -8,13 +8,15 @@ import random
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from grpo_kit.config import KitError
 
 if TYPE_CHECKING:
     import torch
+
+    from grpo_kit.config import ModelSettings
 
 LIBRARIES = (
     "grpo_kit torch torchvision transformers diffusers accelerate peft open_clip_torch safetensors numpy scipy pandas "
@@ -26,8 +28,14 @@ class HardwareError(KitError):
     """A device or dtype that this machine does not have."""
 
 
-def choose_device(device: str = "auto") -> tuple["torch.device", str]:
-    """The device to compute on and the reason: the first of CUDA, MPS and CPU for "auto", else the one named."""
+def choose_device(device: str = "auto", setting: str = "device") -> tuple["torch.device", str]:
+    """The device to compute on and the reason: the first of CUDA, MPS and CPU for "auto", else the one named.
+
+    A CUDA device comes with its number: a thread has a current device of its own, which is not the caller's.
+
+    Raises:
+        HardwareError: one line that names the `setting`, where this machine has no such device.
+    """
     import torch
 
     if device == "auto":
@@ -37,16 +45,33 @@ def choose_device(device: str = "auto") -> tuple["torch.device", str]:
             return torch.device("mps"), "Apple GPU found"
         return torch.device("cpu"), "no CUDA or Apple GPU found"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise HardwareError(f"device: found {device!r:.60}, allowed: auto, cpu, mps, cuda, cuda:N")
+        raise HardwareError(f"{setting}: found {device!r:.60}, allowed: auto, cpu, mps, cuda, cuda:N")
     chosen = torch.device(device)
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
-            raise HardwareError(f"device: found {device}, but this machine has {count} CUDA devices. Set auto or cpu")
-        return chosen, f"asked for; {_cuda_reason(chosen.index or 0)}"
+            raise HardwareError(
+                f"{setting}: found {device}, but this machine has {count} CUDA devices. Set auto or cpu"
+            )
+        index = torch.cuda.current_device() if chosen.index is None else chosen.index
+        return torch.device("cuda", index), f"asked for; {_cuda_reason(index)}"
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise HardwareError("device: found mps, but this machine has no Apple GPU. Set auto or cpu")
+        raise HardwareError(f"{setting}: found mps, but this machine has no Apple GPU. Set auto or cpu")
     return chosen, "asked for"
+
+
+def placement(settings: "ModelSettings") -> dict[str, tuple["torch.device", str]]:
+    """Where the policy, the generator and the reward models compute: the setting's name → device and reason.
+
+    Raises:
+        HardwareError: this machine does not have one of them.
+    """
+    named = {
+        "device": settings.device,
+        "generator_device": settings.generator_device or settings.device,
+        "reward_device": settings.reward_device or settings.device,
+    }
+    return {setting: choose_device(device, setting) for setting, device in named.items()}
 
 
 def _cuda_reason(index: int) -> str:
@@ -97,10 +122,10 @@ def seed_everything(seed: int) -> None:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process held, in MB: on the CUDA device where one is in use, else on the host."""
+    """The most memory that this process held, in MB: on its CUDA devices where any is in use, else on the host."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 1e6
+        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
@@ -108,36 +133,49 @@ def peak_memory_mb() -> float:
 def release(*objects: object) -> None:
     """Give accelerator memory back at the end of a notebook.
 
-    Models among `objects`, or held by them as attributes, move to the CPU, since a notebook's own history may still
-    refer to them; then unused memory goes back to the device.
+    Models among `objects`, or held by them as attributes or items, move to the CPU, since a notebook's own history may
+    still refer to them; then unused memory goes back to the devices.
     """
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_initialized()
     if on_gpu:
-        for thing in _held(objects, depth=2):
-            if isinstance(thing, torch.nn.Module):
-                thing.to("cpu")
+        for model in _models(objects, depth=8):
+            model.to("cpu")
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
 
 
-def _held(things: Iterable[object], depth: int) -> Iterator[object]:
-    """The things and what they hold as attributes, `depth` levels down: a kit holds its policy, that its model."""
-    for thing in things:
-        yield thing
-        if depth:
-            yield from _held(list(getattr(thing, "__dict__", {}).values()), depth - 1)
-
-
-def computing_machine(device: str = "auto") -> dict[str, str]:
-    """What decides how sums are rounded besides the versions: the device that `device` means here, and the threads."""
+def _models(things: Iterable[object], depth: int) -> "Iterator[torch.nn.Module]":
+    """The models among the things and what they hold, `depth` levels down: kit, rewards, parts, a reward, its CLIP."""
     import torch
 
-    chosen, _ = choose_device(device)
-    kind = torch.backends.cpu.get_cpu_capability() if chosen.type == "cpu" else ""
-    kind = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else kind
-    return {"device": f"{chosen.type} {kind}".strip(), "threads": str(torch.get_num_threads())}
+    for thing in things:
+        if isinstance(thing, torch.nn.Module):
+            yield thing
+        elif depth and not isinstance(thing, type):
+            held = thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
+            yield from _models(list(held.values()), depth - 1)
+
+
+def computing_machine(settings: "ModelSettings") -> dict[str, str]:
+    """What decides how sums are rounded besides the versions: the kinds of device here, and the threads.
+
+    The generator's and the rewards' kinds stand there where they are others than the policy's.
+    """
+    import torch
+
+    kinds = {setting: _kind(device) for setting, (device, _) in placement(settings).items()}
+    kept = {setting: kind for setting, kind in kinds.items() if setting == "device" or kind != kinds["device"]}
+    return {**kept, "threads": str(torch.get_num_threads())}
+
+
+def _kind(device: "torch.device") -> str:
+    import torch
+
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else kind
+    return f"{device.type} {kind}".strip()
 
 
 def library_versions() -> dict[str, str]:

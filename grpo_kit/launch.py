@@ -51,10 +51,13 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a vision tower
-    device = config.model_settings.device
-    if device.startswith("cuda:"):
-        raise ProcessError(f"model_settings.device: found {device}, which several processes cannot share. Set auto")
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    settings = config.model_settings
+    for setting in ("device", "generator_device", "reward_device"):
+        if (named := getattr(settings, setting) or "").startswith("cuda:"):
+            raise ProcessError(
+                f"model_settings.{setting}: found {named}, which several processes cannot share. Set auto"
+            )
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     handlers = [InitProcessGroupKwargs(timeout=_PATIENCE), unused]
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
     processes = Launched(accelerator)

@@ -166,7 +166,7 @@ def changed_since(run_dir: Path) -> dict[str, tuple[str, str]]:
     recorded = json.loads((run_dir / "config.json").read_bytes())
     here = {name: version for name, version in library_versions().items() if name in DECISIVE}
     then = {**recorded.get("versions", {}), **recorded.get("machine", {})}
-    now = {**here, **computing_machine(load_config(run_dir).model_settings.device)}
+    now = {**here, **computing_machine(load_config(run_dir).model_settings)}
     pairs = {name: (then.get(name, "not recorded"), value) for name, value in now.items()}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from PIL import Image
 
+from grpo_kit.drawing import Wanted, draw_and_score
 from grpo_kit.grpo.advantages import group_spread
 from grpo_kit.hardware import derive_seed
 from grpo_kit.models.generator import Generator
@@ -36,7 +37,7 @@ class Rollout:
     ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference
     truncated: torch.Tensor | None = None  # (N,) bool: ended by the length limit
     prompt_images: list[Image.Image] | None = None  # P pictures that the policy saw
-    seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, rewards
+    seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, and what the rewards take beyond them
     totals: torch.Tensor | None = None  # (N,) weighted raw total, where it differs from `rewards`
 
     def score(self, policy: Policy, rows: torch.Tensor | None = None, *, reference: bool = False) -> Scores:
@@ -80,6 +81,7 @@ def collect_rollout(
     images_per_prompt: int = 1,
     share_seeds: bool = True,
     use_image: bool = False,
+    overlap: bool = False,
     processes: Processes = ALONE,
 ) -> Rollout:
     """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
@@ -93,6 +95,7 @@ def collect_rollout(
         images_per_prompt: M images a rewrite; its reward is their mean.
         share_seeds: a group's rewrites are drawn from the same M latents, so that they differ by their words alone.
         use_image: the policy sees the picture that the user's own prompt gives.
+        overlap: score the groups that are drawn while the next are drawn, for rewards that compute or wait elsewhere.
         processes: those that share the work.
 
     Raises:
@@ -120,6 +123,7 @@ def collect_rollout(
             images_per_prompt=images_per_prompt,
             share_seeds=share_seeds,
             use_image=use_image,
+            overlap=overlap,
         )
 
     rollout = _gathered(share, policy.tokenizer.pad_token_id, processes)
@@ -142,6 +146,7 @@ def _collect_share(
     images_per_prompt: int,
     share_seeds: bool,
     use_image: bool,
+    overlap: bool,
 ) -> Rollout:
     """The rows of some prompts, of which the `first` one's place in the batch is given; with the raw rewards."""
     texts = [prompt.user_prompt for prompt in prompts]
@@ -149,27 +154,25 @@ def _collect_share(
     seen = picture_prompts(generator, texts, seed, first) if use_image else None
     seed_of_tokens = derive_seed(seed, "sampling")
     completions = policy.sample(texts, num_generations, seed=seed_of_tokens, images=seen, first_prompt=first)
-    seconds["sampling"], clock = time.perf_counter() - clock, time.perf_counter()
+    seconds["sampling"] = time.perf_counter() - clock
     group_ids = first + torch.arange(len(prompts)).repeat_interleave(num_generations)
     seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
-    images = _draw(generator, completions.texts, seeds)
-    seconds["images"], clock = time.perf_counter() - clock, time.perf_counter()
-    parts = _score(rewards, images, [texts[group - first] for group in group_ids], completions.texts, group_ids, seeds)
-    seconds["rewards"] = time.perf_counter() - clock
+    wanted = Wanted([texts[group - first] for group in group_ids], completions.texts, group_ids, seeds)
+    drawn = draw_and_score(generator, rewards, wanted, overlap=overlap)
     return Rollout(
         prompts=prompts,
         group_ids=group_ids,
         completion_ids=completions.ids.cpu(),
         completion_mask=completions.mask.cpu(),
         enhanced_prompts=completions.texts,
-        images=images,
+        images=drawn.images,
         image_seeds=seeds,
-        reward_parts=parts,
-        rewards=rewards.total(parts),
+        reward_parts=drawn.parts,
+        rewards=rewards.total(drawn.parts),
         old_logprobs=completions.logprobs.cpu(),
         truncated=_truncated(completions, policy),
         prompt_images=seen,
-        seconds=seconds,
+        seconds=seconds | drawn.seconds,
     )
 
 
@@ -242,29 +245,6 @@ def picture_prompts(
         generator.generate_image(prompt, derive_seed(seed, "seen", i))
         for i, prompt in zip(places, prompts, strict=True)
     ]
-
-
-def _draw(generator: Generator, texts: list[str], seeds: torch.Tensor) -> list[list[Image.Image | None]]:
-    count = seeds.shape[1]
-    flat = generator.generate_images([text for text in texts for _ in range(count)], seeds.flatten().tolist())
-    return [flat[row * count : (row + 1) * count] for row in range(len(texts))]
-
-
-def _score(
-    rewards: Rewards,
-    images: list[list[Image.Image | None]],
-    prompts: list[str],
-    rewrites: list[str],
-    group_ids: torch.Tensor,
-    seeds: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Each part's mean over a rewrite's images that could be scored: {name: (N,)}."""
-    count = len(images[0])
-    flat = [image for row in images for image in row]
-    repeated = ([text for text in texts for _ in range(count)] for texts in (prompts, rewrites))
-    groups = group_ids.repeat_interleave(count)
-    scores = rewards.score(flat, *repeated, group_ids=groups, image_seeds=seeds.flatten())
-    return {name: values.reshape(-1, count).nanmean(dim=1) for name, values in scores.items()}
 
 
 def _truncated(completions: Completions, policy: Policy) -> torch.Tensor:

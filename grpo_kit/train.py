@@ -188,6 +188,7 @@ def run_iteration(
             images_per_prompt=generation.images_per_prompt,
             share_seeds=generation.share_seeds,
             use_image=kit.config.model_settings.use_image,
+            overlap=kit.overlap,
             processes=processes,
         )
     return rollout, grpo_step(kit.policy, optimizer, rollout, kit.config, processes)

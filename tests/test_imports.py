@@ -29,6 +29,7 @@ LAYERS = [  # imports run downward only
     {"experiment"},
     {"runs", "launch"},
     {"rollout"},
+    {"drawing"},
     {"rewards"},
     {"models"},
     {"shapeworld"},

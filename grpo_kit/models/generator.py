@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,15 @@ from PIL import Image
 from transformers import logging as transformers_logging
 
 from grpo_kit.config import Config
-from grpo_kit.hardware import choose_device, choose_dtype
+from grpo_kit.hardware import choose_dtype, placement
 from grpo_kit.models.loading import ModelError, load_failure
 
 logger = logging.getLogger(__name__)
 _KEPT_TEXTS = 256  # prompt embeddings kept, the oldest go first: a rewrite comes again soon or never
+_DRAWING = threading.Lock()  # a pipeline keeps a call's schedule in itself: one thread at a time
 _TEXTS_AT_ONCE = 8  # always exactly so many, so that a text's embedding does not depend on how many came with it
 _SMALLEST_CONTRAST = 2 / 255  # an image whose lightest and darkest values differ by less is blank
+Pair = tuple[str, int]  # a text and a seed: what makes a picture
 
 
 class Generator:
@@ -81,15 +84,13 @@ class Generator:
             raise ValueError(f"seeds: found {len(seeds)} for {len(prompts)} prompts, one each is needed")
         wanted = [(str(prompt), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         distinct = list(dict.fromkeys(wanted))
-        drawn: dict[tuple[str, int], Image.Image | None] = {}
-        calls = math.ceil(len(distinct) / self.batch_size)
-        size = math.ceil(len(distinct) / max(calls, 1))  # as even as can be: the last few would cost more an image
-        for start in range(0, len(distinct), max(size, 1)):
-            pairs = distinct[start : start + size]
-            drawn.update(zip(pairs, self._draw(pairs), strict=True))
+        drawn: dict[Pair, Image.Image | None] = {}
+        for pairs in even_batches(distinct, self.batch_size):
+            with _DRAWING:
+                drawn.update(zip(pairs, self._draw(pairs), strict=True))
         return [drawn[pair] for pair in wanted]
 
-    def _draw(self, pairs: list[tuple[str, int]]) -> list[Image.Image | None]:
+    def _draw(self, pairs: list[Pair]) -> list[Image.Image | None]:
         """One pipeline call; each image's noise comes from its own seed, on the CPU, so that devices agree."""
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
         sizes = {name: value for name, value in (("height", self.height), ("width", self.width)) if value}
@@ -166,10 +167,18 @@ class Generator:
         return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
 
 
+def even_batches(items: Sequence[Pair], most: int) -> Iterator[list[Pair]]:
+    """Consecutive parts of at most `most` items, as even as can be: the last few would cost more an image."""
+    calls = math.ceil(len(items) / most)
+    size = math.ceil(len(items) / max(calls, 1))
+    for start in range(0, len(items), max(size, 1)):
+        yield list(items[start : start + size])
+
+
 def load_generator(config: Config) -> Generator:
     """The generator of a config, frozen, on its device."""
     settings, generation = config.model_settings, config.generation_settings
-    device, _ = choose_device(settings.device)
+    device, _ = placement(settings)["generator_device"]
     dtype, _ = choose_dtype(device, settings.dtype)
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()

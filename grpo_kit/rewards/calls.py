@@ -4,6 +4,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 
 import torch
 from PIL import Image
@@ -37,7 +38,7 @@ class InThreads:
         for rows in parts:
             columns = [[column[row] for row in rows] for column in (images, prompts, enhanced_prompts)]
             given = {name: None if values is None else values[rows] for name, values in context.items()}
-            calls.append(_started(self.reward, *columns, **given))
+            calls.append(started(self.reward, *columns, **given))
         wait(calls)
         result = torch.empty(len(images), dtype=torch.float64)
         for rows, call in zip(parts, calls, strict=True):
@@ -64,7 +65,7 @@ class WithTimeLimit:
         Raises:
             RewardError: the limit is over.
         """
-        call = _started(self.reward, *columns, **context)
+        call = started(self.reward, *columns, **context)
         try:
             return call.result(self.seconds)
         except TimeoutError:
@@ -93,18 +94,37 @@ def _look_like(wrapper: object, reward: Reward) -> None:
         wrapper.__signature__ = inspect.signature(lambda images, prompts, enhanced_prompts: None)
 
 
-def _started(function: Callable[..., object], *args: object, **options: object) -> Future:
-    """The future of a call in a daemon thread: unlike an executor's, one that hangs lets the program end."""
-    future = Future()
+def started(function: Callable[..., object], *args: object, **options: object) -> Future:
+    """The future of a call in a daemon thread: unlike an executor's, one that hangs lets the program end.
+
+    Gradients and autocast are on or off as they are for the caller; torch keeps that for each thread.
+    """
+    future, enter_modes = Future(), _torch_modes()
 
     def run() -> None:
         try:
-            future.set_result(function(*args, **options))
+            with ExitStack() as stack:
+                enter_modes(stack)
+                future.set_result(function(*args, **options))
         except BaseException as error:  # an interrupt too is raised where the result is asked for
             future.set_exception(error)
 
     threading.Thread(target=run, name="reward", daemon=True).start()
     return future
+
+
+def _torch_modes() -> Callable[[ExitStack], None]:
+    """What brings another thread into the modes of this one, until the stack is closed."""
+    gradients = torch.is_grad_enabled()
+    kinds = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
+    lower = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
+
+    def enter(stack: ExitStack) -> None:
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for kind, dtype in lower:
+            stack.enter_context(torch.autocast(kind, dtype))
+
+    return enter
 
 
 def _parts(count: int, workers: int, context: dict[str, torch.Tensor | None]) -> Iterator[list[int]]:

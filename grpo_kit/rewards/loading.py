@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, create_model
 
 from grpo_kit.config import Config, ConfigError, Count, Name, Number, Section, Whole, validated
-from grpo_kit.hardware import choose_device
+from grpo_kit.hardware import placement
 from grpo_kit.rewards.calls import in_threads, with_time_limit
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.protocol import Reward, RewardError
@@ -76,7 +76,7 @@ class _Shared:
 
     @cached_property
     def device(self) -> torch.device:
-        return choose_device(self.config.model_settings.device)[0]
+        return placement(self.config.model_settings)["reward_device"][0]
 
     @cached_property
     def clip(self) -> "ClipSimilarity":

@@ -355,7 +355,7 @@ def _remove(place: Path) -> None:
 
 def _made_by(config: Config) -> dict[str, object]:
     """What beside the settings decides on a run's last bits."""
-    return {"versions": library_versions(), "machine": computing_machine(config.model_settings.device)}
+    return {"versions": library_versions(), "machine": computing_machine(config.model_settings)}
 
 
 @contextmanager
