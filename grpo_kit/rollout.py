@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -111,21 +112,20 @@ def collect_rollout(
     prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     shard = processes.shards(len(prompts))[processes.rank]
 
-    def share() -> Rollout:
-        return _collect_share(
-            policy,
-            generator,
-            rewards,
-            prompts[shard.start : shard.stop],
-            num_generations,
-            seed,
-            shard.start,
-            images_per_prompt=images_per_prompt,
-            share_seeds=share_seeds,
-            use_image=use_image,
-            overlap=overlap,
-        )
-
+    share = partial(
+        _collect_share,
+        policy,
+        generator,
+        rewards,
+        prompts[shard.start : shard.stop],
+        num_generations,
+        seed,
+        shard.start,
+        images_per_prompt=images_per_prompt,
+        share_seeds=share_seeds,
+        use_image=use_image,
+        overlap=overlap,
+    )
     rollout = _gathered(share, policy.tokenizer.pad_token_id, processes)
     return replace(
         rollout,
