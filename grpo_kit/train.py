@@ -28,7 +28,7 @@ from grpo_kit.runs.card import save_with_card
 from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, course
 from grpo_kit.runs.origin import first_own_validation, require_no_branch
-from grpo_kit.runs.tracking import Tracker
+from grpo_kit.runs.tracking import Tracker, validation_line
 from grpo_kit.sentinel import held_out_score, watch
 
 logger = logging.getLogger(__name__)
@@ -80,11 +80,12 @@ def train(
     with ExitStack() as stack:
         tracker = processes.only_main(lambda: _open(folder, kit.config, stack))
         committed = resume(kit, optimizer, folder, processes)
+        start = iteration = committed or 0
+        processes.only_main(lambda: tracker.go_on(start))
         processes.prepare(kit.policy, optimizer)
         if committed is None:
             _validate(kit, folder, tracker, 0, processes)
             commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
-        start = iteration = committed or 0
         stopped = processes.on_main(lambda: _look(kit, folder, announce=False))
         last = start if stopped else settings.num_iterations
         bar = _bar(start, last, shown=progress and processes.is_main)
@@ -286,8 +287,7 @@ def _looks_best(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration:
     since = first_own_validation(folder.path)  # a branch may have none of the policies that its parent validated
     earlier = [_rank(v, _held_out(kit)) for v in folder.validations() if since <= v["iteration"] < iteration]
     result = validate(kit, iteration, folder)
-    watched = {name: result[name] for name in ("reward", "paraphrase", "diversity") if name in result}
-    tracker.log({"iteration": iteration, **watched, **result["rewards"]}, prefix="eval")
+    tracker.log(validation_line(result), prefix="eval")
     tracker.log_samples(iteration)
     logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
     return not earlier or _rank(result, _held_out(kit)) > max(earlier)

@@ -286,7 +286,7 @@ class Failing:
         if self.left < 0:
             raise ConnectionError("no route to host\nand much more text")
 
-    start = log = images = table = _call
+    start = whole_until = log = images = table = _call
 
     def finish(self, exit_code: int) -> None:
         self.finished.append(exit_code)

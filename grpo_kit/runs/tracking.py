@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from grpo_kit.runs.folder import RunFolder
 logger = logging.getLogger(__name__)
 
 PICTURES = 4  # samples of the newest group that are shown at a validation
-_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+_FAILED, _INTERRUPTED = 1, 130  # what a shell reports for an error, and for Ctrl-C
+_RECORD = "tracking.json"
 _START_SECONDS, _FINISH_SECONDS = 30, 60  # how long a network that does not answer may hold up a run
 
 Picture = tuple[Path, str]  # its file and its caption
@@ -31,6 +33,9 @@ class Mirror(Protocol):
 
     def start(self) -> None:
         """Open it, or go on where an earlier part of the run left it."""
+
+    def whole_until(self, committed: int) -> int:
+        """The iteration up to which it has everything of a run that goes on after the committed one; -1 is nothing."""
 
     def log(self, metrics: Mapping[str, float], prefix: str) -> None:
         """Show one line of numbers, with its own "iteration", under `prefix/`."""
@@ -48,7 +53,9 @@ class Mirror(Protocol):
 class WandbMirror:
     """A wandb run, on its server or (offline) in the run folder for `wandb sync`; its id is kept in `tracking.json`.
 
-    An iteration is one step: a continued run goes on counting, and wandb ignores a step that it has seen.
+    An iteration is one step: a continued run goes on counting, and wandb ignores a step that it has seen. Offline each
+    process writes a part of its own; wandb loses what a killed one wrote last. So `tracking.json` also says which part
+    is open and since when: one that is found open is replaced.
     Neither the command line, nor the machine, nor the git remote is sent: each has been seen to hold a secret.
     """
 
@@ -56,9 +63,12 @@ class WandbMirror:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._config, self._run_dir, self._run = config, run_dir, None
+        self._record: dict = {}
 
     def start(self) -> None:
         import wandb
+
+        self._record = self._recorded()
 
         settings, online = self._config.tracking_settings, self._config.tracking_settings.wandb == "online"
         wandb.setup(wandb.Settings(silent=True))
@@ -67,7 +77,7 @@ class WandbMirror:
         self._run = wandb.init(
             project=settings.project,
             name=self._run_dir.name,
-            id=self._id(),
+            id=self._record["wandb_id"],
             resume="allow" if online else None,  # offline parts of one id are joined by `wandb sync`
             dir=str(self._run_dir),
             mode=settings.wandb,
@@ -89,11 +99,26 @@ class WandbMirror:
             self._run.define_metric(f"{prefix}/iteration")
             self._run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/iteration")
 
-    def _id(self) -> str:
-        place = self._run_dir / "tracking.json"
+    def _recorded(self) -> dict:
+        place = self._run_dir / _RECORD
         if not place.is_file():
-            RunFolder(self._run_dir).write_json(place.name, {"wandb_id": uuid.uuid4().hex[:8]})
-        return json.loads(place.read_text(encoding="utf-8"))["wandb_id"]
+            self._write({"wandb_id": uuid.uuid4().hex[:8], "open": {"since": -1, "part": None}})
+        return json.loads(place.read_text(encoding="utf-8"))
+
+    def _write(self, record: dict) -> None:
+        RunFolder(self._run_dir).write_json(_RECORD, record)
+        self._record = record
+
+    def whole_until(self, committed: int) -> int:
+        """Where the part that was not closed began, if there is one; unless it is on the server, it goes."""
+        left_open = self._record.get("open")
+        since = committed if left_open is None else left_open["since"]
+        self._write({**self._record, "open": {"since": since, "part": Path(self._run.dir).parent.name}})
+        if left_open is not None and left_open["part"] is not None:
+            part = self._run_dir / "wandb" / left_open["part"]
+            if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
+                shutil.rmtree(part, ignore_errors=True)
+        return max(since, self._run.step - 1)  # online the server says what it has
 
     def log(self, metrics: Mapping[str, float], prefix: str) -> None:
         line = {f"{prefix}/{name}": value for name, value in metrics.items()}
@@ -115,6 +140,8 @@ class WandbMirror:
     def finish(self, exit_code: int) -> None:
         if self._run is not None:
             self._run.finish(exit_code=exit_code)
+            if exit_code != _FAILED:  # by which a mirror that lost something is closed, too
+                self._write({**self._record, "open": None})
 
 
 class TensorBoardMirror:
@@ -132,6 +159,10 @@ class TensorBoardMirror:
             raise KitError("it is not installed. Run: pip install tensorboard") from error
         self._writer = SummaryWriter(str(self._run_dir / "tensorboard"))
         self._writer.add_text("config", f"```\n{json.dumps(self._config.to_dict(), indent=1)}\n```")
+
+    def whole_until(self, committed: int) -> int:
+        """All: what was written to its file outlives the process."""
+        return committed
 
     def log(self, metrics: Mapping[str, float], prefix: str) -> None:
         for name, value in metrics.items():
@@ -172,6 +203,10 @@ class Tracker:
             raise
         return self
 
+    def go_on(self, committed: int) -> None:
+        """Go on after a committed iteration, 0 for a new run: what a mirror lacks up to it is shown from the folder."""
+        self._each(lambda mirror: show_again(mirror, self._run_dir, mirror.whole_until(committed), committed))
+
     def log(self, metrics: Mapping[str, float], prefix: str = "train") -> None:
         """Mirror one line, with its own "iteration", under `train/` or `eval/`."""
         self._each(lambda mirror: mirror.log(metrics, prefix))
@@ -190,7 +225,7 @@ class Tracker:
                 text = "%s: not mirrored (%.200s); the run goes on, its folder has everything"
                 logger.warning(text, mirror.name, said)
                 with contextlib.suppress(Exception):
-                    mirror.finish(1)
+                    mirror.finish(_FAILED)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -203,6 +238,25 @@ def exit_code(error: BaseException | None) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else int(error is not None)
+
+
+def show_again(mirror: Mirror, run_dir: Path, after: int, until: int) -> None:
+    """Show what a run's folder keeps of the iterations after one, up to another; of a run that begins, nothing."""
+    folder = RunFolder(run_dir)
+    lines = {row["iteration"]: row for row in folder.metrics()}
+    validations = {validation["iteration"]: validation for validation in folder.validations()}
+    for iteration in range(after + 1, until + 1) if until else ():
+        if iteration in lines:
+            mirror.log(lines[iteration], "train")
+        if iteration in validations:
+            mirror.log(validation_line(validations[iteration]), "eval")
+            show_samples(mirror, run_dir, iteration)
+
+
+def validation_line(validation: Mapping) -> dict[str, float]:
+    """The numbers of a validation that are watched."""
+    watched = ("iteration", "reward", "paraphrase", "diversity")
+    return {name: validation[name] for name in watched if name in validation} | validation["rewards"]
 
 
 def show_samples(mirror: Mirror, run_dir: Path, iteration: int) -> None:
