@@ -38,6 +38,7 @@ CANARY = "c4n4ry" * 7
 
 
 # --- reading a .wandb file back ---------------------------------------------------------------------------------------
+# wandb has no reader in Python any more; its own, which `wandb sync` runs, reads these files in test_wandb_sync.py.
 
 
 def _frames(content: bytes) -> Iterator[bytes]:
