@@ -1,6 +1,7 @@
 """Pictures scored while the next are drawn: the same rows, whole groups, each pair drawn once; and how it ends."""
 
 import contextlib
+import dataclasses
 import random
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from grpo_kit.rewards import RewardError, Rewards
 from grpo_kit.rewards.calls import started
 from grpo_kit.rewards.loading import load_rewards
 from grpo_kit.rollout import Rollout, collect_rollout
+from grpo_kit.train import make_optimizer, run_iteration
 
 TEXTS = ["a red circle, sharp", "a blue square", "two green stars, blurry", "a ring", "a cross"]
 ALL_KINDS = ["contrast", "jpeg_size", "length", "gold", "clip_similarity", "diversity", "gain"]
@@ -173,6 +175,17 @@ def test_a_rollout_is_the_same_and_running_statistics_take_it_in_once(kit: Exper
         assert plain.rewards.unique().numel() > 3 and plain.seconds.keys() == other.seconds.keys()
     assert found[1][1][0] == 18  # two rollouts of 9 rows, each once
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [True, False, None])
+def test_the_settings_reach_an_iteration(own_kit: Experiment, monkeypatch: pytest.MonkeyPatch, overlap: bool | None):
+    overlapped = []
+    monkeypatch.setattr(drawing, "_whole_groups", lambda *a: overlapped.append(True) or _right(*a))
+    changes = {"reward_settings.overlap": overlap, "training_settings.group_size": 2}
+    config = load_config(own_kit.config, changes | {"training_settings.prompts_per_iteration": 2})
+    kit = dataclasses.replace(own_kit, config=config)
+    run_iteration(kit, make_optimizer(kit, config), 1)
+    assert bool(overlapped) is bool(overlap)  # left open on one device: no
 
 
 def test_a_picture_that_failed_is_nan_in_its_own_row(kit: Experiment, rewards: Rewards):
