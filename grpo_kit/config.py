@@ -87,6 +87,17 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     lora: LoraSettings | None = Field(None, description="null trains all weights")
     drop_t5: bool = Field(True, description="leave out SD3's third text encoder")
+    generator_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
+        None, description="the generator's; null is dtype"
+    )
+    text_encoders_on_cpu: bool = Field(False, description="the generator's text encoders compute on the CPU")
+    offload_generator: bool = Field(
+        False, description="of the generator's models only the one that computes is on the accelerator"
+    )
+    vae_slicing: bool = Field(False, description="decode the images of a batch one after the other")
+    vae_tiling: bool = Field(False, description="decode a large image tile by tile")
+    attention_slicing: bool = Field(False, description="a U-Net's attention in parts; for where sdpa is not at hand")
+    safety_checker: bool = Field(True, description="keep the checker that some generators bring; false draws without")
     system_prompt: str = ""
     instruction: str = Field("Improve: {prompt}", description="what the policy is asked; {prompt} is the user's prompt")
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(
@@ -124,7 +135,15 @@ class GenerationSettings(Section):
     max_sequence_length: Annotated[int, Field(ge=0), _NUMERIC] | None = Field(
         None, description="T5 tokens; null is the pipeline's default"
     )
-    image_batch_size: Count = Field(16, description="images in one call of the pipeline")
+    image_batch_size: Count | Literal["auto"] = Field(
+        16, description="images in one call of the pipeline; auto measures how many fit"
+    )
+    image_memory_gb: Annotated[float, Field(gt=0), _NUMERIC] | None = Field(
+        None, description="memory that image_batch_size auto may use; null is what is free"
+    )
+    scheduler: Name | None = Field(
+        None, description='another diffusers scheduler, such as "EulerDiscreteScheduler"; null is the generator\'s own'
+    )
 
 
 class ShapingSettings(Section):
@@ -291,6 +310,11 @@ class Config(Section):
             raise ValueError(
                 f"training_settings.delta: found {training.delta}, allowed: number > {upper} (1 + epsilon_high). "
                 "Raise it, or set null for no bound"
+            )
+        if self.model_settings.offload_generator and self.model_settings.text_encoders_on_cpu:
+            raise ValueError(
+                "model_settings.text_encoders_on_cpu: found true, allowed with offload_generator: false. Offloading "
+                "moves the text encoders in turn, too; set one of the two"
             )
         return self
 

@@ -18,6 +18,7 @@ from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator, load_generator
 from grpo_kit.models.loading import ModelError
+from grpo_kit.models.text_embeddings import TextEmbeddings
 
 CAPTIONS = ["a large red circle, in the center, white background, sharp", "two blue crosses", "a rosy hoop, at night"]
 
@@ -150,7 +151,7 @@ def test_rewrite_that_is_too_long_to_be_drawn_is_counted_and_reported(
 ):
     assert _says_what_it_cuts(generator, caplog)
     caplog.clear()
-    monkeypatch.setattr(Generator, "_count_truncated", lambda *args: None)
+    monkeypatch.setattr(TextEmbeddings, "_count_truncated", lambda *args: None)
     silent = Generator(generator.pipeline, num_inference_steps=4, guidance_scale=1.0)
     assert not _says_what_it_cuts(silent, caplog)
 

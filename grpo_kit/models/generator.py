@@ -4,25 +4,26 @@ import inspect
 import logging
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers import logging as transformers_logging
 
-from grpo_kit.config import Config
+from grpo_kit.config import Config, ConfigError, ModelSettings
 from grpo_kit.hardware import choose_dtype, placement
+from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
 from grpo_kit.models.loading import ModelError, load_failure
+from grpo_kit.models.pipeline_settings import place, save_memory, size_multiple, use_scheduler
+from grpo_kit.models.text_embeddings import TextEmbeddings, encodes_apart
 
 logger = logging.getLogger(__name__)
-_KEPT_TEXTS = 256  # prompt embeddings kept, the oldest go first: a rewrite comes again soon or never
 _DRAWING = threading.Lock()  # a pipeline keeps a call's schedule in itself: one thread at a time
-_TEXTS_AT_ONCE = 8  # always exactly so many, so that a text's embedding does not depend on how many came with it
 _SMALLEST_CONTRAST = 2 / 255  # an image whose lightest and darkest values differ by less is blank
 Pair = tuple[str, int]  # a text and a seed: what makes a picture
 
@@ -36,7 +37,12 @@ class Generator:
         guidance_scale: classifier-free guidance; at 1 the negative branch is not computed.
         height, width: pixels; None means the pipeline's own size.
         max_sequence_length: tokens for a T5 encoder, where the pipeline has one; None means its default.
-        batch_size: most images drawn in one call.
+        batch_size: most images drawn in one call; "auto" measures how many fit, when more than one is first drawn.
+        memory: bytes that "auto" may use; None means what is free then.
+        text_device: where the text encoders are; None means where the pipeline computes.
+
+    Raises:
+        ConfigError: a size or guidance that the pipeline cannot draw with.
     """
 
     def __init__(
@@ -48,7 +54,9 @@ class Generator:
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
-        batch_size: int = 16,
+        batch_size: int | Literal["auto"] = 16,
+        memory: int | None = None,
+        text_device: torch.device | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
@@ -56,9 +64,28 @@ class Generator:
         self.guidance_scale = guidance_scale
         self.height, self.width = height, width
         self.max_sequence_length = max_sequence_length
-        self.batch_size = batch_size
-        self.truncated = 0  # texts that were longer than the pipeline's CLIP encoders read, and were cut
-        self._embeddings: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.memory = memory
+        self.flagged = 0  # images that the pipeline's own safety checker blackened
+        self._batch_size = batch_size
+        self._takes = inspect.signature(pipeline.__call__).parameters
+        self._texts = TextEmbeddings(pipeline, max_sequence_length, text_device) if encodes_apart(pipeline) else None
+        _check_arguments(self)
+
+    @property
+    def batch_size(self) -> int:
+        """The most images drawn in one call; where it is "auto", measured when it is first asked for."""
+        if self._batch_size == "auto":
+            self._batch_size = self._measured_batch()
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int | Literal["auto"]) -> None:
+        self._batch_size = batch_size
+
+    @property
+    def truncated(self) -> int:
+        """How many texts were longer than the pipeline's text encoder reads, and were cut."""
+        return 0 if self._texts is None else self._texts.truncated
 
     def generate_image(self, prompt: str, seed: int = 0) -> Image.Image:
         """One picture of a prompt; the same prompt and seed give the same picture.
@@ -85,7 +112,7 @@ class Generator:
         wanted = [(str(prompt), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         distinct = list(dict.fromkeys(wanted))
         drawn: dict[Pair, Image.Image | None] = {}
-        for pairs in even_batches(distinct, self.batch_size):
+        for pairs in even_batches(distinct, self.batch_size if len(distinct) > 1 else 1):
             with _DRAWING:
                 drawn.update(zip(pairs, self._draw(pairs), strict=True))
         return [drawn[pair] for pair in wanted]
@@ -93,78 +120,55 @@ class Generator:
     def _draw(self, pairs: list[Pair]) -> list[Image.Image | None]:
         """One pipeline call; each image's noise comes from its own seed, on the CPU, so that devices agree."""
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
-        sizes = {name: value for name, value in (("height", self.height), ("width", self.width)) if value}
-        inputs = self._text_inputs([text for text, _ in pairs])
+        arguments = self._text_inputs([text for text, _ in pairs]) | self._schedule() | self._options()
         with _infinities_as_nan(self.pipeline):
-            output = self.pipeline(
-                **inputs,
-                **self._schedule(),
-                **sizes,
-                guidance_scale=self.guidance_scale,
-                generator=generators,
-                output_type="np",
-            )
+            output = self.pipeline(**arguments, generator=generators, output_type="np")
+        flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pairs)
+        self._count_flagged(sum(map(bool, flags)))
         return [_checked_image(pixels) for pixels in output.images]
+
+    def _options(self) -> dict[str, object]:
+        """What else the pipeline's call takes: no pipeline shall resize, or reword what it is asked to draw."""
+        wanted = {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
+        plain = {"use_resolution_binning": False, "clean_caption": False}
+        given = {name: value for name, value in wanted.items() if value is not None} | plain
+        return {name: value for name, value in given.items() if name in self._takes}
+
+    def _count_flagged(self, count: int) -> None:
+        if count and not self.flagged:
+            logger.warning(
+                "generator: its safety checker blackened a picture, which counts as failed; generator.flagged counts "
+                "them (model_settings.safety_checker: false draws without it)"
+            )
+        self.flagged += count
 
     def _schedule(self) -> dict[str, object]:
         """Steps, evenly spaced down to 1/n where the scheduler allows it (its own last step would be wasted)."""
         steps = self.num_inference_steps
-        takes_sigmas = "sigmas" in inspect.signature(self.pipeline.__call__).parameters
-        if takes_sigmas and isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        if "sigmas" in self._takes and isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             return {"num_inference_steps": steps, "sigmas": [1 - i / steps for i in range(steps)]}
         return {"num_inference_steps": steps}
 
     def _text_inputs(self, texts: list[str]) -> dict[str, object]:
-        """The prompts as kept embeddings (SD3), or as text for the pipelines that encode in their own ways."""
-        if not isinstance(self.pipeline, StableDiffusion3Pipeline):
+        """The prompts as kept embeddings, or as text for the pipelines that encode in their own ways."""
+        if self._texts is None:
             return {"prompt": texts}
-        self._remember(texts)
-        inputs = self._stacked(texts, "prompt_embeds", "pooled_prompt_embeds")
-        if self.guidance_scale > 1:
-            self._remember([""])
-            negative = self._stacked([""] * len(texts), "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-            inputs |= negative
-        return inputs
+        return self._texts.inputs(texts, guided=self.guidance_scale > 1)
 
-    def _stacked(self, texts: list[str], *names: str) -> dict[str, torch.Tensor]:
-        columns = zip(*(self._embeddings[text] for text in texts), strict=True)
-        return {name: torch.stack(column) for name, column in zip(names, columns, strict=True)}
+    def _measured_batch(self) -> int:
+        """The most images that fit at once, by drawing one and two after a first one, which warms up."""
+        device = self.pipeline._execution_device
 
-    def _remember(self, texts: list[str]) -> None:
-        """Embed the texts that are not yet kept."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._embeddings]
-        for start in range(0, len(new), _TEXTS_AT_ONCE):
-            self._embed(new[start : start + _TEXTS_AT_ONCE])
-        for text in texts:
-            self._embeddings.move_to_end(text)
-        while len(self._embeddings) > max(_KEPT_TEXTS, len(texts) + 1):
-            self._embeddings.popitem(last=False)
+        def draw(count: int) -> int:
+            pairs = [("a red circle", seed) for seed in range(count)]
+            return memory_of(lambda: self._draw(pairs), device)
 
-    def _embed(self, texts: list[str]) -> None:
-        """Keep the embeddings of a few texts, encoded beside empty ones where they are too few."""
-        for text in texts:
-            self._count_truncated(text)
-        filled = texts + [""] * (_TEXTS_AT_ONCE - len(texts))
-        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            filled, None, None, do_classifier_free_guidance=False, **self._t5_length()
-        )
-        for text, *kept in zip(texts, embeddings, pooled, strict=False):
-            self._embeddings[text] = tuple(tensor.clone() for tensor in kept)
-
-    def _count_truncated(self, text: str) -> None:
-        """Count over-long texts; only the first is reported, since a flood of warnings hides everything else."""
-        longest = self.pipeline.tokenizer.model_max_length
-        if len(self.pipeline.tokenizer(text).input_ids) > longest:
-            if not self.truncated:
-                logger.warning(
-                    "generator: a prompt longer than %d tokens was cut, as CLIP encoders do: %r", longest, text
-                )
-            self.truncated += 1
-
-    def _t5_length(self) -> dict[str, int]:
-        if self.pipeline.text_encoder_3 is None:
-            return {"max_sequence_length": 0}  # a dropped T5 must not leave a row of zero tokens behind
-        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+        with _DRAWING, torch.no_grad():
+            draw(1)
+            free = self.memory or free_memory(device)
+            found = largest_batch(draw, free)
+        logger.info("generator: image_batch_size auto is %d, measured with %.1f GB of memory", found, free / 1e9)
+        return found
 
 
 def even_batches(items: Sequence[Pair], most: int) -> Iterator[list[Pair]]:
@@ -179,24 +183,60 @@ def load_generator(config: Config) -> Generator:
     """The generator of a config, frozen, on its device."""
     settings, generation = config.model_settings, config.generation_settings
     device, _ = placement(settings)["generator_device"]
-    dtype, _ = choose_dtype(device, settings.dtype)
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()  # they warn of every cut prompt; the generator counts them instead
-    without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if settings.drop_t5 else {}
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(settings.sd_model, dtype=dtype, **without_t5)
-    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
-        raise ModelError(load_failure("sd_model", settings.sd_model, error)) from error
+    dtype, _ = choose_dtype(device, settings.generator_dtype or settings.dtype)
+    pipeline = _loaded(settings, dtype)
+    if generation.scheduler is not None:
+        use_scheduler(pipeline, generation.scheduler)
+    save_memory(pipeline, settings)
+    gigabytes = generation.image_memory_gb
     return Generator(
-        pipeline.to(device),
+        pipeline,
+        text_device=place(pipeline, device, settings),
         num_inference_steps=generation.num_inference_steps,
         guidance_scale=generation.guidance_scale,
         height=generation.height,
         width=generation.width,
         max_sequence_length=generation.max_sequence_length,
         batch_size=generation.image_batch_size,
+        memory=None if gigabytes is None else int(gigabytes * 1e9),
     )
+
+
+def _loaded(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline, on the CPU, without the parts that the settings leave out."""
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()  # they warn of every cut prompt; the generator counts them instead
+    left_out = {"text_encoder_3": None, "tokenizer_3": None} if settings.drop_t5 else {}
+    if not settings.safety_checker:
+        left_out |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        return DiffusionPipeline.from_pretrained(settings.sd_model, dtype=dtype, **left_out)
+    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
+        raise ModelError(load_failure("sd_model", settings.sd_model, error)) from error
+
+
+def _check_arguments(generator: Generator) -> None:
+    """Whether the pipeline draws pictures from texts, in the size and with the guidance that are asked for."""
+    kind = type(generator.pipeline).__name__
+    missing = sorted({"prompt", "generator", "num_inference_steps", "output_type"} - set(generator._takes))
+    if missing:
+        raise ConfigError(
+            f"model_settings.sd_model: found {kind}, which takes no {', '.join(missing)}; allowed: a pipeline that "
+            "draws from a text and a seed"
+        )
+    if "guidance_scale" not in generator._takes and generator.guidance_scale != 1:
+        raise ConfigError(
+            f"generation_settings.guidance_scale: found {generator.guidance_scale}, but {kind} takes none; set 1"
+        )
+    multiple = size_multiple(generator.pipeline)
+    for name in ("height", "width"):
+        pixels = getattr(generator, name)
+        if pixels is not None and pixels % multiple:
+            raise ConfigError(
+                f"generation_settings.{name}: found {pixels}, allowed for {kind}: multiples of {multiple}, such as "
+                f"{max(pixels // multiple, 1) * multiple}"
+            )
 
 
 @contextmanager
