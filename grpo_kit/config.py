@@ -12,7 +12,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PROFILE_FOLDER = Path(__file__).resolve().parent / "profiles"
@@ -54,6 +63,16 @@ Count = Annotated[int, Field(ge=1), _NUMERIC]
 Pixels = Annotated[int, Field(ge=8), _NUMERIC]
 Number = Annotated[float, _NUMERIC]
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _one_reason(value: object, check: Callable[[object], object]) -> object:
+    try:  # pydantic gives a reason for each side of an "or"
+        return check(value)
+    except ValidationError:
+        raise ValueError("integer >= 1 or auto") from None
+
+
+CountOrAuto = Annotated[Count | Literal["auto"], WrapValidator(_one_reason)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
@@ -135,7 +154,7 @@ class GenerationSettings(Section):
     max_sequence_length: Annotated[int, Field(ge=0), _NUMERIC] | None = Field(
         None, description="T5 tokens; null is the pipeline's default"
     )
-    image_batch_size: Count | Literal["auto"] = Field(
+    image_batch_size: CountOrAuto = Field(
         16, description="images in one call of the pipeline; auto measures how many fit"
     )
     image_memory_gb: Annotated[float, Field(gt=0), _NUMERIC] | None = Field(
