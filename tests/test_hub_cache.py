@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import hub_cache
@@ -11,8 +13,9 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from grpo_kit.config import PROJECT_ROOT
-from grpo_kit.models.loading import ModelError
+from grpo_kit.config import PROJECT_ROOT, load_config
+from grpo_kit.models.generator import load_generator
+from grpo_kit.models.loading import ModelError, load_failure
 from grpo_kit.rewards.clip_similarity import load_clip_similarity
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import random_scenes
@@ -55,9 +58,9 @@ print(json.dumps(messages))
 """
 
 
-def _offline(script: str, home: Path) -> dict | list:
+def _offline(script: str, home: Path, **more: str) -> dict | list:
     """What a script prints last, in a process of its own that has this cache and no network."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
     for name in ("HF_HUB_CACHE", "HF_TOKEN", "TRANSFORMERS_CACHE"):
         environment.pop(name, None)
     done = subprocess.run(
@@ -92,6 +95,86 @@ def test_each_missing_model_is_one_line_that_says_which_and_how_to_get_it(tmp_pa
         assert f"could not load {name!r}" in message and "\n" not in message
     assert all("hf download" in message for message in messages)
     assert "took it off the hub" in messages[1] and "stable-diffusion-v1-5/stable-diffusion-v1-5" in messages[1]
+
+
+# --- a hub that refuses -----------------------------------------------------------------------------------------------
+
+REFUSED = """
+import json
+from grpo_kit import KitError, load_config
+from grpo_kit.models.generator import load_generator
+from grpo_kit.models.policy import load_policy
+from grpo_kit.rewards import load_rewards
+messages = []
+for owner in ("keeper", "nobody"):
+    models = {"vlm_model": f"{owner}/a", "sd_model": f"{owner}/b", "clip_model": f"{owner}/c", "device": "cpu"}
+    hps = {"model": "ViT-H-14", "weights": f"{owner}/d/weights.pt"}
+    of_a_file = {"profile": "tiny", "reward_settings": {"weights": {"hps": 1.0}, "options": {"hps": hps}}}
+    for load, settings in (
+        (load_policy, {"model_settings": models}),
+        (load_generator, {"model_settings": models}),
+        (load_rewards, {"model_settings": models}),
+        (load_rewards, {"model_settings": models | {"clip_model": f"hf-hub:{owner}/c"}}),
+        (load_rewards, of_a_file),
+    ):
+        try:
+            load(load_config(settings))
+        except KitError as error:
+            messages.append(str(error))
+print(json.dumps(messages))
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """Answers as the hub does where a licence was not accepted, and where there is no such repository."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Refusal)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """One request."""
+
+    def _refuse(self) -> None:
+        status, code = (403, "GatedRepo") if "keeper" in self.path else (401, "RepoNotFound")
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = _refuse
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing is written."""
+
+
+def test_refused_model_is_one_line_with_its_page_the_token_and_another_one(tmp_path: Path):
+    with Hub() as hub:
+        address = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HUB_OFFLINE": "0"}
+        messages = _offline(REFUSED, tmp_path, **address)
+        hub.shutdown()
+    assert len(messages) == 10 and not any("\n" in message for message in messages)
+    for message, page in zip(messages[:5], "abccd", strict=True):
+        assert f"accept its licence at https://huggingface.co/keeper/{page}, " in message and "HF_TOKEN" in message
+    assert "stable-diffusion-xl-base-1.0" in messages[1] and "Qwen/Qwen2.5-VL-3B-Instruct" in messages[0]
+    for message, page in zip(messages[5:], "abccd", strict=True):
+        assert f"check the name: the hub shows no https://huggingface.co/nobody/{page}; " in message
+        assert "licence" not in message
+
+
+def test_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path):
+    with pytest.raises(ModelError, match="there is no such folder on this machine: check the path") as error:
+        load_generator(load_config({"model_settings": {"sd_model": str(tmp_path / "moved"), "device": "cpu"}}))
+    assert "hf download" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_licence_of_the_full_profiles_generator_is_told_of_without_network():
+    told = load_failure("sd_model", load_config("full").model_settings.sd_model, OSError("no network"))
+    assert "it asks for a licence first, at https://huggingface.co/stabilityai/stable-diffusion-3" in told
+    assert "licence" not in load_failure(
+        "sd_model", hub_cache.GENERATOR.replace("runwayml", "x"), OSError("no network")
+    )
 
 
 # --- a transformers CLIP as the reward model --------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def open_clip_model(
 
 def not_loaded(setting: str, name: str, error: Exception) -> ModelError:
     """The error for a model that a dotted setting names."""
-    return ModelError(setting + load_failure("", name, error).removeprefix("model_settings."))
+    return ModelError(load_failure(setting, name, error))
 
 
 def _fingerprint(images: Sequence[Image.Image]) -> bytes:

@@ -53,7 +53,7 @@ def is_transformers_clip(name: str) -> bool:
     folder = Path(name)
     if folder.is_dir():
         return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()
-    return name.count("/") == 1 and not folder.is_absolute()  # open_clip's hub ids begin with "hf-hub:"
+    return name.count("/") == 1 and not folder.is_absolute() and not name.startswith("hf-hub:")
 
 
 class _Pixels:
