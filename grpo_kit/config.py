@@ -28,7 +28,7 @@ PROFILE_FOLDER = Path(__file__).resolve().parent / "profiles"
 RECORDS = ("versions", "machine")  # what a run's config.json says of its making; no settings
 PROFILES = ("tiny", "workshop", "full", "classic")
 # Settings that hold a path. A model may also be a hub id, so it is a path only where something lies there.
-MODEL_PATHS = (("model_settings", "vlm_model"), ("model_settings", "sd_model"), ("model_settings", "clip_model"))
+MODEL_PATHS = tuple(("model_settings", name) for name in ("vlm_model", "sd_model", "clip_model", "clip_pretrained"))
 PROMPT_PATHS = (("training_settings", "train_prompts"), ("evaluation_settings", "val_prompts"))
 REWARD_PATHS = tuple(
     ("reward_settings", "options", reward, option)

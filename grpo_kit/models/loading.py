@@ -79,15 +79,17 @@ def language_layers(model: torch.nn.Module) -> str:
     return rf"{re.escape(prefix)}(.*\.)?({'|'.join(sorted(names))})"
 
 
-def load_failure(setting: str, name: str, error: Exception) -> str:
+def load_failure(setting: str, name: str, error: Exception, repository: str | None = None) -> str:
     """One line for a model that did not load: which, why, and what to do about it.
 
     Args:
         setting: the key of `model_settings` that named it, or another dotted place.
+        repository: where the hub has it, if its name does not say so.
     """
     place = setting if "." in setting else f"model_settings.{setting}"
     reason = " ".join(str(error).split())[:300]
-    return f"{place}: could not load {name!r} ({type(error).__name__}: {reason}); {_advice(setting, name, error)}"
+    advice = _advice(setting, repository or name, error)
+    return f"{place}: could not load {name!r} ({type(error).__name__}: {reason}); {advice}"
 
 
 def _advice(setting: str, name: str, error: Exception) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,15 +90,48 @@ def open_clip_model(
     if Path(name).is_dir():
         name, pretrained = f"local-dir:{name}", None
     try:
-        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, **options)
+        model, preprocess = open_clip.create_model_from_pretrained(
+            name, pretrained=pretrained, **_form_of_the_weights(name, pretrained), **options
+        )
         return model, preprocess, open_clip.get_tokenizer(name)
     except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
-        raise not_loaded(setting, name.removeprefix("local-dir:"), error) from error
+        if name in open_clip.list_models() and not _weights_exist(name, pretrained):
+            raise ModelError(_no_such_weights(setting, name, pretrained)) from error
+        repository = _pretrained(name, pretrained).get("hf_hub", "").strip("/") or None
+        raise not_loaded(setting, name.removeprefix("local-dir:"), error, repository) from error
 
 
-def not_loaded(setting: str, name: str, error: Exception) -> ModelError:
+def not_loaded(setting: str, name: str, error: Exception, repository: str | None = None) -> ModelError:
     """The error for a model that a dotted setting names."""
-    return ModelError(load_failure(setting, name, error))
+    return ModelError(load_failure(setting, name, error, repository))
+
+
+def _pretrained(name: str, tag: str | None) -> dict[str, object]:
+    """What open_clip knows of the weights that a tag names."""
+    return (open_clip.get_pretrained_cfg(name, tag) if tag else None) or {}
+
+
+def _form_of_the_weights(name: str, pretrained: str | None) -> dict[str, bool]:
+    """Options for weights in OpenAI's form; with another activation than they were trained with, scores are off."""
+    if pretrained and Path(pretrained).is_file():
+        scripted = zipfile.is_zipfile(pretrained) and any(
+            entry.endswith("/constants.pkl") for entry in zipfile.ZipFile(pretrained).namelist()
+        )  # a TorchScript archive, as OpenAI published them; torch reads it without running Python
+        return {"weights_only": False, "force_quick_gelu": True} if scripted else {}
+    return {"force_quick_gelu": True} if _pretrained(name, pretrained).get("quick_gelu") else {}
+
+
+def _weights_exist(name: str, pretrained: str | None) -> bool:
+    return bool(pretrained) and (Path(pretrained).is_file() or bool(_pretrained(name, pretrained)))
+
+
+def _no_such_weights(setting: str, name: str, pretrained: str | None) -> str:
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
+    place = "model_settings.clip_pretrained" if setting == "model_settings.clip_model" else setting
+    return (
+        f"{place}: could not load {name!r}: found {pretrained!r}, allowed: {tags}, or the path of a file of weights "
+        "(.safetensors, .bin, .pt); set one of them"
+    )
 
 
 def _fingerprint(images: Sequence[Image.Image]) -> bytes:

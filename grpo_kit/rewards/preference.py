@@ -11,6 +11,7 @@ from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
 from grpo_kit.rewards.clip_encoder import TOKENIZING, not_loaded, open_clip_model
 from grpo_kit.rewards.clip_similarity import ClipSimilarity
+from grpo_kit.rewards.transformers_clip import load_clip_model
 
 logger = logging.getLogger(__name__)
 PICKSCORE = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")  # model, processor
@@ -68,14 +69,11 @@ def load_pickscore(model: str, processor: str | None, device: torch.device) -> P
     Raises:
         ModelError: one of them cannot be loaded.
     """
-    try:
-        loaded = CLIPModel.from_pretrained(model)
-    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
-        raise not_loaded("reward_settings.options.pickscore.model", model, error) from error
+    loaded = load_clip_model(model, "reward_settings.options.pickscore.model")
     place = processor or model
     try:
         return PickScore(loaded, AutoProcessor.from_pretrained(place), device)
-    except Exception as error:
+    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
         raise not_loaded("reward_settings.options.pickscore.processor", place, error) from error
 
 

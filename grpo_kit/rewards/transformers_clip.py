@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoConfig, AutoProcessor, CLIPModel, CLIPProcessor
 
+from grpo_kit.models.loading import ModelError
 from grpo_kit.rewards.clip_encoder import not_loaded
 
 
@@ -37,8 +38,9 @@ def transformers_clip(name: str, setting: str = "model_settings.clip_model") -> 
     Raises:
         ModelError: it cannot be loaded; the line names the `setting`.
     """
+    model = load_clip_model(name, setting)
     try:
-        model, processor = CLIPModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(name)
     except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
         raise not_loaded(setting, name, error) from error
     return (
@@ -46,6 +48,29 @@ def transformers_clip(name: str, setting: str = "model_settings.clip_model") -> 
         _Pixels(processor),
         _Ids(processor, model.config.text_config.max_position_embeddings),
     )
+
+
+def load_clip_model(name: str, setting: str) -> CLIPModel:
+    """A transformers `CLIPModel` with all of its weights, by folder or hub id.
+
+    Raises:
+        ModelError: it cannot be loaded, is of another kind, or lacks weights, which transformers would draw at random.
+    """
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        model, found = CLIPModel.from_pretrained(name, output_loading_info=True) if kind == "clip" else (None, {})
+    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
+        raise not_loaded(setting, name, error) from error
+    if model is None:
+        raise ModelError(
+            f"{setting}: found {name!r} of type {kind!r}, allowed here: clip; open_clip has others by name (SigLIP …)"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{setting}: found {name!r} without {len(missing)} weights of a CLIPModel ({missing[0]} …), which would be "
+            "random; take a folder that save_pretrained wrote, or download it again"
+        )
+    return model
 
 
 def is_transformers_clip(name: str) -> bool:
