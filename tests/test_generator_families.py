@@ -82,6 +82,7 @@ def test_picture_is_the_same_alone_and_in_a_batch(generator: Generator, family: 
 def test_kept_texts_give_the_pictures_that_the_pipeline_gives(generator: Generator, family: Family):
     generator.guidance_scale = family.guidance
     plain = generator._schedule() | generator._options()
+    plain.pop("negative_prompt")  # theirs by default
     if family.name.startswith("SD3"):
         plain["max_sequence_length"] = 0  # T5 is left out
     sources = [torch.Generator().manual_seed(seed) for seed in range(3)]
@@ -138,12 +139,24 @@ def test_picture_that_is_not_finite_is_none_and_the_others_stay(generator: Gener
 
 
 @pytest.mark.trap("T18")
-def test_text_that_is_longer_than_its_encoder_reads_is_counted(folder: Path, family: Family):
-    generator = _load(folder)
-    generator.generate_images(TEXTS, [0, 1, 2])
+def test_text_that_is_longer_than_its_encoder_reads_is_counted(generator: Generator, family: Family):
     assert generator.truncated == 0
     generator.generate_image("circle " * family.reads)
     assert generator.truncated == 1
+
+
+class OwnNegative(TextEmbeddings):
+    """Takes the empty text for the negative branch, whatever the family does."""
+
+    def inputs(self, texts: list[str], guided: bool) -> dict[str, torch.Tensor]:
+        wrong = super().inputs([""] * len(texts), guided=False)
+        return super().inputs(texts, guided) | {f"negative_{name}": values for name, values in wrong.items()}
+
+
+def test_negative_branch_of_another_kind_would_be_noticed(xl: Path):
+    generator, mutant = (_load(xl, generation_settings__guidance_scale=4.0) for _ in range(2))
+    mutant._texts = OwnNegative(mutant.pipeline)
+    assert _differ_by(*(each.generate_images(TEXTS, [0, 1, 2]) for each in (generator, mutant))) > 1
 
 
 # --- dials ------------------------------------------------------------------------------------------------------------
@@ -168,7 +181,6 @@ def test_text_encoders_stay_on_the_cpu_and_encode_there(folder: Path, generator:
     assert devices == {name: "cpu" if name.startswith("text_encoder") else "meta" for name in devices}
     apart = TextEmbeddings(pipeline, device=torch.device("cpu")).inputs(TEXTS[:1], guided=True)
     usual = TextEmbeddings(generator.pipeline).inputs(TEXTS[:1], guided=True)
-    assert apart.pop("negative_prompt") is usual.pop("negative_prompt") is None
     torch.testing.assert_close(apart, usual, atol=1e-5, rtol=0)
 
 
@@ -177,15 +189,6 @@ def test_offloading_needs_an_accelerator(folder: Path):
         _load(folder, model_settings__offload_generator=True)
     with pytest.raises(ConfigError, match="text_encoders_on_cpu: found true, allowed with offload_generator: false"):
         _config(folder, model_settings__offload_generator=True, model_settings__text_encoders_on_cpu=True)
-
-
-def test_generator_has_a_dtype_of_its_own(folder: Path, family: Family):
-    generator = _load(folder, model_settings__generator_dtype="bfloat16")
-    assert {part.dtype for part in generator.pipeline.components.values() if hasattr(part, "parameters")} == {
-        torch.bfloat16
-    }
-    images = generator.generate_images(TEXTS, [0, 1, 2])
-    assert _differ_by(images, [generator.generate_image(text, seed) for seed, text in enumerate(TEXTS)]) < 64
 
 
 # --- schedulers -------------------------------------------------------------------------------------------------------
@@ -199,6 +202,15 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("xl")
     stable_diffusion_xl(folder)
     return folder
+
+
+def test_generator_has_a_dtype_of_its_own(xl: Path):
+    generator = _load(xl, model_settings__generator_dtype="bfloat16")
+    assert {part.dtype for part in generator.pipeline.components.values() if hasattr(part, "parameters")} == {
+        torch.bfloat16
+    }
+    images = generator.generate_images(TEXTS, [0, 1, 2])
+    assert _differ_by(images, [generator.generate_image(text, seed) for seed, text in enumerate(TEXTS)]) < 64
 
 
 @pytest.mark.parametrize("name", FEW_STEPS)

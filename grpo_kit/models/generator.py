@@ -130,7 +130,9 @@ class Generator:
     def _options(self) -> dict[str, object]:
         """What else the pipeline's call takes: no pipeline shall resize, or reword what it is asked to draw."""
         wanted = {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
-        plain = {"use_resolution_binning": False, "clean_caption": False}
+        plain: dict[str, object] = {"use_resolution_binning": False, "clean_caption": False}
+        if self._texts is not None:
+            plain["negative_prompt"] = None  # some have a text by default, which would contradict the embeddings
         given = {name: value for name, value in wanted.items() if value is not None} | plain
         return {name: value for name, value in given.items() if name in self._takes}
 

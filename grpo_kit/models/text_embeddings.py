@@ -61,14 +61,14 @@ class TextEmbeddings:
         self._at_once = _TEXTS_AT_ONCE if device is None else 1  # a large encoder on the CPU has no time to fill up
         self._kept: OrderedDict[str | None, _Row] = OrderedDict()  # None: the negative branch
 
-    def inputs(self, texts: Sequence[str], guided: bool) -> dict[str, torch.Tensor | None]:
+    def inputs(self, texts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
         """Arguments of the pipeline's call for some texts: name → (N, …), with a negative branch where `guided`."""
         guided = guided and self.has_negative
         self._remember(texts, guided)
         inputs = _stacked([self._kept[text] for text in texts])
         if guided:
             inputs |= _stacked([self._kept[None]] * len(texts))
-        return inputs | {"negative_prompt": None}  # where it is a text by default, it would contradict the embeddings
+        return inputs
 
     def _remember(self, texts: Sequence[str], guided: bool) -> None:
         """Embed what is not yet kept."""
