@@ -4,6 +4,7 @@ Each family is a tiny pipeline of its own classes with random weights (generator
 """
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from generators import FAMILIES, SIZE, SMALL, Family, flux_dev, stable_diffusion, stable_diffusion_xl
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from grpo_kit.config import Config, ConfigError, load_config
 from grpo_kit.models.generator import Generator, load_generator
+from grpo_kit.models.loading import ModelError
 from grpo_kit.models.pipeline_settings import place
 from grpo_kit.models.text_embeddings import TextEmbeddings
 
@@ -277,6 +280,22 @@ def test_generator_without_its_checker_shows_the_pictures(checked: Path):
     generator = _load(checked, model_settings__safety_checker=False)
     assert isinstance(generator.pipeline, StableDiffusionPipeline) and generator.pipeline.safety_checker is None
     assert None not in generator.generate_images(TEXTS, [0, 1, 2]) and generator.flagged == 0
+
+
+# --- weights that are missing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_file_that_lacks_weights_is_one_line(xl: Path, tmp_path: Path, part: str):
+    folder = Path(shutil.copytree(xl, tmp_path / "xl"))
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    lost = sorted(weights)[0]
+    del weights[lost]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"sd_model: found .* without 1 weights of its {part} .{lost}") as error:
+        _load(folder)
+    assert "\n" not in str(error.value)
 
 
 # --- pipelines of other kinds -----------------------------------------------------------------------------------------

@@ -213,9 +213,23 @@ def _loaded(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipeline:
     if not settings.safety_checker:
         left_out |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        return DiffusionPipeline.from_pretrained(settings.sd_model, dtype=dtype, **left_out)
+        pipeline = DiffusionPipeline.from_pretrained(settings.sd_model, dtype=dtype, **left_out)
     except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
         raise ModelError(load_failure("sd_model", settings.sd_model, error)) from error
+    _check_weights(pipeline, settings.sd_model)
+    return pipeline
+
+
+def _check_weights(pipeline: DiffusionPipeline, name: str) -> None:
+    """Whether every weight came from a file: diffusers leaves those that no file has without a value."""
+    models = {part: model for part, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
+    for part, model in models.items():
+        empty = [weight for weight, values in model.state_dict().items() if values.is_meta]
+        if empty:
+            raise ModelError(
+                f"model_settings.sd_model: found {name!r} without {len(empty)} weights of its {part} ({empty[0]} …); "
+                "a file there is damaged or of another model: fetch it again"
+            )
 
 
 def _check_arguments(generator: Generator) -> None:
