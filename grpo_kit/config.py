@@ -26,7 +26,7 @@ from pydantic import (
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PROFILE_FOLDER = Path(__file__).resolve().parent / "profiles"
 RECORDS = ("versions", "machine")  # what a run's config.json says of its making; no settings
-PROFILES = ("tiny", "workshop", "full", "classic")
+PROFILES = ("tiny", "workshop", "full", "classic", "gpu_16gb", "gpu_24gb", "gpu_80gb", "apple")
 # Settings that hold a path. A model may also be a hub id, so it is a path only where something lies there.
 MODEL_PATHS = tuple(("model_settings", name) for name in ("vlm_model", "sd_model", "clip_model", "clip_pretrained"))
 PROMPT_PATHS = (("training_settings", "train_prompts"), ("evaluation_settings", "val_prompts"))
@@ -308,7 +308,9 @@ class TrackingSettings(Section):
 class Config(Section):
     """All settings of a run. Paths are absolute, hub ids are left as they are."""
 
-    profile: Literal["tiny", "workshop", "full", "classic"] = Field(description="the profile that it builds on")
+    profile: Literal["tiny", "workshop", "full", "classic", "gpu_16gb", "gpu_24gb", "gpu_80gb", "apple"] = Field(
+        description="the profile that it builds on"
+    )
     model_settings: ModelSettings
     generation_settings: GenerationSettings
     reward_settings: RewardSettings
@@ -364,8 +366,8 @@ def load_config(
     """Read a configuration and check every key.
 
     Args:
-        name_or_path: a profile (`tiny`, `workshop`, `full`, `classic`), a JSON file, a run folder (its config.json),
-            a dict of the same shape, or a `Config`.
+        name_or_path: a profile (`tiny`, `workshop`, `full`, `classic`, `gpu_16gb`, …), a JSON file, a run folder (its
+            config.json), a dict of the same shape, or a `Config`.
         overrides: dotted keys, such as `{"training_settings.group_size": 8}`; values may be given as text ("1e-6").
 
     Relative paths count from the file's folder, then from the project's; in a profile, a dict or an override from the

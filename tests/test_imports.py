@@ -18,7 +18,7 @@ from grpo_kit.config import PROJECT_ROOT
 PACKAGE = PROJECT_ROOT / "grpo_kit"
 LAYERS = [  # imports run downward only
     {"cli"},
-    {"check", "doctor"},
+    {"check", "doctor", "plan"},
     {"show"},
     {"branch"},
     {"replay"},

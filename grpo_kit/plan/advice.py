@@ -1,0 +1,116 @@
+"""What to turn down where a plan does not fit: what costs the result nothing first, each with what it saves."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from grpo_kit.config import Config, KitError, load_config
+from grpo_kit.plan.fit import Plan, planned_again
+
+_WORTH = 0.01  # of the peak: a change that saves less is left out
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A setting that can be turned down.
+
+    Args:
+        part: whose memory it takes, and the only one that it changes.
+        value: the setting's next value, from a config; None where there is nothing left to turn down.
+        price: what it costs besides time.
+    """
+
+    setting: str
+    part: str
+    value: Callable[[Config], object]
+    price: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A dial turned down, with those before it."""
+
+    setting: str
+    value: object
+    price: str
+    saved: int  # bytes of the peak
+    peak: int
+    seconds: float  # of an iteration
+    fits: bool
+
+
+def _micro_batch(config: Config) -> int | None:
+    settings = config.training_settings
+    rows = settings.prompts_per_iteration * settings.group_size
+    size = min(settings.micro_batch_size or rows, rows)
+    return max(1, size // 4) if size > 1 else None
+
+
+def _image_batch(config: Config) -> int | None:
+    settings, training = config.generation_settings, config.training_settings
+    images = training.prompts_per_iteration * training.group_size * settings.images_per_prompt
+    size = min(settings.image_batch_size, images)
+    return max(1, size // 4) if size > 1 else None
+
+
+def _image_side(name: str) -> Callable[[Config], int | None]:
+    def smaller(config: Config) -> int | None:
+        side = getattr(config.generation_settings, name)
+        return None if side is None or side < 512 else side // 128 * 64
+
+    return smaller
+
+
+DIALS = (  # in the order of what they cost; the same dial may stand twice
+    Dial("training_settings.micro_batch_size", "policy", _micro_batch, "nothing: the same gradient"),
+    Dial("generation_settings.image_batch_size", "generator", _image_batch, "nothing: the same pictures"),
+    Dial(
+        "model_settings.gradient_checkpointing",
+        "policy",
+        lambda config: None if config.model_settings.gradient_checkpointing else True,
+        "nothing: the same gradient",
+    ),
+    Dial("training_settings.micro_batch_size", "policy", _micro_batch, "nothing: the same gradient"),
+    Dial("generation_settings.image_batch_size", "generator", _image_batch, "nothing: the same pictures"),
+    Dial(
+        "model_settings.lora",
+        "policy",
+        lambda config: {"r": 16, "alpha": 32} if config.model_settings.lora is None else None,
+        "an adapter is trained instead of all weights",
+    ),
+    Dial(
+        "model_settings.drop_t5",
+        "generator",
+        lambda config: None if config.model_settings.drop_t5 else True,
+        "the generator reads long prompts less well",
+    ),
+    Dial("generation_settings.height", "generator", _image_side("height"), "smaller pictures"),
+    Dial("generation_settings.width", "generator", _image_side("width"), "smaller pictures"),
+)
+
+
+def advice(plan: Plan, config: Config) -> list[Step]:
+    """Dials turned down one after the other until the plan fits, those left out that would save nothing."""
+    return list(_turned_down(plan, config))
+
+
+def _turned_down(plan: Plan, config: Config) -> Iterator[Step]:
+    for dial in DIALS:
+        if plan.fits:
+            return
+        value = dial.value(config)
+        if value is None:
+            continue
+        try:
+            changed = load_config(config, {dial.setting: value})
+            after = planned_again(plan, changed, dial.part)
+        except KitError:  # such as a policy without layers that can be computed again
+            continue
+        if _saves(plan, after, dial.part):
+            yield Step(dial.setting, value, dial.price, plan.peak - after.peak, after.peak, after.seconds, after.fits)
+            plan, config = after, changed
+
+
+def _saves(before: Plan, after: Plan, part: str) -> bool:
+    """Whether a part needs less, be it that another one's phase hides it for now."""
+    needs = [next(p.resident + p.working for p in plan.parts if p.name == part) for plan in (before, after)]
+    return needs[0] - needs[1] > _WORTH * before.peak

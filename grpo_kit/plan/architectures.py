@@ -1,0 +1,173 @@
+"""Where a model's shape is read: its own configuration on this machine, else a small table of public ones.
+
+Nothing is fetched, and no shape is guessed: a model that is in neither place is an error that says what to fetch.
+"""
+
+import functools
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import open_clip
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from grpo_kit.config import KitError
+from grpo_kit.rewards.transformers_clip import TransformersClip, is_transformers_clip
+
+OWN = "its own configuration"  # the source of a shape that was read on this machine
+_TABLE = Path(__file__).with_name("architectures.json")
+
+
+class PlanError(KitError):
+    """Something that cannot be planned; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class PipelineShape:
+    """A diffusers pipeline: its class, and each component's library, class and configuration."""
+
+    kind: str
+    components: dict[str, tuple[str, str, dict[str, Any]]]
+    source: str
+
+
+def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:
+    """A policy's model on the meta device, and where its shape was read.
+
+    Raises:
+        PlanError: the shape is neither on this machine nor in the table.
+    """
+    config, source = _language_config(name)
+    sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with init_empty_weights():
+        model = kind.from_config(config, dtype=dtype)
+    return _tied(model), source
+
+
+def pipeline_shape(name: str) -> PipelineShape:
+    """The components of a generator.
+
+    Raises:
+        PlanError: they are neither on this machine nor in the table.
+    """
+    try:
+        index = DiffusionPipeline.load_config(name, local_files_only=True)
+        named = {key: value for key, value in index.items() if isinstance(value, list | tuple) and value[1]}
+        parts = {key: (*value, _component_config(name, key, *value)) for key, value in named.items()}
+        return PipelineShape(index["_class_name"], {key: part for key, part in parts.items() if part[2]}, OWN)
+    except OSError:
+        entry = _from_table("generators", name, "sd_model")
+        return PipelineShape(entry["pipeline"], entry["components"], _said(entry))
+
+
+def component(library: str, kind: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    """One model of a pipeline on the meta device; other things, such as a scheduler, as they are."""
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    made = getattr(home or importlib.import_module(f"diffusers.pipelines.{library}"), kind)
+    with init_empty_weights():
+        if not hasattr(made, "config_class") or library == "diffusers":
+            model = made.from_config(config)
+        else:
+            model = made(made.config_class.from_dict(config))
+    return _tied(model).to(dtype).eval() if isinstance(model, torch.nn.Module) else model
+
+
+def reward_model(name: str) -> tuple[torch.nn.Module, str]:
+    """A CLIP on the meta device in float32, as rewards load it, and where its shape was read.
+
+    Raises:
+        PlanError: the shape is neither on this machine, nor open_clip's, nor in the table.
+    """
+    if is_transformers_clip(name):
+        try:
+            config, source = AutoConfig.from_pretrained(name, local_files_only=True), OWN
+        except (OSError, ValueError):
+            entry = _from_table("rewards", name, "clip_model")
+            config, source = AutoConfig.for_model(**entry["config"]), _said(entry)
+        with init_empty_weights():
+            return TransformersClip(transformers.CLIPModel(config)).eval(), source
+    settings, source = _open_clip_settings(name)
+    with init_empty_weights():
+        return open_clip.CLIP(**settings).eval(), source
+
+
+def _open_clip_settings(name: str) -> tuple[dict[str, Any], str]:
+    """The arguments of open_clip's class, of a folder, a hub id that was fetched, or a name that open_clip knows."""
+    if not Path(name).is_dir() and not name.startswith("hf-hub:"):
+        settings = open_clip.get_model_config(name)
+        if settings is None:
+            raise PlanError(
+                f"model_settings.clip_model: found {name!r}, allowed: a folder, a hub id or an open_clip name"
+            )
+        return settings, "open_clip's own table"
+    try:
+        hub = name.removeprefix("hf-hub:")
+        file = "open_clip_config.json"
+        path = Path(name) / file if Path(name).is_dir() else hf_hub_download(hub, file, local_files_only=True)
+        return json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"], OWN
+    except (OSError, KeyError, ValueError) as error:
+        raise _unknown("clip_model", name.removeprefix("hf-hub:")) from error
+
+
+def known_models() -> dict[str, list[str]]:
+    """The names in the table, by what they are used for."""
+    return {kind: list(entries) for kind, entries in _table().items()}
+
+
+def _language_config(name: str) -> tuple[PretrainedConfig, str]:
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True), OWN
+    except (OSError, ValueError):
+        entry = _from_table("policies", name, "vlm_model")
+        return AutoConfig.for_model(**entry["config"]), _said(entry)
+
+
+def _component_config(name: str, key: str, library: str, kind: str) -> dict[str, Any]:
+    """A component's configuration; {} of a tokenizer, which has no weights."""
+    if "tokenizer" in key or "feature_extractor" in key:
+        return {}
+    if library == "diffusers":
+        return dict(getattr(diffusers, kind).load_config(name, subfolder=key, local_files_only=True))
+    return AutoConfig.from_pretrained(name, subfolder=key, local_files_only=True).to_dict()
+
+
+def _tied(model: object) -> object:
+    """The model with the weights shared that it shares: building it without values made them separate."""
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, Any]]:
+    return json.loads(_TABLE.read_text(encoding="utf-8"))
+
+
+def _from_table(kind: str, name: str, setting: str) -> dict[str, Any]:
+    entry = _table()[kind].get(name)
+    if entry is None or Path(name).exists():
+        raise _unknown(setting, name)
+    return entry
+
+
+def _said(entry: dict[str, Any]) -> str:
+    return f"table, after {entry['source']}"
+
+
+def _unknown(setting: str, name: str) -> PlanError:
+    if Path(name).exists():
+        return PlanError(f"model_settings.{setting}: {name!r} holds no configuration that the planner can read")
+    return PlanError(
+        f"model_settings.{setting}: the configuration of {name!r} is not on this machine, and the planner's table has "
+        f"none; fetch it where there is network, a few kB without the weights: hf download {name} --include '*.json'"
+    )
