@@ -1,4 +1,4 @@
-"""The command line: `grpo-kit run | train | evaluate | report | compare | replay | push | check | doctor`.
+"""The command line: `grpo-kit run | train | evaluate | report | compare | replay | push | plan | check | doctor`.
 
 Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked (one line says which), 130 interrupted
 (Ctrl-C), 143 terminated (SIGTERM), 129 hung up. Of an interrupted command one line says how it goes on.
@@ -253,6 +253,39 @@ def replay(
     print(found)
     if not found.equal:
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    profile: Profile = "full",
+    override: Annotated[list[str] | None, typer.Option("-o", help="section.key=value; may be repeated.")] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, mps, cuda:N: measured here; or a name such as t4, l4, a100, m1: as stated.")
+    ] = "",
+    memory: Annotated[str, typer.Option(help="What there is of it, such as 24GB; all of the device's.")] = "",
+    json_too: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a config needs, before anything is downloaded: parameters, memory, time, and what to turn down."""
+    from grpo_kit.config import load_config
+    from grpo_kit.plan.advice import advice
+    from grpo_kit.plan.fit import plan as planned
+    from grpo_kit.plan.table import as_json, in_words
+
+    config = load_config(profile, _overrides(override or []))
+    found = planned(config, device or None, _bytes(memory) if memory else None)
+    steps = advice(found, config)
+    print(json.dumps(as_json(found, steps), indent=2) if json_too else in_words(found, steps))
+
+
+def _bytes(text: str) -> float:
+    """A size such as 24GB or 24GiB in bytes."""
+    from grpo_kit.config import KitError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])(i?)B?", text.strip(), flags=re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise KitError(f"--memory: found {text!r:.60}, allowed: a size such as 24GB, 15.6GiB or 500MB")
+    kilo = 1024 if found[3] else 1000
+    return float(found[1]) * kilo ** (3 if found[2].upper() == "G" else 2)
 
 
 @app.command()
