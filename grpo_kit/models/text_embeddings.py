@@ -18,9 +18,9 @@ from diffusers import (
 from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
-_KEPT_TEXTS = 256  # the oldest go first: a rewrite comes again soon or never
-_KEPT_BYTES = 256 * 2**20  # with T5, a text of FLUX takes 4 MB
-_TEXTS_AT_ONCE = 8  # always exactly so many, so that a text's embedding does not depend on how many came with it
+KEPT_TEXTS = 256  # the oldest go first: a rewrite comes again soon or never
+KEPT_BYTES = 256 * 2**20  # with T5, a text of FLUX takes 4 MB
+TEXTS_AT_ONCE = 8  # always exactly so many, so that a text's embedding does not depend on how many came with it
 
 _GUIDED = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_GUIDED, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -58,7 +58,7 @@ class TextEmbeddings:
         self.device = device
         self.truncated = 0
         self._options = _encoding_options(pipeline, max_sequence_length)
-        self._at_once = _TEXTS_AT_ONCE if device is None else 1  # a large encoder on the CPU has no time to fill up
+        self._at_once = TEXTS_AT_ONCE if device is None else 1  # a large encoder on the CPU has no time to fill up
         self._kept: OrderedDict[str | None, _Row] = OrderedDict()  # None: the negative branch
 
     def inputs(self, texts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ class TextEmbeddings:
         for key in (*texts, *([None] if guided else [])):
             self._kept.move_to_end(key)
         size = sum(tensor.nbytes for tensor in self._kept[texts[0]].values())
-        while len(self._kept) > max(min(_KEPT_TEXTS, _KEPT_BYTES // size), len(texts) + 1):
+        while len(self._kept) > max(min(KEPT_TEXTS, KEPT_BYTES // size), len(texts) + 1):
             self._kept.popitem(last=False)
 
     def _embed(self, texts: list[str]) -> None:

@@ -47,6 +47,8 @@ def _micro_batch(config: Config) -> int | None:
 
 def _image_batch(config: Config) -> int | None:
     settings, training = config.generation_settings, config.training_settings
+    if settings.image_batch_size == "auto":  # planned with one
+        return None
     images = training.prompts_per_iteration * training.group_size * settings.images_per_prompt
     size = min(settings.image_batch_size, images)
     return max(1, size // 4) if size > 1 else None
@@ -62,6 +64,12 @@ def _image_side(name: str) -> Callable[[Config], int | None]:
 
 DIALS = (  # in the order of what they cost; the same dial may stand twice
     Dial("training_settings.micro_batch_size", "policy", _micro_batch, "nothing: the same gradient"),
+    Dial(
+        "model_settings.vae_slicing",
+        "generator",
+        lambda config: None if config.model_settings.vae_slicing else True,
+        "nothing: the same pictures",
+    ),
     Dial("generation_settings.image_batch_size", "generator", _image_batch, "nothing: the same pictures"),
     Dial(
         "model_settings.gradient_checkpointing",

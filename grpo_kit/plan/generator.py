@@ -9,12 +9,13 @@ from diffusers.utils import logging as diffusers_logging
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grpo_kit.config import Config
+from grpo_kit.hardware import choose_dtype
+from grpo_kit.models.pipeline_settings import save_memory
+from grpo_kit.models.text_embeddings import KEPT_BYTES, KEPT_TEXTS, TEXTS_AT_ONCE
 from grpo_kit.plan.architectures import PipelineShape, PlanError, component, pipeline_shape
 from grpo_kit.plan.parts import Part, Phase, Piece, tensors_of, total_bytes
 from grpo_kit.plan.tracing import NOTHING, Cost, Trace, weightless
 
-_KEPT_TEXTS = 256  # whose embeddings the kit's generator keeps
-_TEXTS_AT_ONCE = 8  # that it reads
 _T5_TOKENS = 256  # of SD3's pipeline, where generation_settings.max_sequence_length is null
 _SETTING = "generation_settings.image_batch_size"
 
@@ -28,6 +29,8 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     diffusers_logging.set_verbosity_error()
     settings, training = config.generation_settings, config.training_settings
     shape = pipeline_shape(config.model_settings.sd_model)
+    if config.model_settings.generator_dtype not in (None, "auto"):
+        dtype, _ = choose_dtype("cpu", config.model_settings.generator_dtype)
     parts = _components(shape, config.model_settings.drop_t5, dtype)
     models = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     pieces = tuple(Piece.of(name, model) for name, model in models.items())
@@ -36,16 +39,15 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
         weightless(model, mode).requires_grad_(False)
     there = tensors_of(*models.values())
     pipeline = _pipeline(shape, parts)
+    save_memory(pipeline, config.model_settings)
     texts = training.prompts_per_iteration * training.group_size
     images = texts * settings.images_per_prompt
-    calls = math.ceil(images / settings.image_batch_size)
+    at_once = 1 if settings.image_batch_size == "auto" else settings.image_batch_size
+    calls = math.ceil(images / at_once)
     batch = math.ceil(images / calls)  # the kit makes them as even as can be
     embeddings = _embeddings(pipeline, config, dtype)
-    keeps = shape.kind == "StableDiffusion3Pipeline"  # the kit reads each text once for it, and keeps what it read
-    kept = total_bytes(embeddings.values()) * max(_KEPT_TEXTS, texts + 1) if keeps else 0
-    guided = settings.guidance_scale > 1
-    times = calls * math.ceil((batch if keeps else batch * (1 + guided)) / _TEXTS_AT_ONCE)
-    reading = _reading(models, config, there).times(times)
+    kept = _kept_texts(total_bytes(embeddings.values()), texts)
+    reading = _reading(models, config, there).times(calls * math.ceil(batch / TEXTS_AT_ONCE))
     step, latents = _denoising(pipeline, config, embeddings, batch, there)
     decoding = _decoding(pipeline, latents, there)
     phases = (
@@ -53,8 +55,14 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
         Phase("denoising", step.times(settings.num_inference_steps * calls), _SETTING),
         Phase("decoding", decoding.times(calls), _SETTING),
     )
+    notes = () if at_once == settings.image_batch_size else ("one image a call; auto takes as many as then fit",)
     pictures = images * 3 * latents.shape[-2] * latents.shape[-1] * pipeline.vae_scale_factor**2
-    return Part("generator", shape.source, pieces, phases, {"kept texts": kept} if kept else {}, pictures=pictures)
+    return Part("generator", shape.source, pieces, phases, {"kept texts": kept}, notes, pictures)
+
+
+def _kept_texts(size: int, texts: int) -> int:
+    """Bytes of the embeddings that the kit keeps, `size` each."""
+    return size * max(min(KEPT_TEXTS, KEPT_BYTES // size), texts + 1)
 
 
 def _components(shape: PipelineShape, drop_t5: bool, dtype: torch.dtype) -> dict[str, object]:
@@ -131,7 +139,7 @@ def _reading(models: dict[str, torch.nn.Module], config: Config, there: list[tor
             own = getattr(encoder.config, "max_position_embeddings", None)
             given = config.generation_settings.max_sequence_length
             length = own or (_T5_TOKENS if given is None else max(given, 1))
-            encoder(torch.zeros(_TEXTS_AT_ONCE, length, dtype=torch.long), output_hidden_states=True)
+            encoder(torch.zeros(TEXTS_AT_ONCE, length, dtype=torch.long), output_hidden_states=True)
     return trace.cost
 
 
