@@ -116,6 +116,7 @@ def child(work: Callable[[], object], log: Path) -> Child:
     """Fork: the child does `work` with its output in `log`, and ends with 0, 2 for a KitError, or 1."""
     sys.stdout.flush()
     sys.stderr.flush()
+    log.touch()  # it may be killed before it opens it
     pid = os.fork()
     if pid:
         return Child(pid, log)

@@ -41,7 +41,7 @@ def refusals(short: bool) -> Outcome:
         for number in range(1 if short else 10):
             limit = int(1e3 * 10 ** rng.uniform(0, 3.5))  # bytes: from less than a picture to a policy's weights
             outcome += file_too_big(kit, place / f"limit_{number}", begun, limit, expected)
-            outcome += small_disk(kit, place / f"small_{number}", begun, int(1e7 * rng.random()), expected)
+            outcome += small_disk(kit, place / f"small_{number}", begun, int(3e6 * rng.random()), expected)
         for number in range(1 if short else 5):
             outcome += permission_lost(kit, place / f"permission_{number}", expected)
         outcome += no_permission(kit, place / "forbidden")
@@ -60,6 +60,12 @@ def told(ended: Ended, folder: Path, before: int) -> Outcome:
     return outcome
 
 
+def refused(kit: Experiment, ended: Ended, folder: Path) -> Outcome:
+    """A run on which the disk was to refuse something; nothing is tried where it came to its end before that."""
+    through = ended.code == 0 and newest(folder) == kit.config.training_settings.num_iterations
+    return Outcome(0) if through else told(ended, folder, 1)
+
+
 def goes_on(kit: Experiment, folder: Path, expected: dict[str, str]) -> Outcome:
     """What was in the way is gone: the same call goes on to the end."""
     again = run_through(kit, folder)
@@ -69,7 +75,7 @@ def goes_on(kit: Experiment, folder: Path, expected: dict[str, str]) -> Outcome:
 
 
 def refused_operation(kit: Experiment, folder: Path, begun: Path, number: int, expected: dict[str, str]) -> Outcome:
-    """From one operation on, the disk refuses everything; nothing is tried where the run has fewer operations."""
+    """From one operation on, the disk refuses everything."""
     shutil.copytree(begun, folder)
     error = ERRORS[number % len(ERRORS)]
 
@@ -78,8 +84,7 @@ def refused_operation(kit: Experiment, folder: Path, begun: Path, number: int, e
             raise OSError(error, os.strerror(error), str(place))
 
     ended = child(lambda: watched(kit, folder, refuse), folder.with_suffix(".log")).finish()
-    never = ended.code == 0 and newest(folder) == kit.config.training_settings.num_iterations
-    return (Outcome(0) if never else told(ended, folder, 1)) + goes_on(kit, folder, expected)
+    return refused(kit, ended, folder) + goes_on(kit, folder, expected)
 
 
 def file_too_big(kit: Experiment, folder: Path, begun: Path, limit: int, expected: dict[str, str]) -> Outcome:
@@ -91,7 +96,7 @@ def file_too_big(kit: Experiment, folder: Path, begun: Path, limit: int, expecte
         train_in(kit, folder)
 
     ended = child(limited, folder.with_suffix(".log")).finish()
-    return told(ended, folder, 1) + goes_on(kit, folder, expected)
+    return refused(kit, ended, folder) + goes_on(kit, folder, expected)
 
 
 def small_disk(kit: Experiment, folder: Path, begun: Path, room: int, expected: dict[str, str]) -> Outcome:
@@ -106,7 +111,7 @@ def small_disk(kit: Experiment, folder: Path, begun: Path, room: int, expected: 
         run, ballast = folder / "run", folder / "ballast"
         shutil.copytree(begun, run)
         ballast.write_bytes(bytes(max(0, _free(folder) - room)))
-        outcome = told(child(lambda: train_in(kit, run), report.with_suffix(".log")).finish(), run, 1)
+        outcome = refused(kit, child(lambda: train_in(kit, run), report.with_suffix(".log")).finish(), run)
         ballast.unlink()
         outcome += goes_on(kit, run, expected)
         print(*outcome.remarks, sep="\n")
