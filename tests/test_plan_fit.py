@@ -150,11 +150,13 @@ def test_advice_saves_step_by_step_until_the_plan_fits():
 
 
 def test_advice_says_when_nothing_helps(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("grpo_kit.plan.advice.DIALS", [dial for dial in DIALS if dial.part == "generator"])
     tight = _with_memory(_plan(), 1e6)
+    part = tight.largest[0].name
+    monkeypatch.setattr("grpo_kit.plan.advice.DIALS", [dial for dial in DIALS if dial.part == part])
     steps = advice(tight, _config())
     assert steps and not steps[-1].fits
     assert "even then it does not fit" in in_words(tight, steps)
+    assert "no setting would help" in in_words(tight, [])
 
 
 def test_planning_one_part_again_leaves_the_others():

@@ -17,12 +17,14 @@ class Dial:
         part: whose memory it takes, and the only one that it changes.
         value: the setting's next value, from a config; None where there is nothing left to turn down.
         price: what it costs besides time.
+        weights: whether it changes what lies in memory all the time.
     """
 
     setting: str
     part: str
     value: Callable[[Config], object]
     price: str
+    weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _image_side(name: str) -> Callable[[Config], int | None]:
     return smaller
 
 
-DIALS = (  # in the order of what they cost; the same dial may stand twice
+DIALS = (  # in the order of what they cost
     Dial("training_settings.micro_batch_size", "policy", _micro_batch, "nothing: the same gradient"),
     Dial(
         "model_settings.vae_slicing",
@@ -77,19 +79,19 @@ DIALS = (  # in the order of what they cost; the same dial may stand twice
         lambda config: None if config.model_settings.gradient_checkpointing else True,
         "nothing: the same gradient",
     ),
-    Dial("training_settings.micro_batch_size", "policy", _micro_batch, "nothing: the same gradient"),
-    Dial("generation_settings.image_batch_size", "generator", _image_batch, "nothing: the same pictures"),
     Dial(
         "model_settings.lora",
         "policy",
         lambda config: {"r": 16, "alpha": 32} if config.model_settings.lora is None else None,
         "an adapter is trained instead of all weights",
+        weights=True,
     ),
     Dial(
         "model_settings.drop_t5",
         "generator",
         lambda config: None if config.model_settings.drop_t5 else True,
         "the generator reads long prompts less well",
+        weights=True,
     ),
     Dial("generation_settings.height", "generator", _image_side("height"), "smaller pictures"),
     Dial("generation_settings.width", "generator", _image_side("width"), "smaller pictures"),
@@ -102,23 +104,33 @@ def advice(plan: Plan, config: Config) -> list[Step]:
 
 
 def _turned_down(plan: Plan, config: Config) -> Iterator[Step]:
-    for dial in DIALS:
-        if plan.fits:
+    while not plan.fits:
+        found = next(_changes(plan, config), None)
+        if found is None:
             return
+        dial, value, config, after = found
+        yield Step(dial.setting, value, dial.price, plan.peak - after.peak, after.peak, after.seconds, after.fits)
+        plan = after
+
+
+def _changes(plan: Plan, config: Config) -> Iterator[tuple[Dial, object, Config, Plan]]:
+    """The dials that help this plan when they are turned down once: the value, and the config and the plan with it.
+
+    Only the part that sets the peak can lower it, and weights, which lie there all the time.
+    """
+    for dial in DIALS:
         value = dial.value(config)
-        if value is None:
+        if value is None or not (dial.weights or dial.part == plan.largest[0].name):
             continue
         try:
             changed = load_config(config, {dial.setting: value})
             after = planned_again(plan, changed, dial.part)
         except KitError:  # such as a policy without layers that can be computed again
             continue
-        if _saves(plan, after, dial.part):
-            yield Step(dial.setting, value, dial.price, plan.peak - after.peak, after.peak, after.seconds, after.fits)
-            plan, config = after, changed
+        if _need(plan, dial.part) - _need(after, dial.part) > _WORTH * plan.peak:
+            yield dial, value, changed, after
 
 
-def _saves(before: Plan, after: Plan, part: str) -> bool:
-    """Whether a part needs less, be it that another one's phase hides it for now."""
-    needs = [next(p.resident + p.working for p in plan.parts if p.name == part) for plan in (before, after)]
-    return needs[0] - needs[1] > _WORTH * before.peak
+def _need(plan: Plan, name: str) -> int:
+    """What a part needs alone: less of it helps even while another part's phase is as large."""
+    return next(part.resident + part.working for part in plan.parts if part.name == name)

@@ -22,7 +22,8 @@ def in_words(plan: Plan, steps: Sequence[Step]) -> str:
     lines += [
         "",
         f"peak: {_size(plan.peak)} = {_size(plan.resident)} all the time + {_size(phase.cost.peak)} in {part.name}, "
-        f"{phase.name} (it goes with {phase.turned_down_by})",
+        f"{phase.name}",
+        f"      (turned down by {phase.turned_down_by})",
         f"{'fits' if plan.fits else 'does not fit'}: of {_size(speed.memory)} tensors may take {_size(plan.room)}",
         f"time: {plan.seconds:.3g} s an iteration, {_minutes(plan.minutes)} for {plan.iterations} iterations, "
         "validations not counted",
@@ -30,7 +31,7 @@ def in_words(plan: Plan, steps: Sequence[Step]) -> str:
         "where each part may live:",
     ]
     lines += [f"  {_size(home.peak):>9}  {'fits' if home.fits else '-':<5} {home.name}" for home in plan.homes]
-    lines += [""] * bool(steps) + _of_steps(steps)
+    lines += [] if plan.fits else ["", *_of_steps(steps)]
     lines += ["", *(f"{part.name}: shape from {part.source}" for part in plan.parts)]
     lines += [f"{part.name}: {note}" for part in plan.parts for note in part.notes]
     return "\n".join(lines)
@@ -56,7 +57,7 @@ def _of_part(plan: Plan, part: Part) -> list[str]:
 
 def _of_steps(steps: Sequence[Step]) -> list[str]:
     if not steps:
-        return []
+        return ["no setting would help: take smaller models, or several devices"]
     lines = ["turn down, in this order:"]
     for step in steps:
         after = f"peak {_size(step.peak)}, {step.seconds:.3g} s"
