@@ -1,9 +1,9 @@
 """The full profile's models with random weights, built from their published configurations, and the same ones small.
 
-Numbers: config.json of Qwen/Qwen2.5-VL-3B-Instruct; transformer, vae, text_encoder and text_encoder_2 of
-stabilityai/stable-diffusion-3-medium-diffusers (T5 dropped, as the profile does); open_clip's ViT-L-14-quickgelu. They
-give the parameters that are published: 3,754,622,976 (the model's safetensors), 2,987,080,931 with the table of
-positions (KerasHub's preset stable_diffusion_3_medium), 427,616,513 (open_clip's model profile).
+The configurations of the policy and the pipeline are those of the planner's table, which names its sources; T5 is
+dropped, as the profile does. They give the parameters that are published: 3,754,622,976 (the model's safetensors),
+2,987,080,931 with the table of positions (KerasHub's preset stable_diffusion_3_medium), 427,616,513 (open_clip's model
+profile).
 
 Prompts are words of a tokenizer with one token a word, and no token that can be sampled ends a completion: all lengths
 are exact.
@@ -33,6 +33,7 @@ from grpo_kit.config import LoraSettings
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
+from grpo_kit.plan.architectures import published
 from grpo_kit.rewards.clip_similarity import ClipSimilarity
 
 CLIP_WORDS = 49408
@@ -67,36 +68,16 @@ BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("U
 LATENTS = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
 
+POLICY = published("policies", "Qwen/Qwen2.5-VL-3B-Instruct")["config"]
+PIPELINE = published("generators", "stabilityai/stable-diffusion-3-medium-diffusers")["components"]
+
 FULL = Size(
-    text={
-        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-        "num_key_value_heads": 2, "vocab_size": 151936, "rms_norm_eps": 1e-6, "max_position_embeddings": 128000,
-        "rope_parameters": ROPE | {"mrope_section": [16, 24, 24]},
-    },
-    vision={
-        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
-        "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-    },
-    transformer={
-        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
-    },
-    autoencoder={
-        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024, **BLOCKS, **LATENTS,
-        **NO_QUANT,
-    },
-    encoders=(
-        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-         "projection_dim": 768, "hidden_act": "quick_gelu"},
-        {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-         "projection_dim": 1280, "hidden_act": "gelu"},
-    ),
-    clip={
-        "embed_dim": 768, "quick_gelu": True,
-        "vision_cfg": {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14},
-        "text_cfg": {"context_length": 77, "vocab_size": CLIP_WORDS, "width": 768, "heads": 12, "layers": 12},
-    },
+    text=POLICY["text_config"],
+    vision=POLICY["vision_config"],
+    transformer=PIPELINE["transformer"][2],
+    autoencoder=PIPELINE["vae"][2],
+    encoders=(PIPELINE["text_encoder"][2], PIPELINE["text_encoder_2"][2]),
+    clip=open_clip.get_model_config("ViT-L-14-quickgelu"),
     shape=Shape(prompts=8, group=8, prompt_tokens=128, completion_tokens=96),
     steps=20,
     guidance=5.0,
@@ -164,7 +145,8 @@ def build_generator(size: Size, device: str, dtype: torch.dtype) -> Generator:
         transformer = SD3Transformer2DModel(**size.transformer)
         autoencoder = AutoencoderKL(**size.autoencoder)
         encoders = [
-            CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=CLIP_WORDS, **settings)) for settings in size.encoders
+            CLIPTextModelWithProjection(CLIPTextConfig(**({"vocab_size": CLIP_WORDS} | settings)))
+            for settings in size.encoders
         ]
     tokenizer = word_tokenizer(CLIP_WORDS - 1)
     tokenizer.model_max_length = CLIP_TOKENS

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import text_policy
 from benchmarks.architectures import CLIP_TOKENS, Size, build_clip, build_generator, build_policy, parameters, parts_of
 from grpo_kit.models.continuing import continued_groups
-from grpo_kit.models.generator import _TEXTS_AT_ONCE, Generator
+from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy, _lanes
 from grpo_kit.models.prefix import Packing, run_prompts
+from grpo_kit.models.text_embeddings import TEXTS_AT_ONCE
 from grpo_kit.rewards.clip_similarity import ClipSimilarity
 
 
@@ -70,11 +71,11 @@ def images(generator: Generator, size: Size) -> list[Part]:
     """Every rewrite is another text; guidance doubles the denoiser's rows."""
     pipeline, calls = generator.pipeline, size.rows / size.images_a_call
     transformer, autoencoder, *encoders = parts_of(generator)
-    texts = ["w1"] * _TEXTS_AT_ONCE
+    texts = ["w1"] * TEXTS_AT_ONCE
     encoding = counted(
         lambda: pipeline.encode_prompt(texts, None, None, do_classifier_free_guidance=False, max_sequence_length=0)
     )
-    times = -(-size.rows // _TEXTS_AT_ONCE) + 1  # and the empty text of guidance
+    times = -(-size.rows // TEXTS_AT_ONCE) + 2  # guidance encodes an empty text, and the branch beside it
     rows, side = 2 * size.images_a_call, size.pixels // pipeline.vae_scale_factor
     shapes = {
         "hidden_states": (rows, transformer.config.in_channels, side, side),

@@ -4,49 +4,28 @@ import functools
 
 import pytest
 import torch
+from plan_cases import SMALL, phase_cost, policy_part, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_kit.config import Config, load_config
+from grpo_kit.config import load_config
 from grpo_kit.grpo.step import grpo_step
 from grpo_kit.models.generator import load_generator
 from grpo_kit.models.policy import load_policy
 from grpo_kit.plan.architectures import component, known_models, language_model, pipeline_shape, reward_model
 from grpo_kit.plan.fit import Plan, plan
 from grpo_kit.plan.generator import plan_generator
-from grpo_kit.plan.parts import Part, count_parameters, tensors_of
+from grpo_kit.plan.parts import count_parameters, tensors_of
 from grpo_kit.plan.policy import longest_prompts, longest_rollout, plan_policy
 from grpo_kit.plan.reward import plan_reward
 from grpo_kit.plan.tracing import Trace
 from grpo_kit.rewards.loading import load_rewards
 
-SMALL = {
-    "model_settings.device": "cpu",
-    "training_settings.group_size": 2,
-    "training_settings.prompts_per_iteration": 2,
-    "training_settings.updates_per_rollout": 1,
-    "generation_settings.max_new_tokens": 5,
-    "generation_settings.num_inference_steps": 2,
-    "reward_settings.monitors": [],
-}
 LORA = {"model_settings.lora": {"r": 4, "alpha": 8}}
-
-
-def _config(**changes: object) -> Config:
-    """The small config with settings changed, a section's dot written as two underlines."""
-    return load_config("tiny", SMALL | {name.replace("__", "."): value for name, value in changes.items()})
-
-
-def _policy(**changes: object) -> Part:
-    return plan_policy(_config(**changes), torch.float32)
-
-
-def _phase(part: Part, name: str) -> object:
-    return next(phase.cost for phase in part.phases if phase.name == name)
 
 
 @functools.cache
 def _plan() -> Plan:
-    return plan(_config(), "t4")
+    return plan(small_config(), "t4")
 
 
 def _flops(work: object) -> int:
@@ -59,7 +38,7 @@ def _flops(work: object) -> int:
 
 
 def test_parameters_are_those_of_the_real_models():
-    config, parts = _config(), {part.name: part for part in _plan().parts}
+    config, parts = small_config(), {part.name: part for part in _plan().parts}
     generator, rewards = load_generator(config), load_rewards(config)
     assert parts["policy"].parameters == count_parameters(load_policy(config).model)
     models = [m for m in generator.pipeline.components.values() if isinstance(m, torch.nn.Module)]
@@ -87,7 +66,7 @@ def test_update_is_planned_with_the_operations_and_the_memory_of_the_real_one(ch
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), fused=True)
     rollout = longest_rollout(longest_prompts(config), 2, 5)
     grpo_step(policy, optimizer, rollout, config)  # the optimizer's moments are there from now on
-    planned = _phase(plan_policy(config, torch.float32), "update")
+    planned = phase_cost(plan_policy(config, torch.float32), "update")
     assert planned.flops == _flops(lambda: grpo_step(policy, optimizer, rollout, config))
     moments = [moment for state in optimizer.state.values() for moment in state.values()]
     with Trace([*tensors_of(policy.model, policy.reference), *moments]) as real:
@@ -101,17 +80,17 @@ def test_update_is_planned_with_the_operations_and_the_memory_of_the_real_one(ch
 def test_sampling_is_planned_with_the_operations_of_the_real_one(shared: bool, monkeypatch: pytest.MonkeyPatch):
     if not shared:
         monkeypatch.setattr("grpo_kit.models.policy.reason_not_to_share", lambda model: "for this test")
-    config = _config()
+    config = small_config()
     policy = load_policy(config)
     policy.eos_token_ids = [10**6]  # no completion ends before the limit
     texts = [prompt.user_prompt for prompt in longest_prompts(config)]
     real = _flops(lambda: policy.sample(texts, 2, seed=0))
-    assert _phase(plan_policy(config, torch.float32), "sampling").flops == real
+    assert phase_cost(plan_policy(config, torch.float32), "sampling").flops == real
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_drawing_is_planned_with_the_operations_of_the_real_one(guidance: float):
-    config = _config(generation_settings__guidance_scale=guidance, generation_settings__image_batch_size=2)
+    config = small_config(generation_settings__guidance_scale=guidance, generation_settings__image_batch_size=2)
     generator = load_generator(config)
     generator.generate_image("something else")  # what guidance goes away from is read once in a run
     real = _flops(lambda: generator.generate_images([f"a {i} circle" for i in range(4)], [0] * 4))
@@ -119,7 +98,7 @@ def test_drawing_is_planned_with_the_operations_of_the_real_one(guidance: float)
 
 
 def test_rewards_are_planned_with_the_operations_of_the_real_ones():
-    config = _config()
+    config = small_config()
     images = load_generator(config).generate_images(["a", "b", "c", "d"], [0] * 4)
     rewards = load_rewards(config)
     real = _flops(lambda: rewards.score(images, ["x", "x", "y", "y"], ["a", "b", "c", "d"]))
@@ -127,11 +106,11 @@ def test_rewards_are_planned_with_the_operations_of_the_real_ones():
 
 
 def test_a_part_of_many_micro_batches_costs_what_all_of_them_do():
-    config = _config(training_settings__micro_batch_size=1, training_settings__group_size=4)
+    config = small_config(training_settings__micro_batch_size=1, training_settings__group_size=4)
     policy = load_policy(config)
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), fused=True)
     real = _flops(lambda: grpo_step(policy, optimizer, longest_rollout(longest_prompts(config), 4, 5), config))
-    planned = _phase(plan_policy(config, torch.float32), "update")
+    planned = phase_cost(plan_policy(config, torch.float32), "update")
     assert planned.flops == pytest.approx(real, rel=0.01)  # the two prompts are not quite as long
-    whole = _phase(_policy(training_settings__group_size=4), "update")
+    whole = phase_cost(policy_part(training_settings__group_size=4), "update")
     assert planned.peak < whole.peak

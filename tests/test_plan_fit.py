@@ -6,54 +6,32 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plan_cases import SMALL, phase_cost, policy_part, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plan_profiles import MACHINES, RECORD, fingerprint
 from grpo_kit.cli import main
-from grpo_kit.config import Config, KitError, load_config
+from grpo_kit.config import KitError, load_config
 from grpo_kit.plan.advice import DIALS, advice
 from grpo_kit.plan.architectures import PlanError
 from grpo_kit.plan.fit import Plan, plan, planned_again
 from grpo_kit.plan.generator import plan_generator
 from grpo_kit.plan.parts import Part
-from grpo_kit.plan.policy import plan_policy
 from grpo_kit.plan.speed import ACCELERATORS, Speed, at, speed_of
 from grpo_kit.plan.table import in_words
 from grpo_kit.plan.tracing import Operation
 
-SMALL = {
-    "model_settings.device": "cpu",
-    "training_settings.group_size": 2,
-    "training_settings.prompts_per_iteration": 2,
-    "training_settings.updates_per_rollout": 1,
-    "generation_settings.max_new_tokens": 5,
-    "generation_settings.num_inference_steps": 2,
-    "reward_settings.monitors": [],
-}
 LORA = {"model_settings__lora": {"r": 4, "alpha": 8}}
-
-
-def _config(**changes: object) -> Config:
-    """The small config with settings changed, a section's dot written as two underlines."""
-    return load_config("tiny", SMALL | {name.replace("__", "."): value for name, value in changes.items()})
-
-
-def _policy(**changes: object) -> Part:
-    return plan_policy(_config(**changes), torch.float32)
-
-
-def _phase(part: Part, name: str) -> object:
-    return next(phase.cost for phase in part.phases if phase.name == name)
 
 
 @functools.cache
 def _adapted() -> Part:
-    return _policy(**LORA)
+    return policy_part(**LORA)
 
 
 @functools.cache
 def _plan() -> Plan:
-    return plan(_config(), "t4")
+    return plan(small_config(), "t4")
 
 
 def _flops(work: object) -> int:
@@ -73,8 +51,8 @@ def _flops(work: object) -> int:
         ("model_settings__gradient_checkpointing", True, "other"),
     ],
 )
-def test_more_of_a_setting_never_needs_less_memory_of_the_policy(setting: str, other: object, least: str):
-    usual, changed = _adapted(), _policy(**LORA, **{setting: other})
+def test_more_of_a_setting_never_needs_less_memory_of_thepolicy_part(setting: str, other: object, least: str):
+    usual, changed = _adapted(), policy_part(**LORA, **{setting: other})
     small, large = (usual, changed) if least == "usual" else (changed, usual)
     for before, after in zip(small.phases, large.phases, strict=True):
         assert before.cost.peak <= after.cost.peak, before.name
@@ -86,7 +64,7 @@ def test_more_of_a_setting_never_needs_less_memory_of_the_policy(setting: str, o
     [("generation_settings__height", 32, 64), ("generation_settings__image_batch_size", 1, 4)],
 )
 def test_more_of_a_setting_never_needs_less_memory_of_the_generator(setting: str, less: object, more: object):
-    small, large = (plan_generator(_config(**{setting: value}), torch.float32) for value in (less, more))
+    small, large = (plan_generator(small_config(**{setting: value}), torch.float32) for value in (less, more))
     assert small.resident == large.resident
     for before, after in zip(small.phases[1:], large.phases[1:], strict=True):
         assert before.cost.peak < after.cost.peak, before.name
@@ -101,11 +79,13 @@ def test_an_adapter_needs_neither_a_copy_for_reference_nor_the_moments_of_all_we
 
 def test_third_text_encoder_counts_where_it_is_kept():
     kept, dropped = (
-        plan_generator(_config(model_settings__drop_t5=drop, generation_settings__max_sequence_length=8), torch.float32)
+        plan_generator(
+            small_config(model_settings__drop_t5=drop, generation_settings__max_sequence_length=8), torch.float32
+        )
         for drop in (False, True)
     )
     assert kept.parameters - dropped.parameters == 364160
-    assert _phase(kept, "texts").flops > _phase(dropped, "texts").flops
+    assert phase_cost(kept, "texts").flops > phase_cost(dropped, "texts").flops
 
 
 def test_parts_add_up():
@@ -135,7 +115,7 @@ def _with_memory(found: Plan, memory: float) -> Plan:
 
 def test_advice_saves_step_by_step_until_the_plan_fits():
     size = {"generation_settings__height": 64, "generation_settings__width": 64}
-    config = _config(training_settings__group_size=16, **size)
+    config = small_config(training_settings__group_size=16, **size)
     found = plan(config, "t4")
     assert advice(found, config) == []
     tight = _with_memory(found, 0.8 * found.peak / 0.9)
@@ -153,7 +133,7 @@ def test_advice_says_when_nothing_helps(monkeypatch: pytest.MonkeyPatch):
     tight = _with_memory(_plan(), 1e6)
     part = tight.largest[0].name
     monkeypatch.setattr("grpo_kit.plan.advice.DIALS", [dial for dial in DIALS if dial.part == part])
-    steps = advice(tight, _config())
+    steps = advice(tight, small_config())
     assert steps and not steps[-1].fits
     assert "even then it does not fit" in in_words(tight, steps)
     assert "no setting would help" in in_words(tight, [])
@@ -161,7 +141,7 @@ def test_advice_says_when_nothing_helps(monkeypatch: pytest.MonkeyPatch):
 
 def test_planning_one_part_again_leaves_the_others():
     found = _plan()
-    again = planned_again(found, _config(generation_settings__image_batch_size=1), "generator")
+    again = planned_again(found, small_config(generation_settings__image_batch_size=1), "generator")
     assert again.parts[0] is found.parts[0] and again.parts[2] is found.parts[2]
     assert again.parts[1].working < found.parts[1].working
 
@@ -245,5 +225,5 @@ def test_what_cannot_be_planned_is_one_line(options: list[str], said: str, capsy
 
 def test_a_policy_that_looks_is_refused_rather_than_planned_as_one_that_does_not():
     with pytest.raises(PlanError, match="use_image"):
-        _policy(model_settings__use_image=True)
+        policy_part(model_settings__use_image=True)
     assert issubclass(PlanError, KitError)

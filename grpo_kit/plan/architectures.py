@@ -148,6 +148,15 @@ def _tied(model: object) -> object:
     return model
 
 
+def published(kind: str, name: str) -> dict[str, Any]:
+    """The table's entry of a model: configuration, published number of parameters, source.
+
+    Args:
+        kind: "policies", "generators" or "rewards".
+    """
+    return _table()[kind][name]
+
+
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
     return json.loads(_TABLE.read_text(encoding="utf-8"))
