@@ -208,7 +208,8 @@ def test_the_command_prints_the_table_and_writes_the_page(runs: dict, tmp_path: 
     printed = capsys.readouterr().out
     for part in ("group_size 4 (3 seeds, intervals over seeds)", "trained policy", "minus group_size 4", str(page)):
         assert part in printed
-    assert max(map(len, printed.splitlines())) <= 100
+    table = [line for line in printed.splitlines() if str(page) not in line]  # a path is as long as it is
+    assert max(map(len, table)) <= 100
     text = page.read_text()
     assert active_nodes(text) == [] and "http" not in text.replace("http-equiv", "") and image_count(text) == 2
     assert 'href="./../g4_s0/index.html"' in text and "g4_s1/index.html" not in text
