@@ -116,7 +116,7 @@ def _bar(start: int, last: int, *, shown: bool) -> tqdm:
 
 def _open(folder: RunFolder, config: Config, stack: ExitStack) -> Tracker:
     """Hold the folder as its writer, and mirror it, until the stack is closed."""
-    stack.enter_context(folder.writing())
+    folder.hold(stack)
     return stack.enter_context(Tracker(config, folder.path))
 
 

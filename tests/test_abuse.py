@@ -579,7 +579,8 @@ def logged(folder: Path, texts: list[str], capsys: pytest.CaptureFixture) -> tup
     """What a run's log file and the screen hold after each of these texts was warned of."""
     run = RunFolder(folder)
     folder.mkdir(exist_ok=True)
-    with run.writing():
+    with contextlib.ExitStack() as stack:
+        run.hold(stack)
         for text in texts:
             logging.getLogger("grpo_kit.rewards").warning("reward failed: %s", text)
     return (folder / "training.log").read_bytes().decode("utf-8"), capsys.readouterr().err
@@ -619,7 +620,8 @@ def test_a_rewards_own_error_reaches_the_log_without_its_escape_codes(
         raise RuntimeError(f"cannot score {enhanced_prompts[0]}")
 
     run, picture = RunFolder(tmp_path), Image.new("RGB", (8, 8))
-    with run.writing():
+    with contextlib.ExitStack() as stack:
+        run.hold(stack)
         rewards = Rewards({"mine": broken}, {"mine": 1.0}, {}, on_error="nan")
         rewards.score([picture], ["a"], ["\x1b[31mred \x07"])
     text = (tmp_path / "training.log").read_text(encoding="utf-8")

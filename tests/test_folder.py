@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,8 @@ def test_leftovers_are_gone_once_the_folder_is_held(run: RunFolder):
     for left in (".writing-best/model.safetensors", "checkpoints/.writing-iter_000003/x", "rollouts/.writing-y"):
         (run.path / left).parent.mkdir(parents=True, exist_ok=True)
         (run.path / left).write_text("half")
-    with run.writing():
-        pass
+    with ExitStack() as stack:
+        run.hold(stack)
     assert _files(run) - before == {"training.log", ".lock"}
 
 
@@ -79,7 +80,8 @@ def test_best_that_was_being_replaced_is_there(run: RunFolder, there: tuple[str,
     for name, content in zip(there, ("old", "new"), strict=False):
         (run.path / name).mkdir()
         (run.path / name / "model").write_text(content)
-    with run.writing():
+    with ExitStack() as stack:
+        run.hold(stack)
         assert (run.best / "model").read_text() == expected
     assert not (run.path / ".replaced-best").exists()
 
@@ -164,7 +166,8 @@ def test_errors_that_are_not_the_disks_stay_what_they_are(run: RunFolder):
 
 def test_log_that_cannot_grow_is_told_once_and_stops_nothing(run: RunFolder, capsys: pytest.CaptureFixture):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with run.writing():
+    with ExitStack() as stack:
+        run.hold(stack)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         try:
             for _ in range(5):
@@ -190,10 +193,11 @@ def test_config_is_written_by_the_writer_alone(tmp_path: Path):
     config = load_config("tiny")
     first = RunFolder.open(tmp_path, config)
     assert not (tmp_path / "config.json").exists()
-    with first.writing():
+    with ExitStack() as stack:
+        first.hold(stack)
         longer = RunFolder.open(tmp_path, load_config("tiny", {"training_settings.num_iterations": 999}))
-        with pytest.raises(RunError, match="another process writes into it"), longer.writing():
-            pass
+        with pytest.raises(RunError, match="another process writes into it"):
+            longer.hold(stack)
         with pytest.raises(RunError, match="another process writes into it"):
             longer.require_free()
         assert load_config(tmp_path).training_settings.num_iterations == config.training_settings.num_iterations

@@ -340,6 +340,7 @@ def test_a_damaged_file_of_the_run_is_a_warning_too(synthetic_run: Path, caplog:
 
 PROCESS = """
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from grpo_kit.config import load_config
 from grpo_kit.runs.folder import RunFolder
@@ -347,7 +348,9 @@ from grpo_kit.runs.tracking import Tracker
 for mode in sys.argv[1].split():
     config = load_config("tiny", {"tracking_settings.wandb": mode})
     folder = RunFolder.open(Path(sys.argv[2]) / mode, config)
-    with folder.writing(), Tracker(config, folder.path) as tracker:
+    with ExitStack() as stack:
+        folder.hold(stack)
+        tracker = stack.enter_context(Tracker(config, folder.path))
         for iteration in (1, 2):
             tracker.log({"iteration": iteration, "reward": 0.25})
             tracker.log_samples(iteration)

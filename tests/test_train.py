@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -341,8 +342,8 @@ def test_folder_of_a_run_with_other_settings_is_refused_in_one_line(
 
 def test_more_iterations_are_no_other_settings(kit: Experiment, tmp_path: Path):
     for settings in ({"num_iterations": 2}, {"num_iterations": 9, "keep_checkpoints": 5}):
-        with RunFolder.open(tmp_path, _config(kit, **settings)).writing():
-            pass
+        with ExitStack() as stack:
+            RunFolder.open(tmp_path, _config(kit, **settings)).hold(stack)
     assert load_config(tmp_path).training_settings.num_iterations == 9
 
 

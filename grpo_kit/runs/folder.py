@@ -95,21 +95,22 @@ class RunFolder:
                 f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
             )
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the folder as its only writer: config written, leftovers of a crash gone, `training.log` open.
+    def hold(self, stack: contextlib.ExitStack) -> None:
+        """Be the folder's only writer until the stack is closed: config written, a crash's leftovers gone, log open.
+
+        What undoes a thing is on the stack before the thing is done: wherever an interrupt comes, the folder is free
+        once the stack is closed, though a notebook keeps the error with all its frames.
 
         Raises:
             RunError: another process writes into it, or nobody can.
         """
-        with self._locked(), contextlib.ExitStack() as logs:
-            with self.file_errors(""):
-                if self._config is not None:
-                    self._agrees_with(self._config)  # another process may have written it since
-                    self.write_config(self._config)
-                self._tidy()
-                logs.enter_context(_logging_to(self.path / "training.log"))
-            yield
+        self._lock(stack)
+        with self.file_errors(""):
+            if self._config is not None:
+                self._agrees_with(self._config)  # another process may have written it since
+                self.write_config(self._config)
+            self._tidy()
+            _log_into(self.path / "training.log", stack)
 
     def write_config(self, config: Config) -> None:
         """Write the settings, with what beside them decides on the last bits."""
@@ -122,24 +123,20 @@ class RunFolder:
             RunError: one does, or nobody can write into it.
         """
         if self.path.is_dir():
-            with self._locked():
-                pass
+            with contextlib.ExitStack() as stack:
+                self._lock(stack)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the lock; wherever an interrupt comes, it is free afterwards, though a notebook keeps the error."""
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        """Hold the lock until the stack is closed."""
         lock = FileLock(self.path / ".lock", timeout=0)
+        stack.callback(lock.release, force=True)
         try:
-            try:
-                with self.file_errors(".lock"):
-                    lock.acquire()
-            except Timeout as error:
-                raise RunError(
-                    f"run folder {self.path}: another process writes into it; wait for it, or choose a new folder"
-                ) from error
-            yield
-        finally:
-            lock.release(force=True)
+            with self.file_errors(".lock"):
+                lock.acquire()
+        except Timeout as error:
+            raise RunError(
+                f"run folder {self.path}: another process writes into it; wait for it, or choose a new folder"
+            ) from error
 
     def _tidy(self) -> None:
         """Remove what a crash left half written; a `best/` that was about to be replaced is the best again."""
@@ -358,24 +355,19 @@ def _made_by(config: Config) -> dict[str, object]:
     return {"versions": library_versions(), "machine": computing_machine(config.model_settings)}
 
 
-@contextmanager
-def _logging_to(place: Path) -> Iterator[None]:
-    """The kit's messages into a file, and its warnings onto the screen."""
+def _log_into(place: Path, stack: contextlib.ExitStack) -> None:
+    """The kit's messages into a file, and its warnings onto the screen, until the stack is closed."""
     file, screen = _LogFile(place, encoding="utf-8"), logging.StreamHandler()
+    stack.callback(file.close)
     file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     screen.setFormatter(_OneLine("%(message)s"))
     screen.setLevel(logging.WARNING)
     root = logging.getLogger("grpo_kit")
-    try:
-        root.addHandler(file)
-        root.addHandler(screen)
-        root.propagate = False  # other libraries' handlers would print every line a second time
-        yield
-    finally:
-        root.propagate = True
-        root.removeHandler(screen)
-        root.removeHandler(file)
-        file.close()
+    for handler in (file, screen):
+        stack.callback(root.removeHandler, handler)
+        root.addHandler(handler)
+    stack.callback(setattr, root, "propagate", True)
+    root.propagate = False  # other libraries' handlers would print every line a second time
 
 
 def _iteration(line: bytes) -> int | None:

@@ -108,5 +108,5 @@ TWINS: dict[str, Twin] = {
         lambda place: resumed_everywhere(place / "run", range(1, 2), {}),
         {"torch.optim.AdamW.load_state_dict": nothing},
     ),
-    "no_lock": Twin("R17", two_writers, {f"{_FOLDER}.RunFolder._locked": unguarded}),
+    "no_lock": Twin("R17", two_writers, {f"{_FOLDER}.RunFolder._lock": nothing}),
 }
