@@ -4,7 +4,6 @@ The sides alternate in one process (A B A B …), so that a slow moment of the m
 is the median of the paired ratios. Intervals are bootstrap intervals of 95 %.
 """
 
-import ctypes
 import gc
 import random
 import resource
@@ -20,6 +19,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from benchmarks.results import BenchmarkError, Figure
+from grpo_kit.hardware import give_back_memory
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -169,7 +169,7 @@ def raw(timings: Timings) -> dict[str, dict[str, list[float]]]:
 def resident_mb() -> float:
     """The memory that this process holds now, in MB, after what is free has been given back."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     return _status("VmRSS")
 
 

@@ -23,7 +23,7 @@ from grpo_kit.train import best_iteration, commit, make_optimizer
 
 logger = logging.getLogger(__name__)
 # what the weights and the optimizer's state at the branch's start belong to
-FIXED = ("model_settings.vlm_model", "model_settings.lora", "model_settings.dtype")
+FIXED = ("model_settings.vlm_model", "model_settings.lora", "model_settings.base_8bit", "model_settings.dtype")
 _PICTURE = re.compile(r"(?:iter|validation)_(\d+)_\w+\.jpg")
 
 

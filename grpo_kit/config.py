@@ -105,7 +105,11 @@ class ModelSettings(Section):
     reward_device: Device | None = Field(None, description="where reward models compute; null is device")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     lora: LoraSettings | None = Field(None, description="null trains all weights")
+    base_8bit: bool = Field(
+        False, description="the weights below the adapter in 8 bits; needs lora, and the extra `int8`"
+    )
     drop_t5: bool = Field(True, description="leave out SD3's third text encoder")
+    t5_8bit: bool = Field(False, description="the generator's T5 keeps its weights in 8 bits; needs the extra `int8`")
     generator_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
         None, description="the generator's; null is dtype"
     )
@@ -331,6 +335,11 @@ class Config(Section):
             raise ValueError(
                 f"training_settings.delta: found {training.delta}, allowed: number > {upper} (1 + epsilon_high). "
                 "Raise it, or set null for no bound"
+            )
+        if self.model_settings.base_8bit and self.model_settings.lora is None:
+            raise ValueError(
+                "model_settings.base_8bit: found true, allowed with lora: weights in 8 bits cannot be trained. Set "
+                'lora, such as {"r": 16, "alpha": 32}, or base_8bit: false'
             )
         if self.model_settings.offload_generator and self.model_settings.text_encoders_on_cpu:
             raise ValueError(

@@ -1,5 +1,6 @@
 """The machine: device and dtype with the reason why, seeds, memory, and the versions that a run is recorded with."""
 
+import ctypes
 import gc
 import hashlib
 import importlib.metadata
@@ -22,6 +23,13 @@ LIBRARIES = (
     "grpo_kit torch torchvision transformers diffusers accelerate peft open_clip_torch safetensors numpy scipy pandas "
     "pyarrow pillow matplotlib pydantic papermill ipykernel ipywidgets wandb trl"
 ).split()
+
+
+_GIVING_BACK = {
+    "malloc_trim": (0,),
+    "MallocExtension_ReleaseFreeMemory": (),
+    "mallctl": (b"arena.4096.purge", None, None, None, 0),  # jemalloc's number for all arenas
+}
 
 
 class HardwareError(KitError):
@@ -128,6 +136,19 @@ def peak_memory_mb() -> float:
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def give_back_memory() -> None:
+    """Hand freed memory back to the system: on Linux the heap keeps it, which hides what the next work takes.
+
+    Knows the heaps of glibc, tcmalloc and jemalloc, whichever are loaded.
+    """
+    if sys.platform != "linux":
+        return
+    loaded = ctypes.CDLL(None)
+    for function, arguments in _GIVING_BACK.items():
+        if hasattr(loaded, function):
+            getattr(loaded, function)(*arguments)
 
 
 def release(*objects: object) -> None:

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from grpo_kit.config import Config, KitError
-from grpo_kit.parallel import ALONE, Launched, ProcessError, Processes, require_enough
+from grpo_kit.parallel import ALONE, Launched, ProcessError, Processes, require_sharable
 
 _PATIENCE = timedelta(days=7)  # of a collective
 _LOOK_EVERY = 0.5  # seconds between two looks at the other processes
@@ -214,9 +214,9 @@ def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) 
     Where a process is killed, one line says so.
 
     Raises:
-        ProcessError: there are more processes than prompts in an iteration.
+        ProcessError: there are more processes than prompts in an iteration, or they cannot share the weights.
     """
-    require_enough(config.training_settings.prompts_per_iteration, count)
+    require_sharable(config, count)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

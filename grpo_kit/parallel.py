@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from grpo_kit.config import KitError
+from grpo_kit.config import Config, KitError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +39,20 @@ def require_enough(prompts: int, processes: int) -> None:
         raise ProcessError(
             f"processes: found {processes}, allowed: at most {prompts}, one for each prompt of an iteration. Start "
             "fewer, or raise training_settings.prompts_per_iteration"
+        )
+
+
+def require_sharable(config: Config, processes: int) -> None:
+    """Refuse what several processes cannot share: fewer prompts than they are, weights in 8 bits.
+
+    Raises:
+        ProcessError: the settings ask for that.
+    """
+    require_enough(config.training_settings.prompts_per_iteration, processes)
+    if processes > 1 and config.model_settings.base_8bit:
+        raise ProcessError(
+            "model_settings.base_8bit: found true, allowed with one process: torchao's weights cannot be handed to "
+            "others. Set false, or start one"
         )
 
 

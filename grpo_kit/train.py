@@ -21,7 +21,7 @@ from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.grpo.step import StepStats, grpo_step
 from grpo_kit.guard import guard
 from grpo_kit.hardware import derive_seed, library_versions
-from grpo_kit.parallel import ALONE, ProcessError, Processes
+from grpo_kit.parallel import ALONE, ProcessError, Processes, require_sharable
 from grpo_kit.prompts import balanced_batch
 from grpo_kit.rollout import Rollout, collect_rollout
 from grpo_kit.runs.card import save_with_card
@@ -73,7 +73,7 @@ def train(
     settings = kit.config.training_settings
     logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
     _held_out(kit)
-    processes.shards(settings.prompts_per_iteration)  # an error where they are too few
+    require_sharable(kit.config, processes.count)
     folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config))
     kit.policy.recover()
     optimizer = make_optimizer(kit, kit.config)

@@ -1,5 +1,6 @@
 """How many images fit into memory is predicted from one and two of them, and measured for real on the CPU."""
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from grpo_kit.config import ConfigError, load_config
 from grpo_kit.experiment import Experiment
+from grpo_kit.models import image_batch
 from grpo_kit.models.generator import Generator, load_generator
 from grpo_kit.models.image_batch import MOST, _group_headroom, free_memory, largest_batch, memory_of
 from grpo_kit.models.loading import ModelError
@@ -69,7 +71,9 @@ def test_only_one_and_two_images_are_drawn_to_find_it():
 
 
 def _touch(size: int) -> None:
-    torch.ones(size // 4).max()
+    """Hold so many bytes for a moment, from the system itself: a heap may keep them, and take as many again."""
+    with mmap.mmap(-1, size) as memory:
+        memory[:: mmap.PAGESIZE] = b"1" * (size // mmap.PAGESIZE)
 
 
 @pytest.mark.parametrize("size", [64 * MB, 256 * MB])
@@ -95,6 +99,12 @@ def test_free_memory_of_a_container_is_what_its_limit_leaves(tmp_path: Path):
 def test_device_that_does_not_tell_is_one_line(ask: Callable[[torch.device], int]):
     with pytest.raises(ModelError, match="found 'auto', but mps does not say what a call took; set a number"):
         ask(torch.device("mps"))
+
+
+def test_system_that_does_not_tell_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(image_batch, "_RESET", tmp_path / "no such folder" / "clear_refs")
+    with pytest.raises(ModelError, match=r"found 'auto', but the CPU of this system \(linux\) does not say"):
+        memory_of(lambda: None, CPU)
 
 
 # --- a generator ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from parallel_worker import SETTINGS, settings
 from grpo_kit.cli import main
 from grpo_kit.config import PROJECT_ROOT, Config, load_config
 from grpo_kit.experiment import load_experiment
-from grpo_kit.parallel import ProcessError, Processes, require_enough
+from grpo_kit.parallel import ProcessError, Processes, require_enough, require_sharable
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.train import make_optimizer, resume, train
 
@@ -147,6 +147,13 @@ def test_more_processes_than_prompts_are_refused_before_anything_starts(tmp_path
         main(["train", "--launch", "9", "--run-dir", str(tmp_path / "run")])
     assert ended.value.code == 2 and not (tmp_path / "run").exists()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_weights_in_8_bits_are_not_shared():
+    config = load_config("tiny", {"model_settings.base_8bit": True, "model_settings.lora": {"r": 2, "alpha": 4}})
+    require_sharable(config, 1)
+    with pytest.raises(ProcessError, match="base_8bit: found true, allowed with one process"):
+        require_sharable(config, 2)
 
 
 def test_one_process_loads_no_accelerate():

@@ -17,6 +17,7 @@ from grpo_kit.plan.architectures import PlanError
 from grpo_kit.plan.fit import Plan, plan, planned_again
 from grpo_kit.plan.generator import plan_generator
 from grpo_kit.plan.parts import Part
+from grpo_kit.plan.policy import longest_rollout
 from grpo_kit.plan.speed import ACCELERATORS, Speed, at, speed_of
 from grpo_kit.plan.table import in_words
 from grpo_kit.plan.tracing import Operation
@@ -150,9 +151,7 @@ def test_planning_one_part_again_leaves_the_others():
 
 
 def test_time_is_the_longer_of_computing_and_waiting():
-    speed = Speed(
-        "test", "", torch.float32, {("matmul", torch.float32): ((1, 100.0),)}, ((1, 10.0),), None, 0.5, memory=1.0
-    )
+    speed = Speed("test", "", torch.float32, {("matmul", torch.float32): ((1, 100.0),)}, ((1, 10.0),), 0.5, memory=1.0)
 
     def seconds(flops: int, moved: int) -> float:
         return speed._seconds(Operation("matmul", torch.float32, flops, moved))
@@ -223,7 +222,20 @@ def test_what_cannot_be_planned_is_one_line(options: list[str], said: str, capsy
     assert len(error) == 1 and said in error[0]
 
 
-def test_a_policy_that_looks_is_refused_rather_than_planned_as_one_that_does_not():
-    with pytest.raises(PlanError, match="use_image"):
-        policy_part(model_settings__use_image=True)
+def test_what_a_policy_looks_at_is_planned_in_the_size_in_which_it_is_drawn():
+    usual, larger = small_config(model_settings__use_image=True), {"generation_settings__height": 64}
+    for config, size in ((usual, (32, 32)), (small_config(model_settings__use_image=True, **larger), (32, 64))):
+        assert [picture.size for picture in longest_rollout(config).prompt_images] == [size] * 2
+    words, looking = (phase_cost(policy_part(model_settings__use_image=use), "sampling") for use in (False, True))
+    assert words.flops < looking.flops
+    drawn = [plan_generator(small_config(model_settings__use_image=use), torch.float32) for use in (False, True)]
+    assert [part.pictures for part in drawn] == [4 * 3 * 32 * 32, 6 * 3 * 32 * 32]
+    assert phase_cost(drawn[1], "denoising").flops == 1.5 * phase_cost(drawn[0], "denoising").flops
+
+
+def test_a_policy_that_looks_needs_its_processor_to_be_planned():
+    known = {"model_settings__vlm_model": "Qwen/Qwen2.5-VL-3B-Instruct"}
+    with pytest.raises(PlanError, match=r"use_image: found true, but no processor .* hf download Qwen/") as error:
+        policy_part(model_settings__use_image=True, **known)
+    assert "\n" not in str(error.value)
     assert issubclass(PlanError, KitError)

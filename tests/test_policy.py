@@ -16,6 +16,7 @@ from abuse import Count
 from broken_twins import broken_versions
 from PIL import Image
 from policy_forms import LORA, new_adapter, with_attention_dropout, with_moved_adapter
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -672,6 +673,17 @@ def test_missing_or_damaged_file_is_one_line_that_says_what_to_do(tmp_path: Path
     with pytest.raises(ModelError, match="vlm_model: could not load") as error:
         load_language_model(str(tmp_path), torch.float32)
     assert "\n" not in str(error.value) and "missing or damaged" in str(error.value)
+
+
+def test_file_that_lacks_a_weight_is_refused_not_filled_at_random(tmp_path: Path):
+    _gpt2(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    lost = sorted(weights)[0]
+    save_file({name: value for name, value in weights.items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"vlm_model: found .* without 1 weights of its model .{lost}") as error:
+        load_language_model(str(tmp_path), torch.float32)
+    assert "\n" not in str(error.value)
 
 
 def test_model_that_is_nowhere_is_one_line_that_names_the_offline_profile(monkeypatch: pytest.MonkeyPatch):

@@ -173,9 +173,7 @@ def test_weights_in_torchs_own_format_give_the_same_scores(folder: Path, tmp_pat
 @pytest.mark.parametrize("left_out", ["text_projection.weight", "vision_model.post_layernorm.weight", "logit_scale"])
 def test_checkpoint_that_lacks_weights_is_refused_not_filled_at_random(folder: Path, tmp_path: Path, left_out: str):
     place = _with_weights(folder, tmp_path, (left_out,))
-    with pytest.raises(
-        ModelError, match=rf"clip_model: found .* without 1 weights of a CLIPModel \({left_out}"
-    ) as error:
+    with pytest.raises(ModelError, match=rf"clip_model: found .* without 1 weights of its model \({left_out}") as error:
         _scores(str(place), None)
     assert "\n" not in str(error.value)
     with pytest.raises(ModelError, match=r"options.pickscore.model: found .* without 1 weights"):

@@ -36,8 +36,8 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def named_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of those tensors that have a NaN or an infinity, in order."""
-    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    """The names of those tensors that have a NaN or an infinity (of weights in 8 bits, in their scales), in order."""
+    return [name for name, tensor in tensors.items() if not getattr(tensor, "scale", tensor).isfinite().all()]
 
 
 def rows_not_finite(numbers: torch.Tensor | None) -> int:

@@ -11,14 +11,13 @@ from typing import Literal
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from transformers import logging as transformers_logging
 
-from grpo_kit.config import Config, ConfigError, ModelSettings
+from grpo_kit.config import Config, ConfigError
 from grpo_kit.hardware import choose_dtype, placement
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
-from grpo_kit.models.loading import ModelError, load_failure
+from grpo_kit.models.loading import ModelError
+from grpo_kit.models.pipeline_loading import load_pipeline
 from grpo_kit.models.pipeline_settings import place, save_memory, size_multiple, use_scheduler
 from grpo_kit.models.text_embeddings import TextEmbeddings, encodes_apart
 
@@ -186,7 +185,7 @@ def load_generator(config: Config) -> Generator:
     settings, generation = config.model_settings, config.generation_settings
     device, _ = placement(settings)["generator_device"]
     dtype, _ = choose_dtype(device, settings.generator_dtype or settings.dtype)
-    pipeline = _loaded(settings, dtype)
+    pipeline = load_pipeline(settings, dtype)
     if generation.scheduler is not None:
         use_scheduler(pipeline, generation.scheduler)
     save_memory(pipeline, settings)
@@ -202,34 +201,6 @@ def load_generator(config: Config) -> Generator:
         batch_size=generation.image_batch_size,
         memory=None if gigabytes is None else int(gigabytes * 1e9),
     )
-
-
-def _loaded(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline, on the CPU, without the parts that the settings leave out."""
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()  # they warn of every cut prompt; the generator counts them instead
-    left_out = {"text_encoder_3": None, "tokenizer_3": None} if settings.drop_t5 else {}
-    if not settings.safety_checker:
-        left_out |= {"safety_checker": None, "requires_safety_checker": False}
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(settings.sd_model, dtype=dtype, **left_out)
-    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
-        raise ModelError(load_failure("sd_model", settings.sd_model, error)) from error
-    _check_weights(pipeline, settings.sd_model)
-    return pipeline
-
-
-def _check_weights(pipeline: DiffusionPipeline, name: str) -> None:
-    """Whether every weight came from a file: diffusers leaves those that no file has without a value."""
-    models = {part: model for part, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
-    for part, model in models.items():
-        empty = [weight for weight, values in model.state_dict().items() if values.is_meta]
-        if empty:
-            raise ModelError(
-                f"model_settings.sd_model: found {name!r} without {len(empty)} weights of its {part} ({empty[0]} …); "
-                "a file there is damaged or of another model: fetch it again"
-            )
 
 
 def _check_arguments(generator: Generator) -> None:

@@ -1,20 +1,20 @@
 """How many images fit into memory at once, found by measuring one and two of them instead of by crashing."""
 
-import ctypes
 import gc
+import re
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
+from grpo_kit.hardware import give_back_memory
 from grpo_kit.models.loading import ModelError
 
 MOST = 64  # images in one call; more would hardly be quicker
+_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # of Linux
 _SHARE = 0.9  # of the free memory that is used: what comes next is never quite like what was measured
-_SECONDS = 0.002  # between two looks at a process's memory
 
 
 def largest_batch(measure: Callable[[int], int], free: int) -> int:
@@ -43,7 +43,7 @@ def memory_of(work: Callable[[], object], device: torch.device) -> int:
     """Bytes that `work` took on a device, at its peak, beyond what was held before.
 
     Raises:
-        ModelError: on a device that does not say.
+        ModelError: on a device, or for the CPU on a system, that does not say.
     """
     gc.collect()
     if device.type == "cuda":
@@ -51,7 +51,7 @@ def memory_of(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    _refuse_others(device)
+    _require_cpu(device)
     return _resident_growth(work)
 
 
@@ -60,16 +60,19 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for later
         return torch.cuda.mem_get_info(device)[0] + idle
-    _refuse_others(device)
+    _require_cpu(device)
     return min(psutil.virtual_memory().available, *_group_headroom(Path("/sys/fs/cgroup")))
 
 
-def _refuse_others(device: torch.device) -> None:
+def _require_cpu(device: torch.device) -> None:
     if device.type != "cpu":
-        raise ModelError(
-            f"generation_settings.image_batch_size: found 'auto', but {device.type} does not say what a call took; "
-            "set a number"
-        )
+        raise _untold(device.type)
+
+
+def _untold(who: str) -> ModelError:
+    return ModelError(
+        f"generation_settings.image_batch_size: found 'auto', but {who} does not say what a call took; set a number"
+    )
 
 
 def _group_headroom(group: Path) -> list[int]:
@@ -82,27 +85,17 @@ def _group_headroom(group: Path) -> list[int]:
 
 
 def _resident_growth(work: Callable[[], object]) -> int:
-    """By how much a process's memory grows during `work`: looked at from a thread, as no system resets its peak."""
-    _give_back()
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-    seen = [before]
-
-    def watch() -> None:
-        while not done.wait(_SECONDS):
-            seen.append(max(seen.pop(), process.memory_info().rss))
-
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
+    """By how much the process grew during `work`, at its peak, as Linux keeps it."""
+    give_back_memory()
     try:
-        work()
-    finally:
-        done.set()
-        watching.join()
-    return seen[0] - before
+        _RESET.write_text("5")  # the peak is now what it holds: proc(5)
+    except OSError as error:
+        raise _untold(f"the CPU of this system ({sys.platform})") from error
+    before = _peak()
+    work()
+    return _peak() - before
 
 
-def _give_back() -> None:
-    """Let go of freed memory, which would hide what the next call takes (glibc keeps it)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+def _peak() -> int:
+    """Bytes of memory that this process held at most since its peak was reset."""
+    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)[1])

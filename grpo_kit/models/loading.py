@@ -1,17 +1,24 @@
 """Loading models by folder or hub id, and saying in one line what to do where that fails."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    TorchAoConfig,
+)
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from grpo_kit.config import KitError, LoraSettings
+from grpo_kit.config import ConfigError, KitError, LoraSettings
 from grpo_kit.hardware import derive_seed
 
 _MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -28,20 +35,61 @@ class ModelError(KitError):
 
 
 def load_language_model(
-    name: str, dtype: torch.dtype, trust_remote_code: bool = False
+    name: str, dtype: torch.dtype, trust_remote_code: bool = False, base_8bit: bool = False
 ) -> tuple[torch.nn.Module, object]:
     """A vision-language model with its processor, or a causal model with its tokenizer, from a folder or the hub."""
+    quantised = eight_bits("base_8bit") if base_8bit else {}
     options = {"trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
     try:
         kind = AutoConfig.from_pretrained(name, **options).model_type
         if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **options)
-            return model.eval(), AutoProcessor.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        return model.eval(), AutoTokenizer.from_pretrained(name, **options)
+            model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
+        else:
+            model_class, processor_class = AutoModelForCausalLM, AutoTokenizer
+        model, found = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **options, **quantised)
+        processor = processor_class.from_pretrained(name, **options)
     except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
         raise ModelError(load_failure("vlm_model", name, error)) from error
+    require_weights(found["missing_keys"], "model_settings.vlm_model", name)
+    if base_8bit and not any(hasattr(weight, "qdata") for weight in model.parameters()):
+        raise ConfigError(
+            f"model_settings.base_8bit: found true, but {type(model).__name__} has no layer that can be kept so. Set "
+            "false"
+        )
+    return model.eval(), processor
+
+
+def eight_bits(setting: str) -> dict[str, object]:
+    """How `from_pretrained` keeps the weights of linear layers in 8 bits, with a scale for each row (torchao).
+
+    They are multiplied in the model's dtype, so that a row's result does not depend on what stands beside it.
+
+    Raises:
+        ConfigError: torchao is not installed; the line names the `setting`.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError:
+        raise ConfigError(
+            f"model_settings.{setting}: found true, but torchao is not installed. Install it: "
+            "pip install 'torchao>=0.18,<1'"
+        ) from None
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+
+
+def require_weights(missing: Collection[str], setting: str, name: str, part: str = "model") -> None:
+    """Raise where weights of a model came from no file: the libraries warn, and draw them at random.
+
+    Raises:
+        ModelError: `missing`, the names of such weights, is not empty; the line names the `setting`.
+    """
+    if missing:
+        raise ModelError(
+            f"{setting}: found {name!r} without {len(missing)} weights of its {part} ({min(missing)} …), which would "
+            "be random; a file there is damaged or of another model: fetch it again, or take a folder that "
+            "save_pretrained wrote"
+        )
 
 
 def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None, seed: int) -> torch.nn.Module:

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 
 from grpo_kit.config import Config
-from grpo_kit.grpo.finite import weight_trouble
 from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
 from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.continuing import Decoding, continued_groups, require_decoding
 from grpo_kit.models.decoding import NextLogits, decode, row_seeds, row_uniforms
-from grpo_kit.models.loading import ModelError, add_lora, load_failure, load_language_model
+from grpo_kit.models.loading import ModelError, add_lora, load_language_model
 from grpo_kit.models.prefix import Packing, Prefix, learned_positions, reason_not_to_share, run_prompts
 from grpo_kit.models.prompt_format import PromptFormat
 from grpo_kit.models.rows import continued_rows, evaluating, recomputable_layers, recomputing, row_logits
+from grpo_kit.models.weights import has_weights_of, load_weights, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -321,83 +321,17 @@ class Policy(PromptFormat):
         self.model.load_state_dict(state, strict=False)
 
     def save_pretrained(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-        """Write model (or adapter) and processor as transformers (or peft) loads them.
-
-        `state` is the model's state dict where its own has only a part of each tensor.
-
-        Raises:
-            ModelError: a weight is not finite.
-        """
-        self._require_finite(dict(self.model.named_parameters()) if state is None else state)
-        # peft would ask the hub whether the vocabulary has grown, at every save; the kit never changes it
-        options = {"save_embedding_layers": False} if self._adapted else {}
-        self.model.save_pretrained(folder, state_dict=state, **options)
+        """Write model (or adapter) and processor as transformers (or peft) loads them; see `save_weights`."""
+        save_weights(self.model, folder, state)
         self.processor.save_pretrained(folder)
 
     def load_pretrained(self, folder: Path) -> None:
-        """Put in the weights that `save_pretrained` wrote, bit for bit; the reference stays as it is.
-
-        Raises:
-            ModelError: they cannot be read, or belong to another model.
-        """
-        saved = self._saved_state(folder)
-        if self._adapted:
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.model, saved)
-        else:
-            self.model.load_state_dict(saved)
+        """Put in the weights that `save_pretrained` wrote, bit for bit; the reference stays as it is."""
+        load_weights(self.model, folder)
 
     def is_saved_in(self, folder: Path) -> bool:
-        """Whether `load_pretrained` of a folder would change nothing.
-
-        Raises:
-            ModelError: what is there cannot be read, or belongs to another model.
-        """
-        own, saved = self._own_state(), self._saved_state(folder)
-        return all(torch.equal(value.cpu(), saved[name].to("cpu", value.dtype)) for name, value in own.items())
-
-    @property
-    def _adapted(self) -> bool:
-        """Whether an adapter is trained, rather than the model itself."""
-        return hasattr(self.model, "peft_config")
-
-    def _own_state(self) -> dict[str, torch.Tensor]:
-        """The weights under the names that a saved folder gives them."""
-        if not self._adapted:
-            return self.model.state_dict()
-        from peft import get_peft_model_state_dict
-
-        return get_peft_model_state_dict(self.model, save_embedding_layers=False)
-
-    def _saved_state(self, folder: Path) -> dict[str, torch.Tensor]:
-        """A saved folder's weights, which have the names and shapes of this policy's own."""
-        try:
-            saved = self._read_adapter(folder) if self._adapted else self._read_model(folder)
-        except Exception as error:  # the libraries raise a dozen kinds
-            raise ModelError(load_failure("vlm_model", str(folder), error)) from error
-        shapes = {name: value.shape for name, value in self._own_state().items()}
-        if shapes != {name: value.shape for name, value in saved.items()}:
-            raise ModelError(f"policy {folder}: found other tensors than the policy has; use the run's own config")
-        return saved
-
-    def _read_adapter(self, folder: Path) -> dict[str, torch.Tensor]:
-        from peft import load_peft_weights
-
-        return load_peft_weights(str(folder), device=str(self.device))
-
-    def _read_model(self, folder: Path) -> dict[str, torch.Tensor]:
-        """What is not there, or not this model's, is left out."""
-        model, told = type(self.model).from_pretrained(folder, dtype=self.model.dtype, output_loading_info=True)
-        incomplete = told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"]
-        return {} if incomplete else model.state_dict()
-
-    def _require_finite(self, weights: dict[str, torch.Tensor]) -> None:
-        if trouble := weight_trouble(weights):
-            raise ModelError(
-                f"policy: not finite: {trouble.detail}; it is not saved. Load other weights, or set "
-                "model_settings.dtype to float32 (float16 overflows at 65504)"
-            )
+        """Whether `load_pretrained` of a folder would change nothing."""
+        return has_weights_of(self.model, folder)
 
     def recover(self) -> None:
         """Put right what an interrupt can leave behind: gradients, and a LoRA adapter that is off in some layers."""
@@ -423,7 +357,7 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
     settings, generation = config.model_settings, config.generation_settings
     device, _ = choose_device(settings.device)
     dtype, _ = choose_dtype(device, settings.dtype)
-    model, processor = load_language_model(settings.vlm_model, dtype, settings.trust_remote_code)
+    model, processor = load_language_model(settings.vlm_model, dtype, settings.trust_remote_code, settings.base_8bit)
     if settings.lora is None:
         reference = copy.deepcopy(model).requires_grad_(False)
         if trained is not None:

@@ -87,6 +87,20 @@ DIALS = (  # in the order of what they cost
         weights=True,
     ),
     Dial(
+        "model_settings.base_8bit",
+        "policy",
+        lambda config: True if config.model_settings.lora and not config.model_settings.base_8bit else None,
+        "the weights below the adapter are rounded to 8 bits",
+        weights=True,
+    ),
+    Dial(
+        "model_settings.t5_8bit",
+        "generator",
+        lambda config: None if config.model_settings.drop_t5 or config.model_settings.t5_8bit else True,
+        "T5's weights are rounded to 8 bits",
+        weights=True,
+    ),
+    Dial(
         "model_settings.drop_t5",
         "generator",
         lambda config: None if config.model_settings.drop_t5 else True,

@@ -24,6 +24,7 @@ from grpo_kit.config import KitError
 from grpo_kit.rewards.transformers_clip import TransformersClip, is_transformers_clip
 
 OWN = "its own configuration"  # the source of a shape that was read on this machine
+_DENOISERS = ("transformer", "unet")
 _TABLE = Path(__file__).with_name("architectures.json")
 
 
@@ -38,6 +39,24 @@ class PipelineShape:
     kind: str
     components: dict[str, tuple[str, str, dict[str, Any]]]
     source: str
+
+    @property
+    def side(self) -> int:
+        """Pixels of a picture's side where the settings name none.
+
+        Raises:
+            PlanError: it is not known for such a pipeline.
+        """
+        latent = next(
+            (part[2].get("sample_size") for name, part in self.components.items() if name in _DENOISERS), None
+        )
+        halvings = len(self.components["vae"][2].get("block_out_channels", ())) - 1
+        if latent is None or halvings < 0:
+            raise PlanError(
+                f"model_settings.sd_model: found a {self.kind}, whose pictures' size is not known here; set "
+                "generation_settings.height and width"
+            )
+        return latent * 2**halvings
 
 
 def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:

@@ -7,13 +7,14 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import T5EncoderModel
 
 from grpo_kit.config import Config
 from grpo_kit.hardware import choose_dtype
-from grpo_kit.models.pipeline_settings import save_memory
+from grpo_kit.models.pipeline_settings import save_memory, use_scheduler
 from grpo_kit.models.text_embeddings import KEPT_BYTES, KEPT_TEXTS, TEXTS_AT_ONCE
 from grpo_kit.plan.architectures import PipelineShape, PlanError, component, pipeline_shape
-from grpo_kit.plan.parts import Part, Phase, Piece, tensors_of, total_bytes
+from grpo_kit.plan.parts import Part, Phase, Piece, linear_layers, tensors_of, total_bytes
 from grpo_kit.plan.tracing import NOTHING, Cost, Trace, weightless
 
 _T5_TOKENS = 256  # of SD3's pipeline, where generation_settings.max_sequence_length is null
@@ -33,12 +34,17 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
         dtype, _ = choose_dtype("cpu", config.model_settings.generator_dtype)
     parts = _components(shape, config.model_settings.drop_t5, dtype)
     models = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-    pieces = tuple(Piece.of(name, model) for name, model in models.items())
+    smaller = [part for part in models.values() if config.model_settings.t5_8bit and isinstance(part, T5EncoderModel)]
+    pieces = tuple(
+        Piece.of(name, model, linear_layers(model) if model in smaller else ()) for name, model in models.items()
+    )
     mode = FakeTensorMode()
     for model in models.values():
         weightless(model, mode).requires_grad_(False)
     there = tensors_of(*models.values())
     pipeline = _pipeline(shape, parts)
+    if settings.scheduler is not None:
+        use_scheduler(pipeline, settings.scheduler)
     save_memory(pipeline, config.model_settings)
     texts = training.prompts_per_iteration * training.group_size
     images = texts * settings.images_per_prompt
@@ -50,13 +56,19 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     reading = _reading(models, config, there).times(calls * math.ceil(batch / TEXTS_AT_ONCE))
     step, latents = _denoising(pipeline, config, embeddings, batch, there)
     decoding = _decoding(pipeline, latents, there)
+    steps = _steps(pipeline, settings.num_inference_steps)
+    denoising, decoding = step.times(steps * calls), decoding.times(calls)
+    if seen := training.prompts_per_iteration * config.model_settings.use_image:  # drawn before the others, one by one
+        step, latent = _denoising(pipeline, config, embeddings, 1, there)
+        denoising = denoising.then(step.times(steps * seen))
+        decoding = decoding.then(_decoding(pipeline, latent, there).times(seen))
     phases = (
         Phase("texts", reading, "model_settings.drop_t5"),
-        Phase("denoising", step.times(settings.num_inference_steps * calls), _SETTING),
-        Phase("decoding", decoding.times(calls), _SETTING),
+        Phase("denoising", denoising, _SETTING),
+        Phase("decoding", decoding, _SETTING),
     )
     notes = () if at_once == settings.image_batch_size else ("one image a call; auto takes as many as then fit",)
-    pictures = images * 3 * latents.shape[-2] * latents.shape[-1] * pipeline.vae_scale_factor**2
+    pictures = (images + seen) * 3 * latents.shape[-2] * latents.shape[-1] * pipeline.vae_scale_factor**2
     return Part("generator", shape.source, pieces, phases, {"kept texts": kept}, notes, pictures)
 
 
@@ -164,6 +176,14 @@ def _denoising(
     except ValueError as error:  # a size that it cannot draw
         raise PlanError(f"generation_settings: the pipeline refuses them: {' '.join(str(error).split())}") from error
     return trace.cost, output.images
+
+
+def _steps(pipeline: DiffusionPipeline, wanted: int) -> int:
+    """How often the model is asked for so many steps of the settings: some schedulers begin one twice."""
+    scheduler = pipeline.scheduler
+    shifted = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(wanted, **shifted)
+    return len(scheduler.timesteps)
 
 
 @torch.no_grad()

@@ -17,11 +17,13 @@ class Piece:
     weights: int  # bytes, buffers that are saved among them
 
     @classmethod
-    def of(cls, name: str, model: torch.nn.Module) -> "Piece":
-        """The piece that a model is."""
+    def of(cls, name: str, model: torch.nn.Module, in_8_bits: Iterable[torch.nn.Linear] = ()) -> "Piece":
+        """The piece that a model is, with the weights of some layers in 8 bits and a scale for each of their rows."""
         saved = model.state_dict(keep_vars=True)
         tensors = {id(tensor): tensor for tensor in saved.values()}.values()  # a tied one is there once
-        return cls(name, count_parameters(model), total_bytes(tensors))
+        weights = [layer.weight for layer in in_8_bits]
+        spared = sum(weight.numel() * (weight.element_size() - 1) - weight[:, :1].nbytes for weight in weights)
+        return cls(name, count_parameters(model), total_bytes(tensors) - spared)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class Part:
 def count_parameters(model: torch.nn.Module) -> int:
     """How many weights a model has; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def linear_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """What transformers keeps in 8 bits where it is asked to: linear layers, but for the head."""
+    head = model.get_output_embeddings()
+    return [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
 
 
 def total_bytes(tensors: Iterable[torch.Tensor]) -> int:

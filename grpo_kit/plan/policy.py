@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoProcessor
 
@@ -15,8 +16,8 @@ from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
 from grpo_kit.models.prefix import Prefix, run_prompts
 from grpo_kit.models.rows import continued_rows
-from grpo_kit.plan.architectures import PlanError, language_model
-from grpo_kit.plan.parts import Part, Phase, Piece, tensors_of, total_bytes
+from grpo_kit.plan.architectures import PlanError, language_model, pipeline_shape
+from grpo_kit.plan.parts import Part, Phase, Piece, linear_layers, tensors_of, total_bytes
 from grpo_kit.plan.tracing import Cost, Trace, weightless
 from grpo_kit.prompts import Prompt, load_prompts
 from grpo_kit.rollout import Rollout
@@ -30,19 +31,19 @@ class _Built:
     policy: Policy
     source: str
     notes: tuple[str, ...]
+    in_8_bits: list[torch.nn.Linear]
 
 
 def plan_policy(config: Config, dtype: torch.dtype) -> Part:
     """The policy's part of a plan: every completion at its longest, the prompts the longest of the file.
 
     Raises:
-        PlanError: the model's shape is not known here, or the policy looks at pictures.
+        PlanError: the model's shape is not known here, or that of the pictures which it looks at.
     """
     built = _build(config, dtype)
     policy, settings = built.policy, config.training_settings
-    prompts = longest_prompts(config)
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=settings.learning_rate, fused=True)
-    rollout = longest_rollout(prompts, settings.group_size, policy.max_new_tokens)
+    rollout = longest_rollout(config)
     moments = _started(policy, optimizer, rollout)
     there = [*tensors_of(policy.model, policy.reference), *moments]
     trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
@@ -50,11 +51,11 @@ def plan_policy(config: Config, dtype: torch.dtype) -> Part:
     if policy.reference is not None:
         held["reference"] = Piece.of("reference", policy.reference).weights
     phases = (
-        Phase("sampling", _sampling(policy, prompts, settings.group_size, there), "training_settings.group_size"),
+        Phase("sampling", _sampling(policy, rollout, settings.group_size, there), "training_settings.group_size"),
         Phase("update", _update(policy, optimizer, rollout, config, there), "training_settings.micro_batch_size"),
     )
     notes = (*built.notes, f"{trained:,} of the policy's parameters are trained")
-    return Part("policy", built.source, (Piece.of("policy", policy.model),), phases, held, notes)
+    return Part("policy", built.source, (Piece.of("policy", policy.model, built.in_8_bits),), phases, held, notes)
 
 
 def longest_prompts(config: Config) -> list[Prompt]:
@@ -67,11 +68,9 @@ def longest_prompts(config: Config) -> list[Prompt]:
 def _build(config: Config, dtype: torch.dtype) -> _Built:
     """The policy as `load_policy` makes it, without values."""
     settings, generation = config.model_settings, config.generation_settings
-    if settings.use_image:
-        raise PlanError("model_settings.use_image: found true, which the planner does not know yet; plan with false")
     mode = FakeTensorMode()
     model, source = language_model(settings.vlm_model, dtype)
-    reference = None
+    reference, in_8_bits = None, linear_layers(model) if settings.base_8bit else []
     if settings.lora is None:
         reference = weightless(language_model(settings.vlm_model, dtype)[0].requires_grad_(False), mode).eval()
     else:
@@ -88,10 +87,30 @@ def _build(config: Config, dtype: torch.dtype) -> _Built:
     model = weightless(model, mode).eval()
     try:
         processor = AutoProcessor.from_pretrained(settings.vlm_model, local_files_only=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if settings.use_image:
+            raise PlanError(
+                f"model_settings.use_image: found true, but no processor of {settings.vlm_model!r} is on this machine, "
+                "which knows how many tokens a picture becomes; fetch it where there is network, a few kB: "
+                f"hf download {settings.vlm_model} --include '*.json' '*.txt'"
+            ) from error
         policy = _PolicyWithoutWords(model, _NoWords(), **options)
-        return _Built(policy, source, (f"prompt lengths supposed: {_CHARACTERS_A_TOKEN} characters a token",))
-    return _Built(Policy(model, processor, **options), source, ())
+        return _Built(
+            policy, source, (f"prompt lengths supposed: {_CHARACTERS_A_TOKEN} characters a token",), in_8_bits
+        )
+    return _Built(Policy(model, processor, **options), source, (), in_8_bits)
+
+
+def _seen(config: Config, count: int) -> list[Image.Image] | None:
+    """The pictures that the policy looks at, one a prompt, in the size in which the generator draws them."""
+    if not config.model_settings.use_image:
+        return None
+    settings = config.generation_settings
+    size = (settings.width, settings.height)
+    if None in size:
+        side = pipeline_shape(config.model_settings.sd_model).side
+        size = (settings.width or side, settings.height or side)
+    return [Image.new("RGB", size)] * count
 
 
 class _NoWords:
@@ -121,11 +140,12 @@ def _started(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout)
 
 
 @torch.no_grad()
-def _sampling(policy: Policy, prompts: list[Prompt], group_size: int, there: list[torch.Tensor]) -> Cost:
+def _sampling(policy: Policy, rollout: Rollout, group_size: int, there: list[torch.Tensor]) -> Cost:
     """G completions of each prompt: the first step and the last are run, those between cost their mean."""
     count, model, trace = policy.max_new_tokens - 1, policy.model, Trace(there)
     with trace:
-        prefix = run_prompts(model, policy.encode([prompt.user_prompt for prompt in prompts]))
+        texts = [prompt.user_prompt for prompt in rollout.prompts]
+        prefix = run_prompts(model, policy.encode(texts, rollout.prompt_images))
         continuing = _InRows if policy.not_shared else _BehindPrompts
         completions = continuing(model, prefix, group_size, policy.max_new_tokens)
         _choose(prefix.last_logits.repeat_interleave(group_size, dim=0), policy.temperature)
@@ -210,12 +230,14 @@ def _step_on(
     return trace.cost
 
 
-def longest_rollout(prompts: list[Prompt], group_size: int, length: int) -> Rollout:
-    """A rollout of completions that are all at their longest, and rewards that differ."""
-    P, N = len(prompts), len(prompts) * group_size
+def longest_rollout(config: Config) -> Rollout:
+    """A rollout of the longest prompts, with completions that are all at their longest, and rewards that differ."""
+    prompts, length = longest_prompts(config), config.generation_settings.max_new_tokens
+    P, G = len(prompts), config.training_settings.group_size
+    N = P * G
     return Rollout(
         prompts=prompts,
-        group_ids=torch.arange(P).repeat_interleave(group_size),
+        group_ids=torch.arange(P).repeat_interleave(G),
         completion_ids=torch.ones(N, length, dtype=torch.long),
         completion_mask=torch.ones(N, length, dtype=torch.bool),
         enhanced_prompts=[""] * N,
@@ -225,6 +247,7 @@ def longest_rollout(prompts: list[Prompt], group_size: int, length: int) -> Roll
         rewards=torch.linspace(0, 1, N),
         old_logprobs=torch.zeros(N, length),
         truncated=torch.zeros(N, dtype=torch.bool),
+        prompt_images=_seen(config, P),
     )
 
 
@@ -233,4 +256,6 @@ def _rows(rollout: Rollout, count: int) -> Rollout:
     groups = rollout.group_ids[:count]
     columns = {name: value[:count] for name, value in vars(rollout).items() if torch.is_tensor(value)}
     lists = {"enhanced_prompts": rollout.enhanced_prompts[:count], "images": rollout.images[:count]}
-    return replace(rollout, prompts=rollout.prompts[: int(groups.max()) + 1], **columns, **lists)
+    prompts = int(groups.max()) + 1
+    seen = None if rollout.prompt_images is None else rollout.prompt_images[:prompts]
+    return replace(rollout, prompts=rollout.prompts[:prompts], prompt_images=seen, **columns, **lists)

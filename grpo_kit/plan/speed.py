@@ -1,11 +1,12 @@
 """How long operations take: speeds measured on this machine in a few seconds, or stated for a named accelerator.
 
 An operation takes the longer of computing (its operations by the speed of its kind) and waiting for memory (bytes by
-the bandwidth): the roofline model (Williams et al., CACM 52(4), 2009). Added are the time to start it, and on a CPU the
-time in which the system hands out memory that is new. Speeds depend on size, so they are measured at several.
+the bandwidth): the roofline model (Williams et al., CACM 52(4), 2009). Added is the time to start it. Speeds depend on
+size, so they are measured at several.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ _SHARE = 0.4  # of a stated speed that whole models reach: a supposition, which 
 _KINDS = ("matmul", "conv", "attention")
 _SECONDS = 0.1  # that one speed is measured for
 _ROWS = (1, 4, 16, 64, 256, 1024)
-_BYTES = tuple(4**power for power in range(7, 14))  # 16 kB to 67 MB
+_TOKENS = (1, 8, 64, 256, 1024)
+_SIDES = (3, 6, 12, 24, 48, 96)
+_BYTES = tuple(4**power for power in range(7, 15))  # 16 kB to 268 MB
 _RUNTIME = 700e6  # bytes that CUDA and its libraries take beside the tensors
 _OF_THE_HOST = 1 / 3  # of an Apple computer's memory, which macOS does not give to its GPU
 
@@ -44,9 +47,9 @@ class Speed:
     """What a device does in a second.
 
     Args:
-        compute: floating-point operations a second by (kind, dtype): matmul by its rows, conv, attention.
+        compute: floating-point operations a second by (kind, dtype): matmul by its rows, conv by its places, attention
+            by its queries.
         bandwidth: bytes a second that are read or written, by the bytes of one operation.
-        fresh: bytes a second of memory that is handed out new, by the bytes of one operation; None takes no time.
         start: seconds before an operation begins.
         memory: bytes of the device.
         taken: bytes of them that the libraries take.
@@ -58,7 +61,6 @@ class Speed:
     dtype: torch.dtype
     compute: Mapping[tuple[str, torch.dtype], Curve]
     bandwidth: Curve
-    fresh: Curve | None
     start: float
     memory: float
     taken: float = 0.0
@@ -72,8 +74,7 @@ class Speed:
         rates = self.compute.get((operation.kind, operation.dtype))
         computing = operation.flops / at(rates, operation.rows) if rates else 0.0
         waiting = operation.moved / at(self.bandwidth, operation.moved)
-        handing_out = operation.made / at(self.fresh, operation.made) if self.fresh else 0.0
-        return self.start + max(computing, waiting) + handing_out
+        return self.start + max(computing, waiting)
 
 
 # --- named accelerators, by their makers' data sheets -----------------------------------------------------------------
@@ -134,7 +135,6 @@ def _stated(name: str, sheet: _Stated, dtype: str, memory: float | None) -> Spee
         dtype=chosen or (half if sheet.bfloat16 else torch.float32),
         compute={(kind, t): ((1, _SHARE * rate * 1e12),) for t, rate in rates.items() for kind in _KINDS},
         bandwidth=((1, 2 * _SHARE * sheet.bandwidth * 1e9),),
-        fresh=None,
         start=1e-5,
         memory=memory or sheet.memory * 1e9,
         taken=(memory or sheet.memory * 1e9) * _OF_THE_HOST if sheet.shares_host else _RUNTIME,
@@ -156,74 +156,70 @@ def calibrate(
     """
     chosen, _ = choose_device(device)
     kind, _ = choose_dtype(chosen, dtype)
-    shortest = _Stopwatch(chosen, clock)
+    stopwatch = _Stopwatch(chosen, clock)
     compute = {}
     for floating in {kind, torch.float32}:
-        compute["matmul", floating] = tuple((rows, _matmul(rows, floating, shortest)) for rows in _ROWS)
-        compute["conv", floating] = ((1, _conv(floating, shortest)),)
-        compute["attention", floating] = ((1, _attention(floating, shortest)),)
-    on_cpu = chosen.type == "cpu"
+        compute["matmul", floating] = tuple((rows, _matmul(rows, floating, stopwatch)) for rows in _ROWS)
+        compute["conv", floating] = tuple((2 * side**2, _conv(side, floating, stopwatch)) for side in _SIDES)
+        compute["attention", floating] = tuple((tokens, _attention(tokens, floating, stopwatch)) for tokens in _TOKENS)
     return Speed(
         name=str(chosen),
         source="measured on this machine",
         dtype=kind,
         compute=compute,
-        bandwidth=tuple((size, _bandwidth(size, shortest)) for size in _BYTES),
-        fresh=tuple((size, _fresh(size, shortest)) for size in _BYTES) if on_cpu else None,
-        start=_start(shortest),
+        bandwidth=tuple((size, _bandwidth(size, stopwatch)) for size in _BYTES),
+        start=_start(stopwatch),
         memory=memory or _memory(chosen),
-        taken=0.0 if on_cpu else _RUNTIME,
+        taken=0.0 if chosen.type == "cpu" else _RUNTIME,
         shares_host=chosen.type != "cuda",
     )
 
 
-def _matmul(rows: int, dtype: torch.dtype, shortest: "_Stopwatch") -> float:
-    """Floating-point operations a second of so many rows times weights that no cache holds."""
-    given = torch.randn(rows, 1024, device=shortest.device).to(dtype)
-    weights = [torch.randn(2048, 1024, device=shortest.device).to(dtype) for _ in range(8)]
-    seconds = shortest(lambda: [functional.linear(given, weight) for weight in weights])
+def _matmul(rows: int, dtype: torch.dtype, stopwatch: "_Stopwatch") -> float:
+    """Floating-point operations a second of so many rows times weights as large as a model's: a cache holds few."""
+    given = torch.randn(rows, 1024, device=stopwatch.device).to(dtype)
+    weights = [torch.randn(2048, 1024, device=stopwatch.device).to(dtype) for _ in range(32)]
+    seconds = stopwatch(lambda: [functional.linear(given, weight) for weight in weights])
     return 2 * rows * 1024 * 2048 * len(weights) / seconds
 
 
-def _conv(dtype: torch.dtype, shortest: "_Stopwatch") -> float:
-    pixels = torch.randn(2, 128, 64, 64, device=shortest.device).to(dtype)
-    kernel = torch.randn(128, 128, 3, 3, device=shortest.device).to(dtype)
-    seconds = shortest(lambda: functional.conv2d(pixels, kernel, padding=1))
-    return 2 * 2 * 64 * 64 * 128 * 128 * 9 / seconds
+def _conv(side: int, dtype: torch.dtype, stopwatch: "_Stopwatch") -> float:
+    """Floating-point operations a second of a convolution of two square maps."""
+    pixels = torch.randn(2, 256, side, side, device=stopwatch.device).to(dtype)
+    kernels = [torch.randn(256, 256, 3, 3, device=stopwatch.device).to(dtype) for _ in range(4)]
+    seconds = stopwatch(lambda: [functional.conv2d(pixels, kernel, padding=1) for kernel in kernels])
+    return 2 * 2 * side**2 * 256**2 * 9 * len(kernels) / seconds
 
 
-def _attention(dtype: torch.dtype, shortest: "_Stopwatch") -> float:
-    values = torch.randn(2, 8, 512, 64, device=shortest.device).to(dtype)
-    seconds = shortest(lambda: functional.scaled_dot_product_attention(values, values, values))
-    return 4 * 2 * 8 * 512 * 512 * 64 / seconds
+def _attention(tokens: int, dtype: torch.dtype, stopwatch: "_Stopwatch") -> float:
+    """Floating-point operations a second of so many queries that look at as many keys, or at 64."""
+    queries, keys = (
+        torch.randn(8, 8, count, 64, device=stopwatch.device).to(dtype) for count in (tokens, max(tokens, 64))
+    )
+    seconds = stopwatch(lambda: functional.scaled_dot_product_attention(queries, keys, keys))
+    return 4 * queries.numel() * keys.shape[-2] / seconds
 
 
-def _bandwidth(size: int, shortest: "_Stopwatch") -> float:
-    """Bytes a second of an operation in place that reads and writes `size` bytes in all."""
-    values = torch.zeros(size // 8, device=shortest.device)
-    return size / shortest(lambda: values.add_(1.0))
+def _bandwidth(size: int, stopwatch: "_Stopwatch") -> float:
+    """Bytes a second of a function of every value, which reads and writes `size` bytes in all."""
+    values = torch.randn(size // 8, device=stopwatch.device)
+    out = torch.empty_like(values)
+    return size / stopwatch(lambda: torch.ops.aten.silu.out(values, out=out))
 
 
-def _fresh(size: int, shortest: "_Stopwatch") -> float:
-    """Bytes a second in which memory of `size` bytes is handed out."""
-    values = torch.zeros(size // 4, device=shortest.device)
-    longer = shortest(lambda: values.add(1.0)) - shortest(lambda: values.add_(1.0))
-    return size / max(longer, 1e-9)
-
-
-def _start(shortest: "_Stopwatch") -> float:
+def _start(stopwatch: "_Stopwatch") -> float:
     """Seconds for which an operation of a model's code occupies the program; this one computes next to nothing."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(shortest.device).eval()
-    ids = torch.ones(1, 1, dtype=torch.long, device=shortest.device)
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(stopwatch.device).eval()
+    ids = torch.ones(1, 1, dtype=torch.long, device=stopwatch.device)
     with Trace() as trace:
         model(ids)
-    return shortest(lambda: model(ids)) / sum(trace.cost.operations.values())
+    return stopwatch(lambda: model(ids)) / sum(trace.cost.operations.values())
 
 
 @dataclass(frozen=True)
 class _Stopwatch:
-    """Seconds of one call, the shortest of several: what else the machine does makes the others longer."""
+    """Seconds of one call, the median of several."""
 
     device: torch.device
     clock: Clock
@@ -233,7 +229,7 @@ class _Stopwatch:
         seconds: list[float] = []
         while sum(seconds) < _SECONDS or len(seconds) < 3:
             seconds.append(self._once(work))
-        return min(seconds)
+        return statistics.median(seconds)
 
     def _once(self, work: Callable[[], object]) -> float:
         started = self.clock()

@@ -31,8 +31,7 @@ class Operation:
     dtype: torch.dtype
     flops: int
     moved: int
-    made: int = 0  # bytes of memory that is new
-    rows: int = 0  # of the smaller side of a matrix product: one with few rows is slow
+    rows: int = 0  # of a product's smaller side, queries of an attention, places of a convolution: few are slow
 
 
 @dataclass(frozen=True)
@@ -97,24 +96,24 @@ class Trace(TorchDispatchMode):
             args, kwargs = _lifted(func, args, kwargs, fakes[0].fake_mode)
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        fresh = sum(self._hold(tensor.untyped_storage()) for tensor in made)
+        for tensor in made:
+            self._hold(tensor.untyped_storage())
         if made and not func.is_view:
-            operation = _operation(func, args, kwargs, result, given, made, fresh)
+            operation = _operation(func, args, kwargs, result, given, made)
             self._operations[operation] += 1
             if operation.kind == "conv":  # it lays its input out anew, for as long as it runs
                 self._peak = max(self._peak, self._live + _bytes(given[0]))
         return result
 
-    def _hold(self, storage: torch.UntypedStorage) -> int:
-        """Count a storage for as long as it lives; returns its bytes where it is new."""
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage for as long as it lives."""
         key = storage._cdata
         if key in self._known or key in self._held:
-            return 0
+            return
         size = storage.nbytes()
         self._live += size
         self._peak = max(self._peak, self._live)
         self._held[key] = weakref.finalize(storage, self._release, key, size)
-        return size
 
     def _release(self, key: int, size: int) -> None:
         self._live -= size
@@ -122,7 +121,7 @@ class Trace(TorchDispatchMode):
 
 
 def _operation(
-    func, args: tuple, kwargs: dict, result: object, given: list[torch.Tensor], made: list[torch.Tensor], fresh: int
+    func, args: tuple, kwargs: dict, result: object, given: list[torch.Tensor], made: list[torch.Tensor]
 ) -> Operation:
     """What an operation costs, from the tensors that went in and came out."""
     name = func._overloadpacket.__name__
@@ -132,8 +131,16 @@ def _operation(
     flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
     kind = next((kind for part, kind in _KINDS.items() if part in name), "other") if flops else "other"
     floating = next((tensor.dtype for tensor in made if tensor.dtype.is_floating_point), torch.float32)
-    rows = min(math.prod(t.shape[-2:-1]) for t in given if t.dim() >= 2) if kind == "matmul" else 0
-    return Operation(kind, floating, flops, moved, fresh, rows)
+    return Operation(kind, floating, flops, moved, _rows(kind, given, made))
+
+
+def _rows(kind: str, given: list[torch.Tensor], made: list[torch.Tensor]) -> int:
+    """What the speed of a product goes by."""
+    if kind == "matmul":
+        return min(math.prod(tensor.shape[-2:-1]) for tensor in given if tensor.dim() >= 2)
+    if kind == "attention":
+        return given[0].shape[-2]
+    return made[0].numel() // made[0].shape[1] if kind == "conv" else 0
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, CLIPModel, CLIPProcessor
 
-from grpo_kit.models.loading import ModelError
+from grpo_kit.models.loading import ModelError, require_weights
 from grpo_kit.rewards.clip_encoder import not_loaded
 
 
@@ -65,11 +65,7 @@ def load_clip_model(name: str, setting: str) -> CLIPModel:
         raise ModelError(
             f"{setting}: found {name!r} of type {kind!r}, allowed here: clip; open_clip has others by name (SigLIP …)"
         )
-    if missing := sorted(found["missing_keys"]):
-        raise ModelError(
-            f"{setting}: found {name!r} without {len(missing)} weights of a CLIPModel ({missing[0]} …), which would be "
-            "random; take a folder that save_pretrained wrote, or download it again"
-        )
+    require_weights(found["missing_keys"], setting, name)
     return model
 
 

@@ -29,7 +29,7 @@ _NAMES = {"raw": "the user's own prompt", "initial": "before training", "trained
 _SNIPPET = """{imports}
 
 folder = "."  # where this card lies, or this repository's name
-model = {model}.from_pretrained({weights}, dtype={dtype!r}){where}
+model = {model}.from_pretrained({weights}, dtype={dtype!r}{quantised}){where}
 model.generation_config = GenerationConfig({generation}){adapter}
 processor = {processor}.from_pretrained(folder)
 
@@ -218,16 +218,19 @@ def _snippet(policy: "Policy", config: Config) -> str:
     model, processor = (
         ("AutoModelForImageTextToText", "AutoProcessor") if policy.sees else ("AutoModelForCausalLM", "AutoTokenizer")
     )
+    quantised = ["TorchAoConfig"] if settings.base_8bit else []
     imports = [
         *(["from peft import PeftModel"] if adapter else []),
         *(["from PIL import Image"] if settings.use_image else []),
-        f"from transformers import {', '.join(sorted((model, processor, 'GenerationConfig')))}",
+        *(["from torchao.quantization import Int8WeightOnlyConfig"] if quantised else []),
+        f"from transformers import {', '.join(sorted((model, processor, 'GenerationConfig', *quantised)))}",
     ]
     return _SNIPPET.format(
         imports="\n".join(imports),
         model=model,
         processor=processor,
         weights=repr(_base_model(config)) if adapter else "folder",
+        quantised=", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())" if quantised else "",
         dtype=str(policy.model.dtype).removeprefix("torch."),
         where="  # a folder" if adapter and _is_local(config) else "",
         generation=f"max_new_tokens={policy.max_new_tokens}, {_ends(policy)}",
