@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from grpo_kit.rollout import Rollout
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; test processes share the cores
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background; stopped commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- the tables of `make traps` and `make abuse` ----------------------------------------------------------------------

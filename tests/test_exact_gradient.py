@@ -165,7 +165,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def angle(a: torch.Tensor, b: torch.Tensor) -> float:
     """In degrees."""
-    return float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).acos().rad2deg())
+    return float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1).acos().rad2deg())
 
 
 def test_all_completions_are_listed():

@@ -167,7 +167,8 @@ def _with_weights(folder: Path, place: Path, left_out: tuple[str, ...]) -> Path:
 
 
 def test_weights_in_torchs_own_format_give_the_same_scores(folder: Path, tmp_path: Path):
-    assert torch.equal(_scores(str(_with_weights(folder, tmp_path, ())), None), _scores(str(folder), None))
+    ours, usual = (_scores(str(place), None) for place in (_with_weights(folder, tmp_path, ()), folder))
+    torch.testing.assert_close(ours, usual, rtol=0, atol=1e-6)  # where weights lie in memory decides on rounding
 
 
 @pytest.mark.parametrize("left_out", ["text_projection.weight", "vision_model.post_layernorm.weight", "logit_scale"])
