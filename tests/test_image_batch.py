@@ -1,19 +1,17 @@
 """How many images fit into memory is predicted from one and two of them, and measured for real on the CPU."""
 
 import mmap
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from apart import printed_apart
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_kit.config import PROJECT_ROOT, ConfigError, load_config
+from grpo_kit.config import ConfigError, load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import image_batch
 from grpo_kit.models.generator import Generator, load_generator
@@ -144,10 +142,8 @@ def memory_of_a_measured_batch(stated: int) -> tuple[int, int]:
 def test_measured_batch_keeps_to_the_memory_that_was_stated():
     stated = 96 * MB
     code = f"import test_image_batch as test; print(*test.memory_of_a_measured_batch({stated}))"
-    heap = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # blocks come from the system, with no gaps between them
-    environment = os.environ | heap | {"PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(PROJECT_ROOT)))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    found, took = map(int, done.stdout.split()[-2:])
+    # blocks come from the system itself, with no gaps of a heap between them
+    found, took = map(int, printed_apart(code, MALLOC_MMAP_THRESHOLD_="65536"))
     assert 1 < found < MOST and 0.5 * stated < took < stated
 
 
