@@ -44,11 +44,11 @@ bench: $(READY) ## measure speed and memory, beside TRL (ARGS="--quick", or some
 	$(PY) -m benchmarks $(ARGS)
 
 models: $(READY) ## train the embedded world's models again, from nothing
-	$(PY) -m grpo_kit.shapeworld.build $(ARGS)
+	$(PY) -m tools.shapeworld $(ARGS)
 
 format: $(READY) ## format the code, and strip the notebooks of what does not belong into history
-	$(PY) -m ruff check --fix grpo_kit tests
-	$(PY) -m ruff format grpo_kit tests
+	$(PY) -m ruff check --fix grpo_kit tools tests benchmarks
+	$(PY) -m ruff format grpo_kit tools tests benchmarks
 	find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0 | xargs -0 -r $(PY) -m nbstripout \
 		--keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets"
 

@@ -1,1 +1,1 @@
-"""Measurements: what the kit learns, and how fast. `python -m benchmarks.learning --help`."""
+"""Measurements: `speed` (make bench), `studies` of learning, `size` of models and of the package."""

@@ -18,7 +18,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from benchmarks.results import BenchmarkError, Settings, figures_of, read, write
+from benchmarks.speed.results import BenchmarkError, Settings, figures_of, read, write
 from grpo_kit.config import PROJECT_ROOT, KitError
 
 WORKLOADS = {
@@ -59,7 +59,7 @@ def main(
     if here:
         measure_here(chosen[0], settings, out)
         return
-    from benchmarks.table import write_table
+    from benchmarks.speed.table import write_table
 
     failed = [name for name in tqdm(chosen, desc="workloads") if not measure_apart(name, settings, out, again)]
     if any(out.glob("W*.json")):
@@ -89,7 +89,7 @@ def measure_here(name: str, settings: Settings, out: Path) -> None:
     torch.set_num_threads(settings.threads)
     module, function = WORKLOADS[name].split(":")
     try:
-        result = getattr(importlib.import_module(f"benchmarks.{module}"), function)(settings)
+        result = getattr(importlib.import_module(f"benchmarks.speed.{module}"), function)(settings)
     except KitError as error:
         typer.echo(f"{name}: {error}", err=True)
         raise typer.Exit(2) from error

@@ -7,16 +7,11 @@ pydantic:
     config = gk.load_config("tiny")
     kit = gk.load_experiment(config)
     gk.train(kit, "reports/first")
-
-`train`, `evaluate`, `replay` and `branch` are functions here and files of the same name below. `gk.train` and
-`from grpo_kit import train` always give the function, whatever was imported before; the rest of such a file is reached
-by `from grpo_kit.train import ...`.
 """
 
+import importlib
 import sys
-from types import ModuleType
-
-from grpo_kit.lazy import lazy_names
+from collections.abc import Callable, Mapping
 
 __version__ = "0.1.0"
 
@@ -24,9 +19,9 @@ _HOME = {
     "Config": "config",
     "KitError": "config",
     "load_config": "config",
-    "Prompt": "prompts",
-    "load_prompts": "prompts",
-    "release": "hardware",
+    "Prompt": "config.prompts",
+    "load_prompts": "config.prompts",
+    "release": "config.hardware",
     "load_experiment": "experiment",
     "Rollout": "rollout",
     "collect_rollout": "rollout",
@@ -36,26 +31,36 @@ _HOME = {
     "grpo_loss": "grpo",
     "kl_divergence": "grpo",
     "token_logprobs": "grpo",
-    "grpo_step": "grpo.step",
-    "train": "train",
-    "evaluate": "evaluate",
-    "replay": "replay",
-    "branch": "branch",
+    "grpo_step": "training.step",
+    "train": "training.loop",
+    "evaluate": "evaluation.evaluate",
+    "replay": "training.replay",
+    "branch": "training.branch",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
 
 
+def lazy_names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """A package's `__getattr__` and `__dir__`, for names that are loaded when they are first used (PEP 562).
+
+    Args:
+        package: its `__name__`; it lists its public names in `__all__`.
+        home: name → the module below the package that defines it, such as `grpo.step`.
+    """
+
+    def load(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        setattr(sys.modules[package], name, value)  # found at once from now on
+        return value
+
+    def names() -> list[str]:
+        module = sys.modules[package]
+        return sorted({*vars(module), *module.__all__})
+
+    return load, names
+
+
 __getattr__, __dir__ = lazy_names(__name__, _HOME)
-
-
-class _Package(ModuleType):
-    """This package's module type: importing `grpo_kit.train` must not put the file in place of the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _HOME and isinstance(value, ModuleType):
-            return  # the import system binds each submodule to its parent; the file stays in sys.modules
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

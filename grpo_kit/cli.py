@@ -21,9 +21,9 @@ import typer
 
 if TYPE_CHECKING:
     from grpo_kit.config import Config
+    from grpo_kit.runs.cluster import Cluster
     from grpo_kit.runs.grid import PlannedTrial, TrialResult
-    from grpo_kit.runs.grid_ray import Cluster
-    from grpo_kit.runs.headless import Executed, Planned
+    from grpo_kit.runs.notebooks import Executed, Planned
     from grpo_kit.show.comparison import Pool
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def run(
 ) -> None:
     """Execute the notebooks, and write the report of the run; with --grid, of a run for each combination."""
     from grpo_kit.config import load_config
-    from grpo_kit.runs.headless import plan, select_notebooks
+    from grpo_kit.runs.notebooks import plan, select_notebooks
 
     config = load_config(profile)
     chosen = select_notebooks([part for part in notebooks.split(",") if part.strip()])
@@ -121,7 +121,7 @@ def train(
 
 def _train(config: "Config", folder: Path) -> bool:
     """Train, with the other processes where this one was launched with some; whether it is the one that speaks."""
-    from grpo_kit.launch import joined
+    from grpo_kit.training.launch import joined
 
     with joined(config, folder) as processes:
         from grpo_kit import load_experiment
@@ -137,7 +137,7 @@ def _train(config: "Config", folder: Path) -> bool:
 
 def _launch(processes: int, profile: str, options: Sequence[str], folder: Path, config: "Config") -> None:
     """Train in several processes, which are started with the same options."""
-    from grpo_kit.launch import launch
+    from grpo_kit.training.launch import launch
 
     given = [*(("--profile", profile) if profile else ()), *options, "--run-dir", str(folder)]
     code = launch(processes, given, config, folder)
@@ -267,9 +267,9 @@ def plan(
 ) -> None:
     """What a config needs, before anything is downloaded: parameters, memory, time, and what to turn down."""
     from grpo_kit.config import load_config
-    from grpo_kit.plan.advice import advice
-    from grpo_kit.plan.fit import plan as planned
-    from grpo_kit.plan.table import as_json, in_words
+    from grpo_kit.preflight.plan.advice import advice
+    from grpo_kit.preflight.plan.fit import plan as planned
+    from grpo_kit.preflight.plan.table import as_json, in_words
 
     config = load_config(profile, _overrides(override or []))
     found = planned(config, device or None, _bytes(memory) if memory else None)
@@ -291,8 +291,8 @@ def _bytes(text: str) -> float:
 @app.command()
 def check(profile: Profile = "tiny") -> None:
     """Say what runs on this machine, and what to do where something does not."""
-    from grpo_kit.check import check_machine
     from grpo_kit.config import load_config
+    from grpo_kit.preflight.machine import check_machine
 
     problems = 0
     for finding in check_machine(load_config(profile)):
@@ -312,7 +312,7 @@ def push(
     yes: Annotated[bool, typer.Option("--yes", help="Upload without asking back.")] = False,
 ) -> None:
     """Upload a run's policy, with its model card, to the Hugging Face hub; nothing else of the kit uploads anything."""
-    from grpo_kit.runs.push import plan_upload, push_policy
+    from grpo_kit.models.push import plan_upload, push_policy
 
     upload = plan_upload(existing_run(run), repo_id, checkpoint, private=private)
     print(upload, flush=True)
@@ -336,7 +336,7 @@ def doctor(
     tensor, or an object with one in .loss. An advantage function takes rewards and group_ids: one value a row in, one
     out. Exit code 1 where a trap is fallen into.
     """
-    from grpo_kit.doctor import FALLS_IN, examine, load_subject, table
+    from grpo_kit.preflight.loss_checks import FALLS_IN, examine, load_subject, table
 
     findings = examine(load_subject(loss, advantages))
     print(table(findings))
@@ -393,9 +393,9 @@ def _pool_seeds(folders: Sequence[Path], place: Path) -> None:
     """Add to an evaluation of several runs what those say together that differ only in their training seed."""
     import pandas as pd
 
+    from grpo_kit.evaluation.statistics import pool
     from grpo_kit.runs.folder import RunFolder
     from grpo_kit.show.comparison import pool_runs, read_runs
-    from grpo_kit.statistics import pool
 
     results = json.loads((place / "final_results.json").read_text(encoding="utf-8"))
     rows = pd.read_parquet(place / "evaluation" / "rows.parquet")
@@ -495,7 +495,7 @@ def _run_notebooks(
     again: Sequence[str],
 ) -> None:
     """Execute a series until one of it fails, and write the run's page."""
-    from grpo_kit.runs.headless import execute, write_profile
+    from grpo_kit.runs.notebooks import execute, write_profile
 
     print(f"run folder: {folder}", flush=True)
     write_profile(folder, profile, settings)
@@ -552,7 +552,7 @@ def _cluster(
         raise KitError("--ray: only with --grid. Add one, or leave it out")
     if not given:
         return None
-    from grpo_kit.runs.grid_ray import Cluster
+    from grpo_kit.runs.cluster import Cluster
 
     return Cluster(ray, 1.0 if cpus is None else cpus, gpus or 0.0, workers)
 
@@ -605,8 +605,8 @@ def _on_ray(
     trials: "Sequence[PlannedTrial]", folder: Path, minutes_per_cell: float, cluster: "Cluster"
 ) -> "Iterator[TrialResult]":
     """Run the trials on a Ray cluster, several at once, and say which is done."""
+    from grpo_kit.runs.cluster import check_machines, connected, marked, run_trials_on_ray
     from grpo_kit.runs.grid import finished
-    from grpo_kit.runs.grid_ray import check_machines, connected, marked, run_trials_on_ray
 
     before = [result for trial in trials if (result := finished(trial)) is not None]
     rest = [trial for trial in trials if trial.name not in {result.name for result in before}]

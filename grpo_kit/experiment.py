@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo_kit.config import Config
-from grpo_kit.hardware import placement
+from grpo_kit.config.hardware import placement
+from grpo_kit.config.prompts import Prompt, load_prompts
 from grpo_kit.models.generator import Generator, load_generator
 from grpo_kit.models.policy import Policy, load_policy
-from grpo_kit.prompts import Prompt, load_prompts
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.loading import check_reward_settings, load_rewards
 

@@ -9,14 +9,14 @@ from itertools import chain
 import torch
 from PIL import Image
 
+from grpo_kit.config.prompts import Prompt
+from grpo_kit.config.seeds import derive_seed
 from grpo_kit.drawing import Wanted, draw_and_score
 from grpo_kit.grpo.advantages import group_spread
-from grpo_kit.hardware import derive_seed
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Completions, Policy, Scores
-from grpo_kit.parallel import ALONE, Processes
-from grpo_kit.prompts import Prompt
 from grpo_kit.rewards.composition import Rewards
+from grpo_kit.training.processes import ALONE, Processes
 
 _BY_ROW = ("group_ids", "image_seeds", "rewards", "truncated")  # columns of which a share has its own rows
 

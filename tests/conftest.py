@@ -11,13 +11,12 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import abuse
 import pytest
-import traps
-from synthetic_run import write_synthetic_run
+from support import abuse, traps
+from support.synthetic_run import write_synthetic_run
 
 if TYPE_CHECKING:
-    from policy_forms import Form
+    from support.policy_forms import Form
 
     from grpo_kit.experiment import Experiment
     from grpo_kit.models.policy import Policy
@@ -103,7 +102,7 @@ def rollout(kit: Experiment) -> Rollout:
 @pytest.fixture(scope="session", params=["words", "pictures", "adapter", "adapter-pictures"])
 def sampled_form(request: pytest.FixtureRequest, kit: Experiment) -> Form:
     """The embedded policy in each of its forms, and what it sampled; do not train it."""
-    import policy_forms
+    from support import policy_forms
 
     return policy_forms.sampled_form(kit, request.param)
 

@@ -22,10 +22,10 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
-from abuse import Count
 from papermill.parameterize import parameterize_notebook
 from PIL import Image
-from test_grid import write_notebook
+from support.abuse import Count
+from support.grids import write_notebook
 
 from grpo_kit import cli
 from grpo_kit import config as config_module
@@ -34,16 +34,16 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.runs import folder as folder_module
-from grpo_kit.runs import headless
+from grpo_kit.runs import notebooks as headless
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.grid import GridError, grid_trials, plan_trials, read_grid
-from grpo_kit.runs.headless import NotebookError, Planned, execute, plan, select_notebooks
+from grpo_kit.runs.notebooks import NotebookError, Planned, execute, plan, select_notebooks
+from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import write_report
 from grpo_kit.show.plots import group_figure, image_grid, training_curves
-from grpo_kit.show.record import RunRecord, read_run
 from grpo_kit.show.share import share_pages
 from grpo_kit.show.style import STYLE
-from grpo_kit.train import train
+from grpo_kit.training.loop import train
 
 # --- S1: nothing runs code that comes with data -----------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import abuse
 import pytest
+from support import abuse
 
 pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent

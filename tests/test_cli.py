@@ -12,10 +12,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from grpo_kit import check, cli
+from grpo_kit import cli
 from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, load_config
-from grpo_kit.runs import headless
-from grpo_kit.runs.headless import NotebookError, plan, select_notebooks
+from grpo_kit.preflight import machine as check
+from grpo_kit.runs import notebooks as headless
+from grpo_kit.runs.notebooks import NotebookError, plan, select_notebooks
 
 PARAMETERS = """profile: str = "tiny"  # a profile
 run_dir: str = ""  # empty: the demo run
@@ -267,7 +268,7 @@ def test_terminated_run_takes_its_kernel_along(tmp_path: Path, name: str):
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))",
         "time.sleep(120)",
     )
-    code = f"import grpo_kit.runs.headless as h, pathlib; h.NOTEBOOK_FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+    code = f"import grpo_kit.runs.notebooks as h, pathlib; h.NOTEBOOK_FOLDER = pathlib.Path({str(tmp_path)!r})\n"
     code += f"import grpo_kit.cli; grpo_kit.cli.main(['run', '--run-dir', {str(tmp_path / 'run')!r}])"
     code = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n{code}"  # nohup ignores it, and so would this
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)

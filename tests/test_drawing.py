@@ -25,7 +25,7 @@ from grpo_kit.rewards import RewardError, Rewards
 from grpo_kit.rewards.calls import started
 from grpo_kit.rewards.loading import load_rewards
 from grpo_kit.rollout import Rollout, collect_rollout
-from grpo_kit.train import make_optimizer, run_iteration
+from grpo_kit.training.loop import make_optimizer, run_iteration
 
 TEXTS = ["a red circle, sharp", "a blue square", "two green stars, blurry", "a ring", "a cross"]
 ALL_KINDS = ["contrast", "jpeg_size", "length", "gold", "clip_similarity", "diversity", "gain"]

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from apart import printed_apart
-from broken_twins import broken_versions
+from support.apart import printed_apart
+from support.broken_twins import broken_versions
+from support.wandb_files import parts, records
 
 from grpo_kit import cli
 from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.experiment import Experiment
-from grpo_kit.grpo import step as step_file
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.tracking import Tracker
-from grpo_kit.train import train
+from grpo_kit.training import step as step_file
+from grpo_kit.training.loop import train
 from tests.chaos import signals as r4
 from tests.chaos.nonfinite import LORA
 from tests.chaos.phases import content, differences
@@ -61,14 +62,12 @@ def test_a_terminal_that_hangs_up_is_answered_too(profile: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_wandb_is_told_that_its_run_was_terminated(tmp_path: Path):
-    from test_tracking import _parts, _records
-
     offline = {"tracking_settings.wandb": "offline"}
     profile = load_config("tiny", r4.SETTINGS | offline).save(tmp_path / "quick.json")
     ended = r4.interrupted_train(profile, tmp_path / "run", "rewards", 0.5, signal.SIGTERM)
     assert not r4.problems(ended, signal.SIGTERM, tmp_path / "run")
-    (part,) = _parts(tmp_path / "run")
-    assert [record.exit.exit_code for record in _records(part) if record.HasField("exit")] == [143]
+    (part,) = parts(tmp_path / "run")
+    assert [record.exit.exit_code for record in records(part) if record.HasField("exit")] == [143]
 
 
 class Swallowing:
@@ -310,7 +309,7 @@ def generator_holds(folder: RunFolder, stack: ExitStack) -> None:
 def test_folder_is_free_wherever_taking_it_is_interrupted(hold: str, broken: bool, tmp_path: Path):
     # a process of its own: an interrupt inside the logging library leaves that library's lock held
     code = f"import test_signals as test; print(*test.held_after_interrupts(test.{hold}, {str(tmp_path)!r}))"
-    held = printed_apart(code)
+    held = printed_apart(__file__, code)
     assert len(held) > 500 and ("True" in held) == broken
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import traps
+from support import traps
 
 pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent

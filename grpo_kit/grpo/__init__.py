@@ -3,19 +3,16 @@
 from grpo_kit.grpo.advantages import BadRewardError, group_advantages, group_spread, usable_rewards
 from grpo_kit.grpo.logprobs import completion_mask, kl_divergence, token_entropy, token_logprobs
 from grpo_kit.grpo.loss import CLIPPED_LOSS_TYPES, LOSS_TYPES, LossOutput, grpo_loss, token_weights
-from grpo_kit.grpo.step import StepStats, grpo_step
 
 __all__ = [
     "CLIPPED_LOSS_TYPES",
     "LOSS_TYPES",
     "BadRewardError",
     "LossOutput",
-    "StepStats",
     "completion_mask",
     "group_advantages",
     "group_spread",
     "grpo_loss",
-    "grpo_step",
     "kl_divergence",
     "token_entropy",
     "token_logprobs",

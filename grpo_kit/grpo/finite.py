@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_kit.parallel import local_tensor
-
 
 @dataclass(frozen=True)
 class NotFinite:
@@ -20,6 +18,16 @@ class NotFinite:
 
     part: str  # weights, sampling, pictures, rewards, reference, scoring, loss, gradient, optimizer
     detail: str  # what exactly, as a part of a sentence
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be spread over processes (all of which have to ask)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The part that this process holds of a tensor that may be spread over processes."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def carrier(*numbers: torch.Tensor | None) -> torch.Tensor | float:

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from transformers.cache_utils import Cache, StaticCache
 
+from grpo_kit.config.hub import ModelError
 from grpo_kit.models.decoding import NextLogits
-from grpo_kit.models.loading import ModelError
 from grpo_kit.models.prefix import Prefix
 
 Decoding = Literal["plain", "static", "compiled"]

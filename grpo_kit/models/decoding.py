@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from grpo_kit.config.seeds import derive_seed
 from grpo_kit.grpo.logprobs import token_logprobs
-from grpo_kit.hardware import derive_seed
 
 NextLogits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (N,), step) → (N, V)
 

@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from grpo_kit.config import Config, ConfigError
-from grpo_kit.hardware import choose_dtype, placement
+from grpo_kit.config.hardware import choose_dtype, placement
+from grpo_kit.config.hub import ModelError
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
-from grpo_kit.models.loading import ModelError
 from grpo_kit.models.pipeline_loading import load_pipeline
 from grpo_kit.models.pipeline_settings import place, save_memory, size_multiple, use_scheduler
 from grpo_kit.models.text_embeddings import TextEmbeddings, encodes_apart

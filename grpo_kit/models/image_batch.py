@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from grpo_kit.hardware import give_back_memory
-from grpo_kit.models.loading import ModelError
+from grpo_kit.config.hardware import give_back_memory
+from grpo_kit.config.hub import ModelError
 
 MOST = 64  # images in one call; more would hardly be quicker
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # of Linux

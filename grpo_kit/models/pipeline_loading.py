@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, T5EncoderModel
 from transformers import logging as transformers_logging
 
 from grpo_kit.config import ConfigError, ModelSettings
-from grpo_kit.models.loading import ModelError, eight_bits, load_failure, require_weights
+from grpo_kit.config.hub import ModelError, load_failure, require_weights
+from grpo_kit.models.loading import eight_bits
 
 
 def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipeline:

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from grpo_kit.config import Config
+from grpo_kit.config.hardware import choose_device, choose_dtype
+from grpo_kit.config.hub import ModelError
 from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
-from grpo_kit.hardware import choose_device, choose_dtype
 from grpo_kit.models.continuing import Decoding, continued_groups, require_decoding
 from grpo_kit.models.decoding import NextLogits, decode, row_seeds, row_uniforms
-from grpo_kit.models.loading import ModelError, add_lora, load_language_model
+from grpo_kit.models.loading import add_lora, load_language_model
 from grpo_kit.models.prefix import Packing, Prefix, learned_positions, reason_not_to_share, run_prompts
 from grpo_kit.models.prompt_format import PromptFormat
 from grpo_kit.models.rows import continued_rows, evaluating, recomputable_layers, recomputing, row_logits

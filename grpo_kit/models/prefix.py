@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from grpo_kit.models.loading import ModelError
+from grpo_kit.config.hub import ModelError
 
 _TAKE_MASKS_OF_PAIRS = ("sdpa", "eager")  # attention that takes any (query, key) mask; flash attention takes none
 

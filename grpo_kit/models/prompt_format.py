@@ -6,7 +6,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 
-from grpo_kit.models.loading import ModelError
+from grpo_kit.config.hub import ModelError
 
 _TEMPLATE = "vlm_model: its chat template does not fit"
 _WITHOUT_SYSTEM = (

@@ -12,8 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grpo_kit.config.hub import ModelError
 from grpo_kit.models.decoding import NextLogits
-from grpo_kit.models.loading import ModelError
 from grpo_kit.models.prefix import Prefix, last_logits_only, placed
 
 

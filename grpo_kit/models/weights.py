@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from grpo_kit.config.hub import ModelError, load_failure
 from grpo_kit.grpo.finite import weight_trouble
-from grpo_kit.models.loading import ModelError, load_failure
 
 
 def save_weights(model: torch.nn.Module, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:

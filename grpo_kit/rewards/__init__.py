@@ -9,7 +9,7 @@ registered. The names below are what rewards are composed of; each is loaded whe
     kit = kit.with_rewards(rewards)
 """
 
-from grpo_kit.lazy import lazy_names
+from grpo_kit import lazy_names
 
 _HOME = {
     "Rewards": "composition",
@@ -39,7 +39,6 @@ _HOME = {
     "sharpness": "pixels",
     "Length": "text",
     "Repetition": "text",
-    "audit": "auditing",
 }
 
 __all__ = sorted(_HOME)

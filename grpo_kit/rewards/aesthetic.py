@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from grpo_kit.models.loading import ModelError
+from grpo_kit.config.hub import ModelError
 from grpo_kit.rewards.clip_encoder import ClipEncoder
 
 Layer = tuple[torch.Tensor, torch.Tensor]  # weight (out, in), bias (out,)

@@ -12,7 +12,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from grpo_kit.models.loading import ModelError, load_failure
+from grpo_kit.config.hub import ModelError, load_failure
 
 logger = logging.getLogger(__name__)
 TOKENIZING = threading.Lock()  # a tokenizer of the hub keeps a call's length in itself: one thread at a time

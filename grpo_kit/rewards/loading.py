@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, create_model
 
 from grpo_kit.config import Config, ConfigError, Count, Name, Number, Section, Whole, validated
-from grpo_kit.hardware import placement
+from grpo_kit.config.hardware import placement
 from grpo_kit.rewards.calls import in_threads, with_time_limit
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.protocol import Reward, RewardError

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, CLIPModel, CLIPProcessor
 
-from grpo_kit.models.loading import ModelError, require_weights
+from grpo_kit.config.hub import ModelError, require_weights
 from grpo_kit.rewards.clip_encoder import not_loaded
 
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from grpo_kit.config import Config, KitError, load_config, printable
-from grpo_kit.hardware import computing_machine, library_versions
+from grpo_kit.config.hardware import computing_machine, library_versions
 from grpo_kit.rollout import Rollout
 from grpo_kit.runs.durable import error_number, flush, flush_tree, replace_file
 

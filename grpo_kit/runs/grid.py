@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grpo_kit.config import Config, KitError, load_config
-from grpo_kit.runs.headless import Executed, Planned, execute, plan, write_profile
+from grpo_kit.runs.notebooks import Executed, Planned, execute, plan, write_profile
 
 SEEDS = "seeds"  # in a grid file: a short word for the values of the parameter `seed`
 RECORD = "trial.json"  # in a trial's folder: what it is, and how it ended

@@ -3,7 +3,8 @@
 The widgets are loaded when they are first used: they need ipywidgets and torch, the rest does not.
 """
 
-from grpo_kit.lazy import lazy_names
+from grpo_kit import lazy_names
+from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.lessons.loss import (
     clipping_figure,
     group_rows_figure,
@@ -36,7 +37,6 @@ from grpo_kit.show.plots import (
     learning_figure,
     training_curves,
 )
-from grpo_kit.show.record import RunRecord, read_run
 from grpo_kit.show.report import write_report
 from grpo_kit.show.summary import comparison_table, representative_cases, worst_cases
 

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 
 from grpo_kit.config import RECORDS, Config, KitError, Section
-from grpo_kit.show.record import RunRecord, read_run
+from grpo_kit.evaluation.statistics import t_interval
+from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, metric_name, plain_text
 from grpo_kit.show.summary import branch_text, interval_text
-from grpo_kit.statistics import t_interval
 
 SEED = "training_settings.seed"
 # What changes no number of a run that ran through is left out when settings are compared.

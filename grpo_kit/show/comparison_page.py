@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from grpo_kit.config import KitError
+from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.comparison import (
     METRICS,
     Pool,
@@ -24,7 +25,6 @@ from grpo_kit.show.comparison import (
 )
 from grpo_kit.show.lessons.models import interval_figure
 from grpo_kit.show.pages import data_uri, render
-from grpo_kit.show.record import RunRecord
 from grpo_kit.show.style import (
     BLUE,
     GREEN,

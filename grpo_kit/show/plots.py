@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from grpo_kit.config import KitError
-from grpo_kit.show.record import ImageKey
+from grpo_kit.runs.record import ImageKey
 from grpo_kit.show.style import (
     BLUE,
     FAINT,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 from grpo_kit.config import KitError
+from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.loop import loop_figure
 from grpo_kit.show.pages import NotebookPage, data_uri, image_uri, render, write_notebook_pages
 from grpo_kit.show.plots import CURVES, category_plot, comparison_plot, training_curves
-from grpo_kit.show.record import RunRecord, read_run
 from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, Drawing, format_metric, score_text
 from grpo_kit.show.summary import (
     FALLS,

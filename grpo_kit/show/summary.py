@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from grpo_kit.show.record import RunRecord
+from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.style import SHARES, VARIANT_NAMES, VARIANTS, format_metric, metric_name, plain_text
 
 RISES, FALLS, UNCLEAR = "rises", "falls", "unclear"

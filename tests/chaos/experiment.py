@@ -19,7 +19,7 @@ import torch
 
 from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.experiment import Experiment, load_experiment
-from grpo_kit.train import train
+from grpo_kit.training.loop import train
 
 QUICK = {
     "model_settings.device": "cpu",

@@ -20,9 +20,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment, load_experiment
-from grpo_kit.guard import PATIENCE, NonFiniteError
 from grpo_kit.models.policy import load_policy
-from grpo_kit.train import make_optimizer, train
+from grpo_kit.training.loop import make_optimizer, train
+from grpo_kit.training.nonfinite import PATIENCE, NonFiniteError
 from tests.chaos import Outcome, fault
 
 QUICK = {

@@ -15,9 +15,9 @@ PHASES = {
     "sampling": ("grpo_kit.models.policy", "Policy.sample"),
     "images": ("grpo_kit.models.generator", "Generator.generate_images"),
     "rewards": ("grpo_kit.rewards.composition", "Rewards.score"),
-    "step": ("grpo_kit.train", "grpo_step"),
-    "validation": ("grpo_kit.train", "validate"),
-    "committing": ("grpo_kit.train", "save_checkpoint"),
+    "step": ("grpo_kit.training.loop", "grpo_step"),
+    "validation": ("grpo_kit.training.loop", "validate"),
+    "committing": ("grpo_kit.training.loop", "save_checkpoint"),
 }
 VISIT = 2  # which time that a phase is entered in training; its first visit is counted, to know how long it is
 
@@ -71,7 +71,7 @@ def interrupting(phase: str, share: float, action: Callable[[], None]) -> Iterat
         with counter.visit():
             return original(*arguments, **options)
 
-    train = importlib.import_module("grpo_kit.train")
+    train = importlib.import_module("grpo_kit.training.loop")
     validate = train.validate
 
     def validation(*arguments: object, **options: object) -> object:

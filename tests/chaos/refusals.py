@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.experiment import Experiment
-from grpo_kit.train import train
+from grpo_kit.training.loop import train
 from tests.chaos import Outcome, fault
 from tests.chaos.crashes import cut_short, watched
 from tests.chaos.disk import Disk

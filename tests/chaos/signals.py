@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from grpo_kit import cli
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment, load_experiment
-from grpo_kit.runs import headless
-from grpo_kit.train import train
+from grpo_kit.runs import notebooks as headless
+from grpo_kit.training.loop import train
 from tests.chaos import Outcome, fault
 from tests.chaos.nonfinite import QUICK
 from tests.chaos.phases import PHASES, alive_in_session, content, differences, interrupting, this_process_gets

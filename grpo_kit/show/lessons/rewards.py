@@ -29,7 +29,7 @@ from grpo_kit.show.style import (
 )
 
 if TYPE_CHECKING:
-    from grpo_kit.rewards.auditing import Audit
+    from grpo_kit.evaluation.audit import Audit
 
 
 @styled

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from grpo_kit.show.record import RunRecord
+from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.style import FAINT, GREY, INK, format_metric
 from grpo_kit.show.widgets.frame import frame_of, signed
 from grpo_kit.show.widgets.groups import open_image, parts_text

@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.plots import show_image, wrap
-from grpo_kit.show.record import RunRecord
 from grpo_kit.show.style import GREY, INK, Drawing, bare, format_metric, plain_text, styled
 from grpo_kit.show.widgets.frame import frame_of, signed
 from grpo_kit.show.widgets.groups import open_image, parts_text

@@ -9,7 +9,7 @@ import pandas as pd
 from PIL import Image
 
 from grpo_kit.config import KitError
-from grpo_kit.show.record import RunRecord, read_run
+from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.style import format_metric, metric_name
 
 

@@ -10,8 +10,8 @@ import ipywidgets
 import pandas as pd
 
 from grpo_kit.config import KitError
+from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.plots import gallery_figure
-from grpo_kit.show.record import RunRecord
 from grpo_kit.show.style import (
     VARIANT_COLOURS,
     VARIANT_NAMES,
@@ -28,7 +28,7 @@ from grpo_kit.show.widgets.markup import escape, grid, heading, picture, sheet
 from grpo_kit.show.widgets.twin import TwinBox
 
 if TYPE_CHECKING:
-    from grpo_kit.evaluate import EvalResult
+    from grpo_kit.evaluation.evaluate import EvalResult
 
 SIDE, ROW_HEIGHT, HEAD_HEIGHT = 190, 236, 186  # pixels
 MOST_SEEDS = 4

@@ -10,8 +10,8 @@ import ipywidgets
 import pandas as pd
 from IPython.display import DisplayHandle
 
+from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.plots import training_curves
-from grpo_kit.show.record import RunRecord, read_run
 from grpo_kit.show.style import BLUE, FAINT, GREY, Drawing, format_metric, new_figure, styled
 from grpo_kit.show.widgets.frame import frame_of, signed
 from grpo_kit.show.widgets.groups import open_image, range_text

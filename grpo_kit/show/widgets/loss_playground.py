@@ -7,8 +7,8 @@ from pathlib import Path
 import ipywidgets
 
 from grpo_kit.grpo import CLIPPED_LOSS_TYPES, LOSS_TYPES
+from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.one_token import TokenSettings
-from grpo_kit.show.record import RunRecord
 from grpo_kit.show.style import Drawing
 from grpo_kit.show.widgets.frame import signed
 from grpo_kit.show.widgets.groups import open_run

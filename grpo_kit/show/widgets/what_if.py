@@ -9,7 +9,7 @@ from dataclasses import replace
 import ipywidgets
 
 from grpo_kit.grpo import LOSS_TYPES
-from grpo_kit.show.record import RunRecord
+from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.style import Drawing, plain_text
 from grpo_kit.show.widgets.groups import chosen_group, chosen_iteration, prompt_of, spreads
 from grpo_kit.show.widgets.layout import side_by_side, wide

@@ -1,0 +1,1 @@
+"""What full-size models take, and how large the package is."""

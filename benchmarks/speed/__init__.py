@@ -1,0 +1,1 @@
+"""How fast the kit is, beside TRL and beside the bare libraries."""

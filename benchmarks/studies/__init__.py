@@ -1,0 +1,1 @@
+"""What is claimed of learning, rewards and evaluation, over several seeds."""

@@ -1,0 +1,128 @@
+"""What is a budget of images best spent on? Held-out gold after equal numbers of images, several training seeds each.
+
+Every arm draws the same number of images an iteration and takes the same number of steps; arms differ in how many
+prompts, rewrites of each and images of each rewrite that makes, and in whether a group shares its latent seeds.
+`python -m benchmarks.studies.budget` writes `reports/budget/`: the scores of each run and table.json. A stopped
+measurement goes on with the first run that is missing.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+
+import grpo_kit as gk
+from grpo_kit.config import PROJECT_ROOT, Config
+from grpo_kit.evaluation.statistics import pooled_interval
+from grpo_kit.experiment import Experiment
+from grpo_kit.training.loop import make_optimizer, run_iteration
+
+DEFAULT = "4x8x1"
+ARMS = ("4x8x1", "2x2x8", "4x8x1-own", "8x4x1", "16x2x1", "2x16x1", "2x4x4", "2x4x4-own")  # prompts, rewrites, images
+EVALUATED = 96  # held-out prompts
+SETTINGS = {"generation_settings.num_inference_steps": 4}  # half the profile's: pictures are most of the time
+
+
+def main(
+    seeds: Annotated[int, typer.Option(min=1, help="training seeds of each arm")] = 3,
+    iterations: Annotated[int, typer.Option(min=1, help="of a run")] = 40,
+    arms: Annotated[str, typer.Option(help="prompts x rewrites x images, '-own' without common seeds")] = ",".join(
+        ARMS
+    ),
+    profile: Annotated[str, typer.Option(help="a profile of the embedded world")] = "tiny",
+    out: Annotated[Path, typer.Option(help="where scores and the table go")] = PROJECT_ROOT / "reports" / "budget",
+    threads: Annotated[int, typer.Option(help="of torch; 0 leaves its default")] = 0,
+) -> None:
+    """Train and evaluate what is missing, seed by seed so that a stopped measurement is balanced; print the table."""
+    if threads:
+        torch.set_num_threads(threads)
+    names = arms.split(",")
+    for seed in range(seeds):
+        for arm in names:
+            measure(out / f"{arm}_{seed}.parquet", configured(profile, arm, seed, iterations))
+        table = results(out, names)
+        table.to_json(out / "table.json", orient="records", indent=2)
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
+
+
+def configured(profile: str, arm: str, seed: int, iterations: int) -> Config:
+    """The settings of one run; "4x8x1-own" is 4 prompts, 8 rewrites each, 1 image each from a seed of its own."""
+    shape, _, own = arm.partition("-")
+    prompts, rewrites, images = map(int, shape.split("x"))
+    run = {
+        "training_settings.seed": seed,
+        "training_settings.num_iterations": iterations,
+        "training_settings.prompts_per_iteration": prompts,
+        "training_settings.group_size": rewrites,
+        "generation_settings.images_per_prompt": images,
+        "generation_settings.share_seeds": own != "own",
+    }
+    return gk.load_config(profile, SETTINGS | run)
+
+
+def measure(place: Path, config: Config) -> None:
+    """Train one run and keep the scores of its last policy on held-out prompts, unless that was done."""
+    if place.is_file():
+        return
+    kit, started = gk.load_experiment(config), time.perf_counter()
+    optimizer = make_optimizer(kit, config)
+    for iteration in range(1, config.training_settings.num_iterations + 1):
+        run_iteration(kit, optimizer, iteration)
+    seconds = time.perf_counter() - started
+    rows = scored(kit, "trained")
+    keep(rows, place)
+    typer.echo(f"{place.stem}: {seconds:.0f} s, gold {rows['gold'].mean():.3f}, reward {rows['reward'].mean():.3f}")
+    gk.release(kit)
+
+
+def scored(kit: Experiment, variant: str) -> pd.DataFrame:
+    """Scores of one policy's likeliest rewrites of the held-out prompts, two latents each."""
+    prompts = kit.val_prompts[:EVALUATED]
+    return gk.evaluate(kit, prompts, (variant,), seeds_per_prompt=2, paraphrases=False).rows
+
+
+def keep(rows: pd.DataFrame, place: Path) -> None:
+    """Write the numbers, whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_suffix(".part")
+    rows[["prompt_id", "user_prompt", "variant", "seed", "reward", "gold"]].to_parquet(temporary, index=False)
+    temporary.replace(place)
+
+
+def results(out: Path, arms: list[str]) -> pd.DataFrame:
+    """A row an arm: gold and reward over training seeds and prompts, and gold less the default's, with intervals."""
+    runs = {arm: sorted(out.glob(f"{arm}_[0-9]*.parquet")) for arm in arms}
+    table = []
+    for arm, places in runs.items():
+        pairs = [(place, out / place.name.replace(f"{arm}_", f"{DEFAULT}_")) for place in places]
+        pairs = [(one, other) for one, other in pairs if other.is_file()]
+        row = {"arm": arm, "training seeds": len(places)}
+        for metric in ("gold", "reward"):
+            row |= _columns(metric, [_by_prompt(place, metric) for place in places])
+        if arm != DEFAULT:
+            row |= _columns(
+                "gold less the default's", [_by_prompt(a, "gold") - _by_prompt(b, "gold") for a, b in pairs]
+            )
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def _by_prompt(place: Path, metric: str) -> pd.Series:
+    return pd.read_parquet(place).groupby("prompt_id")[metric].mean()
+
+
+def _columns(name: str, runs: list[pd.Series]) -> dict[str, float]:
+    """Mean of some runs, with the interval that holds the luck of seeds and prompts where there are two runs."""
+    if not runs:
+        return {}
+    values = pd.DataFrame(runs).dropna(axis="columns").to_numpy()
+    found = pooled_interval(values) if len(values) > 1 else {"mean": float(np.mean(values))}
+    return {name: found["mean"]} | {f"{name}, {end}": found[end] for end in ("low", "high") if end in found}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,179 @@
+"""The machine: device and dtype with the reason why, memory, and the versions that a run is recorded with."""
+
+import ctypes
+import gc
+import importlib.metadata
+import platform
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from grpo_kit.config.errors import KitError
+
+if TYPE_CHECKING:
+    import torch
+
+    from grpo_kit.config.settings import ModelSettings
+
+LIBRARIES = (
+    "grpo_kit torch torchvision transformers diffusers accelerate peft open_clip_torch safetensors numpy scipy pandas "
+    "pyarrow pillow matplotlib pydantic papermill ipykernel ipywidgets wandb trl"
+).split()
+
+
+_GIVING_BACK = {
+    "malloc_trim": (0,),
+    "MallocExtension_ReleaseFreeMemory": (),
+    "mallctl": (b"arena.4096.purge", None, None, None, 0),  # jemalloc's number for all arenas
+}
+
+
+class HardwareError(KitError):
+    """A device or dtype that this machine does not have."""
+
+
+def choose_device(device: str = "auto", setting: str = "device") -> tuple["torch.device", str]:
+    """The device to compute on and the reason: the first of CUDA, MPS and CPU for "auto", else the one named.
+
+    A CUDA device comes with its number: a thread has a current device of its own, which is not the caller's.
+
+    Raises:
+        HardwareError: one line that names the `setting`, where this machine has no such device.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device()), _cuda_reason(torch.cuda.current_device())
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "Apple GPU found"
+        return torch.device("cpu"), "no CUDA or Apple GPU found"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise HardwareError(f"{setting}: found {device!r:.60}, allowed: auto, cpu, mps, cuda, cuda:N")
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise HardwareError(
+                f"{setting}: found {device}, but this machine has {count} CUDA devices. Set auto or cpu"
+            )
+        index = torch.cuda.current_device() if chosen.index is None else chosen.index
+        return torch.device("cuda", index), f"asked for; {_cuda_reason(index)}"
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise HardwareError(f"{setting}: found mps, but this machine has no Apple GPU. Set auto or cpu")
+    return chosen, "asked for"
+
+
+def placement(settings: "ModelSettings") -> dict[str, tuple["torch.device", str]]:
+    """Where the policy, the generator and the reward models compute: the setting's name → device and reason.
+
+    Raises:
+        HardwareError: this machine does not have one of them.
+    """
+    named = {
+        "device": settings.device,
+        "generator_device": settings.generator_device or settings.device,
+        "reward_device": settings.reward_device or settings.device,
+    }
+    return {setting: choose_device(device, setting) for setting, device in named.items()}
+
+
+def _cuda_reason(index: int) -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name} with {properties.total_memory / 2**30:.0f} GiB found"
+
+
+def choose_dtype(device: "torch.device | str", dtype: str = "auto") -> tuple["torch.dtype", str]:
+    """The floating-point type to compute in on `device`, and the reason."""
+    import torch
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype in types:
+        return types[dtype], "asked for"
+    if dtype != "auto":
+        raise HardwareError(f"dtype: found {dtype!r:.60}, allowed: auto, {', '.join(types)}")
+    kind = torch.device(device).type
+    if kind == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "this GPU computes bfloat16 natively"
+        return torch.float32, "this GPU has no native bfloat16, and float16 overflows in training"
+    if kind == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU has AMX, which makes bfloat16 fast"
+    if kind == "cpu":
+        return torch.float32, "bfloat16 halves the speed of a CPU without AMX"
+    return torch.float32, "bfloat16 is not complete on Apple GPUs"
+
+
+def give_back_memory() -> None:
+    """Hand freed memory back to the system: on Linux the heap keeps it, which hides what the next work takes.
+
+    Knows the heaps of glibc, tcmalloc and jemalloc, whichever are loaded.
+    """
+    if sys.platform != "linux":
+        return
+    loaded = ctypes.CDLL(None)
+    for function, arguments in _GIVING_BACK.items():
+        if hasattr(loaded, function):
+            getattr(loaded, function)(*arguments)
+
+
+def release(*objects: object) -> None:
+    """Give accelerator memory back at the end of a notebook.
+
+    Models among `objects`, or held by them as attributes or items, move to the CPU, since a notebook's own history may
+    still refer to them; then unused memory goes back to the devices.
+    """
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    if on_gpu:
+        for model in _models(objects, depth=8):
+            model.to("cpu")
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+
+
+def _models(things: Iterable[object], depth: int) -> "Iterator[torch.nn.Module]":
+    """The models among the things and what they hold, `depth` levels down: kit, rewards, parts, a reward, its CLIP."""
+    import torch
+
+    for thing in things:
+        if isinstance(thing, torch.nn.Module):
+            yield thing
+        elif depth and not isinstance(thing, type):
+            held = thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
+            yield from _models(list(held.values()), depth - 1)
+
+
+def computing_machine(settings: "ModelSettings") -> dict[str, str]:
+    """What decides how sums are rounded besides the versions: the kinds of device here, and the threads.
+
+    The generator's and the rewards' kinds stand there where they are others than the policy's.
+    """
+    import torch
+
+    kinds = {setting: _kind(device) for setting, (device, _) in placement(settings).items()}
+    kept = {setting: kind for setting, kind in kinds.items() if setting == "device" or kind != kinds["device"]}
+    return {**kept, "threads": str(torch.get_num_threads())}
+
+
+def _kind(device: "torch.device") -> str:
+    import torch
+
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else kind
+    return f"{device.type} {kind}".strip()
+
+
+def library_versions() -> dict[str, str]:
+    """Python's version and those of the libraries that a result depends on; what is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,1 @@
+"""Evaluation: comparisons with intervals, reward hacking, diversity, noise and audits of rewards."""

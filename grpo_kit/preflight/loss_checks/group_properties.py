@@ -1,0 +1,129 @@
+"""What correct group advantages do (T3, T4, T5, T16), asked of an advantage function or of a loss that takes rewards.
+
+From such a loss a row's advantage shows in its gradient, up to a factor that all rows share.
+"""
+
+import math
+
+import torch
+
+from grpo_kit.preflight.loss_checks.cases import unlike_groups
+from grpo_kit.preflight.loss_checks.measures import ROUNDING, exactly, off, percent, within
+from grpo_kit.preflight.loss_checks.subject import NotAsked, Subject
+
+_SCALES = ("group", "none")  # those that keep groups apart; "batch" shares one deviation by design
+
+
+def groups_do_not_leak(subject: Subject) -> str:
+    """T3: another prompt's rewards leave a prompt's advantages as they are; a deviation shared by all is a choice."""
+    rewards, ids = unlike_groups(0)
+    changed = rewards.where(ids != 1, rewards * 7 - 3)
+    most = 0.0
+    for settings in _scalings(subject):
+        before, after = (subject.weigh(given, ids, **settings)[ids != 1] for given in (rewards, changed))
+        moved, factor = off(after, before), float((before * after).sum() / before.square().sum())
+        if moved > ROUNDING and not settings and factor > 0 and off(after, factor * before) <= ROUNDING:
+            return f"only the scale that all groups share moves ({factor:.2g} ×: a batch's deviation, a choice)"
+        why = "" if subject.knows_groups else " (takes no group_ids: right only for one prompt a call)"
+        found = f"another prompt's rewards move advantages by {percent(moved)}{within(settings)}{why}"
+        assert moved <= ROUNDING, found
+        most = max(most, moved)
+    return f"another prompt's rewards change nothing{exactly(most)}"
+
+
+def order_does_not_matter(subject: Subject) -> str:
+    """T4: permuted rows have permuted advantages."""
+    rewards, ids = _groups(subject, 1)
+    order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(0))
+    plain, permuted = subject.weigh(rewards, ids), subject.weigh(rewards[order], ids[order])
+    moved = off(permuted, plain[order])
+    assert moved <= ROUNDING, f"another order of the rows changes advantages by {percent(moved)}"
+    return "another order of the rows permutes the advantages"
+
+
+def equal_rewards_give_exactly_zero(subject: Subject) -> str:
+    """T4: where all answers are as good there is nothing to learn, and no rounding error to blow up either."""
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    largest, dtype_of = 0.0, ""
+    for dtype in (torch.float32, torch.float64):
+        for size in (2, 3, 7, 11):
+            for rewards, ids in _flat(values.to(dtype), size, subject.knows_groups):
+                found = float(subject.weigh(rewards, ids).abs().max())
+                assert math.isfinite(found), f"equal rewards give {found}"
+                if found > largest:
+                    largest, dtype_of = found, str(dtype).removeprefix("torch.")
+    assert largest == 0, f"equal rewards give up to {largest:.1e} ({dtype_of} rounding), not 0"
+    return "equal rewards give exactly 0"
+
+
+def scaling_is_the_stated_one(subject: Subject) -> str:
+    """T5: a shift of the rewards changes nothing; a factor either nothing (scaled by deviation) or just that factor.
+
+    Both are choices. Scaling makes a gap of a millionth as loud as one of 40: the raw spread has to be shown beside it.
+    """
+    rewards, ids = _groups(subject, 2)
+    settings = _scalings(subject)
+    kinds = [_scaling(subject, 100 * rewards, ids, given) for given in settings]  # far above any eps
+    if settings[0]:
+        assert kinds == ["scaled", "plain"], f"scale_rewards 'group' is {kinds[0]}, 'none' is {kinds[1]}"
+    if kinds[0] == "plain":
+        return "not scaled: a factor on the rewards is one on the advantages (a choice)"
+    one_group = torch.zeros(2, dtype=torch.int64)
+    pair = [subject.weigh(torch.tensor([0.0, gap]).double(), one_group, **settings[0]) for gap in (100.0, 4000.0)]
+    moved = off(pair[0], pair[1])
+    assert moved <= 2e-3, f"a pair's advantages change by {percent(moved)} with its gap"
+    floor = ", or set noise_floor" if "noise_floor" in subject.advantages_take else ""
+    size = f" ±{float(pair[1][1]):.3f}" if subject.weighs_exactly else " the same"
+    return f"scaled by deviation: a pair gets{size} for any gap; show the raw spread beside it{floor}"
+
+
+def unscored_rows_are_as_if_they_were_not_there(subject: Subject) -> str:
+    """T16: a NaN reward gets no weight and leaves the statistics; so does a group of nothing else."""
+    rewards, ids = _groups(subject, 3)
+    rewards[[0, 7, 8, 14]] = torch.nan
+    if subject.knows_groups:
+        rewards[ids == 3] = torch.nan
+    scored = ~rewards.isnan()
+    try:
+        expected = subject.weigh(rewards[scored], ids[scored])
+    except Exception as error:
+        raise NotAsked("takes groups of one size only: a failed sample cannot be left out to compare") from error
+    try:
+        found = subject.weigh(rewards, ids)
+    except (ValueError, RuntimeError) as error:
+        return f"refuses NaN rewards: {str(error).splitlines()[0]:.60}"
+    spread, failed = int(found[scored].isnan().sum()), int((~scored).sum())
+    assert not spread, f"{failed} failed samples make {spread} of {int(scored.sum())} scored ones NaN"
+    assert not found[~scored].any(), f"failed samples get advantages up to {float(found[~scored].abs().max()):.2g}"
+    factor = 1.0 if subject.weighs_exactly else float((found[scored] / expected)[expected != 0].median())
+    moved = off(found[scored], factor * expected)
+    assert moved <= ROUNDING, f"failed samples move the others' advantages by {percent(moved)}"
+    return "failed samples get 0 and leave the statistics"
+
+
+def _scaling(subject: Subject, rewards: torch.Tensor, ids: torch.Tensor, settings: dict[str, object]) -> str:
+    plain, changed = (subject.weigh(given, ids, **settings) for given in (rewards, 3 * rewards - 5))
+    if off(changed, 3 * plain) <= ROUNDING:
+        return "plain"
+    moved = off(changed, plain)
+    assert moved <= 1e-2, f"rewards 3 r - 5 change advantages by {percent(moved)}{within(settings)}"
+    return "scaled"
+
+
+def _scalings(subject: Subject) -> list[dict[str, object]]:
+    offered = "scale_rewards" in subject.advantages_take
+    return [{"scale_rewards": name} for name in _SCALES] if offered else [{}]
+
+
+def _groups(subject: Subject, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Several groups, or one where the subject cannot be told of groups."""
+    subject.need_rewards()
+    return unlike_groups(seed) if subject.knows_groups else unlike_groups(seed, groups=1, size=20)
+
+
+def _flat(values: torch.Tensor, size: int, together: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Groups of equal rewards, in one call or one call each."""
+    ids = torch.arange(len(values)).repeat_interleave(size)
+    if together:
+        return [(values.repeat_interleave(size), ids)]
+    return [(value.repeat(size), ids[:size]) for value in values]

@@ -1,0 +1,165 @@
+"""Say what runs on this machine: one finding a line, and for each problem what to do about it."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_kit.config import Config, KitError, hardware
+from grpo_kit.config.prompts import load_prompts
+
+WEIGHTS = ("*.safetensors", "*.bin")
+NEEDED = "torch torchvision transformers diffusers peft open_clip_torch papermill ipykernel ipywidgets".split()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; where it is not `ok`, `text` says what to do."""
+
+    name: str
+    ok: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'OK     ' if self.ok else 'PROBLEM'}  {self.name:<13} {self.text}"
+
+
+def check_machine(config: Config) -> Iterator[Finding]:
+    """Look at everything that a run with `config` needs, from the quick things to the loading of the models."""
+    yield Finding("python", True, f"{platform.python_version()}, {os.cpu_count()} CPU cores")
+    yield _libraries()
+    yield _found("device", lambda: _device(config))
+    models, data = config.model_settings, (config.training_settings, config.evaluation_settings)
+    files = [
+        _found("policy", lambda: weights_text(models.vlm_model)),
+        _found("generator", lambda: weights_text(models.sd_model)),
+        _found("reward model", lambda: _reward_model(models.clip_model)),
+    ]
+    yield from files
+    yield _found("train prompts", lambda: prompts_text(data[0].train_prompts))
+    yield _found("val prompts", lambda: prompts_text(data[1].val_prompts))
+    if all(finding.ok for finding in files):
+        yield _found("models load", lambda: _load(config))
+    yield _found("kernel", _kernel)
+    yield _found("wandb", lambda: _wandb(config.tracking_settings.wandb))
+
+
+def _found(name: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, look())
+    except KitError as problem:
+        return Finding(name, False, str(problem))
+    except Exception as problem:  # a check reports whatever goes wrong
+        lines = str(problem).strip().splitlines() or ["no further text"]
+        return Finding(name, False, f"{type(problem).__name__}: {lines[0]:.300}")
+
+
+def _libraries() -> Finding:
+    versions = hardware.library_versions()
+    missing = [name for name in NEEDED if name not in versions]
+    if missing:
+        return Finding("libraries", False, f"missing: {', '.join(missing)}. Install them: pip install -e .")
+    return Finding("libraries", True, ", ".join(f"{name} {versions[name]}" for name in NEEDED))
+
+
+def _device(config: Config) -> str:
+    placed = hardware.placement(config.model_settings)
+    device, why = placed["device"]
+    dtype, reason = hardware.choose_dtype(device, config.model_settings.dtype)
+    text = f"{device} ({why}), {str(dtype).removeprefix('torch.')} ({reason})"
+    for part in ("generator", "reward"):
+        other, why = placed[f"{part}_device"]
+        text += "" if other == device else f"; {part} on {other} ({why})"
+    return text
+
+
+def weights_text(where: str) -> str:
+    """What stands at a model's place: a folder whose weight files fit its card, or a hub id whose files are cached.
+
+    Raises `KitError` for a file that is missing or damaged, and for a model that is not on this machine.
+    """
+    folder = Path(where)
+    if not folder.is_absolute():
+        return _cached(where)
+    if not folder.is_dir():
+        raise KitError(f"{folder}: no such folder. Restore it (git checkout), or train it again: make models")
+    weights = sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
+    card = folder / "card.json"
+    sums = json.loads(card.read_text(encoding="utf-8")).get("sha256", {}) if card.exists() else {}
+    for name, expected in sums.items():
+        _check_sum(folder / name, expected)
+    if not weights:
+        raise KitError(f"{folder}: no weight file ({', '.join(WEIGHTS)}). Restore it (git checkout), or: make models")
+    size = sum(path.stat().st_size for path in weights) / 1e6
+    told = f"{len(sums)} files match their card" if sums else "no card to compare with"
+    return f"{where}: {size:.1f} MB of weights, {told}"
+
+
+def _reward_model(where: str) -> str:
+    if Path(where).is_absolute() or (where.count("/") == 1 and not where.startswith("hf-hub:")):
+        return weights_text(where)
+    return f"{where}: open_clip keeps its weights in its own cache, and fetches them at first use"
+
+
+def _check_sum(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise KitError(f"{path}: missing. Restore it (git checkout), or train it again: make models")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise KitError(
+            f"{path}: damaged: sha256 {found[:12]}…, its card says {expected[:12]}…. "
+            "Restore it (git checkout), or train it again: make models"
+        )
+
+
+def _cached(where: str) -> str:
+    from huggingface_hub import try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(where, name), str) for name in ("model_index.json", "config.json")):
+        return f"{where}: in the hub cache"
+    raise KitError(
+        f"{where}: not on this machine. It is fetched at first use, which needs network and, where it is gated, the "
+        "licence accepted on its page and a login (hf auth login); offline take --profile tiny"
+    )
+
+
+def prompts_text(path: str) -> str:
+    """How many prompts of how many categories a file holds; raises `PromptError` where it is broken."""
+    prompts = load_prompts(path)
+    return f"{path}: {len(prompts)} prompts, {len({prompt.category for prompt in prompts})} categories"
+
+
+def _load(config: Config) -> str:
+    from grpo_kit.experiment import load_experiment
+
+    start = time.monotonic()
+    load_experiment(config)
+    return f"all of them, in {time.monotonic() - start:.1f} s"
+
+
+def _kernel() -> str:
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    found = KernelSpecManager().find_kernel_specs()
+    if "python3" not in found:
+        raise KitError("no Jupyter kernel named python3. Install it: python -m ipykernel install --sys-prefix")
+    return f"python3 (ipykernel {importlib.metadata.version('ipykernel')})"
+
+
+def _wandb(mode: str) -> str:
+    if mode == "disabled":
+        return "disabled: the run folder keeps everything"
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    if mode == "online" and not wandb.login(prompt=False, verify=False):  # looks for a key, calls nobody
+        raise KitError(
+            "online, but no key on this machine. Log in (wandb login), or set tracking_settings.wandb=offline"
+        )
+    return f"{mode} (wandb {wandb.__version__})"

@@ -1,0 +1,62 @@
+"""The reward's part: the CLIP that rewards share, and preference models beside it, on all pictures at once."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from grpo_kit.config import Config
+from grpo_kit.preflight.plan.architectures import reward_model
+from grpo_kit.preflight.plan.parts import Part, Phase, Piece, tensors_of
+from grpo_kit.preflight.plan.tracing import NOTHING, Cost, Trace, weightless
+
+_OF_CLIP = {"clip_similarity", "image_quality", "consistency", "meaning_kept", "safety", "style", "diversity"}
+_OF_CLIP |= {"aesthetic", "gain"}
+_READ_REWRITES = {"consistency", "meaning_kept"}  # these encode what the policy wrote, too
+_PREFERENCE = {"pickscore": "ViT-H-14", "hps": "ViT-H-14"}  # the architecture of both, by open_clip's name
+
+
+def plan_reward(config: Config) -> Part:
+    """The reward's part of a plan. Programs, such as `sharpness`, take no weights and are not counted.
+
+    Raises:
+        PlanError: the shape of a model is not known here.
+    """
+    settings, training = config.reward_settings, config.training_settings
+    named = {*settings.weights, *settings.monitors}
+    models = {name: _PREFERENCE[name] for name in sorted(named & _PREFERENCE.keys())}
+    if named & _OF_CLIP:
+        models = {"clip": config.model_settings.clip_model, **models}
+    rows = training.prompts_per_iteration * training.group_size
+    images = rows * config.generation_settings.images_per_prompt
+    texts = training.prompts_per_iteration + (rows if named & _READ_REWRITES else 0)
+    pieces, phases, sources = [], [], []
+    for name, wanted in models.items():
+        model, source = reward_model(wanted)
+        pieces.append(Piece.of(name, model))
+        sources.append(source)
+        phases.append(Phase(name, _scoring(model, images, texts), "training_settings.group_size"))
+    programs = sorted(named - _OF_CLIP - _PREFERENCE.keys())
+    notes = (f"not counted, since they are programs: {', '.join(programs)}",) if programs else ()
+    return Part("reward", ", ".join(dict.fromkeys(sources)) or "no model", tuple(pieces), tuple(phases), {}, notes)
+
+
+@torch.no_grad()
+def _scoring(model: torch.nn.Module, images: int, texts: int) -> Cost:
+    """All pictures in one batch, the texts one by one."""
+    size, length = _sizes(model)
+    weightless(model, FakeTensorMode()).requires_grad_(False)
+    there = tensors_of(model)
+    with Trace(there) as seeing:
+        pixels = torch.empty(images, 3, size, size)
+        model.encode_image(pixels, normalize=True)
+    with Trace(there) as reading:
+        model.encode_text(torch.zeros(1, length, dtype=torch.long), normalize=True)
+    return seeing.cost.then(reading.cost.times(texts)) if texts else seeing.cost.then(NOTHING)
+
+
+def _sizes(model: torch.nn.Module) -> tuple[int, int]:
+    """Pixels of a picture's side, and tokens of a text."""
+    if hasattr(model, "visual"):
+        side = model.visual.image_size
+        return (side[0] if isinstance(side, tuple | list) else side), model.context_length
+    config = model.model.config
+    return config.vision_config.image_size, config.text_config.max_position_embeddings

@@ -1,0 +1,1 @@
+"""Training: the loop, the step, several processes, and going on with or repeating what was trained."""

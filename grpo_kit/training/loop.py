@@ -1,0 +1,346 @@
+"""The training loop: rollout, step, validate, save, look whether it is gamed; and on from where a run stopped."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from grpo_kit.config import Config, KitError
+from grpo_kit.config.hardware import library_versions
+from grpo_kit.config.prompts import balanced_batch
+from grpo_kit.config.seeds import derive_seed
+from grpo_kit.evaluation.evaluate import validate
+from grpo_kit.evaluation.reward_hacking import held_out_score, watch
+from grpo_kit.experiment import Experiment
+from grpo_kit.grpo.finite import NotFinite
+from grpo_kit.grpo.logprobs import kl_divergence
+from grpo_kit.models.card import save_with_card
+from grpo_kit.rollout import Rollout, collect_rollout
+from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
+from grpo_kit.runs.folder import RunFolder, course
+from grpo_kit.runs.origin import first_own_validation, require_no_branch
+from grpo_kit.runs.tracking import Tracker, validation_line
+from grpo_kit.training.nonfinite import guard
+from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
+from grpo_kit.training.step import StepStats, grpo_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run lies, how far it is, and what its last iteration logged."""
+
+    run_dir: Path
+    iterations: int
+    started_from: int  # 0, or the committed iteration that was continued
+    metrics: dict[str, float]
+    stopped: str | None = None  # why it ended before its last iteration: the sentinel's report
+
+
+def train(
+    kit: Experiment,
+    run_dir: Path | str,
+    *,
+    progress: bool = True,
+    on_iteration: Callable[[dict[str, float]], None] | None = None,
+    processes: Processes = ALONE,
+) -> TrainResult:
+    """Train the kit's policy as its config says and leave everything in `run_dir`.
+
+    A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
+    if it had not stopped. After each validation the sentinel looks whether the reward is being gamed
+    (`evaluation.reward_hacking`): it warns, and with `stop_on_divergence` the run ends there, its checkpoint committed.
+
+    Args:
+        progress: show a progress bar.
+        on_iteration: called with each iteration's metrics, after all that the iteration writes is on disk.
+        processes: those that share the work, each of which calls this; the main one alone writes, and calls back. The
+            number of processes may change when a run is continued.
+
+    Raises:
+        KitError: the folder belongs to another run, is in use, or cannot be written; the settings name a held-out score
+            that is none; steps were skipped again and again (`NonFiniteError`, which says why); or another process
+            failed (`ProcessError`).
+    """
+    settings = kit.config.training_settings
+    logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
+    _held_out(kit)
+    require_sharable(kit.config, processes.count)
+    folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config))
+    kit.policy.recover()
+    optimizer = make_optimizer(kit, kit.config)
+    with ExitStack() as stack:
+        tracker = processes.only_main(lambda: _open(folder, kit.config, stack))
+        committed = resume(kit, optimizer, folder, processes)
+        start = iteration = committed or 0
+        processes.only_main(lambda: tracker.go_on(start))
+        processes.prepare(kit.policy, optimizer)
+        if committed is None:
+            _validate(kit, folder, tracker, 0, processes)
+            commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
+        stopped = processes.on_main(lambda: _look(kit, folder, announce=False))
+        last = start if stopped else settings.num_iterations
+        bar = _bar(start, last, shown=progress and processes.is_main)
+        for iteration in bar:
+            metrics, trouble = _iterate(kit, optimizer, folder, iteration, processes)
+            processes.on_main(partial(_log, folder, tracker, metrics))
+            if trouble is not None:
+                processes.on_main(partial(guard, folder, iteration, trouble, settings.updates_per_rollout))
+            bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
+            if iteration == last or iteration % settings.validate_every == 0:
+                _validate(kit, folder, tracker, iteration, processes)
+                stopped = processes.on_main(lambda: _look(kit, folder))
+            if iteration == last or stopped or iteration % settings.save_every == 0:
+                commit(kit, optimizer, folder, iteration, processes)
+            if on_iteration is not None:
+                processes.only_main(partial(on_iteration, metrics))
+            if stopped:
+                break
+    logged = folder.metrics()
+    return TrainResult(folder.path, iteration, start, logged[-1] if logged else {}, stopped)
+
+
+def _bar(start: int, last: int, *, shown: bool) -> tqdm:
+    """The iterations after `start`, with their progress."""
+    numbers = range(start + 1, last + 1)
+    return tqdm(numbers, initial=start, total=last, desc="GRPO", unit="it", disable=not shown, mininterval=1.0)
+
+
+def _open(folder: RunFolder, config: Config, stack: ExitStack) -> Tracker:
+    """Hold the folder as its writer, and mirror it, until the stack is closed."""
+    folder.hold(stack)
+    return stack.enter_context(Tracker(config, folder.path))
+
+
+def _log(folder: RunFolder, tracker: Tracker, metrics: dict[str, float]) -> None:
+    folder.append_metrics(metrics)
+    tracker.log(metrics)
+
+
+def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
+    """AdamW over what the policy trains."""
+    settings = config.training_settings
+    parameters = kit.policy.trainable_parameters()
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+
+
+def resume(
+    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, processes: Processes = ALONE
+) -> int | None:
+    """Put policy, optimizer and rewards where the newest good checkpoint left them.
+
+    Returns:
+        Its iteration, None where nothing is committed yet.
+    """
+    checkpoint = load_latest(folder.checkpoints, course(kit.config.to_dict()))
+    if checkpoint is None:
+        require_no_branch(folder.path)
+    iteration = 0 if checkpoint is None else checkpoint.iteration
+    if len(seen := set(processes.gather(lambda: iteration))) > 1:
+        raise ProcessError(
+            f"run folder {folder.path}: its newest checkpoint is iteration {min(seen)} for one process and {max(seen)} "
+            "for another. Give a folder that all of them see"
+        )
+    processes.on_main(lambda: _tidy(kit, folder, iteration))
+    restore(kit, optimizer, checkpoint)
+    if checkpoint is None:
+        return None
+    logger.info("continuing after iteration %d", iteration)
+    return iteration
+
+
+def _tidy(kit: Experiment, folder: RunFolder, iteration: int) -> None:
+    """Drop what is later than the committed iteration, and checkpoints that a crash came before the removal of."""
+    folder.forget_after(iteration)
+    with folder.file_errors("checkpoints"):
+        keep_newest(folder.checkpoints, kit.config.training_settings.keep_checkpoints, iteration)
+
+
+def restore(kit: Experiment, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> None:
+    """Put policy, optimizer and rewards where a checkpoint left them; None is the start, where the policy must be."""
+    kit.rewards.load_state_dict({} if checkpoint is None else checkpoint.rewards)
+    if checkpoint is not None:
+        kit.policy.load_pretrained(checkpoint.policy)
+        optimizer.load_state_dict(checkpoint.optimizer)
+
+
+def run_iteration(
+    kit: Experiment, optimizer: torch.optim.Optimizer, iteration: int, processes: Processes = ALONE
+) -> tuple[Rollout, StepStats]:
+    """One iteration without any files: its prompts, its rollout and the step on it, all fixed by (seed, iteration)."""
+    settings, generation = kit.config.training_settings, kit.config.generation_settings
+    prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, iteration)
+    with processes.whole_policy():
+        rollout = collect_rollout(
+            kit.policy,
+            kit.generator,
+            kit.rewards,
+            prompts,
+            settings.group_size,
+            seed=derive_seed(settings.seed, "rollout", iteration),
+            images_per_prompt=generation.images_per_prompt,
+            share_seeds=generation.share_seeds,
+            use_image=kit.config.model_settings.use_image,
+            overlap=kit.overlap,
+            processes=processes,
+        )
+    return rollout, grpo_step(kit.policy, optimizer, rollout, kit.config, processes)
+
+
+def _iterate(
+    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes
+) -> tuple[dict[str, float], NotFinite | None]:
+    """One iteration: its line for metrics.jsonl, and what was not finite; some rollouts are kept, with pictures."""
+    settings = kit.config.training_settings
+    started = time.perf_counter()
+    rollout, stats = run_iteration(kit, optimizer, iteration, processes)
+    metrics = log_line(kit, iteration, rollout, stats)
+    if iteration == 1 or iteration % settings.validate_every == 0 or iteration == settings.num_iterations:
+        with processes.whole_policy():
+            kl = processes.on_main(lambda: keep_rollout(kit, folder, iteration, rollout, stats))
+        metrics.setdefault("kl", kl)  # beta 0 needs no KL, but who watches the run does
+    metrics["step_time"] = time.perf_counter() - started
+    metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
+    return metrics, stats.trouble
+
+
+def log_line(kit: Experiment, iteration: int, rollout: Rollout, stats: StepStats) -> dict[str, float]:
+    """What metrics.jsonl says of an iteration, but for the seconds that it took as a whole."""
+    seconds = {f"time/{name}": value for name, value in rollout.seconds.items()}
+    learning_rate = kit.config.training_settings.learning_rate
+    return {"iteration": iteration, **stats.metrics, **seconds, "learning_rate": learning_rate}
+
+
+def keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> float:
+    """Save a rollout with what the step did to each of its tokens; returns its mean KL from the reference per token."""
+    size = kit.config.training_settings.micro_batch_size or len(rollout.rewards)
+    parts = torch.arange(len(rollout.rewards)).split(size)
+    logprobs = {"old_logprobs": rollout.old_logprobs}
+    with torch.no_grad():
+        for name, reference in (("ref_logprobs", True), ("new_logprobs", False)):
+            scores = [rollout.score(kit.policy, rows, reference=reference).logprobs.cpu() for rows in parts]
+            logprobs[name] = torch.cat(scores)
+    tokens = kit.policy.token_texts(rollout.completion_ids, rollout.completion_mask)
+    folder.save_rollout(iteration, rollout, stats.advantages.tolist(), tokens, logprobs)
+    estimator = kit.config.training_settings.kl_estimator
+    kl = kl_divergence(rollout.old_logprobs, logprobs["ref_logprobs"], estimator=estimator)
+    return float(kl[rollout.completion_mask].mean())
+
+
+def commit(
+    kit: Experiment,
+    optimizer: torch.optim.Optimizer,
+    folder: RunFolder,
+    iteration: int,
+    processes: Processes = ALONE,
+) -> None:
+    """Put everything that the next iteration depends on into a checkpoint, once what it vouches for is on the disk."""
+    weights, state = _shared_weights(kit, processes), processes.full(optimizer.state_dict())
+
+    def save() -> None:
+        save_checkpoint(
+            folder.checkpoints,
+            iteration,
+            _saving(kit, iteration, weights),
+            state,
+            kit.config.training_settings.keep_checkpoints,
+            rewards=kit.rewards.state_dict(),
+            settings=course(kit.config.to_dict()),
+            versions=library_versions(),
+        )
+
+    processes.on_main(lambda: folder.commit(save))
+
+
+def _saving(kit: Experiment, iteration: int, weights: dict[str, torch.Tensor] | None) -> Callable[[Path], None]:
+    """What writes the policy, as it is then, into the folder that it is given."""
+    count = len(kit.train_prompts)
+    return lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights, num_prompts=count)
+
+
+def _shared_weights(kit: Experiment, processes: Processes) -> dict[str, torch.Tensor] | None:
+    """The policy's whole weights where each process holds only a part of them."""
+    return processes.full(kit.policy.trainable_state()) if processes.sharded else None
+
+
+def _validate(
+    kit: Experiment, folder: RunFolder, tracker: Tracker | None, iteration: int, processes: Processes
+) -> None:
+    """Validate, and keep the policy in `best/` when no validation before scored as high; the main process does it."""
+    with processes.whole_policy():
+        is_best = processes.on_main(lambda: _looks_best(kit, folder, tracker, iteration))
+    if is_best:
+        weights = _shared_weights(kit, processes)
+        processes.on_main(lambda: folder.save_best(_saving(kit, iteration, weights)))
+
+
+def _looks_best(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> bool:
+    """Validate; whether no validation before scored as high."""
+    since = first_own_validation(folder.path)  # a branch may have none of the policies that its parent validated
+    earlier = [_rank(v, _held_out(kit)) for v in folder.validations() if since <= v["iteration"] < iteration]
+    result = validate(kit, iteration, folder)
+    tracker.log(validation_line(result), prefix="eval")
+    tracker.log_samples(iteration)
+    logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
+    return not earlier or _rank(result, _held_out(kit)) > max(earlier)
+
+
+def best_iteration(kit: Experiment, folder: RunFolder) -> int | None:
+    """The iteration whose policy `best/` holds: the first of those that were validated best; None before any was."""
+    since = first_own_validation(folder.path)
+    own = [validation for validation in folder.validations() if validation["iteration"] >= since]
+    best = max(own, key=lambda validation: _rank(validation, _held_out(kit)), default=None)
+    return None if best is None else best["iteration"]
+
+
+def _rank(validation: Mapping, held_out: str | None) -> tuple[float, float]:
+    """What `best/` is chosen by: the held-out score, and the reward where that is equal or nothing is held out."""
+    scores = (0.0 if held_out is None else validation["rewards"].get(held_out), validation["reward"])
+    return tuple(-math.inf if score is None or math.isnan(score) else score for score in scores)
+
+
+def _held_out(kit: Experiment) -> str | None:
+    """The monitor that this experiment is judged by.
+
+    Raises:
+        KitError: the name is no monitor's, or the run shall stop on a divergence that nothing could show.
+    """
+    held_out = held_out_score(kit.rewards.monitors, kit.config.evaluation_settings.held_out)
+    if held_out is None and kit.config.training_settings.stop_on_divergence:
+        raise KitError(
+            "training_settings.stop_on_divergence: found true, but no score is held out. Add a second scorer to "
+            "reward_settings.monitors and name it in evaluation_settings.held_out"
+        )
+    return held_out
+
+
+def _look(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str | None:
+    """Let the sentinel look at the folder's validations and write what it sees; returns why the run ends, if it does.
+
+    Args:
+        announce: log what the newest validation is the first to show; a continued run has logged it before.
+    """
+    validations, metrics, held_out = folder.validations(), folder.metrics(), _held_out(kit)
+    seen = watch(validations, metrics, held_out)
+    folder.write_json("sentinel.json", seen.to_dict())
+    known = watch(validations[:-1], metrics, held_out).findings() if announce else seen.findings()
+    for finding in seen.findings():
+        if finding not in known:
+            logger.warning("%s", finding)
+    if seen.divergence is None or not kit.config.training_settings.stop_on_divergence:
+        return None
+    logger.warning(
+        "stopped by the sentinel (%s). best/ holds the policy with the best %s. To train on all the same, set "
+        "training_settings.stop_on_divergence to false and run again in this folder",
+        seen.divergence,
+        held_out,
+    )
+    return str(seen.divergence)

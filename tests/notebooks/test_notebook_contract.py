@@ -1,0 +1,185 @@
+"""Every notebook keeps the contract of the series: one shape, checked parameters, nothing bound to a machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from grpo_kit.config import PROJECT_ROOT, KitError
+from grpo_kit.runs.parameters import check_parameters
+
+NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+MAX_CODE_CELLS, MAX_LINES, MAX_WIDTH = 25, 15, 88
+MAX_BYTES, MAX_BYTES_TOGETHER = 1_000_000, 6_000_000
+MACHINE = re.compile(r"/(home|root|work|tmp|Users|private|var/folders)/|\.\./|getcwd|sys\.path|%pip|%cd|[A-Z]:\\\\")
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """Return the notebook, checked against nbformat's own schema."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Return the code cells in order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose(notebook: nbformat.NotebookNode) -> str:
+    """Return all markdown as one text."""
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    """Return a cell's tags."""
+    return cell.metadata.get("tags", [])
+
+
+def test_the_first_notebooks_are_there() -> None:
+    assert {"00_start_here", "07_train", "08_evaluate"} <= {path.stem for path in NOTEBOOKS}
+
+
+@every_notebook
+def test_it_opens_with_title_objectives_minutes_and_hardware(path: Path) -> None:
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown"
+    assert re.match(rf"# {path.stem[:2]} · \S", first.source)
+    for word in ("You will", "Minutes", "Hardware"):
+        assert word in first.source, f"{word} is missing in the first cell"
+
+
+@every_notebook
+def test_parameters_are_plain_annotated_literals_with_help(path: Path) -> None:
+    cells = [cell for cell in code(read(path)) if "parameters" in tags(cell)]
+    assert len(cells) == 1
+    for line in cells[0].source.strip().splitlines():
+        assert re.fullmatch(r"\w+: (int|float|str|bool) = [^=#]+  # [^=#]+", line), line
+        ast.literal_eval(line.split("=")[1].split("#")[0].strip())
+
+
+@every_notebook
+def test_papermill_reads_every_parameter_with_type_and_help(path: Path) -> None:
+    cell = next(cell for cell in code(read(path)) if "parameters" in tags(cell))
+    found = papermill.inspect_notebook(str(path))
+    assert list(found) == [line.split(":")[0] for line in cell.source.strip().splitlines()]
+    assert all(
+        entry["help"] and entry["inferred_type_name"] in ("int", "float", "str", "bool") for entry in found.values()
+    )
+    assert found["profile"]["default"] == '"tiny"'
+    assert "run_dir" not in found or found["run_dir"]["default"] == '""'
+
+
+@every_notebook
+def test_the_cell_after_the_parameters_checks_them(path: Path) -> None:
+    cells = code(read(path))
+    place = next(i for i, cell in enumerate(cells) if "parameters" in tags(cell))
+    assert "check_parameters(globals())" in cells[place + 1].source
+
+
+@every_notebook
+def test_cells_are_few_short_and_parse(path: Path) -> None:
+    cells = code(read(path))
+    assert len(cells) <= MAX_CODE_CELLS
+    for cell in cells:
+        lines = cell.source.splitlines()
+        assert len(lines) <= MAX_LINES and max(map(len, lines)) <= MAX_WIDTH, cell.source
+        ast.parse(cell.source)
+
+
+@every_notebook
+def test_functions_are_defined_only_where_they_are_taught(path: Path) -> None:
+    for cell in code(read(path)):
+        if "taught" not in tags(cell):
+            nodes = ast.walk(ast.parse(cell.source))
+            assert not any(isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)) for n in nodes), (
+                cell.source
+            )
+
+
+@every_notebook
+def test_it_has_checkpoints_and_ends_with_recap_exercises_and_release(path: Path) -> None:
+    notebook = read(path)
+    asserts = [n for cell in code(notebook) for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Assert)]
+    assert len(asserts) >= 3
+    assert "You should see" in prose(notebook) or "you should see" in prose(notebook)
+    headings = re.findall(r"^## (.+)$", prose(notebook), flags=re.MULTILINE)
+    assert "Recap" in headings and "Exercises" in headings
+    exercises = prose(notebook).split("## Exercises")[1]
+    assert len(re.findall(r"\(\d+ min", exercises)) >= 2 and exercises.count("<summary>Hint</summary>") >= 2
+    assert "gk.release(" in code(notebook)[-1].source
+
+
+@every_notebook
+def test_nothing_in_it_is_bound_to_a_machine_or_a_folder(path: Path) -> None:
+    for cell in read(path).cells:
+        found = MACHINE.search(cell.source)
+        assert found is None, f"{found.group(0)} in: {cell.source[:200]}"
+        assert "widgets.Output" not in cell.source
+        for output in cell.get("outputs", []):
+            text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+            assert MACHINE.search(text) is None, text[:300]
+
+
+@every_notebook
+def test_what_is_committed_is_clean_and_small(path: Path) -> None:
+    notebook = read(path)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
+    assert path.stat().st_size <= MAX_BYTES
+    assert not [o for cell in code(notebook) for o in cell.outputs if o.output_type == "error"]
+    counts = [cell.execution_count for cell in code(notebook)]
+    whole = counts == list(range(1, len(counts) + 1)) or not any(counts)
+    assert whole, "run it from top to bottom, or clear all outputs, before committing"
+
+
+@pytest.mark.trap("T21")
+def test_a_notebook_says_that_a_loss_of_0_is_no_failure() -> None:
+    text = prose(read(PROJECT_ROOT / "notebooks" / "07_train.ipynb"))
+    section = text.split("### A loss of 0 that learns")[1].split("###")[0]
+    assert "That is no failure" in section and "gradient" in section
+
+
+def test_all_notebooks_together_stay_small() -> None:
+    assert sum(path.stat().st_size for path in NOTEBOOKS) <= MAX_BYTES_TOGETHER
+
+
+# --- the check that every notebook's second cell makes --------------------------------------------------------------
+
+DECLARED = 'profile: str = "tiny"  # a name\ngroup_size: int = 0  # 0: as the profile says\nrate: float = 0.5  # a rate'
+
+
+def session(injected: str = "", **values: object) -> dict[str, object]:
+    """Return a notebook's namespace after its parameters cell and papermill's injected one."""
+    namespace: dict[str, object] = {"In": ["", DECLARED, f"# Parameters\n{injected}" if injected else "1 + 1"]}
+    return namespace | {"profile": "tiny", "group_size": 0, "rate": 0.5} | values
+
+
+def test_declared_parameters_pass_also_when_injected_and_after_the_whole_notebook_ran() -> None:
+    expected = {"profile": "tiny", "group_size": 8, "rate": 1}
+    found = check_parameters(session("group_size = 8\nrate = 1", group_size=8, rate=1, later="a variable"))
+    assert found == expected
+
+
+def test_a_typo_stops_with_the_nearest_name() -> None:
+    with pytest.raises(KitError, match=r"parameter gruop_size: not in this notebook.*Did you mean group_size"):
+        check_parameters(session("gruop_size = 8", gruop_size=8))
+
+
+@pytest.mark.parametrize("wrong", [{"group_size": "8"}, {"group_size": 8.0}, {"group_size": True}, {"profile": 1}])
+def test_a_wrong_type_stops_with_the_value(wrong: dict) -> None:
+    (name, value), *_ = wrong.items()
+    with pytest.raises(KitError, match=re.escape(f"parameter {name}: found {value!r}, allowed:")):
+        check_parameters(session(**wrong))
+
+
+def test_without_a_parameters_cell_it_says_so() -> None:
+    with pytest.raises(KitError, match="found no cell that declares them"):
+        check_parameters({"In": ["", "%matplotlib inline", "x = 1"]})

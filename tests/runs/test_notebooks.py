@@ -1,0 +1,208 @@
+"""Every notebook runs as it is committed, and with other parameters; what its checked cells print stays the same.
+
+The quick ones run in every test run: under nbval with their defaults, the quickest with other parameters too.
+`make test ARGS="tests/test_notebooks.py -m slow"` does the same with all of them, and gives each a second set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from grpo_kit.config import PROJECT_ROOT
+from grpo_kit.runs.notebooks import execute, plan
+from tools import colab
+
+NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+INDEX = PROJECT_ROOT / "notebooks" / "index.ipynb"
+LONG = {"07_train", "08_evaluate", "09_ablations"}  # minutes with their defaults
+DRAWING = {"01_prompts", "03_generator", "04_rewards", "05_groups"}  # half a minute, since they draw many pictures
+QUICK = [path for path in NOTEBOOKS if path.stem not in LONG]
+# Each set is given to the notebooks that have such a parameter.
+SMALL = {"seed": "1", "group_size": "4"}
+OTHER = {"seed": "2", "group_size": "6", "num_iterations": "3", "trial_iterations": "2", "seeds_per_prompt": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _slow_only_when_asked(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("takes minutes: make test ARGS='tests/test_notebooks.py -m slow'")
+
+
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+def slow_where(paths: list[Path], long: set[str]) -> list:
+    return [pytest.param(path, marks=pytest.mark.slow) if path.stem in long else path for path in paths]
+
+
+# --- as committed -----------------------------------------------------------------------------------------------------
+
+
+def nbval(path: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Run a notebook under nbval, from another folder."""
+    options = ["--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "-q", "-c", os.devnull]
+    command = [sys.executable, "-m", "pytest", *options, "--nbval-cell-timeout", "900", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def checked_cells(path: Path) -> int:
+    cells = nbformat.read(path, as_version=4).cells
+    return sum(cell.source.startswith("# NBVAL_CHECK_OUTPUT") for cell in cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("path", slow_where([INDEX, *NOTEBOOKS], LONG), ids=by_name)
+def test_it_runs_as_committed_and_its_checked_cells_print_the_same(path: Path, tmp_path: Path) -> None:
+    before = path.read_bytes()
+    done = nbval(path, tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert path.read_bytes() == before
+
+
+def test_a_checked_cell_that_prints_something_else_is_caught(tmp_path: Path) -> None:
+    source = nbformat.read(PROJECT_ROOT / "notebooks" / "09_ablations.ipynb", as_version=4)
+    cells = [cell for cell in source.cells if cell.cell_type == "code"]
+    imports = next(cell for cell in cells if cell.source.startswith("import time")).source
+    checked = next(cell for cell in cells if cell.source.startswith("# NBVAL_CHECK_OUTPUT") and cell.outputs)
+    small = nbformat.v4.new_notebook(metadata=source.metadata)
+    start = nbformat.v4.new_code_cell(imports.split("check_parameters(globals())")[0], execution_count=1)
+    for wrong, expected in ((False, 0), (True, 1)):
+        checked.execution_count = 2
+        checked.outputs[0]["text"] += "and more" * wrong
+        small.cells = [start, checked]
+        nbformat.write(small, tmp_path / "small.ipynb")
+        assert nbval(tmp_path / "small.ipynb", tmp_path).returncode == expected
+
+
+def test_the_series_has_checked_cells() -> None:
+    assert sum(map(checked_cells, NOTEBOOKS)) >= 5
+
+
+# --- with other parameters --------------------------------------------------------------------------------------------
+
+
+def run_with(path: Path, wanted: dict[str, str], run_dir: Path) -> nbformat.NotebookNode:
+    """Execute a notebook as `grpo-kit run` does, on the shortest profile, and return it with its outputs."""
+    known = papermill.inspect_notebook(str(path))
+    parameters = {name: value for name, value in wanted.items() if name in known}
+    (planned,) = plan([path], "workshop", run_dir, parameters)
+    done = execute(planned, run_dir / "notebooks", minutes_per_cell=15)
+    assert done.error is None, done.error
+    return nbformat.read(done.path, as_version=4)
+
+
+@pytest.mark.parametrize("path", slow_where(QUICK, DRAWING), ids=by_name)
+def test_it_runs_with_other_parameters(path: Path, tmp_path: Path) -> None:
+    executed = run_with(path, SMALL, tmp_path / "run")
+    injected = next(cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", []))
+    assert 'profile = "workshop"' in injected.source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "08_evaluate"], ids=by_name)
+def test_it_runs_with_a_second_set_of_parameters(path: Path, tmp_path: Path) -> None:
+    run_with(path, OTHER, tmp_path / "run")
+
+
+# --- the map, the links, Colab ----------------------------------------------------------------------------------------
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def prose(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def test_the_map_lists_every_notebook_with_its_own_title_and_minutes() -> None:
+    rows = [line for line in prose(INDEX).splitlines() if line.startswith("| [")]
+    assert len(rows) == len(NOTEBOOKS)
+    for path, row in zip(NOTEBOOKS, rows, strict=True):
+        first = nbformat.read(path, as_version=4).cells[0].source.replace("\n", " ")
+        title = re.match(r"# (.+?)  ", first)[1]
+        minutes = re.search(r"\*\*Minutes\*\* (.+?)\. ", first)[1]
+        assert row.startswith(f"| [{title}]({path.name}) |") and row.endswith(f"| {minutes} |"), (title, minutes)
+
+
+@pytest.mark.parametrize("path", [INDEX, *NOTEBOOKS, PROJECT_ROOT / "docs" / "troubleshooting.md"], ids=by_name)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    text = prose(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for link in links(text):
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (path.parent / link.split("#")[0]).exists(), link
+
+
+def test_the_readme_leads_to_the_troubleshooting_page_and_to_every_notebook() -> None:
+    found = links((PROJECT_ROOT / "README.md").read_text(encoding="utf-8"))
+    wanted = {f"notebooks/{path.name}" for path in [INDEX, *NOTEBOOKS]} | {"docs/troubleshooting.md"}
+    assert wanted <= set(found)
+
+
+def test_a_notebook_with_a_link_to_colab_can_start_there() -> None:
+    repositories = set()
+    for path in [INDEX, *NOTEBOOKS]:
+        notebook = nbformat.read(path, as_version=4)
+        link = re.search(rf"\[{colab.LABEL}\]\((.+?)\)", notebook.cells[0].source)
+        cells = [cell for cell in notebook.cells if colab.TAG in cell.metadata.get("tags", [])]
+        assert bool(link) == bool(cells) and (link or path != INDEX)
+        if link:
+            repository = re.search(r"/github/([^/]+/[^/]+)/", link[1])[1]
+            repositories.add(repository)
+            assert link[1] == colab.LINK.format(repository=repository, name=path.name)
+            assert notebook.cells[1] == cells[0] and cells[0].source == colab.CELL.format(repository=repository)
+    assert len(repositories) == 1
+
+
+def test_setting_the_repository_twice_changes_nothing_more(tmp_path: Path) -> None:
+    copies = []
+    for path in [INDEX, NOTEBOOKS[0], NOTEBOOKS[-1]]:
+        copies.append(tmp_path / path.name)
+        copies[-1].write_bytes(path.read_bytes())
+    before = [len(nbformat.read(path, as_version=4).cells) for path in copies]
+    assert colab.set_repository(copies, "someone/kit-1.0") == copies
+    assert colab.set_repository(copies, "someone/kit-1.0") == []
+    assert colab.set_repository(copies, "other/kit") == copies
+    for path, cells in zip(copies, before, strict=True):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        text = path.read_text(encoding="utf-8")
+        assert "someone/kit-1.0" not in text and text.count("other/kit") == 2 and len(notebook.cells) <= cells + 1
+        counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1)) or not any(counts)
+
+
+@pytest.mark.parametrize("repository", ["", "owner", "a/b/c", "https://github.com/a/b", "a/b;ls", '"/x', "-a/b"])
+def test_what_is_no_repository_is_refused(repository: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="allowed: owner/name"):
+        colab.set_repository([INDEX], repository)
+
+
+def test_the_colab_cell_installs_there_and_does_nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
+    source = colab.CELL.format(repository="someone/kit")
+    exec(source, {})
+    assert asked == []
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(source, {})
+    clone, install = asked
+    assert clone[:2] == ["git", "clone"] and clone[-2:] == ["https://github.com/someone/kit", "grpo_kit_checkout"]
+    assert install[:4] == [sys.executable, "-m", "pip", "install"] and install[-1] == "grpo_kit_checkout"
+    assert str(tmp_path / "grpo_kit_checkout") in sys.path

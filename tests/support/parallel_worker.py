@@ -1,0 +1,263 @@
+"""What `test_parallel.py` runs in each of several processes; the main one writes what it found as JSON.
+
+python -m accelerate.commands.launch … tests/parallel_worker.py SCRATCH some|all|hang
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from grpo_kit.config import Config, KitError, load_config
+from grpo_kit.experiment import Experiment, load_experiment
+from grpo_kit.grpo import LOSS_TYPES
+from grpo_kit.grpo.advantages import group_advantages
+from grpo_kit.grpo.loss import token_weights
+from grpo_kit.models.policy import Policy
+from grpo_kit.rollout import Rollout, collect_rollout
+from grpo_kit.training import step as step_module
+from grpo_kit.training.launch import joined
+from grpo_kit.training.loop import train
+from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, full_tensor
+from grpo_kit.training.step import grpo_step
+
+SETTINGS = {
+    "model_settings.device": "cpu",
+    "training_settings.num_iterations": 4,
+    "training_settings.prompts_per_iteration": 3,  # two groups for one process, one for the other
+    "training_settings.group_size": 4,
+    "training_settings.validate_every": 1,
+    "training_settings.save_every": 2,
+    "generation_settings.num_inference_steps": 2,
+    "evaluation_settings.validation_prompts": 3,
+    "evaluation_settings.paraphrases": False,
+}
+NAN = float("nan")
+VARIED = [0.1, 0.5, 0.2, 0.9, 0.3, 0.3, 0.8, 0.1, 0.7, 0.2, 0.4, 0.6]
+REWARDS = {"all": VARIED, "some lost": [*VARIED[:6], NAN, NAN, *VARIED[8:]], "a share lost": [NAN] * 4 + VARIED[4:]}
+SCALES, SIZES = ("group", "batch", "none"), (None, 5, 1)
+
+
+def settings() -> tuple[Config, Config]:
+    """Of a run that ends after two iterations, and of the same one that goes on."""
+    return (load_config("tiny", SETTINGS | {"training_settings.num_iterations": number}) for number in (2, 4))
+
+
+class Watched(torch.optim.SGD):
+    """Keeps every whole gradient that it is given, and changes nothing."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.trainable_parameters(), lr=0.0)
+        self.gradients: list[torch.Tensor] = []
+
+    def step(self, closure: None = None) -> None:
+        """Keep the gradients of all parameters, one after the other."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.gradients.append(torch.cat([full_tensor(gradient).flatten() for gradient in given]))
+
+
+def cases(everything: bool) -> list[dict[str, object]]:
+    """Training settings: each loss type once, or with every scaling and beta, the sizes of a micro-batch in turn."""
+    names = ("loss_type", "scale_rewards", "beta")
+    product = [dict(zip(names, values, strict=True)) for values in itertools.product(LOSS_TYPES, SCALES, (0.0, 0.04))]
+    chosen = product if everything else [product[6 * i + i % 6] for i in range(len(LOSS_TYPES))]
+    found = [case | {"micro_batch_size": SIZES[i % len(SIZES)]} for i, case in enumerate(chosen)]
+    return [case | ({"epsilon_high": 5.0} if case["loss_type"] == "cispo" else {}) for case in found]
+
+
+def gradient(
+    kit: Experiment, rollout: Rollout, case: dict[str, object], watched: Watched, processes: Processes
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Advantages, gradient, and the metrics of one step."""
+    training = {"max_grad_norm": 1e9, "updates_per_rollout": 1} | case
+    config = load_config(kit.config, {f"training_settings.{name}": value for name, value in training.items()})
+    watched.gradients.clear()
+    stats = grpo_step(kit.policy, watched, rollout, config, processes)
+    return stats.advantages, watched.gradients[-1], stats.metrics
+
+
+def drifted(rollout: Rollout, rewards: list[float]) -> Rollout:
+    """With these rewards, and as if the policy had moved since it sampled: ratios on both sides of the clip."""
+    noise = torch.randn(rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(0))
+    old = rollout.old_logprobs + 0.2 * noise * rollout.completion_mask
+    return dataclasses.replace(rollout, rewards=torch.tensor(rewards, dtype=torch.float64), old_logprobs=old)
+
+
+# --- versions that are broken on purpose ------------------------------------------------------------------------------
+
+
+@contextmanager
+def weights_of_the_local_batch() -> Iterator[None]:
+    """Each process weighs its tokens as if its own rows were the batch."""
+    right = step_module._parts
+
+    def wrong(batch: object, rollout: Rollout, size: int | None, processes: Processes) -> tuple[list, int]:
+        parts, own = right(batch, rollout, size, processes)
+        rows = torch.cat([part.mask for part in parts[:own]])
+        local = token_weights(rows, "dapo").split([len(part.mask) for part in parts[:own]])
+        changed = [dataclasses.replace(part, weights=w) for part, w in zip(parts[:own], local, strict=True)]
+        return changed + parts[own:], own
+
+    with patch.object(step_module, "_parts", wrong):
+        yield
+
+
+@contextmanager
+def mean_over_processes() -> Iterator[None]:
+    """The mean that DDP takes is left as the batch's gradient."""
+    with patch.object(Launched, "backward", lambda self, loss: loss.backward()):
+        yield
+
+
+@contextmanager
+def statistics_of_the_local_batch(processes: Processes) -> Iterator[None]:
+    """Each process scales its rewards by its own rows' spread."""
+
+    def wrong(rewards: torch.Tensor, group_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        shard = processes.shards(int(group_ids.max()) + 1)[processes.rank]
+        own = (group_ids >= shard.start) & (group_ids < shard.stop)
+        advantages = torch.zeros_like(rewards)
+        advantages[own] = group_advantages(rewards[own], group_ids[own], **options)
+        return advantages
+
+    with patch.object(step_module, "group_advantages", wrong):
+        yield
+
+
+@contextmanager
+def seeds_of_the_local_batch() -> Iterator[None]:
+    """Each process counts its prompts from 0."""
+    right = Policy.sample
+    with patch.object(Policy, "sample", lambda self, *args, first_prompt=0, **options: right(self, *args, **options)):
+        yield
+
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+def far(found: tuple, expected: tuple) -> dict[str, float]:
+    """Largest distances of advantages, gradients and metrics, and the gradients' in lengths of the expected one."""
+    (advantages, grad, metrics), (right_advantages, right, right_metrics) = found, expected
+    same = [name for name in right_metrics if not name.startswith("time/")]
+    return {
+        "advantages": float((advantages - right_advantages).abs().max()),
+        "gradient": float((grad - right).abs().max()),
+        "gradient, relative": float((grad - right).norm() / right.norm()),
+        "metrics": max(abs(metrics[name] - right_metrics[name]) for name in same if metrics[name] == metrics[name]),
+        "norm": float(right.norm()),
+    }
+
+
+def compare_steps(
+    kit: Experiment, rollout: Rollout, processes: Processes, everything: bool
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Steps of all processes against those of one, for each case; and the same for each broken version."""
+    one, several = (dataclasses.replace(kit, policy=copy.deepcopy(kit.policy)) for _ in range(2))
+    watched, watched_alone = Watched(several.policy), Watched(one.policy)
+    processes.prepare(several.policy, watched)
+
+    def distance(case: dict[str, object], rewards: str = "all") -> dict[str, float]:
+        given = drifted(rollout, REWARDS[rewards])
+        found = gradient(several, given, case, watched, processes)
+        return far(found, gradient(one, given, case, watched_alone, ALONE))
+
+    steps = {str(case): distance(case) for case in cases(everything)}
+    lost = {"some lost": {"loss_type": "dapo", "micro_batch_size": 5}, "a share lost": {"micro_batch_size": 1}}
+    steps |= {f"{case}, {name}": distance(case, name) for name, case in lost.items()}
+    twins: dict[str, Callable] = {
+        "weights": weights_of_the_local_batch,
+        "mean": mean_over_processes,
+        "statistics": lambda: statistics_of_the_local_batch(processes),
+    }
+    broken = {}
+    for name, version in twins.items():
+        with version():
+            broken[name] = distance({"loss_type": "dapo", "scale_rewards": "batch"})
+    return steps, broken
+
+
+def compare_rollouts(kit: Experiment, processes: Processes) -> dict[str, object]:
+    """A rollout of all processes against that of one; and whether local seeds would be seen."""
+    prompts = kit.train_prompts[:3]
+
+    def rollout(workers: Processes) -> Rollout:
+        return collect_rollout(kit.policy, kit.generator, kit.rewards, prompts, 4, seed=0, processes=workers)
+
+    one, several = rollout(ALONE), rollout(processes)
+    with seeds_of_the_local_batch():
+        broken = rollout(processes)
+    return {
+        "texts": one.enhanced_prompts == several.enhanced_prompts,
+        "ids": torch.equal(one.completion_ids, several.completion_ids),
+        "mask": torch.equal(one.completion_mask, several.completion_mask),
+        "seeds": torch.equal(one.image_seeds, several.image_seeds),
+        "groups": torch.equal(one.group_ids, several.group_ids),
+        "pictures": sum(image is not None for row in several.images for image in row),
+        "rewards": float((one.rewards - several.rewards).abs().max()),
+        "old_logprobs": float((one.old_logprobs - several.old_logprobs).abs().max()),
+        "local seeds are seen": one.enhanced_prompts != broken.enhanced_prompts,
+    }
+
+
+def failures(processes: Processes) -> list[str]:
+    """What every process hears of an error in the second one, and of one in the main one."""
+    heard = []
+
+    def fail(rank: int) -> None:
+        if processes.rank == rank:
+            raise KitError(f"broken in {rank}")
+
+    for share, rank in ((processes.gather, 1), (processes.on_main, 0)):
+        try:
+            share(lambda rank=rank: fail(rank))
+        except ProcessError as error:
+            heard.append(str(error))
+    return heard
+
+
+def hang(scratch: Path) -> None:
+    """The second process is killed while the first one waits and no signal reaches it, as in a collective on a GPU."""
+    with joined(next(settings()), scratch) as processes:
+        if processes.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        time.sleep(100)
+
+
+def main(scratch: Path, everything: bool) -> None:
+    """Compare, then train two iterations into `from_two` and go on with the run of one process in `from_one`."""
+    half, whole = settings()
+    with joined(half, scratch / "from_two") as processes:
+        kit = load_experiment(half)
+        rollouts = compare_rollouts(kit, processes)
+        rollout = collect_rollout(kit.policy, kit.generator, kit.rewards, kit.train_prompts[:3], 4, processes=processes)
+        spread = Launched(processes.accelerator)
+        spread.sharded = True
+        own = failures(processes)
+        heard = processes.gather(lambda: own)
+        found = {"rollouts": rollouts, "processes": processes.count, "heard": heard}
+        for name, workers in {"ddp": processes, "fsdp": spread}.items():
+            steps, broken = compare_steps(kit, rollout, workers, everything)
+            found[name] = {"steps": steps, "broken": broken}
+        train(load_experiment(half), scratch / "from_two", progress=False, processes=processes)
+        train(load_experiment(whole), scratch / "from_one", progress=False, processes=spread)
+        if processes.is_main:
+            (scratch / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    if sys.argv[2] == "hang":
+        hang(Path(sys.argv[1]))
+    else:
+        main(Path(sys.argv[1]), sys.argv[2] == "all")
