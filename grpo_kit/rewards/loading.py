@@ -207,7 +207,7 @@ _BUILDERS: dict[str, Callable[..., Reward]] = {
     "hps": _hps,
     "aesthetic": _aesthetic,
     "jpeg_size": _jpeg_size,
-    "gold": partial(_function, "shapeworld", "gold"),
-    "keeps_objects": partial(_function, "shapeworld", "keeps_objects"),
-    "grammatical": partial(_function, "shapeworld", "grammatical"),
+    "gold": partial(_function, "gold", "gold"),
+    "keeps_objects": partial(_function, "gold", "keeps_objects"),
+    "grammatical": partial(_function, "gold", "grammatical"),
 }
