@@ -605,7 +605,7 @@ def _on_ray(
     trials: "Sequence[PlannedTrial]", folder: Path, minutes_per_cell: float, cluster: "Cluster"
 ) -> "Iterator[TrialResult]":
     """Run the trials on a Ray cluster, several at once, and say which is done."""
-    from grpo_kit.runs.cluster import check_machines, connected, marked, run_trials_on_ray
+    from grpo_kit.runs.cluster import check_machines, connected, probe_file, run_trials_on_ray
     from grpo_kit.runs.grid import finished
 
     before = [result for trial in trials if (result := finished(trial)) is not None]
@@ -615,10 +615,10 @@ def _on_ray(
         yield result
     if not rest:
         return
-    with marked(folder) as mark, connected(cluster) as told:
+    with probe_file(folder) as probe, connected(cluster) as told:
         print(told, flush=True)
-        check_machines(cluster, mark, [notebook.path for notebook in rest[0].notebooks])
-        coming = run_trials_on_ray(rest, mark, cluster, minutes_per_cell, _tell_retry)
+        check_machines(cluster, probe, [notebook.path for notebook in rest[0].notebooks])
+        coming = run_trials_on_ray(rest, probe, cluster, minutes_per_cell, _tell_retry)
         for number, result in enumerate(coming, start=len(before) + 1):
             print(f"[{number}/{len(trials)}] {result.name}, {result.minutes:.1f} min", flush=True)
             yield result

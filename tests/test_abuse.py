@@ -33,7 +33,7 @@ from grpo_kit.config import PROFILES, PROJECT_ROOT, KitError, load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards.composition import Rewards
-from grpo_kit.runs import folder as folder_module
+from grpo_kit.runs import log_file
 from grpo_kit.runs import notebooks as headless
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.grid import GridError, grid_trials, plan_trials, read_grid
@@ -53,7 +53,7 @@ NAMED_EXCEPTIONS = {
     # the name of an exception, which torch.load(weights_only=True) raises
     ("grpo_kit/rewards/aesthetic.py", "from pickle import UnpicklingError"),
     # a class of the kit's own, derived from yaml.SafeLoader (shown below)
-    ("grpo_kit/runs/grid.py", "yaml.load(path.read_text(encoding='utf-8-sig'), _loader())"),
+    ("grpo_kit/runs/grid.py", "yaml.load(path.read_text(encoding='utf-8-sig'), _Loader)"),
 }
 
 
@@ -608,7 +608,7 @@ def test_escape_codes_and_line_ends_in_logs_are_written_out(
 def test_a_log_that_keeps_escape_codes_is_caught(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_module, "_OneLine", logging.Formatter)
+    monkeypatch.setattr(log_file, "OneLineFormatter", logging.Formatter)
     file, _screen = logged(tmp_path / "run", ["\x1b[31mred", FORGED], capsys)
     assert not is_plain(file, 2)
 

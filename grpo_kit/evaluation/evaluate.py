@@ -21,6 +21,7 @@ from grpo_kit.models.card import add_results
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.rollout import picture_prompts
 from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.iterations import iteration_name
 
 __all__ = ["EvalResult", "evaluate", "interval", "reword", "rewrites", "summarize", "test_prompts", "validate"]
 
@@ -276,7 +277,7 @@ def validate(kit: Experiment, iteration: int, folder: RunFolder) -> dict:
     prompts = kit.val_prompts[: kit.config.evaluation_settings.validation_prompts]
     asked = _asked(prompts, rewrites(kit, prompts, "trained"))
     scored, images = _draw_and_score(kit, asked, "trained", 1)
-    names = [f"validation_{iteration:06d}_{number:03d}" for number in range(len(scored))]
+    names = [f"{iteration_name(iteration, 'validation')}_{number:03d}" for number in range(len(scored))]
     thumbnails = map(folder.save_thumbnail, images.values(), names)
     samples = [_sample(row) | {"thumbnail": place} for row, place in zip(scored, thumbnails, strict=True)]
     frame, settings = pd.DataFrame(scored), kit.config.evaluation_settings
@@ -294,7 +295,7 @@ def validate(kit: Experiment, iteration: int, folder: RunFolder) -> dict:
         **_since_start(samples, [v for v in folder.validations() if v["iteration"] < iteration], settings),
         "samples": samples,
     }
-    folder.write_json(f"validation_iter_{iteration:06d}.json", result)
+    folder.write_json(f"validation_{iteration_name(iteration)}.json", result)
     return result
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from grpo_kit.config import KitError
 from grpo_kit.models.card import CARD
+from grpo_kit.runs.iterations import checkpoints_of, iteration_name
 
 
 class PushError(KitError):
@@ -72,15 +73,14 @@ def _checkpoint(run: Path, iteration: int) -> Path:
     """The policy of a checkpoint that verifies."""
     from grpo_kit.runs.checkpoint import load_checkpoint  # here, since it loads torch
 
-    place = run / "checkpoints" / f"iter_{iteration:06d}"
+    place = run / "checkpoints" / iteration_name(iteration)
     if not place.is_dir():
         raise PushError(f"{place}: no policy there; {_there(run)}. Name another --checkpoint")
     return load_checkpoint(place).policy
 
 
 def _there(run: Path) -> str:
-    places = sorted(int(place.name.removeprefix("iter_")) for place in run.glob("checkpoints/iter_[0-9]*"))
-    return f"checkpoints: {', '.join(map(str, places)) or 'none'}"
+    return f"checkpoints: {', '.join(map(str, checkpoints_of(run / 'checkpoints'))) or 'none'}"
 
 
 def _hidden(file: Path, folder: Path) -> bool:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo_kit.config import KitError
-from grpo_kit.runs.durable import flush, flush_tree
+from grpo_kit.runs.durable import flush, flush_tree, remove
+from grpo_kit.runs.iterations import checkpoints_of, iteration_name
 
 logger = logging.getLogger(__name__)
 POLICY = "policy"  # a folder as transformers (or peft) loads it
@@ -34,8 +35,7 @@ class Checkpoint:
     policy: Path
     optimizer: dict[str, object]
     rewards: dict[str, torch.Tensor] = field(default_factory=dict)
-    settings: dict[str, object] = field(default_factory=dict)  # that fixed the run's course, name → value
-    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
+    settings: dict[str, object] = field(default_factory=dict)  # the decisive ones, section.key → value
 
 
 def save_checkpoint(
@@ -55,10 +55,10 @@ def save_checkpoint(
         save_policy: writes the policy into the folder that it is given, as `Policy.save_pretrained` does.
         optimizer: its state dict, with states by index or by parameter name.
         rewards: their state dict.
-        settings: what a run must have in common with the one that wrote this, name → value.
+        settings: the decisive ones, section.key → value, which a run that goes on from here must share.
         versions: of the libraries, as a record.
     """
-    place = folder / f"iter_{iteration:06d}"
+    place = folder / iteration_name(iteration)
     aside = folder / f".writing-{place.name}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -90,8 +90,8 @@ def keep_newest(folder: Path, keep: int, iteration: int) -> None:
     One that is later than the iteration was found damaged, or will be.
     """
     sound = 0
-    for place in reversed(_committed(folder)):
-        if int(place.name[5:]) > iteration:
+    for number, place in reversed(checkpoints_of(folder).items()):
+        if number > iteration:
             continue
         if sound >= keep:
             _drop(place)
@@ -104,7 +104,7 @@ def _drop(place: Path) -> None:
     aside = place.with_name(f".writing-dropped-{place.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(place, aside)
-    shutil.rmtree(aside)
+    remove(aside)
 
 
 def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> Checkpoint | None:
@@ -116,7 +116,7 @@ def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> C
     Raises:
         CheckpointError: there are checkpoints, and none verifies: starting afresh would write over the run.
     """
-    places, reasons = _committed(folder), []
+    places, reasons = list(checkpoints_of(folder).values()), []
     for place in reversed(places):
         try:
             checkpoint = load_checkpoint(place)
@@ -149,8 +149,7 @@ def load_checkpoint(place: Path) -> Checkpoint:
         manifest = _verified(place)
         optimizer = _unflatten(load_file(place / _OPTIMIZER), manifest["optimizer"])
         rewards = load_file(place / _REWARDS) if _REWARDS in manifest["files"] else {}
-        record = (dict(manifest.get(name, {})) for name in ("settings", "versions"))
-        return Checkpoint(manifest["iteration"], place / POLICY, optimizer, rewards, *record)
+        return Checkpoint(manifest["iteration"], place / POLICY, optimizer, rewards, dict(manifest.get("settings", {})))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -166,7 +165,7 @@ def sha256(file: Path) -> str:
 
 
 def _verified(place: Path) -> dict[str, object]:
-    """A checkpoint's manifest, whose every word about its files is true."""
+    """A checkpoint's manifest, after every file that it lists was compared with it."""
     manifest = json.loads((place / _MANIFEST).read_text())
     if manifest.pop("sha256") != _digest(manifest):
         raise CheckpointError(f"checkpoint {place.name}: {_MANIFEST} is damaged (its sha256 is not its own)")
@@ -174,7 +173,7 @@ def _verified(place: Path) -> dict[str, object]:
         file = place / name
         if file.stat().st_size != written["bytes"] or sha256(file) != written["sha256"]:
             raise CheckpointError(f"checkpoint {place.name}: {name} is damaged (its sha256 is not the manifest's)")
-    if place.name != f"iter_{manifest['iteration']:06d}":
+    if place.name != iteration_name(manifest["iteration"]):
         raise CheckpointError(
             f"checkpoint {place.name}: holds iteration {manifest['iteration']}; it was moved or swapped"
         )
@@ -202,10 +201,6 @@ def _listed(folder: Path) -> dict[str, dict[str, object]]:
 
 def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _committed(folder: Path) -> list[Path]:
-    return sorted(folder.glob("iter_[0-9]*"), key=lambda place: int(place.name[5:]))
 
 
 def _flatten(state: Mapping) -> tuple[dict[str, torch.Tensor], dict]:

@@ -18,14 +18,14 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import grpo_kit
-from grpo_kit.config import printable
+from grpo_kit.config import one_line, printable
 from grpo_kit.runs.grid import GridError, PlannedTrial, TrialResult, run_trial
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A file in the grid's folder with a word in it, by which a machine shows that it sees that very folder."""
+class Probe:
+    """A file in the grid's folder with a random word in it: a machine that can read the word sees that very folder."""
 
     path: Path
     word: str
@@ -75,74 +75,60 @@ def connected(cluster: Cluster) -> Iterator[str]:
     Raises:
         GridError: Ray is not installed, or there is no cluster at that address.
     """
-    ray = _ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics to Ray's makers
+    try:
+        import ray
+    except ImportError:
+        raise GridError("--ray: Ray is not installed. Install it: pip install 'ray>=2.60,<3'") from None
     try:
         _connect(ray, cluster)
-        yield _told(ray.cluster_resources(), cluster)
+        has = ray.cluster_resources()
+        machines = sum(name.startswith("node:") and "__internal" not in name for name in has)
+        room = f"{machines} machine{'s' * (machines != 1)}, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
+        yield f"Ray: {room}; a trial takes {cluster.cpus:g} and {cluster.gpus:g} (--cpus, --gpus)"
     finally:
         ray.shutdown()
 
 
 def _connect(ray: ModuleType, cluster: Cluster) -> None:
+    """Call `ray.init`, a local cluster's more than once; keep what this process does on SIGTERM, which Ray replaces."""
     options: dict[str, object] = {"address": cluster.address, "log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.address == LOCAL:
         options |= {"include_dashboard": False, "object_store_memory": _LOCAL_STORE}
         options |= {} if cluster.workers is None else {"num_cpus": max(1, math.ceil(cluster.workers * cluster.cpus))}
+    before = signal.getsignal(signal.SIGTERM)
     for left in reversed(range(_STARTS if cluster.address == LOCAL else 1)):
         try:
-            with _own_signals():
-                return ray.init(**options)
+            ray.init(**options)
+            return
         except Exception as error:  # Ray raises many, its bare Exception among them
             ray.shutdown()
             if not left:
-                advice = f"Start one (ray start --head) and give its host:port, or give {LOCAL}"
                 raise GridError(
-                    f"--ray {cluster.address!r:.100}: no cluster there ({_first_line(error)}). {advice}"
+                    f"--ray {cluster.address!r:.100}: no cluster there ({_text(error)}). "
+                    f"Start one (ray start --head) and give its host:port, or give {LOCAL}"
                 ) from None
-
-
-def _ray() -> ModuleType:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers what it is used for
-    try:
-        import ray
-    except ImportError:
-        raise GridError("--ray: Ray is not installed. Install it: pip install 'ray>=2.60,<3'") from None
-    return ray
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep what this process does on SIGTERM: `ray.init` would make it exit with another code."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-def _told(has: Mapping[str, float], cluster: Cluster) -> str:
-    machines = sum(name.startswith("node:") and "__internal" not in name for name in has)
-    room = f"{machines} machine{'' if machines == 1 else 's'}, {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs"
-    return f"Ray: {room}; a trial takes {cluster.cpus:g} and {cluster.gpus:g} (--cpus, --gpus)"
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)
 
 
 # --- what its machines must be able to do -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def marked(folder: Path) -> Iterator[Mark]:
-    """Leave a mark in a grid's folder for as long as the grid runs."""
-    mark = Mark(Path(folder).resolve() / f".seen-{secrets.token_hex(4)}", secrets.token_hex(16))
-    mark.path.parent.mkdir(parents=True, exist_ok=True)
-    mark.path.write_text(mark.word, encoding="utf-8")
+def probe_file(folder: Path) -> Iterator[Probe]:
+    """Keep a file in a grid's folder, by which machines are asked whether they see it, for as long as the grid runs."""
+    probe = Probe(Path(folder).resolve() / f".seen-{secrets.token_hex(4)}", secrets.token_hex(16))
+    probe.path.parent.mkdir(parents=True, exist_ok=True)
+    probe.path.write_text(probe.word, encoding="utf-8")
     try:
-        yield mark
+        yield probe
     finally:
-        mark.path.unlink(missing_ok=True)
+        probe.path.unlink(missing_ok=True)
 
 
-def check_machines(cluster: Cluster, mark: Mark, notebooks: Sequence[Path]) -> None:
+def check_machines(cluster: Cluster, probe: Probe, notebooks: Sequence[Path]) -> None:
     """Ask every machine of the cluster that can take a trial whether it sees the grid's folder and the notebooks.
 
     Raises:
@@ -151,48 +137,44 @@ def check_machines(cluster: Cluster, mark: Mark, notebooks: Sequence[Path]) -> N
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    able = [node for node in alive if _fits(node["Resources"], cluster)]
+    alive, takes = [node for node in ray.nodes() if node["Alive"]], {"CPU": cluster.cpus, "GPU": cluster.gpus}
+    able = [node for node in alive if all(node["Resources"].get(name, 0) >= count for name, count in takes.items())]
     if not able:
-        most = {name: max(node["Resources"].get(name, 0) for node in alive) for name in ("CPU", "GPU")}
+        most = {name: max(node["Resources"].get(name, 0) for node in alive) for name in takes}
         raise GridError(
             f"--cpus {cluster.cpus:g}, --gpus {cluster.gpus:g}: no machine of the Ray cluster has that for one trial, "
             f"allowed: up to {most['CPU']:g} CPUs, {most['GPU']:g} GPUs. Ask for less, or start a larger machine"
         )
-    probe = ray.remote(num_cpus=0, max_retries=RETRIES)(check_here)
+    task = ray.remote(num_cpus=0, max_retries=RETRIES)(check_here)
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in able]
-    asked = [probe.options(scheduling_strategy=place).remote(mark, notebooks) for place in places]
-    for node, answer in zip(able, asked, strict=True):
+    answers = [task.options(scheduling_strategy=place).remote(probe, notebooks) for place in places]
+    for node, answer in zip(able, answers, strict=True):
         try:
             ray.get(answer, timeout=_PROBE_SECONDS)
         except ray.exceptions.RayError as error:
-            cause = _cause(error)
+            cause = getattr(error, "cause", None) or error  # what the task raised, in place of Ray's account of it
             if isinstance(cause, GridError):
                 raise cause from None
             raise GridError(
-                f"Ray's machine {node['NodeManagerHostname']}: cannot run a trial ({_first_line(cause)}). "
+                f"Ray's machine {node['NodeManagerHostname']}: cannot run a trial ({_text(cause)}). "
                 "Install the kit and what it needs there, as here"
             ) from None
 
 
-def _fits(has: Mapping[str, float], cluster: Cluster) -> bool:
-    return has.get("CPU", 0) >= cluster.cpus and has.get("GPU", 0) >= cluster.gpus
-
-
-def check_here(mark: Mark, notebooks: Sequence[Path]) -> None:
+def check_here(probe: Probe, notebooks: Sequence[Path]) -> None:
     """Raise a `GridError` where this machine does not see the grid's folder and notebooks, or has another version."""
     here = f"Ray's machine {socket.gethostname()}"
-    if not mark.path.is_file() or mark.path.read_text(encoding="utf-8") != mark.word:
+    if not probe.path.is_file() or probe.path.read_text(encoding="utf-8") != probe.word:
         raise GridError(
-            f"{here}: does not see the grid's folder {mark.path.parent}. "
+            f"{here}: does not see the grid's folder {probe.path.parent}. "
             "Give --run-dir a folder on a disk that all machines share, at the same path"
         )
     absent = [path for path in notebooks if not path.is_file()]
     if absent:
         raise GridError(f"{here}: has no {absent[0]}. Put the kit on a disk that all machines share, at the same path")
-    if mark.version != grpo_kit.__version__:
+    if probe.version != grpo_kit.__version__:
         raise GridError(
-            f"{here}: has grpo_kit {grpo_kit.__version__}, allowed: {mark.version}, as here. Install that there"
+            f"{here}: has grpo_kit {grpo_kit.__version__}, allowed: {probe.version}, as here. Install that there"
         )
 
 
@@ -201,7 +183,7 @@ def check_here(mark: Mark, notebooks: Sequence[Path]) -> None:
 
 def run_trials_on_ray(
     trials: Sequence[PlannedTrial],
-    mark: Mark,
+    probe: Probe,
     cluster: Cluster,
     minutes_per_cell: float = 60.0,
     retrying: Callable[[PlannedTrial, str], None] | None = None,
@@ -210,7 +192,7 @@ def run_trials_on_ray(
 
     Args:
         trials: from `plan_trials`.
-        mark: of the grid's folder, by `marked`.
+        probe: of the grid's folder, by `probe_file`.
         cluster: what each takes, and how many run at once.
         minutes_per_cell: the longest that a cell may take.
         retrying: called with a trial that died, and why, before it is started again.
@@ -218,13 +200,13 @@ def run_trials_on_ray(
     import ray
 
     task = ray.remote(max_retries=0, num_cpus=cluster.cpus, num_gpus=cluster.gpus)(_run_here)
-    waiting = deque((trial, 0) for trial in trials)
+    waiting = deque((trial, 0) for trial in trials)  # with how often it has died
     running: dict[ObjectRef, tuple[PlannedTrial, int]] = {}
 
     def fill() -> None:
         while waiting and len(running) < (cluster.workers or len(trials)):
             trial, died = waiting.popleft()
-            running[task.remote(trial, minutes_per_cell, mark)] = trial, died
+            running[task.remote(trial, minutes_per_cell, probe)] = trial, died
 
     try:
         fill()
@@ -232,21 +214,22 @@ def run_trials_on_ray(
             (ready,), _ = ray.wait(list(running))
             trial, died = running.pop(ready)
             result, death = _outcome(ready, trial)
-            if death and died < RETRIES:
+            again = death is not None and died < RETRIES
+            if again:
                 waiting.appendleft((trial, died + 1))
                 if retrying is not None:
                     retrying(trial, death)
             fill()  # before what is done with a result takes its time
-            if not death or died == RETRIES:
+            if not again:
                 yield result
     finally:
         _cancel(list(running))
 
 
-def _run_here(trial: PlannedTrial, minutes_per_cell: float, mark: Mark) -> TrialResult:
+def _run_here(trial: PlannedTrial, minutes_per_cell: float, probe: Probe) -> TrialResult:
     """What a worker does; the check is for a machine that came to the cluster later."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # how Ray cancels; a cluster of a script ignores it
-    check_here(mark, [notebook.path for notebook in trial.notebooks])
+    check_here(probe, [notebook.path for notebook in trial.notebooks])
     return run_trial(trial, minutes_per_cell)
 
 
@@ -260,11 +243,11 @@ def _outcome(ready: ObjectRef, trial: PlannedTrial) -> tuple[TrialResult, str | 
     except ray.exceptions.RayTaskError as error:  # raised by the task's own code
         if isinstance(error.cause, GridError):  # of its machine: all other trials would meet it too
             raise error.cause from None
-        said = f"{type(error.cause).__name__}: {_first_line(error.cause)}"
-        return TrialResult(trial.name, trial.folder, (), said), None
+        failure = f"{type(error.cause).__name__}: {_text(error.cause)}"
+        return TrialResult(trial.name, trial.folder, (), failure), None
     except ray.exceptions.RayError as error:  # a worker, a machine or the network
-        died = f"its worker died: {_first_line(error)}"
-        return TrialResult(trial.name, trial.folder, (), died), died
+        death = f"its worker died: {_text(error)}"
+        return TrialResult(trial.name, trial.folder, (), death), death
 
 
 def _cancel(running: list[ObjectRef]) -> None:
@@ -274,16 +257,10 @@ def _cancel(running: list[ObjectRef]) -> None:
     for ref in running:
         ray.cancel(ref)
     if running:
-        _, deaf = ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
-        for ref in deaf:
+        _, unresponsive = ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
+        for ref in unresponsive:
             ray.cancel(ref, force=True)  # its worker ends, and the kernel with it
 
 
-def _cause(error: Exception) -> BaseException:
-    """What a task raised, in place of Ray's account of it."""
-    return getattr(error, "cause", None) or error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or ["no further text"]
-    return printable(f"{lines[0]:.200}")
+def _text(error: BaseException) -> str:
+    return printable(one_line(error))

@@ -1,7 +1,9 @@
 """Files that outlive a power cut: flushed to the disk before anything says that they are there."""
 
+import json
+import math
 import os
-import re
+import shutil
 from pathlib import Path
 
 
@@ -34,9 +36,20 @@ def replace_file(place: Path, content: bytes) -> None:
     os.replace(aside, place)
 
 
-def error_number(error: BaseException) -> int | None:
-    """The operating system's number of an error, also where a library in Rust has only left it in the text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+def remove(place: Path) -> None:
+    """Remove a file, or a folder with all that is in it, where there is one."""
+    shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+
+
+def json_bytes(data: object) -> bytes:
+    """`data` as JSON in UTF-8 with a line end; null for every number that JSON does not have."""
+    return (json.dumps(without_nan(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def without_nan(data: object) -> object:
+    """The same with None in place of every number that is not finite."""
+    if isinstance(data, dict):
+        return {key: without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -4,8 +4,6 @@ Which trials there are is read, checked and laid out before the first one starts
 `run_trial` a plain function of it, so that whoever executes them (one after the other here) can also send them away.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -16,14 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from grpo_kit.config import Config, KitError, load_config
+import yaml
+
+from grpo_kit.config import KitError, load_config
+from grpo_kit.runs.durable import json_bytes, replace_file
 from grpo_kit.runs.notebooks import Executed, Planned, execute, plan, write_profile
+from grpo_kit.runs.record import RecordError, read_json
 
 SEEDS = "seeds"  # in a grid file: a short word for the values of the parameter `seed`
 RECORD = "trial.json"  # in a trial's folder: what it is, and how it ended
 ORDER = "grid.json"  # in a grid's folder: the names of its trials
 DONE, FAILED, STARTED = "done", "failed", "started"
-UNASKED = 24  # more trials than this want a yes
+UNASKED = 24  # more trials than this need --yes
 MOST = 10_000
 NAME_LENGTH = 100  # characters of a trial's folder name
 
@@ -74,6 +76,18 @@ class TrialResult:
 # --- which trials -----------------------------------------------------------------------------------------------------
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a name that stands twice: the second would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping of the file as a dict."""
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, count in counts.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r:.40} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_grid(path: Path) -> list[Trial]:
     """Read a grid file, YAML or JSON, and return its trials.
 
@@ -84,11 +98,9 @@ def read_grid(path: Path) -> list[Trial]:
     Raises:
         GridError: one line on what in the file is not a grid.
     """
-    import yaml
-
     path = Path(path).expanduser()
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), _loader())
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
         raise GridError(f"grid {path}: cannot be read: {error.strerror}. Give a YAML or JSON file") from None
     except UnicodeDecodeError:
@@ -99,21 +111,6 @@ def read_grid(path: Path) -> list[Trial]:
         what = getattr(error, "problem", None) or type(error).__name__
         raise GridError(f"grid {path}{where}: neither YAML nor JSON: {what:.100}") from None
     return grid_trials(content)
-
-
-def _loader() -> type:
-    """YAML's safe loader, which refuses a name that stands twice: the second would silently replace the first."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = next((name for name, count in Counter(names).items() if count > 1), None)
-            if twice is not None:
-                raise yaml.constructor.ConstructorError(None, None, f"{twice!r:.40} stands twice", node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def grid_trials(grid: Mapping[str, object] | Sequence[Mapping[str, object]]) -> list[Trial]:
@@ -128,65 +125,58 @@ def grid_trials(grid: Mapping[str, object] | Sequence[Mapping[str, object]]) -> 
     grids = [grid] if isinstance(grid, Mapping) else grid
     if not isinstance(grids, Sequence) or isinstance(grids, str) or not all(isinstance(g, Mapping) for g in grids):
         raise GridError(f"grid: found {type(grid).__name__}, allowed: names with lists of values, or a list of such")
-    axes = [{_axis(name): _values(name, value) for name, value in one.items()} for one in grids]
-    for one, given in zip(axes, grids, strict=True):
-        if len(one) != len(given):
-            raise GridError(f"grid: found both {SEEDS} and seed. Give one of them")
-    count = sum(math.prod(map(len, one.values())) for one in axes if one)
+    axes = [_axes(one) for one in grids if one]
+    count = sum(math.prod(map(len, one.values())) for one in axes)
     if not 0 < count <= MOST:
         raise GridError(f"grid: found {count} trials, allowed: 1 to {MOST}. Give names with lists of values")
-    combinations = [
-        dict(zip(one, chosen, strict=True)) for one in axes if one for chosen in itertools.product(*one.values())
-    ]
-    counts = Counter(map(_key, combinations))
-    twice = next((values for values in combinations if counts[_key(values)] > 1), None)
+    combinations = [dict(zip(one, chosen, strict=True)) for one in axes for chosen in itertools.product(*one.values())]
+    counts = Counter(map(_sorted_json, combinations))
+    twice = next((values for values in combinations if counts[_sorted_json(values)] > 1), None)
     if twice is not None:
         raise GridError(f"grid: the trial {_label(twice)!r:.80} stands twice. Leave one out")
     return [Trial(name, values) for name, values in zip(_names(combinations), combinations, strict=True)]
 
 
-def _axis(name: object) -> str:
-    if not isinstance(name, str) or not name:
-        raise GridError(f"grid: found the name {name!r:.60}, allowed: text. Put quotes around it")
-    return "seed" if name == SEEDS else name
+def _axes(grid: Mapping[object, object]) -> dict[str, list[object]]:
+    """The parameters and settings of a mapping, each with the list of its values."""
+    if SEEDS in grid and "seed" in grid:
+        raise GridError(f"grid: found both {SEEDS} and seed. Give one of them")
+    axes = {}
+    for name, given in grid.items():
+        if not isinstance(name, str) or not name:
+            raise GridError(f"grid: found the name {name!r:.60}, allowed: text. Put quotes around it")
+        values = list(given) if isinstance(given, list | tuple) else [given]
+        wrong = [repr(value) for value in values if not isinstance(value, bool | int | float | str)]
+        if wrong or not values:
+            raise GridError(
+                f"grid: {name!r:.60}: found {(wrong or ['no value'])[0]:.60}, allowed: numbers, texts, true, false, "
+                "or a list of them"
+            )
+        axes["seed" if name == SEEDS else name] = values
+    return axes
 
 
-def _values(name: str, given: object) -> list[object]:
-    values = list(given) if isinstance(given, list | tuple) else [given]
-    wrong = next((value for value in values if not isinstance(value, bool | int | float | str)), None)
-    if wrong is not None or not values or None in values:
-        found = "no value" if not values else repr(wrong)
-        raise GridError(
-            f"grid: {name!r:.60}: found {found:.60}, allowed: numbers, texts, true, false, or a list of them"
-        )
-    return values
-
-
-def _key(values: Mapping[str, object]) -> str:
+def _sorted_json(values: Mapping[str, object]) -> str:
     return json.dumps(dict(values), sort_keys=True)
 
 
 def _label(values: Mapping[str, object]) -> str:
-    return ",".join(f"{name.split('.')[-1]}={_text(value)}" for name, value in values.items())
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+    return ",".join(f"{name.split('.')[-1]}={text}" for name, text in texts.items())
 
 
 def _names(combinations: Sequence[Mapping[str, object]]) -> list[str]:
-    """A folder name for each trial, such as `group_size=8,seed=1`; where that does not do, with a number behind it."""
+    """A folder name for each trial, such as `group_size=8,seed=1`; with a checksum where that alone would not do."""
     labels = [_label(values) for values in combinations]
     safe = [re.sub(r"[^A-Za-z0-9._=,+-]", "_", label).lstrip(".-") for label in labels]
     counts = Counter(name.lower() for name in safe)  # some file systems know no capital letters
-    return [
-        name if name == label and counts[name.lower()] == 1 and len(name) <= NAME_LENGTH else _numbered(name, values)
-        for name, label, values in zip(safe, labels, combinations, strict=True)
-    ]
-
-
-def _numbered(name: str, values: Mapping[str, object]) -> str:
-    return f"{name[: NAME_LENGTH - 9] or 'trial'}-{zlib.crc32(_key(values).encode()):08x}"
+    names = []
+    for name, label, values in zip(safe, labels, combinations, strict=True):
+        if name != label or counts[name.lower()] > 1 or len(name) > NAME_LENGTH:
+            checksum = zlib.crc32(_sorted_json(values).encode())
+            name = f"{name[: NAME_LENGTH - 9] or 'trial'}-{checksum:08x}"
+        names.append(name)
+    return names
 
 
 # --- what each will do ------------------------------------------------------------------------------------------------
@@ -213,32 +203,24 @@ def plan_trials(
     Raises:
         KitError: one line on the first trial that cannot be run as asked.
     """
-    common = {**(parameters or {}), **(settings or {})}
-    planned = [_planned(trial, common, notebooks, profile, Path(folder).resolve()) for trial in trials]
+    common, planned = {**(parameters or {}), **(settings or {})}, []
+    for trial in trials:
+        if twice := sorted(trial.values.keys() & common.keys()):
+            raise GridError(f"{twice[0]}: given for all trials and in the grid. Give it in one place")
+        values, place = {**common, **trial.values}, Path(folder).resolve() / trial.name
+        own = {name: value for name, value in values.items() if "." not in name}
+        changed = {name: value for name, value in values.items() if "." in name}
+        checked = plan(notebooks, profile, place, own, changed)
+        planned.append(PlannedTrial(trial.name, place, values, profile, tuple(checked)))
     for trial in planned:
-        _agree(trial)
+        _require_same_trial(trial)
     return planned
 
 
-def _planned(
-    trial: Trial, common: Mapping[str, object], notebooks: Sequence[Path], profile: str, folder: Path
-) -> PlannedTrial:
-    twice = sorted(trial.values.keys() & common.keys())
-    if twice:
-        raise GridError(f"{twice[0]}: given for all trials and in the grid. Give it in one place")
-    values = {**common, **trial.values}
-    parameters = {name: value for name, value in values.items() if "." not in name}
-    settings = {name: value for name, value in values.items() if "." in name}
-    checked = plan(notebooks, profile, folder / trial.name, parameters, settings)
-    return PlannedTrial(trial.name, folder / trial.name, values, profile, tuple(checked))
-
-
-def _agree(trial: PlannedTrial) -> None:
+def _require_same_trial(trial: PlannedTrial) -> None:
     """A folder that holds a trial must hold this one."""
     there = _read_record(trial.folder)
-    if there is None:
-        return
-    for name, value in _identity(trial).items():
+    for name, value in _identity(trial).items() if there else ():
         if there.get(name) != value:
             raise GridError(f"{trial.folder}: holds another trial ({name} differs). Choose another --name or --run-dir")
 
@@ -247,13 +229,9 @@ def _identity(trial: PlannedTrial) -> dict[str, object]:
     """What makes a trial the same one when a grid is started again."""
     return {
         "values": json.loads(json.dumps(dict(trial.values))),
-        "config": _resolved(trial).to_dict(),
+        "config": load_config(trial.profile, trial.settings).to_dict(),
         "notebooks": [notebook.name for notebook in trial.notebooks],
     }
-
-
-def _resolved(trial: PlannedTrial) -> Config:
-    return load_config(trial.profile, trial.settings)
 
 
 # --- running them -----------------------------------------------------------------------------------------------------
@@ -295,9 +273,9 @@ def run_trial(
 
 
 def finished(trial: PlannedTrial) -> TrialResult | None:
-    """What a trial brought, where it was finished before; a failed or stopped one is not, and runs again."""
+    """The result of a trial that was finished before; a failed or stopped one is not, and runs again."""
     there = _read_record(trial.folder)
-    if there is None or there.get("status") != DONE:
+    if there.get("status") != DONE:
         return None
     ran = tuple(Executed(**{**entry, "path": trial.folder / entry["path"]}) for entry in there["ran"])
     return TrialResult(trial.name, trial.folder, ran)
@@ -307,39 +285,24 @@ def write_order(folder: Path, trials: Sequence[PlannedTrial]) -> None:
     """Note in a grid's folder in which order its trials stand; those of an earlier, smaller grid keep their place."""
     earlier = [path.name for path in trial_folders(folder)]
     names = [*earlier, *(trial.name for trial in trials if trial.name not in earlier)]
-    _write_json(Path(folder) / ORDER, {"trials": names})
+    replace_file(Path(folder) / ORDER, json_bytes({"trials": names}))
 
 
 def trial_folders(folder: Path) -> list[Path]:
     """The folders of a grid's trials in its order; none where the folder holds no grid."""
     found = {path.parent.name: path.parent for path in sorted(Path(folder).glob(f"*/{RECORD}"))}
-    order = (_read_json(Path(folder) / ORDER) or {}).get("trials", [])
+    order = read_json(Path(folder) / ORDER).get("trials", [])
     return [found[name] for name in dict.fromkeys([*order, *found]) if name in found]
 
 
 def _write_record(trial: PlannedTrial, status: str, ran: Sequence[Executed]) -> None:
     entries = [{**asdict(one), "path": one.path.relative_to(trial.folder).as_posix()} for one in ran]
-    _write_json(trial.folder / RECORD, {**_identity(trial), "status": status, "ran": entries})
+    replace_file(trial.folder / RECORD, json_bytes({**_identity(trial), "status": status, "ran": entries}))
 
 
-def _read_record(folder: Path) -> dict | None:
-    return _read_json(folder / RECORD)
-
-
-def _write_json(path: Path, data: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(f"{json.dumps(data, indent=2, ensure_ascii=False)}\n", encoding="utf-8")
-    aside.replace(path)
-
-
-def _read_json(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
+def _read_record(folder: Path) -> dict:
+    """What a trial's folder says of it; empty where it holds none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GridError(f"{path}: not JSON ({error}). Delete its folder to run what it holds again") from None
-    if not isinstance(data, dict):
-        raise GridError(f"{path}: found {type(data).__name__}, allowed: an object. Delete its folder")
-    return data
+        return read_json(folder / RECORD)
+    except RecordError as error:
+        raise GridError(f"{error} To run the trial again, delete its folder") from None

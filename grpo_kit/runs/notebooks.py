@@ -1,29 +1,17 @@
-"""Run notebooks without a browser: papermill, with every parameter checked before the first notebook starts.
+"""Run notebooks without a browser: papermill, with every parameter checked before the first notebook starts."""
 
-papermill only warns of a parameter that a notebook does not have, and writes a parameter's name into the notebook's
-code as it stands; so names and types are checked here against the notebook's own parameters cell.
-"""
-
-import ast
-import difflib
-import functools
 import json
-import math
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, KitError, Section, load_config
+from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, load_config, nearest, one_line, printable
+from grpo_kit.runs.parameters import NotebookError, Parameter, declared_parameters, papermill_path, read_value
 
 NOTEBOOK_FOLDER = PROJECT_ROOT / "notebooks"
 OWN_PROFILE = "profile.json"  # in the run's folder: the profile with the settings that this run changes
-# These come from the command's own options.
-OWN_PARAMETERS = {"profile": "--profile", "run_dir": "--run-dir or --name"}
-
-
-class NotebookError(KitError):
-    """A notebook or a parameter that does not exist, or a value that the notebook does not take."""
+OWN_PARAMETERS = {"profile": "--profile", "run_dir": "--run-dir or --name"}  # these come from the command's own options
 
 
 @dataclass(frozen=True)
@@ -56,16 +44,17 @@ def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> 
     series = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not series:
         raise NotebookError(f"{folder}: no numbered notebooks. Run from a checkout of the whole repository")
-    if not wanted:
-        return list(series.values())
-    chosen = []
-    for name in wanted:
+    chosen = set()
+    for name in wanted or series:
         stem = name.strip().removesuffix(".ipynb")
         found = [path for key, path in series.items() if stem and stem in (key, key[:2])]
         if len(found) != 1:
             raise NotebookError(f"notebook {name!r:.60}: allowed: {', '.join(series)}, or their numbers")
-        chosen.extend(found)
-    return sorted(set(chosen))
+        chosen.update(found)
+    return sorted(chosen)
+
+
+# --- what each will do ------------------------------------------------------------------------------------------------
 
 
 def plan(
@@ -88,21 +77,24 @@ def plan(
         NotebookError: no notebook has the parameter, or the value is not of its type.
         ConfigError: the value is of the right type, but the setting of that name does not allow it.
     """
-    settings = settings or {}
-    declared = {path: _declared(path) for path in notebooks}
+    settings, run_dir = settings or {}, Path(run_dir).resolve()
+    declared = {path: declared_parameters(path) for path in notebooks}
     for name in parameters:
         _check_name(name, declared)
     if settings and not any("profile" in known for known in declared.values()):
         raise NotebookError(
             f"settings {', '.join(settings):.80}: none of the notebooks takes a profile. Leave them out"
         )
-    used = str(Path(run_dir).resolve() / OWN_PROFILE) if settings else _absolute(profile)
+    if settings:
+        used = str(run_dir / OWN_PROFILE)
+    else:
+        used = profile if profile in PROFILES else str(Path(profile).expanduser().resolve())
     planned = []
     for path, known in declared.items():
-        values: dict[str, object] = {"profile": used, "run_dir": str(Path(run_dir).resolve())}
-        values |= {name: _typed(name, value, known[name]) for name, value in parameters.items() if name in known}
+        values: dict[str, object] = {"profile": used, "run_dir": str(run_dir)}
+        values |= {name: read_value(name, value, known[name]) for name, value in parameters.items() if name in known}
         planned.append(Planned(path, {name: value for name, value in values.items() if name in known}))
-    _check_settings(profile, settings, planned, declared)
+        _check_settings(profile, settings, planned[-1], known)
     return planned
 
 
@@ -113,131 +105,47 @@ def write_profile(run_dir: Path, profile: str, settings: Mapping[str, object]) -
         load_config(profile, settings).save(Path(run_dir) / OWN_PROFILE)
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    kind: str  # as annotated, or as its default shows: int, float, str, bool, list, dict
-    default: object
-
-
-def _declared(path: Path) -> Mapping[str, _Parameter]:
-    return _inspected(path, path.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=100)  # a grid asks for the same notebooks again for each of its trials
-def _inspected(path: Path, _changed: int) -> Mapping[str, _Parameter]:
-    import papermill
-
-    try:
-        found = papermill.inspect_notebook(_verbatim(path))
-    except ValueError as error:  # not JSON, or not a notebook
-        raise NotebookError(f"{path}: not a notebook: {str(error).splitlines()[0]:.100}") from None
-    return {name: _parameter(entry["inferred_type_name"], entry["default"]) for name, entry in found.items()}
-
-
-def _parameter(kind: str, source: str) -> _Parameter:
-    try:
-        default = ast.literal_eval(source)
-    except (ValueError, SyntaxError):
-        default = None
-    if kind in ("None", "", None):
-        kind = type(default).__name__
-    return _Parameter(kind.split("[")[0].strip(), default)
-
-
-def _check_name(name: str, declared: Mapping[Path, Mapping[str, _Parameter]]) -> None:
-    known = sorted({key for parameters in declared.values() for key in parameters} - OWN_PARAMETERS.keys())
+def _check_name(name: str, declared: Mapping[Path, Mapping[str, Parameter]]) -> None:
+    """Refuse a parameter that none of the notebooks has, and say where such a value is given, if anywhere."""
     if name in OWN_PARAMETERS:
         raise NotebookError(f"parameter {name}: set it with {OWN_PARAMETERS[name]}")
-    if name not in known:
-        elsewhere = _elsewhere(name, declared)
-        if elsewhere:
-            chosen = ", ".join(path.stem for path in declared)
-            raise NotebookError(f"parameter {name}: not in {chosen}, but in {elsewhere}. Add that to --notebooks")
-        close = difflib.get_close_matches(name[:100], known, n=1)
-        hint = f", did you mean {close[0]}?" if close else _as_setting(name)
-        raise NotebookError(f"parameter {name!r:.60}: unknown{hint}; allowed: {', '.join(known) or 'none'}")
-
-
-def _elsewhere(name: str, chosen: Mapping[Path, object]) -> str:
-    """The notebooks beside the chosen ones that have such a parameter."""
-    folders = {path.parent for path in chosen}
-    others = [path for folder in folders for path in select_notebooks(folder=folder) if path not in chosen]
-    return ", ".join(path.stem for path in others if name in _declared(path))
-
-
-def _as_setting(name: str) -> str:
-    """Where a setting of that name is given, as a part of an error."""
+    known = sorted({key for parameters in declared.values() for key in parameters} - OWN_PARAMETERS.keys())
+    if name in known:
+        return
+    beside = [path for folder in {path.parent for path in declared} for path in select_notebooks(folder=folder)]
+    having = ", ".join(path.stem for path in beside if path not in declared and name in declared_parameters(path))
+    if having:
+        chosen = ", ".join(path.stem for path in declared)
+        raise NotebookError(f"parameter {name}: not in {chosen}, but in {having}. Add that to --notebooks")
     key = _setting_keys().get(name)
-    return f"; as a setting of the profile: -o {key}=…, in a grid {key}" if key else ""
+    as_setting = f"; as a setting of the profile: -o {key}=…, in a grid {key}" if key else ""
+    hint = nearest(name, known) or as_setting
+    raise NotebookError(f"parameter {name!r:.60}: unknown{hint}; allowed: {', '.join(known) or 'none'}")
+
+
+def _check_settings(
+    profile: str, settings: Mapping[str, object], notebook: Planned, declared: Mapping[str, Parameter]
+) -> None:
+    """A parameter that is named like a setting must be a value which that setting allows."""
+    keys, given = _setting_keys(), notebook.parameters.items()
+    changes = {keys[name]: value for name, value in given if name in keys and value != declared[name].default}
+    if twice := settings.keys() & changes.keys():
+        key = min(twice)
+        raise NotebookError(f"{key}: given as a setting and as the parameter {key.split('.')[-1]}. Give one of them")
+    load_config(profile, {**settings, **changes})
 
 
 def _setting_keys() -> dict[str, str]:
     """The dotted key of every setting whose name stands in one section only."""
-    sections = {key: field.annotation for key, field in Config.model_fields.items()}
+    sections = {name: field for name, field in Config.model_fields.items() if name.endswith("_settings")}
     keys = [
-        (name, f"{section}.{name}")
-        for section, kind in sections.items()
-        if isinstance(kind, type) and issubclass(kind, Section)
-        for name in kind.model_fields
+        (name, f"{section}.{name}") for section, field in sections.items() for name in field.annotation.model_fields
     ]
-    names = [name for name, _ in keys]
-    return {name: key for name, key in keys if names.count(name) == 1}
+    counts = Counter(name for name, _ in keys)
+    return {name: key for name, key in keys if counts[name] == 1}
 
 
-def _typed(name: str, given: object, parameter: _Parameter) -> object:
-    """Read a value, given as text or as it is, as the type that the notebook declares."""
-    kind = parameter.kind
-    if kind == "str" and isinstance(given, str):
-        return given
-    readers = {"int": int, "float": float, "bool": _boolean, "list": _literal, "dict": _literal, "tuple": _literal}
-    if kind not in (*readers, "str"):
-        raise NotebookError(f"parameter {name}: its type {kind!r:.40} cannot be given on the command line")
-    value = given
-    if isinstance(given, str):
-        try:
-            value = readers[kind](given)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # as literal_eval is documented
-            value = None
-    elif kind == "float" and type(given) is int:
-        value = float(given)
-    if type(value).__name__ != kind or (isinstance(value, float) and not math.isfinite(value)):
-        example = f"{kind}, such as {parameter.default!r:.60}"
-        raise NotebookError(f"parameter {name}: found {given!r:.60}, allowed: {example}")
-    return value
-
-
-def _boolean(text: str) -> bool | None:
-    return {"true": True, "false": False}.get(text.lower())
-
-
-def _literal(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return ast.literal_eval(text)
-
-
-def _check_settings(
-    profile: str,
-    settings: Mapping[str, object],
-    planned: Sequence[Planned],
-    declared: Mapping[Path, Mapping[str, _Parameter]],
-) -> None:
-    """A parameter that is named like a setting must be a value which that setting allows."""
-    keys = _setting_keys()
-    for notebook in planned:
-        changes = {
-            keys[name]: value
-            for name, value in notebook.parameters.items()
-            if name in keys and value != declared[notebook.path][name].default
-        }
-        twice = settings.keys() & changes.keys()
-        if twice:
-            key = min(twice)
-            raise NotebookError(
-                f"{key}: given as a setting and as the parameter {key.split('.')[-1]}. Give one of them"
-            )
-        load_config(profile, {**settings, **changes})
+# --- running them -----------------------------------------------------------------------------------------------------
 
 
 def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> Executed:
@@ -251,8 +159,8 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     error, died = None, False
     try:
         papermill.execute_notebook(
-            _verbatim(notebook.path),
-            _verbatim(output),
+            papermill_path(notebook.path),
+            papermill_path(output),
             parameters=dict(notebook.parameters),
             kernel_name="python3",
             progress_bar=False,
@@ -262,21 +170,22 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
             cwd=str(PROJECT_ROOT),
         )
     except papermill.PapermillExecutionError as failure:
-        error = f"cell [{failure.exec_count}]: {failure.ename}: {_first_line(failure.evalue)}"
+        said = f"cell [{failure.exec_count}]: {failure.ename}: {failure.evalue}"
+        error = printable(one_line(said, 300))
     except CellTimeoutError:
         error = f"a cell ran longer than {minutes_per_cell:g} minutes. Raise --minutes-per-cell"
-        _mark_stopped(output, error)
+        _note_stop(output, error)
     except DeadKernelError:
         died = True
         error = "its kernel died, most likely for want of memory. Close other programs, or take a smaller profile"
-        _mark_stopped(output, error)
+        _note_stop(output, error)
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM: what was done is kept, and says that it is not all
-        _mark_stopped(output, "interrupted")
+        _note_stop(output, "interrupted")
         raise
     return Executed(notebook.name, output, _minutes(output), error, died)
 
 
-def _mark_stopped(output: Path, error: str) -> None:
+def _note_stop(output: Path, error: str) -> None:
     """Note in an executed notebook what stopped it, where no cell's output says it."""
     import nbformat
 
@@ -289,17 +198,3 @@ def _mark_stopped(output: Path, error: str) -> None:
 def _minutes(output: Path) -> float:
     metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"] if output.exists() else {}
     return (metadata.get("papermill", {}).get("duration") or 0.0) / 60
-
-
-def _verbatim(path: Path) -> str:
-    """papermill formats paths with the parameters: braces in a folder's name are doubled, so that they stay."""
-    return re.sub(r"([{}])", r"\1\1", str(path))
-
-
-def _absolute(profile: str) -> str:
-    return profile if profile in PROFILES else str(Path(profile).expanduser().resolve())
-
-
-def _first_line(text: object) -> str:
-    lines = str(text).strip().splitlines()
-    return "".join(character for character in lines[0][:300] if character.isprintable()) if lines else ""

@@ -1,11 +1,12 @@
 """Where a branch comes from: the run, the iteration, and the settings that it changed there."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_kit.config import KitError
+from grpo_kit.runs.durable import json_bytes, replace_file
+from grpo_kit.runs.record import RecordError, read_json
 
 FILE = "branch.json"
 
@@ -24,7 +25,7 @@ class Origin:
 def write_origin(run_dir: Path, origin: Origin) -> Path:
     """Write `branch.json` into a branch's folder."""
     place = run_dir / FILE
-    place.write_text(json.dumps(asdict(origin), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(place, json_bytes(asdict(origin)))
     return place
 
 
@@ -35,18 +36,16 @@ def read_origin(run_dir: Path) -> Origin | None:
         KitError: `branch.json` is damaged.
     """
     place = run_dir / FILE
-    if not place.is_file():
-        return None
     try:
-        return Origin(**json.loads(place.read_bytes()))
-    except (ValueError, TypeError) as error:
+        return Origin(**read_json(place)) if place.is_file() else None
+    except (RecordError, TypeError) as error:
         raise KitError(
             f"{place}: no record of a branch ({error}). Restore the file, or make the branch again"
         ) from error
 
 
 def first_own_validation(run_dir: Path) -> int:
-    """The first iteration whose validation speaks of a policy that `best/` could hold.
+    """The first iteration whose validation is of a policy that `best/` can hold.
 
     0, but for a branch that began before its parent had chosen its best: the policies validated until then are gone.
     """
@@ -54,8 +53,8 @@ def first_own_validation(run_dir: Path) -> int:
     return 0 if origin is None or origin.best_from_parent else origin.iteration + 1
 
 
-def require_no_branch(run_dir: Path) -> None:
-    """Refuse to begin a branch at iteration 0: its first iterations are its parent's.
+def refuse_branch_without_checkpoint(run_dir: Path) -> None:
+    """Refuse to begin a branch that has no checkpoint at iteration 0: its first iterations are its parent's.
 
     Raises:
         KitError: the run is a branch.

@@ -1,4 +1,4 @@
-"""Read back a run folder. Only files are read: no model, no torch, and a run that is still going on can be looked at.
+"""Read a run folder. Only files are read: no model, no torch, and a run that is still going on can be looked at.
 
 What a run has not written yet is simply empty (no evaluation yet: an empty frame); what is there but damaged is an
 error that names the file.
@@ -7,14 +7,19 @@ error that names the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-
-import pandas as pd
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from grpo_kit.config import KitError
+from grpo_kit.runs.iterations import iteration_name, rollouts_of, validations_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image
 
 ImageKey = tuple[int, str, int]  # (prompt_id, variant, seed)
 
@@ -25,26 +30,44 @@ class RecordError(KitError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run left on disk: `metrics` has a row an iteration, `evaluation` a row (prompt, variant, seed)."""
+    """What a run left on disk. Tables are made when they are asked for, which is when pandas is loaded."""
 
     path: Path
     config: dict = field(repr=False)
-    metrics: pd.DataFrame = field(repr=False)
+    lines: list[dict] = field(repr=False)  # of metrics.jsonl
     validations: list[dict] = field(repr=False)
     results: dict = field(repr=False)
-    evaluation: pd.DataFrame = field(repr=False)
-    sentinel: dict = field(default_factory=dict, repr=False)
-    branch: dict = field(default_factory=dict, repr=False)  # where a branch comes from
+    sentinel: dict = field(default_factory=dict, repr=False)  # sentinel.json: what reward hacking showed
+    branch: dict = field(default_factory=dict, repr=False)  # branch.json: where a branch comes from
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """A row an iteration; of an iteration that was logged twice the later one."""
+        import pandas as pd
+
+        if not self.lines:
+            return pd.DataFrame({"iteration": pd.Series(dtype="int64")})
+        frame = pd.DataFrame(self.lines).drop_duplicates("iteration", keep="last")
+        return frame.sort_values("iteration").reset_index(drop=True)
+
+    @cached_property
+    def evaluation(self) -> pd.DataFrame:
+        """A row for each (prompt, variant, seed) of the final evaluation; empty where there was none.
+
+        Raises:
+            RecordError: the file is damaged.
+        """
+        return _read_parquet(self.path / "evaluation" / "rows.parquet")
 
     @property
     def iterations(self) -> int:
         """The last iteration logged; 0 before the first."""
-        return int(self.metrics["iteration"].max()) if len(self.metrics) else 0
+        return max((int(line["iteration"]) for line in self.lines), default=0)
 
     @property
     def rollout_iterations(self) -> list[int]:
         """The iterations whose rollouts were kept."""
-        return sorted(int(path.stem.split("_")[1]) for path in self.path.glob("rollouts/iter_*.parquet"))
+        return list(rollouts_of(self.path))
 
     def rollout(self, iteration: int) -> pd.DataFrame:
         """Return one iteration's rollout, a row a sample.
@@ -52,7 +75,7 @@ class RunRecord:
         Raises:
             RecordError: that iteration's rollout was not kept.
         """
-        path = self.path / "rollouts" / f"iter_{iteration:06d}.parquet"
+        path = self.path / "rollouts" / f"{iteration_name(iteration)}.parquet"
         if not path.exists():
             kept = ", ".join(map(str, self.rollout_iterations)) or "none"
             raise RecordError(f"rollout of iteration {iteration}: not kept in this run, allowed: {kept}. Choose one.")
@@ -65,11 +88,6 @@ class RunRecord:
         group = rollout[rollout["group_id"] == widest]
         return group.sort_values("reward", ascending=False, kind="stable").reset_index(drop=True)
 
-    def image(self, thumbnail: str) -> Image.Image:
-        """Open a thumbnail named by a row of this run."""
-        with Image.open(self.file(thumbnail)) as image:
-            return image.convert("RGB")
-
     def file(self, name: str) -> Path:
         """Return the path of a file that a row names, which must lie inside the run folder."""
         path = (self.path / name.replace("\0", "")).resolve()
@@ -79,37 +97,34 @@ class RunRecord:
             )
         return path
 
+    def image(self, thumbnail: str) -> Image.Image:
+        """Open a thumbnail named by a row of this run."""
+        from PIL import Image
+
+        with Image.open(self.file(thumbnail)) as image:
+            return image.convert("RGB")
+
     def evaluation_images(self) -> Mapping[ImageKey, Image.Image]:
         """Return the evaluation's pictures by (prompt_id, variant, seed), opened when asked for."""
-        return _Thumbnails(self)
+        columns = ["prompt_id", "variant", "seed", "thumbnail"]
+        rows = self.evaluation[columns].itertuples(index=False) if len(self.evaluation) else ()
+        names = {(int(p), str(v), int(s)): name for p, v, s, name in rows if isinstance(name, str) and name}
+        return _Thumbnails(self, names)
 
 
-class _Thumbnails(Mapping[ImageKey, Image.Image]):
-    """A mapping over the evaluation's thumbnails that opens one at a time."""
+class _Thumbnails(UserDict):
+    """Names of a run's thumbnails by a key, each of which is opened when it is asked for."""
 
-    def __init__(self, record: RunRecord) -> None:
-        rows = record.evaluation
+    def __init__(self, record: RunRecord, names: Mapping[ImageKey, str]) -> None:
         self._record = record
-        columns = (
-            zip(rows["prompt_id"], rows["variant"], rows["seed"], rows["thumbnail"], strict=True) if len(rows) else ()
-        )
-        self._names = {(int(p), str(v), int(s)): name for p, v, s, name in columns if isinstance(name, str) and name}
+        super().__init__(names)
 
     def __getitem__(self, key: ImageKey) -> Image.Image:
-        return self._record.image(self._names[key])
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._names
-
-    def __iter__(self) -> Iterator[ImageKey]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return self._record.image(self.data[key])
 
 
 def read_run(run_dir: Path | str) -> RunRecord:
-    """Read a run folder: config, metrics, validations, evaluation, sentinel; rollouts and pictures when asked for.
+    """Read a run folder: config, metrics, validations, results; tables and pictures when they are asked for.
 
     Raises:
         RecordError: there is no such folder, or a file in it is damaged.
@@ -119,43 +134,66 @@ def read_run(run_dir: Path | str) -> RunRecord:
         raise RecordError(f"run folder {path}: not found. Give the folder of a run, or train one: grpo-kit train.")
     return RunRecord(
         path=path,
-        config=_read_json(path / "config.json"),
-        metrics=_read_metrics(path / "metrics.jsonl"),
-        validations=[_read_json(file) for file in sorted(path.glob("validation_iter_*.json"))],
-        results=_read_json(path / "final_results.json"),
-        evaluation=_read_parquet(path / "evaluation" / "rows.parquet"),
-        sentinel=_read_json(path / "sentinel.json"),
-        branch=_read_json(path / "branch.json"),
+        config=read_json(path / "config.json"),
+        lines=read_metrics(path),
+        validations=read_validations(path),
+        results=read_json(path / "final_results.json"),
+        sentinel=read_json(path / "sentinel.json"),
+        branch=read_json(path / "branch.json"),
     )
 
 
-def _read_metrics(path: Path) -> pd.DataFrame:
-    """Return a row an iteration. A last line without its newline is still being written: left out."""
-    if not path.exists():
-        return pd.DataFrame({"iteration": pd.Series(dtype="int64")})
-    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+def metrics_lines(run_dir: Path) -> list[bytes]:
+    """The lines of metrics.jsonl without their ends; a last one that has no end was cut, or is being written."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """What metrics.jsonl says, a dict a line; null is None.
+
+    Raises:
+        RecordError: a line is not JSON.
+    """
     rows = []
-    for number, line in enumerate(complete, start=1):
+    for number, line in enumerate(metrics_lines(run_dir), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise RecordError(f"{path}:{number}: not JSON ({error}). Restore that line or delete it.") from error
-    frame = pd.DataFrame(rows)
-    if frame.empty:
-        return pd.DataFrame({"iteration": pd.Series(dtype="int64")})
-    return frame.drop_duplicates("iteration", keep="last").sort_values("iteration").reset_index(drop=True)
+            place = run_dir / "metrics.jsonl"
+            raise RecordError(f"{place}:{number}: not JSON ({error}). Restore that line or delete it.") from error
+    return rows
 
 
-def _read_json(path: Path) -> dict:
-    if not path.exists():
+def read_validations(run_dir: Path) -> list[dict]:
+    """The contents of all validation_iter_N.json, in order.
+
+    Raises:
+        RecordError: a file is damaged.
+    """
+    return [read_json(path) for path in validations_of(run_dir).values()]
+
+
+def read_json(path: Path) -> dict:
+    """An object from a JSON file; empty where there is no file.
+
+    Raises:
+        RecordError: the file is damaged.
+    """
+    if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecordError(f"{path}: not JSON ({error}). Restore the file or delete it.") from error
+    if not isinstance(data, dict):
+        raise RecordError(f"{path}: found {type(data).__name__}, allowed: an object. Restore the file or delete it.")
+    return data
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     if not path.exists():
         return pd.DataFrame()
     try:

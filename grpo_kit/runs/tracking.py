@@ -5,16 +5,18 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
-from grpo_kit.config import Config, KitError
-from grpo_kit.runs.folder import RunFolder
+from grpo_kit.config import Config, KitError, one_line
+from grpo_kit.runs.durable import json_bytes, replace_file
+from grpo_kit.runs.iterations import iteration_name
+from grpo_kit.runs.record import read_json, read_metrics, read_validations
 
 logger = logging.getLogger(__name__)
 
@@ -24,30 +26,7 @@ _RECORD = "tracking.json"
 _START_SECONDS, _FINISH_SECONDS = 30, 60  # how long a network that does not answer may hold up a run
 
 Picture = tuple[Path, str]  # its file and its caption
-
-
-class Mirror(Protocol):
-    """A place that shows a run. Whatever it raises is one warning, and it is not called again."""
-
-    name: str
-
-    def start(self) -> None:
-        """Open it, or go on where an earlier part of the run left it."""
-
-    def whole_until(self, committed: int) -> int:
-        """The iteration up to which it has everything of a run that goes on after the committed one; -1 is nothing."""
-
-    def log(self, metrics: Mapping[str, float], prefix: str) -> None:
-        """Show one line of numbers, with its own "iteration", under `prefix/`."""
-
-    def images(self, name: str, pictures: Sequence[Picture], iteration: int) -> None:
-        """Show pictures with their captions."""
-
-    def table(self, name: str, table: pd.DataFrame, iteration: int) -> None:
-        """Show a table of texts and numbers."""
-
-    def finish(self, exit_code: int) -> None:
-        """Close it, also where it was never opened; 0 is a run that ended well."""
+Values = Mapping[str, float | list[Picture] | pd.DataFrame | None]  # of one iteration, which "iteration" says
 
 
 class WandbMirror:
@@ -66,10 +45,12 @@ class WandbMirror:
         self._record: dict = {}
 
     def start(self) -> None:
+        """Begin the wandb run, or go on where an earlier part of this run left it."""
         import wandb
 
-        self._record = self._recorded()
-
+        self._record = read_json(self._run_dir / _RECORD)
+        if not self._record:
+            self._write({"wandb_id": uuid.uuid4().hex[:8], "open": {"since": -1, "part": None}})
         settings, online = self._config.tracking_settings, self._config.tracking_settings.wandb == "online"
         wandb.setup(wandb.Settings(silent=True))
         if online and not wandb.login(prompt=False):
@@ -99,18 +80,15 @@ class WandbMirror:
             self._run.define_metric(f"{prefix}/iteration")
             self._run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/iteration")
 
-    def _recorded(self) -> dict:
-        place = self._run_dir / _RECORD
-        if not place.is_file():
-            self._write({"wandb_id": uuid.uuid4().hex[:8], "open": {"since": -1, "part": None}})
-        return json.loads(place.read_text(encoding="utf-8"))
-
     def _write(self, record: dict) -> None:
-        RunFolder(self._run_dir).write_json(_RECORD, record)
+        replace_file(self._run_dir / _RECORD, json_bytes(record))
         self._record = record
 
     def whole_until(self, committed: int) -> int:
-        """Where the part that was not closed began, if there is one; unless it is on the server, it goes."""
+        """The iteration up to which it has everything of a run that goes on after the committed one; -1 is nothing.
+
+        A part that was not closed is replaced, unless it is on the server.
+        """
         left_open = self._record.get("open")
         since = committed if left_open is None else left_open["since"]
         self._write({**self._record, "open": {"since": since, "part": Path(self._run.dir).parent.name}})
@@ -120,24 +98,20 @@ class WandbMirror:
                 shutil.rmtree(part, ignore_errors=True)
         return max(since, self._run.step - 1)  # online the server says what it has
 
-    def log(self, metrics: Mapping[str, float], prefix: str) -> None:
-        line = {f"{prefix}/{name}": value for name, value in metrics.items()}
-        self._run.log(line, step=int(metrics["iteration"]))
+    def log(self, prefix: str, values: Values) -> None:
+        """Show numbers, pictures and tables of an iteration under `prefix/`."""
+        shown = {f"{prefix}/{name}": self._shown(value) for name, value in values.items()}
+        self._run.log(shown, step=int(values["iteration"]))
 
-    def images(self, name: str, pictures: Sequence[Picture], iteration: int) -> None:
+    def _shown(self, value: object) -> object:
         import wandb
 
-        self._show(name, [wandb.Image(str(place), caption=caption) for place, caption in pictures], iteration)
-
-    def table(self, name: str, table: pd.DataFrame, iteration: int) -> None:
-        import wandb
-
-        self._show(name, wandb.Table(dataframe=table), iteration)  # a new one each time: they are written once
-
-    def _show(self, name: str, value: object, iteration: int) -> None:
-        self._run.log({f"{name.split('/')[0]}/iteration": iteration, name: value}, step=iteration)
+        if isinstance(value, list):
+            return [wandb.Image(str(place), caption=caption) for place, caption in value]
+        return wandb.Table(dataframe=value) if isinstance(value, pd.DataFrame) else value
 
     def finish(self, exit_code: int) -> None:
+        """Close it, also where it was never opened; 0 is a run that ended well."""
         if self._run is not None:
             self._run.finish(exit_code=exit_code)
             if exit_code != _FAILED:  # by which a mirror that lost something is closed, too
@@ -153,6 +127,7 @@ class TensorBoardMirror:
         self._config, self._run_dir, self._writer = config, run_dir, None
 
     def start(self) -> None:
+        """Open a new file."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -161,29 +136,38 @@ class TensorBoardMirror:
         self._writer.add_text("config", f"```\n{json.dumps(self._config.to_dict(), indent=1)}\n```")
 
     def whole_until(self, committed: int) -> int:
-        """All: what was written to its file outlives the process."""
+        """The committed iteration: what was written to a file outlives the process."""
         return committed
 
-    def log(self, metrics: Mapping[str, float], prefix: str) -> None:
-        for name, value in metrics.items():
-            if name != "iteration" and value is not None:
-                self._writer.add_scalar(f"{prefix}/{name}", value, int(metrics["iteration"]))
-
-    def images(self, name: str, pictures: Sequence[Picture], iteration: int) -> None:
-        import numpy as np
-
-        for number, (place, caption) in enumerate(pictures):
-            with Image.open(place) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            self._writer.add_image(f"{name}/{number}", pixels, iteration, dataformats="HWC")
-            self._writer.add_text(f"{name}/{number}", caption, iteration)
-
-    def table(self, name: str, table: pd.DataFrame, iteration: int) -> None:
-        self._writer.add_text(name, _markdown(table), iteration)
+    def log(self, prefix: str, values: Values) -> None:
+        """Show numbers, pictures and tables of an iteration under `prefix/`."""
+        iteration = int(values["iteration"])
+        for name, value in values.items():
+            if isinstance(value, pd.DataFrame):
+                self._writer.add_text(f"{prefix}/{name}", _markdown(value), iteration)
+            elif isinstance(value, list):
+                for number, (place, caption) in enumerate(value):
+                    with Image.open(place) as picture:
+                        pixels = np.asarray(picture.convert("RGB"))
+                    self._writer.add_image(f"{prefix}/{name}/{number}", pixels, iteration, dataformats="HWC")
+                    self._writer.add_text(f"{prefix}/{name}/{number}", caption, iteration)
+            elif name != "iteration" and value is not None:
+                self._writer.add_scalar(f"{prefix}/{name}", value, iteration)
 
     def finish(self, exit_code: int) -> None:
+        """Close the file, also where none was opened."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    texts = table.map(lambda value: f"{value:.4f}" if isinstance(value, float) else str(value))
+    lines = [list(table.columns), ["---"] * table.shape[1], *texts.to_numpy().tolist()]
+    escaped = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+Mirror = WandbMirror | TensorBoardMirror
 
 
 class Tracker:
@@ -192,7 +176,7 @@ class Tracker:
     def __init__(self, config: Config, run_dir: Path) -> None:
         settings = config.tracking_settings
         wanted = {WandbMirror: settings.wandb != "disabled", TensorBoardMirror: settings.tensorboard}
-        self._mirrors: list[Mirror] = [mirror(config, run_dir) for mirror, on in wanted.items() if on]
+        self._mirrors = [mirror(config, run_dir) for mirror, on in wanted.items() if on]
         self._run_dir = run_dir
 
     def __enter__(self) -> "Tracker":
@@ -203,13 +187,18 @@ class Tracker:
             raise
         return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._each(lambda mirror: mirror.finish(exit_code(error)))
+
     def go_on(self, committed: int) -> None:
         """Go on after a committed iteration, 0 for a new run: what a mirror lacks up to it is shown from the folder."""
         self._each(lambda mirror: show_again(mirror, self._run_dir, mirror.whole_until(committed), committed))
 
     def log(self, metrics: Mapping[str, float], prefix: str = "train") -> None:
         """Mirror one line, with its own "iteration", under `train/` or `eval/`."""
-        self._each(lambda mirror: mirror.log(metrics, prefix))
+        self._each(lambda mirror: mirror.log(prefix, metrics))
 
     def log_samples(self, iteration: int) -> None:
         """Mirror what the folder keeps of an iteration: its validation, its completions, pictures of a group."""
@@ -219,18 +208,12 @@ class Tracker:
         for mirror in tuple(self._mirrors):
             try:
                 call(mirror)
-            except Exception as error:  # whatever a service raises, the run is worth more than its mirror
+            except Exception as error:  # whatever a service raises: a mirror's failure must not end the run
                 self._mirrors.remove(mirror)
-                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                text = "%s: not mirrored (%.200s); the run goes on, its folder has everything"
-                logger.warning(text, mirror.name, said)
+                text = "%s: not mirrored (%s); the run goes on, its folder has everything"
+                logger.warning(text, mirror.name, one_line(error))
                 with contextlib.suppress(Exception):
                     mirror.finish(_FAILED)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._each(lambda mirror: mirror.finish(exit_code(error)))
 
 
 def exit_code(error: BaseException | None) -> int:
@@ -240,16 +223,18 @@ def exit_code(error: BaseException | None) -> int:
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else int(error is not None)
 
 
+# --- what is shown of a run's folder ----------------------------------------------------------------------------------
+
+
 def show_again(mirror: Mirror, run_dir: Path, after: int, until: int) -> None:
     """Show what a run's folder keeps of the iterations after one, up to another; of a run that begins, nothing."""
-    folder = RunFolder(run_dir)
-    lines = {row["iteration"]: row for row in folder.metrics()}
-    validations = {validation["iteration"]: validation for validation in folder.validations()}
+    lines = {row["iteration"]: row for row in read_metrics(run_dir)}
+    validations = {validation["iteration"]: validation for validation in read_validations(run_dir)}
     for iteration in range(after + 1, until + 1) if until else ():
         if iteration in lines:
-            mirror.log(lines[iteration], "train")
+            mirror.log("train", lines[iteration])
         if iteration in validations:
-            mirror.log(validation_line(validations[iteration]), "eval")
+            mirror.log("eval", validation_line(validations[iteration]))
             show_samples(mirror, run_dir, iteration)
 
 
@@ -261,15 +246,15 @@ def validation_line(validation: Mapping) -> dict[str, float]:
 
 def show_samples(mirror: Mirror, run_dir: Path, iteration: int) -> None:
     """Show what a run's folder keeps of an iteration; not every iteration has a validation and a rollout."""
-    validation = run_dir / f"validation_iter_{iteration:06d}.json"
-    if validation.is_file():
-        rows = pd.json_normalize(json.loads(validation.read_text(encoding="utf-8"))["samples"], sep="/")
-        mirror.table("eval/samples", sample_table(rows, iteration), iteration)
-    kept = run_dir / "rollouts" / f"iter_{iteration:06d}.parquet"
+    name = iteration_name(iteration)
+    validation, kept = read_json(run_dir / f"validation_{name}.json"), run_dir / f"rollouts/{name}.parquet"
+    if validation:
+        samples = sample_table(pd.json_normalize(validation["samples"], sep="/"), iteration)
+        mirror.log("eval", {"iteration": iteration, "samples": samples})
     if kept.is_file():
         rollout = pd.read_parquet(kept)
-        mirror.table("train/completions", sample_table(rollout, iteration), iteration)
-        mirror.images("train/samples", group_pictures(rollout, run_dir), iteration)
+        completions, pictures = sample_table(rollout, iteration), group_pictures(rollout, run_dir)
+        mirror.log("train", {"iteration": iteration, "completions": completions, "samples": pictures})
 
 
 def sample_table(rows: pd.DataFrame, iteration: int) -> pd.DataFrame:
@@ -281,7 +266,7 @@ def sample_table(rows: pd.DataFrame, iteration: int) -> pd.DataFrame:
 
 
 def group_pictures(rollout: pd.DataFrame, run_dir: Path, count: int = PICTURES) -> list[Picture]:
-    """The first pictures of a rollout's last group; each caption says what was asked, written and earned."""
+    """The first pictures of a rollout's last group; each caption has prompt, rewrite, reward and advantage."""
     group = rollout[(rollout["group_id"] == rollout["group_id"].iloc[-1]) & rollout["thumbnail"].notna()]
     return [
         (
@@ -291,13 +276,3 @@ def group_pictures(rollout: pd.DataFrame, run_dir: Path, count: int = PICTURES) 
         )
         for row in group.head(count).to_dict("records")
     ]
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    lines = [list(table.columns), ["---"] * table.shape[1], *table.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

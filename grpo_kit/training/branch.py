@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.rewards.loading import check_reward_settings
 from grpo_kit.runs.durable import flush, flush_tree
 from grpo_kit.runs.folder import RunError, RunFolder
+from grpo_kit.runs.iterations import files_of_iterations, iteration_of
 from grpo_kit.runs.origin import Origin, write_origin
 from grpo_kit.training.loop import best_iteration, commit, make_optimizer
 from grpo_kit.training.replay import advance, recorded_lines
@@ -24,7 +24,6 @@ from grpo_kit.training.restore import own_experiment, require_iteration, restore
 logger = logging.getLogger(__name__)
 # what the weights and the optimizer's state at the branch's start belong to
 FIXED = ("model_settings.vlm_model", "model_settings.lora", "model_settings.base_8bit", "model_settings.dtype")
-_PICTURE = re.compile(r"(?:iter|validation)_(\d+)_\w+\.jpg")
 
 
 def branch(
@@ -158,13 +157,9 @@ def _copy_history(run: RunFolder, folder: RunFolder, iteration: int) -> None:
     """Copy what the run wrote up to an iteration: lines, validations, rollouts and their pictures."""
     lines = recorded_lines(run.path)[:iteration]
     folder.metrics_file.write_bytes(b"".join(line + b"\n" for line in lines))
-    records = [*run.path.glob("validation_iter_*.json"), *run.path.glob("rollouts/iter_*.parquet")]
-    wanted = [place for place in records if int(place.stem.rsplit("_", 1)[1]) <= iteration]
-    for place in (run.path / "thumbnails").glob("*.jpg"):
-        match = _PICTURE.fullmatch(place.name)
-        if match and int(match[1]) <= iteration:
-            wanted.append(place)
-    for place in wanted:
+    for place in files_of_iterations(run.path):
+        if iteration_of(place) > iteration:
+            continue
         target = folder.path / place.relative_to(run.path)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(place, target)

@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from grpo_kit.config import Config, KitError
+from grpo_kit.runs.disk_errors import commit_status
 from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, require_sharable
 
 _PATIENCE = timedelta(days=7)  # of a collective
@@ -200,9 +201,7 @@ def _is_alive(process: psutil.Process) -> bool:
 def lost_text(who: str, note: str | None, run_dir: Path) -> str:
     """One line: which process ended and how, what is committed, how to go on."""
     how = "was killed or crashed" if note is None else f"ended ({' '.join(note.split())[:300]})"
-    committed = sorted((run_dir / "checkpoints").glob("iter_*"))
-    kept = f"iteration {int(committed[-1].name[5:])} is committed" if committed else "nothing is committed yet"
-    return f"{who} {how}; {kept}. The same command with --run-dir {run_dir} goes on from there"
+    return f"{who} {how}; {commit_status(run_dir)}. The same command with --run-dir {run_dir} goes on from there"
 
 
 # --- starting them ----------------------------------------------------------------------------------------------------

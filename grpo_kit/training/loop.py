@@ -24,8 +24,8 @@ from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.models.card import save_with_card
 from grpo_kit.rollout import Rollout, collect_rollout
 from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
-from grpo_kit.runs.folder import RunFolder, course
-from grpo_kit.runs.origin import first_own_validation, require_no_branch
+from grpo_kit.runs.folder import RunFolder, decisive_settings
+from grpo_kit.runs.origin import first_own_validation, refuse_branch_without_checkpoint
 from grpo_kit.runs.tracking import Tracker, validation_line
 from grpo_kit.training.nonfinite import guard
 from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
@@ -140,9 +140,9 @@ def resume(
     Returns:
         Its iteration, None where nothing is committed yet.
     """
-    checkpoint = load_latest(folder.checkpoints, course(kit.config.to_dict()))
+    checkpoint = load_latest(folder.checkpoints, decisive_settings(kit.config.to_dict()))
     if checkpoint is None:
-        require_no_branch(folder.path)
+        refuse_branch_without_checkpoint(folder.path)
     iteration = 0 if checkpoint is None else checkpoint.iteration
     if len(seen := set(processes.gather(lambda: iteration))) > 1:
         raise ProcessError(
@@ -253,7 +253,7 @@ def commit(
             state,
             kit.config.training_settings.keep_checkpoints,
             rewards=kit.rewards.state_dict(),
-            settings=course(kit.config.to_dict()),
+            settings=decisive_settings(kit.config.to_dict()),
             versions=library_versions(),
         )
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from grpo_kit.config import KitError
 from grpo_kit.grpo.finite import NotFinite
+from grpo_kit.runs.disk_errors import last_commit
 from grpo_kit.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def guard(folder: RunFolder, iteration: int, trouble: NotFinite, updates_per_rol
     if len(stuck) < PATIENCE:
         logger.warning("iteration %d: update skipped, not finite: %s", iteration, trouble.detail)
         return
-    committed = max((int(place.name.split("_")[1]) for place in folder.checkpoints.glob("iter_*")), default=0)
+    committed = last_commit(folder.path) or 0
     raise NonFiniteError(
         f"training: no update in {len(stuck)} iterations in a row, since iteration {stuck[0]}; not finite: "
         f"{trouble.detail}. Nothing of it was saved: iteration {committed} is committed, best/ is as it was. Try, in a "

@@ -21,6 +21,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.rollout import Rollout
 from grpo_kit.runs.checkpoint import CheckpointError, load_checkpoint
 from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.iterations import iteration_name, rollouts_of
 from grpo_kit.training.difference import (
     Comparison,
     Digits,
@@ -128,7 +129,7 @@ def replay(
     require_iteration(run.path, iteration, len(lines))
     place = rollout_file(run.path, iteration)
     if step_only and not place.is_file():
-        kept = ", ".join(str(int(file.stem[5:])) for file in sorted(place.parent.glob("iter_*.parquet"))) or "none"
+        kept = ", ".join(map(str, rollouts_of(run.path))) or "none"
         raise ReplayError(f"rollout of iteration {iteration}: not kept, allowed: {kept}. Leave out --step-only")
     kit = own_experiment(run.path, kit)
     optimizer = make_optimizer(kit, kit.config)
@@ -143,7 +144,7 @@ def replay(
     if not step_only:
         sources[WHOLE] = f"all of it computed, from the state after iteration {iteration - 1}"
         found += recorded.beside(WHOLE, kit, optimizer, *run_iteration(kit, optimizer, iteration))
-    origin = "the config's own models" if start is None else f"checkpoint iter_{start:06d}"
+    origin = "the config's own models" if start is None else f"checkpoint {iteration_name(start)}"
     return Replay(run.path, iteration, origin, sources, found, skipped, recorded.changed)
 
 
@@ -158,7 +159,7 @@ def recorded_lines(run_dir: Path) -> list[bytes]:
 
 def rollout_file(run_dir: Path, iteration: int) -> Path:
     """Where an iteration's rollout lies, if it was kept."""
-    return run_dir / "rollouts" / f"iter_{iteration:06d}.parquet"
+    return run_dir / "rollouts" / f"{iteration_name(iteration)}.parquet"
 
 
 def changed_since(run_dir: Path) -> dict[str, tuple[str, str]]:
@@ -270,7 +271,7 @@ class _Recorded:
         return found
 
     def _checkpoints(self, part: str, kit: Experiment, optimizer: torch.optim.Optimizer) -> list[Comparison]:
-        place = self.run.checkpoints / f"iter_{self.iteration:06d}"
+        place = self.run.checkpoints / iteration_name(self.iteration)
         if not place.is_dir():
             return []
         state = State.of(kit, optimizer)

@@ -1,7 +1,6 @@
 """The state of a run after any of its iterations, computed again from a checkpoint or from its start."""
 
 import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.rollout import Rollout, picture_prompts
 from grpo_kit.runs.checkpoint import CheckpointError, load_checkpoint
 from grpo_kit.runs.folder import first_difference
+from grpo_kit.runs.iterations import checkpoints_of
 from grpo_kit.runs.origin import read_origin
 from grpo_kit.training.loop import restore
 
@@ -105,10 +105,9 @@ def restore_newest(
     Raises:
         ReplayError: there is none, and the run is a branch, whose start is not in its config.
     """
-    places = [place for place in (run_dir / "checkpoints").glob("iter_*") if re.fullmatch(r"iter_\d+", place.name)]
     skipped = []
-    for place in sorted(places, reverse=True):
-        if int(place.name[5:]) > iteration:
+    for number, place in reversed(checkpoints_of(run_dir / "checkpoints").items()):
+        if number > iteration:
             continue
         try:
             checkpoint = load_checkpoint(place)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from grpo_kit.runs.checkpoint import load_latest
-from grpo_kit.runs.folder import course
+from grpo_kit.runs.folder import decisive_settings
 from tests.chaos import Outcome, fault
 from tests.chaos.experiment import experiment, quick_config, reference, run_through, scratch
 from tests.chaos.kills import through
@@ -52,7 +52,7 @@ def one_damage(
     file = rng.choice(sorted(file for file in place.rglob("*") if file.is_file())).relative_to(place)
     damage(place, file, other / "checkpoints" / NEWEST, rng)
     with warnings_of("grpo_kit.runs.checkpoint") as told:
-        found = load_latest(folder / "checkpoints", course(quick_config().to_dict()))
+        found = load_latest(folder / "checkpoints", decisive_settings(quick_config().to_dict()))
     what = f"{damage.__name__}, {file}"
     outcome = Outcome(1)
     if found is None or found.iteration != 3 or not any(NEWEST in line for line in told):

@@ -169,7 +169,7 @@ def test_declared_parameters_pass_also_when_injected_and_after_the_whole_noteboo
 
 
 def test_a_typo_stops_with_the_nearest_name() -> None:
-    with pytest.raises(KitError, match=r"parameter gruop_size: not in this notebook.*Did you mean group_size"):
+    with pytest.raises(KitError, match=r"parameter gruop_size: not in this notebook.*did you mean group_size"):
         check_parameters(session("gruop_size = 8", gruop_size=8))
 
 

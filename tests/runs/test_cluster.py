@@ -20,7 +20,7 @@ from support.grids import alive, command, lines, wait_for_number, write_notebook
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.runs import cluster as grid_ray
 from grpo_kit.runs import notebooks as headless
-from grpo_kit.runs.cluster import Cluster, check_machines, connected, marked, run_trials_on_ray
+from grpo_kit.runs.cluster import Cluster, check_machines, connected, probe_file, run_trials_on_ray
 from grpo_kit.runs.grid import GridError, PlannedTrial, TrialResult, grid_trials, plan_trials, run_trial
 from grpo_kit.runs.notebooks import select_notebooks
 
@@ -69,8 +69,8 @@ def planned(folder: Path, **grid: list) -> list[PlannedTrial]:
 def run_all(trials: list[PlannedTrial], again: list[str] | None = None) -> dict[str, TrialResult]:
     """The results by the trials' names; the names of those that are started again go into `again`."""
     tell = None if again is None else lambda trial, died: again.append(trial.name)
-    with marked(trials[0].folder.parent) as mark:
-        return {result.name: result for result in run_trials_on_ray(trials, mark, TWO, retrying=tell)}
+    with probe_file(trials[0].folder.parent) as probe:
+        return {result.name: result for result in run_trials_on_ray(trials, probe, TWO, retrying=tell)}
 
 
 def start(series: Path, run: Path, address: str, *options: str) -> subprocess.Popen:
@@ -117,8 +117,8 @@ def test_a_result_comes_when_it_is_there_and_a_closed_grid_ends_its_kernels_and_
     waits, well, later = planned(tmp_path / "grid", case=["waits", "well"], seeds=[0])[:2] + planned(
         tmp_path / "grid", case=["waits"], seeds=[5]
     )
-    with marked(tmp_path / "grid") as mark:
-        coming = run_trials_on_ray([waits, well, later], mark, TWO)
+    with probe_file(tmp_path / "grid") as probe:
+        coming = run_trials_on_ray([waits, well, later], probe, TWO)
         assert next(coming).name == well.name  # the one that was asked for first still waits
         pids = [wait_for_number(trial.folder / "pid") for trial in (waits, later)]
         coming.close()
@@ -162,24 +162,27 @@ def test_a_trial_that_is_not_started_again_is_caught(
 
 def test_a_machine_that_sees_another_folder_is_named(cluster: str, series: Path, tmp_path: Path):
     notebooks, (trial,) = select_notebooks(["00"]), planned(tmp_path / "grid", seeds=[0])
-    with marked(tmp_path / "grid") as mark:
-        check_machines(TWO, mark, notebooks)
-        for other in (replace(mark, word="another"), replace(mark, path=tmp_path / "absent" / ".seen")):
+    with probe_file(tmp_path / "grid") as probe:
+        check_machines(TWO, probe, notebooks)
+        for other in (replace(probe, word="another"), replace(probe, path=tmp_path / "absent" / ".seen")):
             with pytest.raises(GridError, match=r"does not see the grid's folder .*Give --run-dir a folder on a disk"):
                 check_machines(TWO, other, notebooks)
             with pytest.raises(GridError, match="does not see the grid's folder"):  # of a machine that came later
                 list(run_trials_on_ray([trial], other, TWO))
         with pytest.raises(GridError, match=r"allowed: 0\.0\.0, as here"):
-            check_machines(TWO, replace(mark, version="0.0.0"), notebooks)
+            check_machines(TWO, replace(probe, version="0.0.0"), notebooks)
         with pytest.raises(GridError, match=r"has no .*absent\.ipynb"):
-            check_machines(TWO, mark, [tmp_path / "absent.ipynb"])
+            check_machines(TWO, probe, [tmp_path / "absent.ipynb"])
     assert not trial.folder.exists()
 
 
 @pytest.mark.parametrize("asked", [Cluster(gpus=64), Cluster(cpus=4096)])
 def test_what_no_machine_has_is_refused(cluster: str, tmp_path: Path, asked: Cluster):
-    with marked(tmp_path) as mark, pytest.raises(GridError, match=r"no machine .* has that .*allowed: up to 2 CPUs"):
-        check_machines(asked, mark, [])
+    with (
+        probe_file(tmp_path) as probe,
+        pytest.raises(GridError, match=r"no machine .* has that .*allowed: up to 2 CPUs"),
+    ):
+        check_machines(asked, probe, [])
 
 
 def test_a_trial_that_breaks_outside_of_its_notebook_leaves_the_others_alone(

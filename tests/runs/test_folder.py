@@ -14,7 +14,7 @@ from PIL import Image
 
 from grpo_kit.config import load_config
 from grpo_kit.runs import durable
-from grpo_kit.runs.folder import RunError, RunFolder, course
+from grpo_kit.runs.folder import RunError, RunFolder, decisive_settings
 
 
 @pytest.fixture
@@ -181,9 +181,11 @@ def test_log_that_cannot_grow_is_told_once_and_stops_nothing(run: RunFolder, cap
 # --- which run --------------------------------------------------------------------------------------------------------
 
 
-def test_course_is_what_a_run_computes_and_not_how_long_or_how_it_is_shown():
+def test_decisive_settings_are_what_a_run_computes_and_not_how_long_or_how_it_is_shown():
     def fixed(**training: object) -> dict[str, object]:
-        return course(load_config("tiny", {f"training_settings.{k}": v for k, v in training.items()}).to_dict())
+        return decisive_settings(
+            load_config("tiny", {f"training_settings.{k}": v for k, v in training.items()}).to_dict()
+        )
 
     assert fixed(num_iterations=7, keep_checkpoints=5) == fixed() != fixed(seed=1)
     assert not [name for name in fixed() if name.startswith(("tracking", "evaluation", "versions"))]

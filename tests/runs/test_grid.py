@@ -243,7 +243,7 @@ def test_a_damaged_record_is_named(series: Path, tmp_path: Path):
     planned.folder.mkdir(parents=True)
     for content in ("{", "[]"):
         (planned.folder / "trial.json").write_text(content)
-        with pytest.raises(GridError, match=r"trial\.json: .* Delete its folder"):
+        with pytest.raises(GridError, match=r"trial\.json: .* delete its folder"):
             plan_trials(trials, select_notebooks(["00"]), "tiny", tmp_path)
 
 

@@ -134,7 +134,7 @@ def test_an_iteration_repeated_after_a_resume_counts_once(synthetic_run: Path) -
 def test_a_damaged_table_is_named(synthetic_run: Path) -> None:
     (synthetic_run / "evaluation" / "rows.parquet").write_bytes(b"not a table")
     with pytest.raises(KitError, match=r"rows\.parquet"):
-        read_run(synthetic_run)
+        _ = read_run(synthetic_run).evaluation
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "thumbnails/../../x.jpg"])
