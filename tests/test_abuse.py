@@ -40,7 +40,8 @@ from grpo_kit.runs.grid import GridError, grid_trials, plan_trials, read_grid
 from grpo_kit.runs.notebooks import NotebookError, Planned, execute, plan, select_notebooks
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import write_report
-from grpo_kit.show.plots import group_figure, image_grid, training_curves
+from grpo_kit.show.curves import training_curves
+from grpo_kit.show.images import group_figure, image_grid
 from grpo_kit.show.share import share_pages
 from grpo_kit.show.style import STYLE
 from grpo_kit.training.loop import train

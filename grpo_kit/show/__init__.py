@@ -1,92 +1,48 @@
 """What a person looks at: figures, the report, the picture of the loop. Everything is read back from a run folder.
 
-The widgets are loaded when they are first used: they need ipywidgets and torch, the rest does not.
+The names below are loaded when they are first used: the widgets need ipywidgets and torch, the rest does not.
 """
 
 from grpo_kit import lazy_names
 from grpo_kit.runs.record import RunRecord, read_run
-from grpo_kit.show.lessons.loss import (
-    clipping_figure,
-    group_rows_figure,
-    group_size_figure,
-    kl_estimators_figure,
-    token_weights_figure,
-)
-from grpo_kit.show.lessons.models import (
-    curve_figure,
-    distribution_figure,
-    flow_figure,
-    interval_figure,
-    seed_figure,
-    token_figure,
-)
-from grpo_kit.show.lessons.rewards import (
-    agreement_figure,
-    audit_figure,
-    similarity_figure,
-    vectors_figure,
-    winners_figure,
-)
-from grpo_kit.show.loop import loop_figure
-from grpo_kit.show.plots import (
-    category_plot,
-    comparison_plot,
-    gallery_figure,
-    group_figure,
-    image_grid,
-    learning_figure,
-    training_curves,
-)
-from grpo_kit.show.report import write_report
-from grpo_kit.show.summary import comparison_table, representative_cases, worst_cases
 
-_WIDGETS = (
-    "AdvantagePlayground",
-    "BeTheReward",
-    "GroupExplorer",
-    "ImageCompare",
-    "LiveTraining",
-    "LossPlayground",
-)
+_HOME = {
+    "AdvantagePlayground": "widgets",
+    "BeTheReward": "widgets",
+    "GroupExplorer": "widgets",
+    "ImageCompare": "widgets",
+    "LiveTraining": "widgets",
+    "LossPlayground": "widgets",
+    "agreement_figure": "lessons.rewards",
+    "audit_figure": "lessons.rewards",
+    "category_plot": "intervals",
+    "clipping_figure": "lessons.loss",
+    "comparison_plot": "intervals",
+    "comparison_table": "summary",
+    "curve_figure": "curves",
+    "distribution_figure": "lessons.models",
+    "flow_figure": "lessons.models",
+    "gallery_figure": "images",
+    "group_figure": "images",
+    "group_rows_figure": "lessons.loss",
+    "group_size_figure": "lessons.loss",
+    "image_grid": "images",
+    "interval_figure": "intervals",
+    "kl_estimators_figure": "lessons.loss",
+    "learning_figure": "lessons.loss",
+    "loop_figure": "loop",
+    "representative_cases": "summary",
+    "seed_figure": "lessons.models",
+    "similarity_figure": "lessons.rewards",
+    "token_figure": "lessons.models",
+    "token_weights_figure": "lessons.loss",
+    "training_curves": "curves",
+    "vectors_figure": "lessons.rewards",
+    "winners_figure": "lessons.rewards",
+    "worst_cases": "summary",
+    "write_report": "report",
+}
 
-__all__ = [
-    "AdvantagePlayground",
-    "BeTheReward",
-    "GroupExplorer",
-    "ImageCompare",
-    "LiveTraining",
-    "LossPlayground",
-    "RunRecord",
-    "agreement_figure",
-    "audit_figure",
-    "category_plot",
-    "clipping_figure",
-    "comparison_plot",
-    "comparison_table",
-    "curve_figure",
-    "distribution_figure",
-    "flow_figure",
-    "gallery_figure",
-    "group_figure",
-    "group_rows_figure",
-    "group_size_figure",
-    "image_grid",
-    "interval_figure",
-    "kl_estimators_figure",
-    "learning_figure",
-    "loop_figure",
-    "read_run",
-    "representative_cases",
-    "seed_figure",
-    "similarity_figure",
-    "token_figure",
-    "token_weights_figure",
-    "training_curves",
-    "vectors_figure",
-    "winners_figure",
-    "worst_cases",
-    "write_report",
-]
+__all__ = ["RunRecord", "read_run", *_HOME]
 
-
-__getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(_WIDGETS, "widgets"))
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

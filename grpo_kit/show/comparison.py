@@ -17,7 +17,7 @@ import pandas as pd
 from grpo_kit.config import RECORDS, Config, KitError, Section
 from grpo_kit.evaluation.statistics import t_interval
 from grpo_kit.runs.record import RunRecord, read_run
-from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, metric_name, plain_text
+from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, aligned, metric_name, number_text, plain_text
 from grpo_kit.show.summary import branch_text, interval_text
 
 SEED = "training_settings.seed"
@@ -296,7 +296,7 @@ def settings_rows(pools: Sequence[Pool]) -> tuple[list[str], list[Row]]:
     for number, pool in enumerate(pools):
         cells = [value_text(values[number]) for values in differing.values()]
         cells += [", ".join(map(value_text, pool.seeds)), _iterations(pool)]
-        cells += [_number(pool.seconds_an_iteration, 2), _number(pool.seconds and pool.seconds / 60, 1)]
+        cells += [number_text(pool.seconds_an_iteration, ".2f"), number_text(pool.seconds and pool.seconds / 60, ".1f")]
         rows.append((pool.label, cells))
     return header, rows
 
@@ -307,10 +307,6 @@ def _iterations(pool: Pool) -> str:
     text = f"{done[0]}" if len(done) == 1 else f"{done[0]}–{done[-1]}"
     asked = pool.settings.get("training_settings.num_iterations")
     return f"{text} of {asked}" if asked is not None and done[0] < asked else text
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def final_rows(pools: Sequence[Pool]) -> tuple[list[str], list[tuple[str, list[Row]]]]:
@@ -370,19 +366,19 @@ def runs_text(pools: Sequence[Pool]) -> str:
     header, rows = settings_rows(pools)
     wide = len(differing_settings(pools))  # those columns stand in the labels, or in lines of their own
     blocks = ["\n".join(_settings_lines(pools))] if wide else []
-    blocks.append(_aligned(["", *header[wide:]], [[label, *cells[wide:]] for label, cells in rows]))
+    blocks.append("\n".join(aligned([["", *header[wide:]], *([label, *cells[wide:]] for label, cells in rows)])))
     metrics, body = final_rows(pools)
     lines = [[f"  {name}", *cells] for _, block in body for name, cells in block]
     if lines:
-        table = _aligned(["mean [95 % interval]", *metrics], lines).split("\n")
+        table = aligned([["mean [95 % interval]", *metrics], *lines])
         blocks.append("\n".join(_with_titles(table, body)))
     differences = {metric: against_first(pools, metric) for metric in METRICS}
     labels = dict.fromkeys(label for values in differences.values() for label in values)
     if labels:
         title = f"trained policy, minus {pools[0].label}"
         cells = [[label, *(_signed(m, values.get(label)) for m, values in differences.items())] for label in labels]
-        table = _aligned([title, *map(metric_name, differences)], cells)
-        blocks.append(f"{table}\n(paired by seed, interval over seeds)")
+        table = aligned([[title, *map(metric_name, differences)], *cells])
+        blocks.append("\n".join([*table, "(paired by seed, interval over seeds)"]))
     return "\n\n".join([*blocks, *cautions(pools)])
 
 
@@ -404,11 +400,3 @@ def _with_titles(table: list[str], body: Sequence[tuple[str, list[Row]]]) -> lis
     for title, block in body:
         lines += [title, *(next(rest) for _ in block)]
     return lines
-
-
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    table = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )

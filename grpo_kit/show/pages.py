@@ -1,8 +1,8 @@
 """HTML pages that need no network and run nothing: the templates, images as data URIs, executed notebooks made safe.
 
-A notebook's outputs may hold anything, so its page passes three gates: only image and text outputs are kept, the HTML
-is cleaned with a list of allowed tags (bleach), and the page's own content security policy forbids scripts and every
-request.
+A notebook's outputs may hold anything, so its page is made safe three times: only image and text outputs are kept, the
+HTML is cleaned with a list of allowed tags (bleach), and the page's own content security policy forbids scripts and
+every request.
 (nbconvert's own `sanitize_html` is not used: its list lacks headings, paragraphs and lists.)
 """
 
@@ -20,8 +20,11 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 
+from grpo_kit.runs.durable import replace_file
+from grpo_kit.show.style import Drawing
+
 SHOWN_OUTPUTS = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
-UNSHOWN = ("colab",)  # tags of cells that say nothing to a reader
+UNSHOWN = "colab"  # tag of cells that say nothing to a reader
 TAGS = frozenset(
     "a abbr b blockquote br caption code col colgroup dd details div dl dt em figcaption figure h1 h2 h3 h4 h5 "
     "h6 hr i img li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr u ul".split()
@@ -41,8 +44,11 @@ class NotebookPage:
     error: str | None
 
 
-def render(template: str, **context: object) -> str:
-    """Fill one of the kit's templates; every value is escaped, a missing one is an error."""
+def write_page(path: Path, template: str, **context: object) -> Path:
+    """Fill one of the kit's templates, write it as `path` and return the path.
+
+    Every value is escaped, and one that the template lacks is an error; half a character becomes a question mark.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("grpo_kit.show"),
         autoescape=True,
@@ -50,12 +56,19 @@ def render(template: str, **context: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**context)
+    page = environment.get_template(template).render(**context)
+    replace_file(path, page.encode("utf-8", errors="replace"))
+    return path
 
 
 def data_uri(content: bytes, kind: str) -> str:
     """Return image bytes as an address that needs no file; `kind` is the part after `image/`."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def figure_uri(figure: Drawing) -> str:
+    """Return a figure as an address that needs no file."""
+    return data_uri(figure.to_svg(), "svg+xml")
 
 
 def image_uri(path: Path) -> str | None:
@@ -66,28 +79,20 @@ def image_uri(path: Path) -> str | None:
 
 def write_notebook_pages(folder: Path) -> list[NotebookPage]:
     """Write each executed notebook of `folder` as an HTML page beside it and return the pages in order."""
-    return [_write_page(path) for path in sorted(folder.glob("*.ipynb"))]
+    return [_write_notebook_page(path) for path in sorted(folder.glob("*.ipynb"))]
 
 
-def _write_page(path: Path) -> NotebookPage:
+def _write_notebook_page(path: Path) -> NotebookPage:
     notebook = nbformat.read(path, as_version=4)
-    page = NotebookPage(path.with_suffix(".html"), _title(notebook, path.stem), _minutes(notebook), _error(notebook))
+    headings = (re.match(r"#\s+(.+)", cell.source) for cell in notebook.cells if cell.cell_type == "markdown")
+    title = next((heading[1].strip() for heading in headings if heading), path.stem)
+    seconds = notebook.metadata.get("papermill", {}).get("duration")
+    minutes = None if seconds is None else seconds / 60
+    page = NotebookPage(path.with_suffix(".html"), title, minutes, _error(notebook))
     body = clean_html(_notebook_html(notebook, path))
     styles = HtmlFormatter(style="friendly").get_style_defs(".highlight")
-    page.file.write_text(render("notebook.html.j2", page=page, body=body, highlighting=styles), encoding="utf-8")
+    write_page(page.file, "notebook.html.j2", page=page, body=body, highlighting=styles)
     return page
-
-
-def _title(notebook: nbformat.NotebookNode, otherwise: str) -> str:
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown" and (match := re.match(r"#\s+(.+)", cell.source)):
-            return match.group(1).strip()
-    return otherwise
-
-
-def _minutes(notebook: nbformat.NotebookNode) -> float | None:
-    duration = notebook.metadata.get("papermill", {}).get("duration")
-    return None if duration is None else duration / 60
 
 
 def _error(notebook: nbformat.NotebookNode) -> str | None:
@@ -100,11 +105,10 @@ def _error(notebook: nbformat.NotebookNode) -> str | None:
 def _notebook_html(notebook: nbformat.NotebookNode, path: Path) -> str:
     """Return the notebook's cells as HTML, still to be cleaned."""
     notebook.metadata.pop("widgets", None)
-    notebook.cells = [cell for cell in notebook.cells if not set(UNSHOWN) & set(cell.metadata.get("tags", []))]
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if "data" in output:
-                output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN_OUTPUTS}
+    notebook.cells = [cell for cell in notebook.cells if UNSHOWN not in cell.metadata.get("tags", [])]
+    for output in [output for cell in notebook.cells for output in cell.get("outputs", [])]:
+        if "data" in output:
+            output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN_OUTPUTS}
     exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_anchor_links=True)
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # a progress bar's last state only
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"path": str(path.parent)}})

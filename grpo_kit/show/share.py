@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from grpo_kit.config import PROJECT_ROOT, KitError
+from grpo_kit.runs.durable import replace_file
 from grpo_kit.show.pages import data_uri
 
 PICTURE = re.compile(r"data:image/(png|jpeg|svg\+xml);base64,([A-Za-z0-9+/=\s]+)")
@@ -39,17 +40,14 @@ def share_pages(run_dir: Path, folder: Path) -> list[Path]:
         raise KitError(f"run {run_dir}: no index.html in it. Write it: grpo-kit report {run_dir}")
     if folder.resolve() == run_dir.resolve():
         raise KitError(f"share folder {folder}: the run's own folder. Choose another one")
-    pages = [run_dir / "index.html", *sorted((run_dir / "notebooks").glob("*.html"))]
     for stale in folder.glob("notebooks/*.html"):
         stale.unlink()
-    return [_copy(page, folder / page.relative_to(run_dir), run_dir.resolve()) for page in pages]
-
-
-def _copy(page: Path, to: Path, run_dir: Path) -> Path:
-    text = NOTEBOOK_LINK.sub("", PICTURE.sub(_smaller, page.read_text(encoding="utf-8")))
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(without_places(text, run_dir), encoding="utf-8")
-    return to
+    copies = []
+    for page in [run_dir / "index.html", *sorted((run_dir / "notebooks").glob("*.html"))]:
+        text = NOTEBOOK_LINK.sub("", PICTURE.sub(_smaller, page.read_text(encoding="utf-8")))
+        copies.append(folder / page.relative_to(run_dir))
+        replace_file(copies[-1], without_places(text, run_dir.resolve()).encode("utf-8"))
+    return copies
 
 
 def without_places(text: str, run_dir: Path) -> str:
@@ -62,20 +60,16 @@ def _smaller(match: re.Match) -> str:
     if kind == "svg+xml":
         short = LONG_NUMBER.sub(_rounded, UNSEEN.sub(b"", content))
         return data_uri(re.sub(rb"\s+", b" ", short), kind)
-    encoded = _webp(content)
-    return data_uri(encoded, "webp") if len(encoded) < len(content) else match[0]
+    stream = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as image:
+        small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    small.thumbnail((WIDEST, 10 * WIDEST))
+    small.save(stream, "WEBP", quality=QUALITY, method=6)
+    smaller = stream.getvalue()
+    return data_uri(smaller, "webp") if len(smaller) < len(content) else match[0]
 
 
 def _rounded(number: re.Match) -> bytes:
     """Two decimals where the number is a place; more where it may be a scale, such as that of the letters."""
     value = float(number[0])
     return b"%.2f" % value if value >= 10 else b"%.4f" % value
-
-
-def _webp(content: bytes) -> bytes:
-    with Image.open(io.BytesIO(content)) as image:
-        small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
-    small.thumbnail((WIDEST, 10 * WIDEST))
-    stream = io.BytesIO()
-    small.save(stream, "WEBP", quality=QUALITY, method=6)
-    return stream.getvalue()

@@ -7,91 +7,52 @@ pyplot's registry: nothing leaks over a long session, and no backend has to be c
 
 from __future__ import annotations
 
-import functools
 import io
+import textwrap
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
-INK, GREY, FAINT, PAPER = "#1b1f24", "#6a737d", "#d5dae0", "#ffffff"
+STYLE = mpl.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
+INK, GREY, FAINT, PAPER = (STYLE[key] for key in ("text.color", "axes.edgecolor", "grid.color", "figure.facecolor"))
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8f4e8b"
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a label readable on a line
+DASHED = (0, (4, 2))
+_SERIES = tuple(zip((BLUE, VERMILION, GREEN, PURPLE, ORANGE, INK), "oD^svP", strict=True))  # colours and markers
+_LINES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+MOST_SERIES = len(_SERIES) * len(_LINES)
 
-VARIANTS = ("raw", "initial", "trained", "oracle")
 VARIANT_NAMES = {
     "raw": "raw prompt",
     "initial": "initial policy",
     "trained": "trained policy",
     "oracle": "oracle rewrite",
 }
+VARIANTS = tuple(VARIANT_NAMES)
 VARIANT_COLOURS = {"raw": GREY, "initial": ORANGE, "trained": BLUE, "oracle": GREEN}
 VARIANT_MARKERS = {"raw": "o", "initial": "s", "trained": "D", "oracle": "^"}
 
 METRIC_NAMES = {
-    "reward": "reward",
     "gold": "gold check",
     "keeps_objects": "keeps the objects",
-    "grammatical": "grammatical",
     "clip_similarity": "CLIP similarity",
     "gain": "gain over the raw prompt",
     "consistency": "agrees with its rewrite",
-    "image_quality": "image quality",
     "meaning_kept": "keeps the meaning",
     "jpeg_size": "JPEG size",
 }
 SHARES = frozenset({"gold", "keeps_objects", "grammatical"})  # metrics in 0..1 that people read as per cent
 
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture on every machine
-    "font.size": 9.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a user's "$\frac{$" is text
-    "text.usetex": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.formatter.use_mathtext": False,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "figure.facecolor": PAPER,
-    "figure.dpi": 110,
-    "savefig.facecolor": PAPER,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "grpo_kit",  # equal data give equal bytes
-}
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Run a drawing function under the kit's style; the caller's own matplotlib settings stay as they are."""
-
-    @functools.wraps(draw)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return wrapper
+# Runs a drawing function under the kit's style; the caller's own matplotlib settings stay as they are.
+styled = mpl.rc_context(STYLE)
 
 
 class Drawing(Figure):
@@ -100,7 +61,7 @@ class Drawing(Figure):
     def savefig(self, fname: object, **kwargs: object) -> None:
         """Save as matplotlib does, under the kit's style (ticks are made as late as here)."""
         with mpl.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")  # drawn as a box: that says it
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")  # it is drawn as a box
             super().savefig(fname, **kwargs)
 
     def to_png(self, dpi: int = 100) -> bytes:
@@ -126,9 +87,50 @@ class Drawing(Figure):
         return self.to_png()
 
 
+# --- parts of figures -------------------------------------------------------------------------------------------------
+
+
 def new_figure(width: float, height: float) -> Drawing:
     """Return an empty figure of that many inches whose parts arrange themselves."""
-    return Drawing(figsize=(width, height), layout="constrained")
+    return Drawing(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.07))
+
+
+def panel_grid(figure: Drawing, count: int, columns: int = 0, **kwargs: object) -> list[Axes]:
+    """Return `count` panels, `columns` in a row (0: all of them); further arguments as of `Figure.subplots`."""
+    columns = min(columns, count) or count
+    panels = list(figure.subplots(-(-count // columns), columns, squeeze=False, **kwargs).flatten())
+    for unused in panels[count:]:
+        unused.set_visible(False)
+    return panels[:count]
+
+
+def bare(axes: Axes) -> Axes:
+    """Take ticks, grid and frame from `axes` and return it."""
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def label(axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **kwargs: object) -> None:
+    """Write `text` at a point of the data, `offset` printer's points away from it."""
+    axes.annotate(text, point, xytext=offset, textcoords="offset points", path_effects=HALO, **kwargs)
+
+
+def series_look(number: int) -> dict[str, object]:
+    """Return colour, marker and line of a series by its number from 0; the first `MOST_SERIES` all differ."""
+    colour, marker = _SERIES[number % len(_SERIES)]
+    line = _LINES[(number + number // len(_SERIES)) % len(_LINES)]
+    return {"color": colour, "marker": marker, "linestyle": line}
+
+
+def legend_above(figure: Drawing, looks: Mapping[str, Mapping[str, object]], columns: int) -> None:
+    """Write above the panels what the looks of lines or points stand for."""
+    handles = [Line2D([], [], label=plain_text(name, 60), ms=7, **look) for name, look in looks.items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 def plain_text(text: object, limit: int = 400) -> str:
@@ -138,10 +140,18 @@ def plain_text(text: object, limit: int = 400) -> str:
 
 
 def _printable(character: str) -> str:
-    category = unicodedata.category(character)
     if character in "\n\t":
         return " "
-    return "\N{REPLACEMENT CHARACTER}" if category in ("Cc", "Cs", "Co", "Cn") else character
+    return "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn") else character
+
+
+def wrap(text: object, width: int, lines: int) -> str:
+    """Return `text` broken to `lines` lines of at most `width` characters, the rest cut with an ellipsis."""
+    parts = [textwrap.wrap(plain_text(line), width) or [""] for line in str(text).split("\n")]
+    broken = [line for part in parts for line in part]
+    if len(broken) > lines:
+        broken = [*broken[: lines - 1], broken[lines - 1][: width - 1].rstrip() + "…"]
+    return "\n".join(broken)
 
 
 def metric_name(metric: str) -> str:
@@ -149,14 +159,22 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
+def number_text(value: float | None, form: str) -> str:
+    """Return a number in a format such as `+.2f`, with a true minus sign; a dash where there is none."""
+    return "–" if value is None or value != value else f"{value:{form}}".replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """Return a share as whole per cent; a dash where there is none."""
+    return "–" if value is None or value != value else f"{number_text(100 * value, '.0f')} %"
+
+
 def format_metric(metric: str, value: float | None, signed: bool = False) -> str:
     """Return a value as people read it: shares as per cent (differences as points), the rest with 3 digits."""
-    if value is None or value != value:
-        return "–"
     sign = "+" if signed else ""
-    if metric in SHARES:
-        return f"{100 * value:{sign}.1f}".replace("-", "−") + ("" if signed else " %")
-    return f"{value:{sign}.3f}".replace("-", "−")
+    if metric not in SHARES or value is None or value != value:
+        return number_text(value, f"{sign}.3f")
+    return number_text(100 * value, f"{sign}.1f") + ("" if signed else " %")
 
 
 def score_text(row: Mapping[str, float]) -> str:
@@ -167,10 +185,7 @@ def score_text(row: Mapping[str, float]) -> str:
     return " · ".join(scores)
 
 
-def bare(axes: Axes) -> Axes:
-    """Take ticks, grid and frame from `axes` and return it."""
-    axes.set(xticks=[], yticks=[])
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return axes
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table of texts, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

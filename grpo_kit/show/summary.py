@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.style import SHARES, VARIANT_NAMES, VARIANTS, format_metric, metric_name, plain_text
+from grpo_kit.show.style import (
+    SHARES,
+    VARIANT_NAMES,
+    VARIANTS,
+    aligned,
+    format_metric,
+    metric_name,
+    percent,
+    plain_text,
+)
 
 RISES, FALLS, UNCLEAR = "rises", "falls", "unclear"
 MAIN = ("reward", "gold")
@@ -141,16 +150,12 @@ def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[s
     for key, label in (("gap_closed", "way from raw to oracle"), ("success_rate", "prompts better than raw")):
         values = results.get(key, {})
         if any(values.get(m) is not None for m in metrics):
-            rows.append((label, [_percent(values.get(m)) for m in metrics], "share"))
+            rows.append((label, [percent(values.get(m)) for m in metrics], "share"))
     wins = results.get("win_rate", {}).get("trained-raw", {})
     if wins:
-        shares = [_percent(wins[m]["mean"]) if m in wins and m in MAIN else "–" for m in metrics]
+        shares = [percent(wins[m]["mean"]) if m in wins and m in MAIN else "–" for m in metrics]
         rows.append(("images better than raw", shares, "share"))
     return [metric_name(m) for m in metrics], rows
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{100 * value:.0f} %".replace("-", "−")
 
 
 def comparison_table(final_results: Mapping) -> str:
@@ -162,7 +167,7 @@ def comparison_table(final_results: Mapping) -> str:
     names, rows = comparison_rows(final_results)
     if not rows:
         return "not evaluated yet"
-    confidence = _percent(final_results.get("confidence", 0.95))
+    confidence = percent(final_results.get("confidence", 0.95))
     count, seeds = final_results.get("num_prompts", "?"), final_results.get("seeds_per_prompt", "?")
     title = f"{count} held-out prompts, {seeds} images each; mean [{confidence} interval over prompts]"
     blocks = [_text_block(names, rows, slice(start, start + 2)) for start in range(0, len(names), 2)]
@@ -203,7 +208,7 @@ def _suffix_note(results: Mapping) -> str:
     found = results.get("diversity", {}).get(policy)
     if not found or not found["suffix"]:
         return ""
-    share, distinct = _percent(found["suffix_share"]), _percent(found["distinct"])
+    share, distinct = percent(found["suffix_share"]), percent(found["distinct"])
     ending = plain_text(found["suffix"], 60)
     return f"{share} of the {policy} policy's rewrites end in “{ending}”; {distinct} are distinct."
 
@@ -224,8 +229,8 @@ def detectable_note(results: Mapping) -> str:
     names = " and ".join(metric_name(m) for m in metrics)
     more = [("twice the prompts", "with_twice_the_prompts"), ("twice the images of each", "with_twice_the_seeds")]
     known = [f"{sizes(key)} with {text}" for text, key in more if by_metric[metrics[0]][key] is not None]
-    error = _percent(1 - results.get("confidence", 0.95)).replace(" ", NO_BREAK)
-    chance = _percent(found["power"]).replace(" ", NO_BREAK)
+    error = percent(1 - results.get("confidence", 0.95)).replace(" ", NO_BREAK)
+    chance = percent(found["power"]).replace(" ", NO_BREAK)
     return (
         f"A difference {pair.replace('-', ' − ')} in {names} is found with a chance of {chance} (two-sided "
         f"{error}) from {sizes('difference')} on; {'; '.join(known)}."
@@ -239,11 +244,8 @@ def _unit(metric: str) -> str:
 def _text_block(names: Sequence[str], rows: Sequence[tuple[str, list[str], str]], columns: slice) -> str:
     """Return some columns of the table, aligned, a blank line between kinds of rows; rows without a figure left out."""
     kept = [(label, cells[columns], kind) for label, cells, kind in rows if set(cells[columns]) != {"–"}]
-    table = [["", *names[columns]], *([label, *cells] for label, cells, _ in kept)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    kinds = [kind for _, _, kind in kept]
-    starts = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    lines = aligned([["", *names[columns]], *([label, *cells] for label, cells, _ in kept)])
+    starts = [i for i in range(1, len(kept)) if kept[i][2] != kept[i - 1][2]]
     for place in reversed(starts):
         lines.insert(place + 1, "")
     return "\n".join(lines)
@@ -286,9 +288,3 @@ def category_rows(record: RunRecord, metrics: Sequence[str] = ("reward", "gold")
         for name, values in sorted(categories.items())
     ]
     return ["category", "prompts", *(f"{metric_name(m)}: {v}" for m, v in columns)], body
-
-
-def training_minutes(metrics: pd.DataFrame) -> dict[str, float]:
-    """Return the minutes that each part of an iteration took over the whole run."""
-    parts = [name for name in metrics if name.startswith("time/")]
-    return {name.removeprefix("time/"): float(metrics[name].sum()) / 60 for name in parts}

@@ -30,7 +30,9 @@ from grpo_kit.show.comparison import (
     t_interval,
     write_tables,
 )
-from grpo_kit.show.comparison_page import COLOURS, DASHES, _look, seeds_figure, write_comparison
+from grpo_kit.show.comparison_page import write_comparison
+from grpo_kit.show.curves import seeds_figure
+from grpo_kit.show.style import MOST_SERIES, series_look
 
 
 def change(run: Path, reward: float = 0.0, **training: object) -> Path:
@@ -185,10 +187,10 @@ def test_cautions_name_what_cannot_be_compared(runs: dict):
 
 def test_more_settings_than_can_be_told_apart_are_refused(runs: dict):
     curves = curves_table(pool_runs(read_runs([runs["g4_s0"], runs["g8_s0"]])))
-    many = [curves.assign(setting=str(number)) for number in range(len(COLOURS) * len(DASHES) + 1)]
+    many = [curves.assign(setting=str(number)) for number in range(MOST_SERIES + 1)]
     with pytest.raises(KitError, match="found 25 settings, allowed: 1 to 24"):
         seeds_figure(pd.concat(many))
-    assert len({str(_look(number)) for number in range(24)}) == 24
+    assert len({str(series_look(number)) for number in range(24)}) == 24
     assert len(seeds_figure(pd.concat(many[:-1])).legends[0].get_lines()) == 24
 
 

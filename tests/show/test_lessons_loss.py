@@ -112,7 +112,7 @@ def test_each_group_has_its_mean_its_spread_and_all_its_samples() -> None:
     figure = group_rows_figure({"easy": [0.9, 0.8, 0.8, math.nan], "hard": [0.1, 0.3]})
     axes = figure.axes[0]
     ticks = [line.get_xdata()[0] for line in axes.lines if line.get_color() == INK]
-    assert ticks == pytest.approx([0.2, 2.5 / 3])  # drawn from the bottom up
+    assert ticks == pytest.approx([2.5 / 3, 0.2])
     points = [tuple(xy) for line in axes.lines if line.get_marker() in ("o", "s") for xy in line.get_xydata()]
     assert len(points) == len(set(points)) == 5, "equal rewards must not hide each other"
     assert {"std 0.058", "std 0.141"} <= set(words(figure))

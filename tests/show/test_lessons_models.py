@@ -45,17 +45,18 @@ def texts(figure: Drawing) -> list[str]:
 
 def test_prompts_stand_in_the_order_of_their_means_with_a_dot_a_picture() -> None:
     axes = show.seed_figure(PICTURES).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["low", "middle", "high"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["high", "middle", "low"]
+    assert axes.yaxis_inverted()  # the first row stands on top
     dots = [line for line in axes.lines if line.get_marker() == "o"]
-    assert [sorted(line.get_xdata()) for line in dots] == [[0.0, 0.1, 0.2], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]]
+    assert [sorted(line.get_xdata()) for line in dots] == [[0.7, 0.8, 0.9], [0.4, 0.5, 0.6], [0.0, 0.1, 0.2]]
     bars = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "|"]
-    assert bars == pytest.approx([0.1, 0.5, 0.8])
+    assert bars == pytest.approx([0.8, 0.5, 0.1])
 
 
 def test_a_picture_without_a_score_is_left_out_of_its_row() -> None:
     holed = PICTURES.assign(reward=PICTURES["reward"].where(PICTURES["reward"] != 0.2))
     bars = marks(show.seed_figure(holed), "|")
-    assert bars[0].get_xdata()[0] == pytest.approx(0.05)
+    assert bars[-1].get_xdata()[0] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("table", [PICTURES.rename(columns={"reward": "gold"}), PICTURES.assign(reward=np.nan)])

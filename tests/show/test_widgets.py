@@ -26,11 +26,11 @@ from support.synthetic_run import write_rollout, write_synthetic_run
 from grpo_kit import show
 from grpo_kit.config import PROJECT_ROOT, KitError
 from grpo_kit.grpo import LOSS_TYPES, group_advantages
+from grpo_kit.show.frame import frame_of, signed
 from grpo_kit.show.one_token import TokenSettings, loss_and_push
 from grpo_kit.show.pages import write_notebook_pages
 from grpo_kit.show.style import plain_text
 from grpo_kit.show.widgets import advantage_bars, advantage_playground, group_cards, live_training
-from grpo_kit.show.widgets.frame import frame_of, signed
 from grpo_kit.show.widgets.markup import escape, jpeg
 from grpo_kit.show.widgets.recompute import StepSettings, recompute, recorded_settings
 from grpo_kit.show.widgets.tokens import tinted, token_values

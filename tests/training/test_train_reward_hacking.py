@@ -18,7 +18,7 @@ from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.gold import keeps_objects
 from grpo_kit.runs.record import read_run
-from grpo_kit.show.plots import training_curves
+from grpo_kit.show.curves import training_curves
 from grpo_kit.show.report import write_report
 from grpo_kit.show.widgets.live_training import LiveTraining
 from grpo_kit.training.loop import TrainResult, train

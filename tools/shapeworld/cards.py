@@ -11,7 +11,7 @@ from grpo_kit.models.generator import Generator
 from grpo_kit.runs.checkpoint import sha256
 from grpo_kit.shapeworld.captions import oracle_caption
 from grpo_kit.shapeworld.scene import Scene
-from grpo_kit.show.plots import image_grid
+from grpo_kit.show.images import image_grid
 
 _SHEET = "contact_sheet.png"
 _PURPOSE = {

@@ -10,23 +10,27 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from grpo_kit.config import KitError
-from grpo_kit.show.plots import HALO, wrap
+from grpo_kit.show.curves import draw_curve
+from grpo_kit.show.intervals import name_rows
 from grpo_kit.show.style import (
     BLUE,
+    DASHED,
     FAINT,
     GREEN,
     GREY,
     INK,
-    PURPLE,
     VERMILION,
     Drawing,
+    label,
     new_figure,
+    panel_grid,
     plain_text,
+    series_look,
     styled,
 )
 
 SIDES = ((1.0, "better than its group (A > 0)", BLUE), (-1.0, "worse than its group (A < 0)", VERMILION))
-ESTIMATORS = {"k1": (VERMILION, (0, (4, 2)), 0), "k2": (GREEN, (0, (1, 1.2)), -1), "k3": (BLUE, "-", -1)}
+ESTIMATORS = {"k1": (VERMILION, DASHED, 0), "k2": (GREEN, (0, (1, 1.2)), -1), "k3": (BLUE, "-", -1)}
 _LARGEST_RATIO = 3.0  # of the clip's axis
 
 
@@ -47,19 +51,16 @@ def group_rows_figure(groups: Mapping[str, Sequence[float]], title: str = "rewar
         raise KitError(f"group_rows_figure: found {len(values)} groups, allowed: at least one, each with a reward.")
     figure = new_figure(7.6, 0.85 + 0.5 * len(values))
     axes = figure.subplots()
-    for y, rewards in enumerate(reversed(values.values())):
+    for y, rewards in enumerate(values.values()):
         mean, spread = rewards.mean(), rewards.std(ddof=1) if len(rewards) > 1 else 0.0
         axes.plot([rewards.min(), rewards.max()], [y, y], color=FAINT, lw=1.5, zorder=1)
         for above, colour, marker in ((True, BLUE, "o"), (False, VERMILION, "s")):
             chosen = np.sort(rewards[(rewards > mean) == above])
-            heights = [y + 0.17 * int((chosen[:i] == value).sum()) for i, value in enumerate(chosen)]
+            heights = [y - 0.17 * int((chosen[:i] == value).sum()) for i, value in enumerate(chosen)]
             axes.plot(chosen, heights, ls="", marker=marker, color=colour, mec="white", mew=0.7, ms=7)
         axes.plot([mean, mean], [y - 0.27, y + 0.27], color=INK, lw=2)
         axes.text(1.01, y, f"std {spread:.3f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-    axes.set_yticks(range(len(values)), [wrap(name, 36, 2) for name in reversed(values)])
-    axes.set_ylim(-0.6, len(values) - 0.4)
-    axes.grid(False)
-    axes.tick_params(axis="y", length=0)
+    name_rows(axes, list(values), width=36, lines=2)
     axes.set_title(plain_text(title))
     return figure
 
@@ -77,23 +78,21 @@ def group_size_figure(
         chances: what a group may hold → the share of groups that hold it, at each size.
     """
     figure = new_figure(8.6, 3.0)
-    left, right = figure.subplots(1, 2)
+    left, right = panel_grid(figure, 2)
     fine = np.geomspace(min(sizes), max(sizes), 100)
     left.plot(fine, deviation / np.sqrt(fine), color=GREY, lw=1.2)
     left.plot(sizes, errors, ls="", marker="o", color=BLUE, mec="white", ms=8)
-    left.annotate(
-        "std / √G", (fine[40], deviation / np.sqrt(fine[40])), xytext=(6, 4), textcoords="offset points", color=GREY
-    )
-    left.set(title="standard error of the baseline", xlabel="group size G", ylim=(0, None))
-    styles = ((BLUE, "o", "-"), (VERMILION, "s", (0, (4, 2))), (PURPLE, "^", (0, (1, 1.2))))
-    for (name, shares), (colour, marker, line) in zip(chances.items(), styles, strict=False):
-        right.plot(sizes, shares, color=colour, marker=marker, ls=line, mec="white", ms=7)
-        middle = len(sizes) // 2
-        words = dict(xytext=(7, -11), textcoords="offset points", color=colour, path_effects=HALO)
-        right.annotate(plain_text(name, 40), (sizes[middle], shares[middle]), **words)
-    right.set(title="groups that hold at least one…", xlabel="group size G", ylim=(0, 1.05))
+    label(left, "std / √G", (fine[40], deviation / np.sqrt(fine[40])), (6, 4), color=GREY)
+    left.set(title="standard error of the baseline", ylim=(0, None))
+    middle = len(sizes) // 2
+    for number, (name, shares) in enumerate(chances.items()):
+        look = series_look(number)
+        draw_curve(right, sizes, shares, **look)
+        label(right, plain_text(name, 40), (sizes[middle], shares[middle]), (7, -11), color=look["color"])
+    right.set(title="groups that hold at least one…", ylim=(0, 1.05))
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     for axes in (left, right):
+        axes.set_xlabel("group size G")
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(sizes), [str(size) for size in sizes])
         axes.minorticks_off()
@@ -114,9 +113,9 @@ def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> Drawing
 
     ratios, settings = np.linspace(0.02, _LARGEST_RATIO, 299), TokenSettings("grpo", epsilon, epsilon, delta)
     figure = new_figure(8.6, 3.2)
-    for axes, (advantage, title, colour) in zip(figure.subplots(1, 2), SIDES, strict=True):
+    for axes, (advantage, title, colour) in zip(panel_grid(figure, 2), SIDES, strict=True):
         losses, pushes = map(torch.Tensor.numpy, loss_and_push(torch.from_numpy(ratios), advantage, settings))
-        axes.plot(ratios, -advantage * ratios, color=GREY, lw=1.1, ls=(0, (4, 2)))
+        axes.plot(ratios, -advantage * ratios, color=GREY, lw=1.1, ls=DASHED)
         axes.plot(ratios, losses, color=colour, lw=2.4)
         for start, end in _runs(pushes == 0):
             axes.axvspan(ratios[start], ratios[end], color=FAINT, alpha=0.55, lw=0)
@@ -126,8 +125,8 @@ def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> Drawing
         axes.set(title=title, xlabel="ratio: new / old probability", xlim=(0, _LARGEST_RATIO))
         low, high = sorted((0.0, -advantage * _LARGEST_RATIO))
         axes.set_ylim(low - 0.35, high + 0.15)
-        axes.annotate("unclipped", (2.4, -advantage * 2.4), xytext=(0, 6), textcoords="offset points", color=GREY,
-                      ha="right" if advantage < 0 else "left", path_effects=HALO)  # fmt: skip
+        side = "right" if advantage < 0 else "left"
+        label(axes, "unclipped", (2.4, -advantage * 2.4), (0, 6), color=GREY, ha=side)
     figure.axes[0].set_ylabel("loss of the token")
     return figure
 
@@ -147,16 +146,15 @@ def kl_estimators_figure() -> Drawing:
 
     moved = torch.linspace(-2.2, 2.2, 221, dtype=torch.float64).unsqueeze(1).requires_grad_()
     figure = new_figure(8.6, 3.2)
-    values, slopes = figure.subplots(1, 2)
+    values, slopes = panel_grid(figure, 2)
     for name, (colour, line, end) in ESTIMATORS.items():
         estimate = kl_divergence(moved, torch.zeros_like(moved), name)
         slope = torch.autograd.grad(estimate.sum(), moved)[0]
         for axes, curve in ((values, estimate.detach()), (slopes, slope)):
             places, heights = moved.detach().flatten(), curve.flatten()
             axes.plot(places, heights, color=colour, lw=2.2, ls=line)
-            place, side = (float(places[end]), float(heights[end])), dict(ha="left" if end else "right", va="center")
-            words = dict(xytext=(4 if end else -4, 0), textcoords="offset points", color=colour, weight="bold")
-            axes.annotate(name, place, path_effects=HALO, **words, **side)
+            place, side = (float(places[end]), float(heights[end])), "left" if end else "right"
+            label(axes, name, place, (4 if end else -4, 0), color=colour, weight="bold", ha=side, va="center")
     for axes, title in ((values, "estimate"), (slopes, "its slope: how hard it pulls back")):
         axes.axhline(0, color=INK, lw=0.8)
         axes.axvline(0, color=INK, lw=0.8)
@@ -180,21 +178,36 @@ def token_weights_figure(lengths: tuple[int, int] = (10, 100), max_completion_le
     weights = {name: token_weights(mask, name, max_completion_length)[:, 0].tolist() for name in LOSS_TYPES}
     figure = new_figure(7.6, 3.5)
     axes = figure.subplots()
-    for y, (short, long) in enumerate(reversed(weights.values())):
+    for y, (short, long) in enumerate(weights.values()):
         axes.plot([short, long], [y, y], color=FAINT, lw=3, zorder=1)
         axes.plot(short, y, marker="o", color=BLUE, ms=12, mec="white", ls="")
         axes.plot(long, y, marker="s", color=VERMILION, ms=6, mec="white", ls="")
         words = f"{short / long:.3g} : 1"
         axes.text(1.01, y, words, transform=axes.get_yaxis_transform(), va="center", weight="bold")
-    top = len(weights) - 1
-    for place, (length, colour) in enumerate(zip(lengths, (BLUE, VERMILION), strict=True)):
-        axes.annotate(f"row of {length}", (weights["grpo"][place], top), xytext=(0, 8), textcoords="offset points",
-                      color=colour, ha="center")  # fmt: skip
+    for place, length, colour in zip(weights["grpo"], lengths, (BLUE, VERMILION), strict=True):
+        label(axes, f"row of {length}", (place, 0), (0, 8), color=colour, ha="center")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_yticks(range(len(weights)), list(reversed(weights)))
-    axes.set(title="weight of one token in the loss", ylim=(-0.5, top + 0.75))
-    axes.grid(False, axis="y")
-    axes.grid(True, axis="x")
-    axes.tick_params(axis="y", length=0)
+    name_rows(axes, list(weights))
+    axes.set_title("weight of one token in the loss")
+    return figure
+
+
+@styled
+def learning_figure(advantages: Sequence[float], changes: Sequence[float]) -> Drawing:
+    """Draw what a step did: each sample's advantage against the change of its log-probability.
+
+    Args:
+        advantages, changes: one of each a sample; the change is new minus old, summed over the sample's tokens.
+    """
+    figure = new_figure(5.2, 3.6)
+    axes = figure.subplots()
+    axes.axhline(0, color=GREY, lw=0.8)
+    axes.axvline(0, color=GREY, lw=0.8)
+    for above, colour, marker in ((True, BLUE, "o"), (False, VERMILION, "s")):
+        points = [(float(a), float(c)) for a, c in zip(advantages, changes, strict=True) if (a > 0) == above]
+        if points:
+            axes.plot(*zip(*points, strict=True), ls="", marker=marker, color=colour, mec="white", mew=0.8, ms=7)
+    axes.set(xlabel="advantage", ylabel="change of log-probability")
+    axes.set_title("What the step made likelier, and less likely")
     return figure

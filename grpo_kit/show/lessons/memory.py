@@ -10,11 +10,24 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from grpo_kit.config import KitError
-from grpo_kit.show.style import BLUE, GREEN, GREY, INK, ORANGE, VERMILION, Drawing, new_figure, plain_text, styled
+from grpo_kit.show.intervals import name_rows
+from grpo_kit.show.style import (
+    BLUE,
+    DASHED,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    VERMILION,
+    Drawing,
+    new_figure,
+    panel_grid,
+    plain_text,
+    styled,
+)
 
 _RESIDENT = {"policy": (BLUE, ""), "generator": (GREEN, "//"), "reward": (GREY, "..")}  # part → colour, hatching
 _GIGA = 1e9  # bytes in a GB
-_DASHES = (0, (4, 2))
 
 
 @styled
@@ -31,7 +44,7 @@ def memory_figure(plans: Mapping[str, Mapping]) -> Drawing:
         raise KitError("memory_figure: found no plan. Pass {title: as_json(plan, steps)}.")
     rows = [len(list(_phases(plan))) for plan in plans.values()]
     figure = new_figure(9.2, 0.7 + sum(0.3 * count + 0.65 for count in rows))
-    panels = figure.subplots(len(plans), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
+    panels = panel_grid(figure, len(plans), columns=1, sharex=True, height_ratios=rows)
     for axes, (title, plan) in zip(panels, plans.items(), strict=True):
         _draw(axes, title, plan)
     panels[-1].set_xlabel("GB")
@@ -58,12 +71,8 @@ def _draw(axes: Axes, title: str, plan: Mapping) -> None:
     fits = [plan["resident"] + added <= plan["room"] for _, added in phases]
     colours = [ORANGE if good else VERMILION for good in fits]
     axes.barh(places, [added / _GIGA for _, added in phases], left=left, color=colours, edgecolor="white", height=0.62)
-    axes.axvline(plan["room"] / _GIGA, color=INK, lw=1.4, ls=_DASHES)
-    axes.set_yticks(places, [plain_text(name, 40) for name, _ in phases])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", visible=True)
-    axes.set_axisbelow(True)
+    axes.axvline(plan["room"] / _GIGA, color=INK, lw=1.4, ls=DASHED)
+    name_rows(axes, [name for name, _ in phases])
     axes.set_title(f"{plain_text(title, 60)}: {'fits' if all(fits) else 'does not fit'}")
 
 
@@ -73,4 +82,4 @@ def _key() -> Iterator[Artist]:
         yield Patch(facecolor=colour, alpha=0.55, hatch=hatch, edgecolor="white", label=f"{part} stays")
     yield Patch(facecolor=ORANGE, label="the phase adds")
     yield Patch(facecolor=VERMILION, label="adds too much")
-    yield Line2D([], [], color=INK, lw=1.4, ls=_DASHES, label="room")
+    yield Line2D([], [], color=INK, lw=1.4, ls=DASHED, label="room")

@@ -13,22 +13,29 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
 from grpo_kit.config import KitError
-from grpo_kit.show.plots import HALO, show_image, wrap
+from grpo_kit.show.images import show_image
+from grpo_kit.show.intervals import draw_interval, name_rows
 from grpo_kit.show.style import (
     BLUE,
+    DASHED,
     FAINT,
     GREY,
+    HALO,
     INK,
     VERMILION,
     Drawing,
     bare,
+    label,
     metric_name,
     new_figure,
+    number_text,
+    panel_grid,
     plain_text,
     styled,
+    wrap,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it loads torch
     from grpo_kit.evaluation.audit import Audit
 
 
@@ -53,10 +60,9 @@ def vectors_figure(vectors: Mapping[str, Sequence[float]], anchor: str) -> Drawi
     for name, unit in units.items():
         colour = INK if name == anchor else BLUE if unit @ units[anchor] > 0 else VERMILION
         axes.annotate("", unit, (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2.2, shrinkA=0, shrinkB=0))
-        cosine = "" if name == anchor else f"\ncosine {unit @ units[anchor]:+.2f}".replace("-", "−")
+        cosine = "" if name == anchor else f"\ncosine {number_text(unit @ units[anchor], '+.2f')}"
         side = dict(ha="left" if unit[0] >= 0 else "right", va="bottom" if unit[1] >= 0 else "top")
-        place = dict(xytext=5 * unit, textcoords="offset points", color=colour, path_effects=HALO)
-        axes.annotate(plain_text(name, 60) + cosine, unit, **place, **side)
+        label(axes, plain_text(name, 60) + cosine, unit, 5 * unit, color=colour, **side)
     axes.set(xlim=(-2.4, 2.4), ylim=(-1.25, 1.35), aspect="equal")
     return figure
 
@@ -87,7 +93,7 @@ def similarity_figure(
     axes = figure.add_subplot(grid[1, :])
     axes.imshow(table, cmap="Blues", vmin=table.min(), vmax=table.max() + 0.35 * np.ptp(table), aspect="auto")
     for (row, column), value in np.ndenumerate(table):
-        axes.text(column, row, f"{value:.2f}".replace("-", "−"), ha="center", va="center", path_effects=HALO)
+        axes.text(column, row, number_text(value, ".2f"), ha="center", va="center", path_effects=HALO)
     for row, best in enumerate(table.argmax(axis=1)):
         axes.add_patch(Rectangle((best - 0.47, row - 0.44), 0.94, 0.88, fill=False, edgecolor=VERMILION, lw=2.2))
     bare(axes).set_yticks(range(len(texts)), [wrap(text, 34, 2) for text in texts])
@@ -118,9 +124,8 @@ def agreement_figure(proxy: Sequence[float], gold: Sequence[float], title: str =
         inside = pairs[(pairs[:, 0] >= low) & ((pairs[:, 0] < high) | (high == 1)), 1]
         if len(inside):
             axes.plot([low + 0.015, high - 0.015], [inside.mean()] * 2, color=INK, lw=2.2)
-            place = ((low + high) / 2, inside.mean())
-            words = f"mean {inside.mean():.2f}".replace("-", "−")
-            axes.annotate(words, place, xytext=(0, 4), textcoords="offset points", ha="center", path_effects=HALO)
+            words = f"mean {number_text(inside.mean(), '.2f')}"
+            label(axes, words, ((low + high) / 2, inside.mean()), (0, 4), ha="center")
     axes.set(xlabel="gold check: share of what was asked that the picture shows", ylabel="proxy reward")
     axes.set_title(plain_text(title))
     return figure
@@ -136,20 +141,13 @@ def winners_figure(chosen: Mapping[str, Mapping[str, float]], random_choice: flo
     """
     figure = new_figure(6.6, 0.9 + 0.42 * len(chosen))
     axes = figure.subplots()
-    axes.axvline(random_choice, color=GREY, lw=1.2, ls=(0, (4, 2)))
-    place = dict(xytext=(4, 2), textcoords="offset points", color=GREY, va="bottom", path_effects=HALO)
-    axes.annotate("chosen blindly", (random_choice, len(chosen) - 0.55), **place)
-    for y, value in enumerate(reversed(chosen.values())):
-        colour = BLUE if value["low"] > random_choice else VERMILION
-        axes.plot([value["low"], value["high"]], [y, y], color=colour, lw=3.2, alpha=0.5, solid_capstyle="butt")
-        axes.plot(value["mean"], y, marker="o" if colour == BLUE else "s", color=colour, ms=8, mec="white", ls="")
-        words = dict(xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9, path_effects=HALO)
-        axes.annotate(f"{value['mean']:.2f}", (value["mean"], y), **words)
-    axes.set_yticks(range(len(chosen)), [plain_text(name, 40) for name in reversed(chosen)])
-    axes.set_ylim(-0.5, len(chosen) - 0.1)
-    axes.grid(True, axis="x")
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
+    for y, value in enumerate(chosen.values()):
+        better = value["low"] > random_choice
+        look = {"color": BLUE, "marker": "o"} if better else {"color": VERMILION, "marker": "s"}
+        draw_interval(axes, y, value, **look, text=number_text(value["mean"], ".2f"))
+    axes.axvline(random_choice, color=GREY, lw=1.2, ls=DASHED)
+    name_rows(axes, list(chosen))
+    label(axes, "chosen blindly", (random_choice, len(chosen) - 0.45), (4, 2), va="bottom", color=GREY)
     axes.set_title(plain_text(title))
     return figure
 
@@ -182,17 +180,13 @@ def audit_figure(audits: Audit | Sequence[Audit]) -> Drawing:
     table = pd.concat([one.table() for one in ([audits] if hasattr(audits, "table") else audits)] or [pd.DataFrame()])
     if table.empty or table.index.has_duplicates:
         raise KitError(f"audit_figure: found {len(table)} rewards ({', '.join(table.index)}). Give each of them once.")
-    table = table[::-1]  # the first one is drawn on top
     panels = [panel for panel in _AUDIT_PANELS if panel[0] in table or panel[0] in _AUDIT_PAIRS]
     figure = new_figure(1.8 + 1.9 * len(panels), 1.3 + 0.3 * len(table))
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (name, title, limits) in zip(grid, panels, strict=True):
+    for axes, (name, title, limits) in zip(panel_grid(figure, len(panels), sharey=True), panels, strict=True):
         _audit_panel(axes, table, name)
         axes.set_title(title, fontsize=8.5)
-        axes.grid(True, axis="x")
-        axes.tick_params(axis="y", length=0)
-        axes.set(ylim=(-0.6, len(table) - 0.4), **({"xlim": limits} if limits else {}))
-    figure.axes[0].set_yticks(range(len(table)), [plain_text(metric_name(name), 30) for name in table.index])
+        name_rows(axes, [metric_name(reward) for reward in table.index], width=30)
+        axes.set(**({"xlim": limits} if limits else {}))
     return figure
 
 
@@ -210,4 +204,4 @@ def _audit_panel(axes: Axes, table: pd.DataFrame, name: str) -> None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.axvline(0, color=GREY, lw=1, ls=(0, (4, 2)))
+        axes.axvline(0, color=GREY, lw=1, ls=DASHED)

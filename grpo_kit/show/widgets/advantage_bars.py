@@ -10,8 +10,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 from grpo_kit.grpo import group_advantages
+from grpo_kit.show.frame import signed
 from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, styled
-from grpo_kit.show.widgets.frame import signed
 
 MOST = 8  # rewards of the group that is played with
 SECOND_GROUP = (0.90, 0.70, 0.30, 0.10)

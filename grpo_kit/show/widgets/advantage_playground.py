@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import ipywidgets
 
 from grpo_kit.config import KitError
+from grpo_kit.show.frame import signed
 from grpo_kit.show.style import Drawing
 from grpo_kit.show.widgets.advantage_bars import MOST, AdvantageFigure, advantages_of
-from grpo_kit.show.widgets.frame import signed
 from grpo_kit.show.widgets.layout import side_by_side
 from grpo_kit.show.widgets.live_figure import LiveFigure
 from grpo_kit.show.widgets.markup import message

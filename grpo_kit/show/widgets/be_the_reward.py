@@ -9,7 +9,7 @@ import ipywidgets
 from PIL import Image
 
 from grpo_kit.config import KitError
-from grpo_kit.show.plots import image_grid
+from grpo_kit.show.images import image_grid
 from grpo_kit.show.style import Drawing, plain_text, styled
 from grpo_kit.show.widgets.layout import side_by_side
 from grpo_kit.show.widgets.markup import escape, heading, message, picture, sheet

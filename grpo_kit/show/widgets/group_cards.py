@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from grpo_kit.runs.record import RunRecord
+from grpo_kit.show.frame import frame_of, signed
 from grpo_kit.show.style import FAINT, GREY, INK, format_metric
-from grpo_kit.show.widgets.frame import frame_of, signed
 from grpo_kit.show.widgets.groups import open_image, parts_text
 from grpo_kit.show.widgets.markup import escape, grid, picture
 from grpo_kit.show.widgets.tokens import DEEPEST, MEASURES, VERMILION_RGB, Token, ends_of_scale, tinted

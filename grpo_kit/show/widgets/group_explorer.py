@@ -8,8 +8,8 @@ import ipywidgets
 import pandas as pd
 
 from grpo_kit.runs.record import RunRecord
+from grpo_kit.show.frame import signed
 from grpo_kit.show.style import Drawing, plain_text
-from grpo_kit.show.widgets.frame import signed
 from grpo_kit.show.widgets.group_cards import CARD_HEIGHT, group_cards, tint_legend
 from grpo_kit.show.widgets.group_sheet import group_sheet
 from grpo_kit.show.widgets.groups import (

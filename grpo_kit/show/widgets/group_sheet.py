@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.plots import show_image, wrap
-from grpo_kit.show.style import GREY, INK, Drawing, bare, format_metric, plain_text, styled
-from grpo_kit.show.widgets.frame import frame_of, signed
+from grpo_kit.show.frame import frame_of, signed
+from grpo_kit.show.images import show_image
+from grpo_kit.show.style import GREY, INK, Drawing, bare, format_metric, plain_text, styled, wrap
 from grpo_kit.show.widgets.groups import open_image, parts_text
 from grpo_kit.show.widgets.tokens import MEASURES, Token, ends_of_scale, tinted
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from grpo_kit.config import KitError
 from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.plots import gallery_figure
+from grpo_kit.show.images import gallery_figure
 from grpo_kit.show.style import (
     VARIANT_COLOURS,
     VARIANT_NAMES,

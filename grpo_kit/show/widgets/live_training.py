@@ -11,9 +11,9 @@ import pandas as pd
 from IPython.display import DisplayHandle
 
 from grpo_kit.runs.record import RunRecord, read_run
-from grpo_kit.show.plots import training_curves
+from grpo_kit.show.curves import training_curves
+from grpo_kit.show.frame import frame_of, signed
 from grpo_kit.show.style import BLUE, FAINT, GREY, Drawing, format_metric, new_figure, styled
-from grpo_kit.show.widgets.frame import frame_of, signed
 from grpo_kit.show.widgets.groups import open_image, range_text
 from grpo_kit.show.widgets.markup import escape, grid, heading, message, picture, sheet
 from grpo_kit.show.widgets.twin import TwinBox

@@ -6,9 +6,9 @@ import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
+from grpo_kit.show.frame import signed
 from grpo_kit.show.one_token import TokenSettings, loss_and_push
 from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, styled
-from grpo_kit.show.widgets.frame import signed
 
 HIGHEST_RATIO, HIGHEST = 3.0, 3.2  # of the axes
 STEPS = 241

@@ -8,9 +8,9 @@ import ipywidgets
 
 from grpo_kit.grpo import CLIPPED_LOSS_TYPES, LOSS_TYPES
 from grpo_kit.runs.record import RunRecord
+from grpo_kit.show.frame import signed
 from grpo_kit.show.one_token import TokenSettings
 from grpo_kit.show.style import Drawing
-from grpo_kit.show.widgets.frame import signed
 from grpo_kit.show.widgets.groups import open_run
 from grpo_kit.show.widgets.layout import side_by_side, wide
 from grpo_kit.show.widgets.live_figure import LiveFigure

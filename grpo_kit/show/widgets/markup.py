@@ -10,9 +10,9 @@ import io
 
 from PIL import Image
 
+from grpo_kit.show.frame import Frame
 from grpo_kit.show.pages import data_uri
 from grpo_kit.show.style import FAINT, GREY, INK, PAPER, plain_text
-from grpo_kit.show.widgets.frame import Frame
 
 LARGEST = 256  # pixels of a picture's longer side
 SMOOTH_FROM = 128  # pixels across; smaller pictures show their pixels

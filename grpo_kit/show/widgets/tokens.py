@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 
 from grpo_kit.grpo import kl_divergence
+from grpo_kit.show.frame import signed
 from grpo_kit.show.style import plain_text
-from grpo_kit.show.widgets.frame import signed
 
 BLUE_RGB, VERMILION_RGB, PURPLE_RGB = (0, 114, 178), (213, 94, 0), (143, 78, 139)
 DEEPEST = 0.55  # opacity of the strongest tint: dark text stays readable on it

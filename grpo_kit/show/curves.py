@@ -1,0 +1,220 @@
+"""Figures of curves: what training logged, several settings over their seeds, and any curve with its name at its end.
+
+Single measurements are faint, what sums them up is strong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from grpo_kit.config import KitError
+from grpo_kit.show.style import (
+    BLUE,
+    GREY,
+    INK,
+    MOST_SERIES,
+    VERMILION,
+    Drawing,
+    label,
+    legend_above,
+    metric_name,
+    new_figure,
+    panel_grid,
+    plain_text,
+    series_look,
+    styled,
+)
+
+Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+
+# column of metrics.jsonl → (title, what to look for, key in a validation or None)
+CURVES = {
+    "reward": ("reward", "what GRPO trains; should rise", "reward"),
+    "rewards/gold/mean": ("gold check", "never trained on; should rise with it", "gold"),
+    "kl": ("KL from the initial policy", "starts at 0; grows as the policy moves", None),
+    "rewards/keeps_objects/mean": ("keeps the user's objects", "falls when the reward is gamed", "keeps_objects"),
+    "reward_std": ("spread of the reward in a group", "what is left to choose from", None),
+    "completions/mean_length": ("tokens in a rewrite", "a jump is a warning", None),
+}
+SEED_TITLES = {"reward": "reward", "gold": "gold check", "kl": "KL from the initial policy"}
+MOST_NAMED = 4  # curves in a panel, each named at its end
+WINDOW = 9  # iterations of the moving average over seeds, at most
+MARKS = 6  # markers along a curve
+
+
+def draw_curve(axes: Axes, x: Sequence[float], y: Sequence[float], faint: object = None, **look: object) -> None:
+    """Draw one strong curve, and behind it the faint ones that it sums up: a series or table over x."""
+    if faint is not None:
+        axes.plot(faint.index, faint, color=look["color"], lw=0.9, alpha=0.33)
+    axes.plot(x, y, **{"lw": 2.2, "ms": 5.5, "mec": "white", "mew": 0.8} | look)
+
+
+def _moving_average(values: pd.Series | pd.DataFrame, window: int) -> pd.Series | pd.DataFrame:
+    return values.rolling(max(1, window), min_periods=1, center=True).mean()
+
+
+@styled
+def curve_figure(
+    panels: Mapping[str, Mapping[str, Curve]],
+    xlabel: str,
+    ylabel: str = "",
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> Drawing:
+    """Draw curves with their points marked and their names at their ends, a panel beside the other.
+
+    Args:
+        panels: title → name → (x, y); a name stands at the curve's last point.
+        xlabel: of every panel; with `log_x` its ticks are the points themselves.
+        ylabel: of the first panel.
+        log_x, log_y: logarithmic axes.
+
+    Raises:
+        KitError: a panel has no curve, or more than can be named.
+    """
+    counts = [len(curves) for curves in panels.values()]
+    if not counts or min(counts) < 1 or max(counts) > MOST_NAMED:
+        raise KitError(f"curve_figure: found {counts} curves, allowed: 1 to {MOST_NAMED} in each panel. Split them.")
+    figure = new_figure(0.6 + 4.3 * len(panels), 3.1)
+    for axes, (title, curves) in zip(panel_grid(figure, len(panels)), panels.items(), strict=True):
+        lowest = min(curves, key=lambda name: curves[name][1][-1])
+        for number, (name, (x, y)) in enumerate(curves.items()):
+            look = series_look(number)
+            draw_curve(axes, x, y, **look)
+            shift = 0 if len(curves) == 1 else -6 if name == lowest else 6  # so that close ends do not collide
+            words = dict(va="center", color=look["color"], annotation_clip=False)
+            label(axes, plain_text(name, 40), (x[-1], y[-1]), (8, shift), **words)
+        _scale(axes, sorted({float(v) for x, _ in curves.values() for v in x}), log_x, log_y)
+        axes.set(title=plain_text(metric_name(title), 60), xlabel=plain_text(xlabel))
+        axes.margins(x=0.06, y=0.12)
+    figure.axes[0].set_ylabel(plain_text(ylabel))
+    return figure
+
+
+def _scale(axes: Axes, points: Sequence[float], log_x: bool, log_y: bool) -> None:
+    if log_x:
+        axes.set_xscale("log")
+        axes.set_xticks(points, [f"{point:g}" for point in points])
+        axes.minorticks_off()
+    if log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+@styled
+def training_curves(
+    metrics: pd.DataFrame,
+    validations: Sequence[Mapping] = (),
+    panels: Sequence[str] = tuple(CURVES),
+    sentinel: Mapping | None = None,
+) -> Drawing:
+    """Draw what training logged: each iteration faint, a moving average strong, held-out validations as points.
+
+    Args:
+        metrics: a row an iteration, columns as in metrics.jsonl.
+        validations: the periodic validations, as in validation_iter_*.json.
+        panels: which columns to draw; a column that was not logged is left out.
+        sentinel: the content of sentinel.json: the score that it judges by is drawn too, and a divergence is marked by
+            a line in every panel.
+
+    Raises:
+        KitError: none of the columns was logged.
+    """
+    judged = f"rewards/{(sentinel or {}).get('held_out')}/mean"
+    wanted = dict.fromkeys((*panels[:1], judged, *panels[1:]) if judged not in panels else panels)
+    drawn = [name for name in wanted if name in metrics and metrics[name].notna().any()]
+    if not drawn:
+        raise KitError(f"training curves: found no column of {', '.join(panels)}. Train at least one iteration first.")
+    columns = min(3, len(drawn))
+    figure = new_figure(3.7 * columns, 2.6 * -(-len(drawn) // columns))
+    grid = panel_grid(figure, len(drawn), columns, sharex=True)
+    for axes, name in zip(grid, drawn, strict=True):
+        values = metrics.set_index("iteration")[name].dropna()  # KL, for one, is not measured in every iteration
+        _draw_logged(axes, values, validations, name)
+    for axes in grid[-columns:]:
+        axes.set_xlabel("iteration")
+        axes.tick_params(labelbottom=True)
+    if sentinel and sentinel.get("divergence"):
+        _mark_divergence(grid, sentinel["divergence"])
+    return figure
+
+
+def _draw_logged(axes: Axes, values: pd.Series, validations: Sequence[Mapping], name: str) -> None:
+    """Draw one logged column and, where the validations have it too, what they found."""
+    score = name.removeprefix("rewards/").removesuffix("/mean")
+    title, reading, validated = CURVES.get(name, (metric_name(score), "", score))
+    smooth = _moving_average(values, len(values) // 8)
+    draw_curve(axes, smooth.index, smooth, values, color=BLUE, marker="o" if len(values) == 1 else "")
+    axes.set_title(title, pad=17)
+    axes.text(0, 1.03, reading, transform=axes.transAxes, color=GREY, fontsize=8)
+    axes.margins(x=0.03, y=0.14)
+    found = {v["iteration"]: v["reward"] if validated == "reward" else v["rewards"].get(validated) for v in validations}
+    points = [(iteration, value) for iteration, value in found.items() if value is not None]
+    if points:
+        draw_curve(axes, *zip(*points, strict=True), color=VERMILION, marker="o", lw=0.8, ls=(0, (3, 2)))
+        _name_points(axes, points, smooth.iloc[-1])
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[float, float]], curve_ends: float) -> None:
+    """Write what the points are beside the last one, on the side away from the curve, and make room there."""
+    low, high = axes.get_ylim()
+    above = points[-1][1] >= curve_ends
+    axes.set_ylim((low, high + 0.12 * (high - low)) if above else (low - 0.12 * (high - low), high))
+    label(axes, "held out", points[-1], (0, 6 if above else -14), ha="right", color=VERMILION)
+
+
+def _mark_divergence(panels: Sequence[Axes], divergence: Mapping) -> None:
+    """A line where the reward was found to be gamed, named in the first panel; a thin one where that began."""
+    for axes in panels:
+        axes.axvline(divergence["since"], color=INK, lw=0.8, ls=(0, (1, 2)), zorder=1.5)
+        axes.axvline(divergence["iteration"], color=INK, lw=1.4, ls=(0, (5, 2)), zorder=1.5)
+    first = panels[0]
+    left = divergence["iteration"] > sum(first.get_xlim()) / 2  # on the side where there is room
+    point = (divergence["iteration"], first.get_ylim()[0])
+    label(first, "divergence", point, (-4 if left else 4, 4), ha="right" if left else "left", weight="bold")
+
+
+@styled
+def seeds_figure(curves: pd.DataFrame) -> Drawing:
+    """Draw training curves of several settings: each seed faint, a setting's mean over its seeds strong.
+
+    Args:
+        curves: a row (setting, seed, iteration) with any of the columns reward, gold and kl.
+
+    Raises:
+        KitError: there is nothing to draw, or more settings than can be told apart.
+    """
+    drawn = [name for name in SEED_TITLES if name in curves and curves[name].notna().any()]
+    settings = list(dict.fromkeys(curves["setting"])) if drawn else []
+    if not drawn or len(settings) > MOST_SERIES:
+        found = f"found {len(settings)} settings, allowed: 1 to {MOST_SERIES}"
+        raise KitError(f"curves: {found}. Compare fewer runs at a time.")
+    figure = new_figure(4.1 * len(drawn), 3.0 + 0.24 * -(-len(settings) // 3))
+    looks = {setting: series_look(number) for number, setting in enumerate(settings)}
+    for axes, name in zip(panel_grid(figure, len(drawn)), drawn, strict=True):
+        for setting in settings:
+            _draw_setting(axes, curves[curves["setting"] == setting], name, looks[setting])
+        axes.set(title=SEED_TITLES[name], xlabel="iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.margins(x=0.03)
+    legend_above(figure, looks, columns=3 if len(drawn) > 2 else 2)
+    return figure
+
+
+def _draw_setting(axes: Axes, rows: pd.DataFrame, name: str, look: Mapping[str, object]) -> None:
+    """One setting: moving averages of its seeds, and their mean where every seed has that iteration."""
+    wide = rows.pivot_table(index="iteration", columns="seed", values=name)
+    if wide.empty:
+        return
+    smooth = _moving_average(wide, min(WINDOW, len(wide) // 4))
+    mean = smooth.mean(axis=1, skipna=False).dropna()
+    every = max(1, len(mean) // MARKS)
+    faint = smooth if len(wide.columns) > 1 else None
+    draw_curve(axes, mean.index, mean, faint, markevery=(every // 2, every), **look)
