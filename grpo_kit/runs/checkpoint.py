@@ -87,7 +87,7 @@ def save_checkpoint(
 def keep_newest(folder: Path, keep: int, iteration: int) -> None:
     """Drop what is older than the newest `keep` sound checkpoints up to an iteration; a damaged one does not count.
 
-    One that is later than the iteration was found damaged, or will be.
+    A later one does not count either: it was found damaged, or will be.
     """
     sound = 0
     for number, place in reversed(checkpoints_of(folder).items()):
@@ -100,7 +100,7 @@ def keep_newest(folder: Path, keep: int, iteration: int) -> None:
 
 
 def _drop(place: Path) -> None:
-    """Remove a checkpoint; renamed first, so that it never looks committed when it is half gone."""
+    """Remove a checkpoint; it is renamed first: one of which a part is gone never looks committed."""
     aside = place.with_name(f".writing-dropped-{place.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(place, aside)
@@ -133,7 +133,7 @@ def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> C
 
 
 def _require_same_run(checkpoint: Checkpoint, settings: Mapping[str, object], name: str) -> None:
-    """A setting that only one side has is none that differs: a newer kit may have added it."""
+    """Compare the settings that both have: one that only one side has was added by a newer kit."""
     for key, value in checkpoint.settings.items():
         if key in settings and settings[key] != value:
             raise CheckpointError(f"checkpoint {name}: another run's ({key}: {value!r}, here {settings[key]!r})")

@@ -28,7 +28,7 @@ _REPLACED = ".replaced-best"  # the old best/ while the new one takes its place
 
 
 class RunFolder:
-    """The files of one run; every path below is inside `path`. What is on disk is whole, and flushed at a commit."""
+    """The writer of one run's files, all of them inside `path`. A file is whole or not there; a commit flushes all."""
 
     def __init__(self, path: Path, config: Config | None = None) -> None:
         self.path = path
@@ -63,10 +63,10 @@ class RunFolder:
             )
 
     def hold(self, stack: contextlib.ExitStack) -> None:
-        """Be the folder's only writer until the stack is closed: config written, a crash's leftovers gone, log open.
+        """Be the folder's only writer until the stack is closed: the config written, leftovers removed, the log open.
 
-        What undoes a thing is on the stack before the thing is done: wherever an interrupt comes, the folder is free
-        once the stack is closed, though a notebook keeps the error with all its frames.
+        The callback that undoes a step is on the stack before the step is made: wherever an interrupt comes, the folder
+        is free once the stack is closed, even where a notebook keeps the error with all its frames.
 
         Raises:
             RunError: another process writes into it, or nobody can.
@@ -80,7 +80,7 @@ class RunFolder:
             log_into(self.path / "training.log", stack)
 
     def write_config(self, config: Config) -> None:
-        """Write the settings, with what beside them decides on the last bits."""
+        """Write the settings, and the versions and the machine, which decide on the last bits."""
         made_by = {"versions": library_versions(), "machine": computing_machine(config.model_settings)}
         self.write_json("config.json", config.to_dict() | made_by)
 
@@ -125,7 +125,7 @@ class RunFolder:
         return disk_errors(self.path, name)
 
     def commit(self, save: Callable[[], object]) -> None:
-        """Flush what was written since the last commit, and only then `save` the checkpoint that vouches for it.
+        """Flush what was written since the last commit, and only then `save` the checkpoint that counts on it.
 
         Raises:
             RunError: the disk does not take it; the commit before is as it was.

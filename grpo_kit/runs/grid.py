@@ -1,7 +1,7 @@
 """Grids: several runs of the notebooks that differ in their parameters.
 
 Which trials there are is read, checked and laid out before the first one starts; a planned trial is a plain value, and
-`run_trial` a plain function of it, so that whoever executes them (one after the other here) can also send them away.
+`run_trial` a plain function of it, so that it may run in this process or be sent to another machine.
 """
 
 import itertools

@@ -1,13 +1,14 @@
 """Run notebooks without a browser: papermill, with every parameter checked before the first notebook starts."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, load_config, nearest, one_line, printable
-from grpo_kit.runs.parameters import NotebookError, Parameter, declared_parameters, papermill_path, read_value
+from grpo_kit.runs.parameters import NotebookError, Parameter, declared_parameters
 
 NOTEBOOK_FOLDER = PROJECT_ROOT / "notebooks"
 OWN_PROFILE = "profile.json"  # in the run's folder: the profile with the settings that this run changes
@@ -92,14 +93,14 @@ def plan(
     planned = []
     for path, known in declared.items():
         values: dict[str, object] = {"profile": used, "run_dir": str(run_dir)}
-        values |= {name: read_value(name, value, known[name]) for name, value in parameters.items() if name in known}
+        values |= {name: known[name].read(name, value) for name, value in parameters.items() if name in known}
         planned.append(Planned(path, {name: value for name, value in values.items() if name in known}))
         _check_settings(profile, settings, planned[-1], known)
     return planned
 
 
 def write_profile(run_dir: Path, profile: str, settings: Mapping[str, object]) -> None:
-    """Write the profile that `plan` told the notebooks to read, where settings are changed at all."""
+    """Write the profile that `plan` gave the notebooks, where settings are changed at all."""
     if settings:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         load_config(profile, settings).save(Path(run_dir) / OWN_PROFILE)
@@ -159,8 +160,7 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     error, died = None, False
     try:
         papermill.execute_notebook(
-            papermill_path(notebook.path),
-            papermill_path(output),
+            *(re.sub(r"([{}])", r"\1\1", str(path)) for path in (notebook.path, output)),  # papermill formats paths
             parameters=dict(notebook.parameters),
             kernel_name="python3",
             progress_bar=False,

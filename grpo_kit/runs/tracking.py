@@ -1,4 +1,4 @@
-"""Mirrors of a run, on wandb and in TensorBoard; the files in its folder stay the truth."""
+"""Mirrors of a run, on wandb and in TensorBoard; what counts are the files in its folder."""
 
 import contextlib
 import json
@@ -96,7 +96,7 @@ class WandbMirror:
             part = self._run_dir / "wandb" / left_open["part"]
             if part.name.startswith("offline-run-") and not any(part.glob("*.synced")):
                 shutil.rmtree(part, ignore_errors=True)
-        return max(since, self._run.step - 1)  # online the server says what it has
+        return max(since, self._run.step - 1)  # online this is what the server has
 
     def log(self, prefix: str, values: Values) -> None:
         """Show numbers, pictures and tables of an iteration under `prefix/`."""
@@ -114,7 +114,7 @@ class WandbMirror:
         """Close it, also where it was never opened; 0 is a run that ended well."""
         if self._run is not None:
             self._run.finish(exit_code=exit_code)
-            if exit_code != _FAILED:  # by which a mirror that lost something is closed, too
+            if exit_code != _FAILED:  # a mirror that lost something is closed with this code, too
                 self._write({**self._record, "open": None})
 
 
