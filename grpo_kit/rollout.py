@@ -1,58 +1,55 @@
-"""A rollout: prompts → rewrites → images → rewards, kept so that the step on it can be computed again later."""
+"""A rollout: prompts → rewrites → pictures → rewards, kept so that the step on it can be computed again later."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain
+from typing import TypedDict, Unpack
 
+import pandas as pd
 import torch
 from PIL import Image
 
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.drawing import Wanted, draw_and_score
 from grpo_kit.grpo.advantages import group_spread
-from grpo_kit.models.generator import Generator
-from grpo_kit.models.policy import Completions, Policy, Scores
+from grpo_kit.models.generator import Generator, Pair, even_batches
+from grpo_kit.models.policy import Policy, Scores
+from grpo_kit.models.prompt_format import EncodedPrompts
+from grpo_kit.rewards.calls import started
 from grpo_kit.rewards.composition import Rewards
-from grpo_kit.training.processes import ALONE, Processes
 
-_BY_ROW = ("group_ids", "image_seeds", "rewards", "truncated")  # columns of which a share has its own rows
+_UNWIND_SECONDS = 2.0  # that a call of the rewards has to end after an error or Ctrl-C; it cannot be stopped
+
+Pictures = list[list[Image.Image | None]]  # N x M; None where a picture came out unusable
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """N = P·G rows, group-major: what G rewrites of each of P prompts led to."""
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """N = P·G rows, group-major: G rewrites of each of P prompts, what was drawn of them, each reward's scores."""
 
     prompts: list[Prompt]  # P
     group_ids: torch.Tensor  # (N,) int64: which prompt a row answers
     completion_ids: torch.Tensor  # (N, T) sampled token ids, right-padded
     completion_mask: torch.Tensor  # (N, T) bool, True through the first end-of-sequence token
     enhanced_prompts: list[str]  # N decoded texts: for the generator and for people, never tokenised again
-    images: list[list[Image.Image | None]]  # N x M; None where the picture came out unusable
+    images: Pictures  # N x M
     image_seeds: torch.Tensor  # (N, M) int64
     reward_parts: dict[str, torch.Tensor]  # name → (N,) raw mean over the M images, NaN where none could be scored
-    rewards: torch.Tensor  # (N,) what training uses: the weighted total, of shaped parts where the rewards say so
     old_logprobs: torch.Tensor | None  # (N, T) of the sampled ids, when they were sampled
-    ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference
     truncated: torch.Tensor | None = None  # (N,) bool: ended by the length limit
     prompt_images: list[Image.Image] | None = None  # P pictures that the policy saw
+    encoded: EncodedPrompts | None = None  # the P prompts as the policy read them; None: to be encoded again
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, and what the rewards take beyond them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Samples):
+    """Samples with the rewards that training uses: all that is needed to compute the step on them."""
+
+    rewards: torch.Tensor  # (N,) the weighted total, of shaped parts where the rewards say so
     totals: torch.Tensor | None = None  # (N,) weighted raw total, where it differs from `rewards`
-
-    def score(self, policy: Policy, rows: torch.Tensor | None = None, *, reference: bool = False) -> Scores:
-        """Score some of its rows (all where None) under a policy or its reference, running only the prompts they need.
-
-        Returns:
-            Log-probabilities and entropy, (rows, T) each.
-        """
-        rows = torch.arange(len(self.group_ids)) if rows is None else rows.cpu()
-        groups, local = self.group_ids[rows].unique(return_inverse=True)
-        prompts = [self.prompts[group].user_prompt for group in groups.tolist()]
-        seen = None if self.prompt_images is None else [self.prompt_images[group] for group in groups.tolist()]
-        ids, mask = self.completion_ids[rows], self.completion_mask[rows]
-        return policy.score(prompts, local, ids, mask, images=seen, reference=reference)
+    ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference
 
     def metrics(self) -> dict[str, float]:
         """Rewards and lengths under TRL's names; samples that could not be scored are left out of the means."""
@@ -71,6 +68,15 @@ class Rollout:
         return found
 
 
+class SampleOptions(TypedDict, total=False):
+    """What `collect_samples` may be told beside its prompts, with the same meaning."""
+
+    images_per_prompt: int
+    share_seeds: bool
+    use_image: bool
+    overlap: bool
+
+
 def collect_rollout(
     policy: Policy,
     generator: Generator,
@@ -78,29 +84,55 @@ def collect_rollout(
     prompts: Sequence[Prompt | str],
     num_generations: int = 8,
     seed: int = 0,
+    **options: Unpack[SampleOptions],
+) -> Rollout:
+    """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
+
+    Args:
+        num_generations: G, at least 2: a sample is judged against its group.
+        seed: fixes tokens and latents; the same call gives the same rollout.
+        options: `images_per_prompt=1`, `share_seeds=True`, `use_image=False`, `overlap=False`; see `collect_samples`.
+
+    Raises:
+        ValueError: fewer than two generations, or no prompts.
+    """
+    samples = collect_samples(policy, generator, rewards, prompts, num_generations, seed, **options)
+    return with_rewards(samples, rewards)
+
+
+def with_rewards(samples: Samples, rewards: Rewards) -> Rollout:
+    """The rollout of whole groups of samples: their scores as the rewards weigh them, shaped and raw."""
+    return Rollout(
+        **vars(samples),
+        rewards=rewards.combined(samples.reward_parts, samples.group_ids),
+        totals=rewards.total(samples.reward_parts) if rewards.is_shaped else None,
+    )
+
+
+def collect_samples(
+    policy: Policy,
+    generator: Generator,
+    rewards: Rewards,
+    prompts: Sequence[Prompt | str],
+    num_generations: int,
+    seed: int,
     *,
     images_per_prompt: int = 1,
     share_seeds: bool = True,
     use_image: bool = False,
     overlap: bool = False,
-    processes: Processes = ALONE,
-) -> Rollout:
-    """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
-
-    Several processes share the prompts by whole groups; each then has the whole rollout, but for the pictures, which
-    only the main process has all of.
+    first_prompt: int = 0,
+) -> Samples:
+    """Sample, draw and score; how the scores become rewards is decided from whole batches (`with_rewards`).
 
     Args:
-        num_generations: G, at least 2: a sample is judged against its group.
-        seed: fixes tokens and latents; the same call gives the same rollout.
         images_per_prompt: M images a rewrite; its reward is their mean.
         share_seeds: a group's rewrites are drawn from the same M latents, so that they differ by their words alone.
         use_image: the policy sees the picture that the user's own prompt gives.
         overlap: score the groups that are drawn while the next are drawn, for rewards that compute or wait elsewhere.
-        processes: those that share the work.
+        first_prompt: the first prompt's place in the batch that these are a share of.
 
     Raises:
-        ProcessError: there are more processes than prompts, or one of them failed.
         ValueError: fewer than two generations, or no prompts.
     """
     if num_generations < 2:
@@ -110,56 +142,17 @@ def collect_rollout(
     if not prompts:
         raise ValueError("prompts: found none, allowed: at least one")
     prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    shard = processes.shards(len(prompts))[processes.rank]
-
-    share = partial(
-        _collect_share,
-        policy,
-        generator,
-        rewards,
-        prompts[shard.start : shard.stop],
-        num_generations,
-        seed,
-        shard.start,
-        images_per_prompt=images_per_prompt,
-        share_seeds=share_seeds,
-        use_image=use_image,
-        overlap=overlap,
-    )
-    rollout = _gathered(share, policy.tokenizer.pad_token_id, processes)
-    return replace(
-        rollout,
-        rewards=rewards.combined(rollout.reward_parts, rollout.group_ids),
-        totals=rewards.total(rollout.reward_parts) if rewards.is_shaped else None,
-    )
-
-
-def _collect_share(
-    policy: Policy,
-    generator: Generator,
-    rewards: Rewards,
-    prompts: list[Prompt],
-    num_generations: int,
-    seed: int,
-    first: int,
-    *,
-    images_per_prompt: int,
-    share_seeds: bool,
-    use_image: bool,
-    overlap: bool,
-) -> Rollout:
-    """The rows of some prompts, of which the `first` one's place in the batch is given; with the raw rewards."""
     texts = [prompt.user_prompt for prompt in prompts]
-    seconds, clock = {}, time.perf_counter()
-    seen = picture_prompts(generator, texts, seed, first) if use_image else None
-    seed_of_tokens = derive_seed(seed, "sampling")
-    completions = policy.sample(texts, num_generations, seed=seed_of_tokens, images=seen, first_prompt=first)
-    seconds["sampling"] = time.perf_counter() - clock
-    group_ids = first + torch.arange(len(prompts)).repeat_interleave(num_generations)
+    clock = time.perf_counter()
+    seen = picture_prompts(generator, texts, seed, first_prompt) if use_image else None
+    encoded = policy.encode(texts, seen)
+    completions = policy.sample(encoded, num_generations, seed=derive_seed(seed, "sampling"), first_prompt=first_prompt)
+    sampling_seconds = time.perf_counter() - clock
+    group_ids = first_prompt + torch.arange(len(prompts)).repeat_interleave(num_generations)
     seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
-    wanted = Wanted([texts[group - first] for group in group_ids], completions.texts, group_ids, seeds)
-    drawn = draw_and_score(generator, rewards, wanted, overlap=overlap)
-    return Rollout(
+    asked = [texts[group - first_prompt] for group in group_ids]
+    drawn = draw_and_score(generator, rewards, DrawRequest(asked, completions.texts, group_ids, seeds), overlap=overlap)
+    return Samples(
         prompts=prompts,
         group_ids=group_ids,
         completion_ids=completions.ids.cpu(),
@@ -168,60 +161,39 @@ def _collect_share(
         images=drawn.images,
         image_seeds=seeds,
         reward_parts=drawn.parts,
-        rewards=rewards.total(drawn.parts),
         old_logprobs=completions.logprobs.cpu(),
-        truncated=_truncated(completions, policy),
+        truncated=completions.truncated.cpu(),
         prompt_images=seen,
-        seconds=seconds | drawn.seconds,
+        encoded=encoded,
+        seconds={"sampling": sampling_seconds, **drawn.seconds},
     )
 
 
-def _gathered(share: Callable[[], Rollout], pad_token_id: int, processes: Processes) -> Rollout:
-    """The rollout whose shares the processes collect; in one process its only share."""
-    if processes.count == 1:
-        return share()
-    own: list[Rollout] = []
-
-    def without_pictures() -> Rollout:
-        own.append(share())
-        return replace(own[0], images=[])
-
-    shares = processes.gather(without_pictures)
-    pictures = processes.gather_on_main(own[0].images)
-    nothing = [None] * own[0].image_seeds.shape[1]
-    images = [found or [nothing] * len(one.group_ids) for found, one in zip(pictures, shares, strict=True)]
-    return replace(_joined(shares, pad_token_id), images=list(chain(*images)), seconds=own[0].seconds)
+def with_encoded(rollout: Rollout, policy: Policy) -> Rollout:
+    """The rollout with its prompts as the policy reads them, encoded where it has none: one from a file."""
+    texts, seen = [prompt.user_prompt for prompt in rollout.prompts], rollout.prompt_images
+    if rollout.encoded is not None and (rollout.encoded.prompts, rollout.encoded.images) == (texts, seen):
+        return rollout
+    return replace(rollout, encoded=policy.encode(texts, seen))
 
 
-def _joined(shares: Sequence[Rollout], pad_token_id: int) -> Rollout:
-    """The rows of all shares, one after the other, as long as the longest completion; the first one's pictures."""
-    longest = max(share.completion_ids.shape[1] for share in shares)
+def score_rows(
+    policy: Callable[..., Scores], rollout: Rollout, rows: torch.Tensor, *, reference: bool = False
+) -> Scores:
+    """Score some rows of a rollout under a policy (or its reference), running only the prompts that they need.
 
-    def rows(name: str, fill: float = 0) -> torch.Tensor:
-        return torch.cat([_widened(getattr(share, name), longest, fill) for share in shares])
+    Args:
+        policy: a `Policy`, or the module that several processes made of it.
+        rollout: one with its encoded prompts.
+        rows: their places.
 
-    seen = [share.prompt_images for share in shares]
-    return replace(
-        shares[0],
-        prompts=[prompt for share in shares for prompt in share.prompts],
-        enhanced_prompts=[text for share in shares for text in share.enhanced_prompts],
-        completion_ids=rows("completion_ids", pad_token_id),
-        reward_parts={n: torch.cat([share.reward_parts[n] for share in shares]) for n in shares[0].reward_parts},
-        prompt_images=None if None in seen else list(chain(*seen)),
-        completion_mask=rows("completion_mask"),
-        old_logprobs=rows("old_logprobs"),
-        **{name: torch.cat([getattr(share, name) for share in shares]) for name in _BY_ROW},
-    )
-
-
-def _widened(column: torch.Tensor, length: int, fill: float) -> torch.Tensor:
-    return torch.nn.functional.pad(column, (0, length - column.shape[1]), value=fill)
-
-
-def _mean_and_std(values: torch.Tensor) -> tuple[float, float]:
-    """Mean and unbiased standard deviation of the finite values; NaN where there are too few."""
-    kept = values[values.isfinite()]
-    return float(kept.mean()), float(kept.std()) if len(kept) > 1 else float("nan")
+    Returns:
+        Log-probabilities and entropy, (rows, T) each.
+    """
+    rows = rows.cpu()
+    groups, local = rollout.group_ids[rows].unique(return_inverse=True)
+    prompts = rollout.encoded.take(groups.tolist())
+    return policy(prompts, local, rollout.completion_ids[rows], rollout.completion_mask[rows], reference=reference)
 
 
 def latent_seeds(
@@ -240,13 +212,163 @@ def picture_prompts(
     generator: Generator, prompts: Sequence[str], seed: int, first_prompt: int = 0
 ) -> list[Image.Image]:
     """What the users' own prompts give, for a policy that looks at it; `first_prompt` is the first one's place."""
-    places = range(first_prompt, first_prompt + len(prompts))
     return [
-        generator.generate_image(prompt, derive_seed(seed, "seen", i))
-        for i, prompt in zip(places, prompts, strict=True)
+        generator.generate_image(prompt, derive_seed(seed, "seen", place))
+        for place, prompt in enumerate(prompts, start=first_prompt)
     ]
 
 
-def _truncated(completions: Completions, policy: Policy) -> torch.Tensor:
-    ends = torch.tensor(policy.eos_token_ids, device=completions.ids.device)
-    return ~(torch.isin(completions.ids, ends) & completions.mask).any(dim=1).cpu()
+def rollout_table(
+    iteration: int,
+    rollout: Rollout,
+    advantages: Sequence[float],
+    thumbnails: Sequence[str | None],
+    token_texts: Sequence[Sequence[str]],
+    logprobs: dict[str, torch.Tensor],
+) -> pd.DataFrame:
+    """One row a sample: texts, seeds, rewards, advantage, thumbnail, and its tokens with their log-probabilities.
+
+    Args:
+        advantages: N.
+        thumbnails: N paths of small pictures; None where there is none.
+        token_texts: each row's tokens as text.
+        logprobs: name → (N, T), a column each: under the policy that sampled, the reference, the updated policy.
+    """
+    rows = []
+    first_rows = torch.searchsorted(rollout.group_ids, rollout.group_ids)  # of each row's group
+    for row, (group, advantage) in enumerate(zip(rollout.group_ids.tolist(), advantages, strict=True)):
+        prompt, kept = rollout.prompts[group], rollout.completion_mask[row]
+        rows.append(
+            {
+                "iteration": iteration,
+                "group_id": group,
+                "sample": row - int(first_rows[row]),
+                "user_prompt": prompt.user_prompt,
+                "category": prompt.category,
+                "difficulty": prompt.difficulty,
+                "enhanced_prompt": rollout.enhanced_prompts[row],
+                "image_seed": int(rollout.image_seeds[row, 0]),
+                "reward": float(rollout.rewards[row]),
+                "advantage": float(advantage),
+                **{f"reward/{name}": float(values[row]) for name, values in rollout.reward_parts.items()},
+                "thumbnail": thumbnails[row],
+                "completion_ids": rollout.completion_ids[row][kept].tolist(),
+                "tokens": list(token_texts[row]),
+                **{name: values[row][kept].tolist() for name, values in logprobs.items()},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _mean_and_std(values: torch.Tensor) -> tuple[float, float]:
+    """Mean and unbiased standard deviation of the finite values; NaN where there are too few."""
+    kept = values[values.isfinite()]
+    return float(kept.mean()), float(kept.std()) if len(kept) > 1 else float("nan")
+
+
+# --- pictures and their scores ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """What to draw: N rewrites, group-major, each from M latent seeds."""
+
+    prompts: list[str]  # N users' prompts, which the pictures are scored against
+    rewrites: list[str]  # N
+    group_ids: torch.Tensor  # (N,), ascending
+    seeds: torch.Tensor  # (N, M)
+
+    def __getitem__(self, rows: slice) -> "DrawRequest":
+        """Some consecutive rows of it."""
+        return DrawRequest(self.prompts[rows], self.rewrites[rows], self.group_ids[rows], self.seeds[rows])
+
+    def pairs(self) -> list[list[Pair]]:
+        """N x M pairs of a text and a seed; equal ones are one picture."""
+        rows = zip(self.rewrites, self.seeds.tolist(), strict=True)
+        return [[(text, seed) for seed in seeds] for text, seeds in rows]
+
+
+@dataclass(frozen=True)
+class DrawResult:
+    """The pictures, each reward's (N,) mean over a rewrite's pictures, and the seconds of both."""
+
+    images: Pictures
+    parts: dict[str, torch.Tensor]
+    seconds: dict[str, float]  # images; rewards: what they take beyond the drawing
+
+
+def draw_and_score(
+    generator: Generator, rewards: Rewards, request: DrawRequest, *, overlap: bool = False
+) -> DrawResult:
+    """Draw what is asked for, equal pairs once, and score it.
+
+    Args:
+        overlap: score the groups that are drawn to their end in a thread, while the next batch is drawn. The pictures
+            are the same to the last bit. A reward sees whole groups, but no longer all of them in one call.
+
+    Raises:
+        Exception: whatever the generator or the rewards raise, in either order.
+    """
+    if overlap:
+        return _draw_while_scoring(generator, rewards, request)
+    clock = time.perf_counter()
+    pairs = request.pairs()
+    flat = iter(generator.generate_images(*zip(*(pair for row in pairs for pair in row), strict=True)))
+    images = [[next(flat) for _ in row] for row in pairs]
+    drawn = time.perf_counter()
+    parts = _score(rewards, request, images)
+    return DrawResult(images, parts, {"images": drawn - clock, "rewards": time.perf_counter() - drawn})
+
+
+def _draw_while_scoring(generator: Generator, rewards: Rewards, request: DrawRequest) -> DrawResult:
+    """Score one part at a time in a thread; the seconds for which the drawing waits for it count as the rewards'."""
+    clock, waited = time.perf_counter(), 0.0
+    images: Pictures = []
+    scores: list[dict[str, torch.Tensor]] = []
+    running: list[Future] = []
+
+    def collect() -> float:
+        began = time.perf_counter()
+        scores.extend(part.result() for part in running)  # raises what the rewards raised
+        running.clear()
+        return time.perf_counter() - began
+
+    try:
+        for part, pictures in _whole_groups(generator, request):
+            waited += collect()
+            running.append(started(_score, rewards, part, pictures))
+            images += pictures
+        waited += collect()
+    except BaseException:
+        wait(running, _UNWIND_SECONDS)  # models of an object must not compute for two at once
+        raise
+    parts = {name: torch.cat([found[name] for found in scores]) for name in scores[0]}
+    return DrawResult(images, parts, {"images": time.perf_counter() - clock - waited, "rewards": waited})
+
+
+def _whole_groups(generator: Generator, request: DrawRequest) -> Iterator[tuple[DrawRequest, Pictures]]:
+    """Rows with their pictures, in order, as soon as all of their groups are drawn.
+
+    The batches are those that the generator makes of the whole, and equal pairs are drawn once in the whole.
+    """
+    pairs = request.pairs()
+    drawn: dict[Pair, Image.Image | None] = {}
+    begin = 0
+    for batch in even_batches(list(dict.fromkeys(pair for row in pairs for pair in row)), generator.batch_size):
+        drawn.update(zip(batch, generator.generate_images(*zip(*batch, strict=True)), strict=True))
+        missing = next((row for row in range(begin, len(pairs)) if not drawn.keys() >= set(pairs[row])), None)
+        groups = request.group_ids
+        end = len(pairs) if missing is None else int(torch.searchsorted(groups, groups[missing]))
+        if end > begin:
+            yield request[begin:end], [[drawn[pair] for pair in row] for row in pairs[begin:end]]
+            begin = end
+
+
+def _score(rewards: Rewards, request: DrawRequest, images: Pictures) -> dict[str, torch.Tensor]:
+    """Each part's mean over a rewrite's images that could be scored: {name: (N,)}."""
+    count = request.seeds.shape[1]
+    flat = [image for row in images for image in row]
+    repeated = ([text for text in texts for _ in range(count)] for texts in (request.prompts, request.rewrites))
+    groups = request.group_ids.repeat_interleave(count)
+    scores = rewards.score(flat, *repeated, group_ids=groups, image_seeds=request.seeds.flatten())
+    return {name: values.reshape(-1, count).nanmean(dim=1) for name, values in scores.items()}

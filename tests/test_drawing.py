@@ -15,16 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from grpo_kit import drawing
+from grpo_kit import rollout as rollout_module
 from grpo_kit.config import PROJECT_ROOT, load_config
-from grpo_kit.drawing import Drawn, Wanted, draw_and_score
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import generator as generator_module
 from grpo_kit.models.generator import Generator, even_batches
 from grpo_kit.rewards import RewardError, Rewards
 from grpo_kit.rewards.calls import started
 from grpo_kit.rewards.loading import load_rewards
-from grpo_kit.rollout import Rollout, collect_rollout
+from grpo_kit.rollout import DrawRequest, DrawResult, Rollout, collect_rollout, draw_and_score
 from grpo_kit.training.loop import make_optimizer, run_iteration
 
 TEXTS = ["a red circle, sharp", "a blue square", "two green stars, blurry", "a ring", "a cross"]
@@ -48,15 +47,15 @@ class Counting(Generator):
         return super()._draw(pairs)
 
 
-def _wanted(groups: int = 4, size: int = 4, images: int = 1) -> Wanted:
+def _wanted(groups: int = 4, size: int = 4, images: int = 1) -> DrawRequest:
     """Rows of which some are the same picture, within a group and between groups."""
     ids = 5 + torch.arange(groups).repeat_interleave(size)  # the share of a later process does not begin at 0
     rewrites = [TEXTS[(row * row + int(group)) % len(TEXTS)] for row, group in enumerate(ids)]
     seeds = 100 * (ids[:, None] % 2) + torch.arange(images)
-    return Wanted([TEXTS[int(group) % len(TEXTS)] for group in ids], rewrites, ids, seeds)
+    return DrawRequest([TEXTS[int(group) % len(TEXTS)] for group in ids], rewrites, ids, seeds)
 
 
-def _pixels(drawn: Drawn | Rollout) -> list[list[bytes | None]]:
+def _pixels(drawn: DrawResult | Rollout) -> list[list[bytes | None]]:
     return [[image and image.tobytes() for image in row] for row in drawn.images]
 
 
@@ -120,24 +119,26 @@ def test_overlap_changes_when_and_nothing_else(
     assert holds(kit.generator, rewards, batch_size, shape)
 
 
-_right = drawing._whole_groups
+_right = rollout_module._whole_groups
 
 
-def cuts_groups(generator: Generator, wanted: Wanted) -> Iterator[tuple[Wanted, list]]:
+def cuts_groups(generator: Generator, wanted: DrawRequest) -> Iterator[tuple[DrawRequest, list]]:
     """As many rows as a batch has pictures, wherever that ends."""
     images = [image for _, part in _right(generator, wanted) for image in part]
     for rows in even_batches(range(len(images)), generator.batch_size):
         yield wanted[rows[0] : rows[-1] + 1], images[rows[0] : rows[-1] + 1]
 
 
-def looks_for_equal_pairs_in_each_part_alone(generator: Generator, wanted: Wanted) -> Iterator[tuple[Wanted, list]]:
+def looks_for_equal_pairs_in_each_part_alone(
+    generator: Generator, wanted: DrawRequest
+) -> Iterator[tuple[DrawRequest, list]]:
     """A picture that two groups share is drawn twice, in other batches."""
     for group in wanted.group_ids.unique().tolist():
         rows = (wanted.group_ids == group).nonzero().flatten().tolist()
         yield from _right(generator, wanted[rows[0] : rows[-1] + 1])
 
 
-def mixes_rows(generator: Generator, wanted: Wanted) -> Iterator[tuple[Wanted, list]]:
+def mixes_rows(generator: Generator, wanted: DrawRequest) -> Iterator[tuple[DrawRequest, list]]:
     """Parts in the order in which they happen to end."""
     yield from reversed(list(_right(generator, wanted)))
 
@@ -155,7 +156,7 @@ def mixes_rows(generator: Generator, wanted: Wanted) -> Iterator[tuple[Wanted, l
 def test_a_broken_order_is_caught(
     kit: Experiment, rewards: Rewards, monkeypatch: pytest.MonkeyPatch, broken: Callable, holds: Callable
 ):
-    monkeypatch.setattr(drawing, "_whole_groups", broken)
+    monkeypatch.setattr(rollout_module, "_whole_groups", broken)
     assert not holds(kit.generator, rewards, 5, {"size": 3})
 
 
@@ -180,7 +181,7 @@ def test_a_rollout_is_the_same_and_running_statistics_take_it_in_once(kit: Exper
 @pytest.mark.parametrize("overlap", [True, False, None])
 def test_the_settings_reach_an_iteration(own_kit: Experiment, monkeypatch: pytest.MonkeyPatch, overlap: bool | None):
     overlapped = []
-    monkeypatch.setattr(drawing, "_whole_groups", lambda *a: overlapped.append(True) or _right(*a))
+    monkeypatch.setattr(rollout_module, "_whole_groups", lambda *a: overlapped.append(True) or _right(*a))
     changes = {"reward_settings.overlap": overlap, "training_settings.group_size": 2}
     config = load_config(own_kit.config, changes | {"training_settings.prompts_per_iteration": 2})
     kit = dataclasses.replace(own_kit, config=config)
@@ -331,7 +332,7 @@ INTERRUPTED = """
 import sys, threading
 import torch
 from PIL import Image
-from grpo_kit.drawing import Wanted, draw_and_score
+from grpo_kit.rollout import DrawRequest, draw_and_score
 from grpo_kit.rewards import Rewards
 
 class Draws:
@@ -343,7 +344,7 @@ def hangs(images, prompts, enhanced_prompts):
     print("scoring", flush=True)
     threading.Event().wait()
 
-wanted = Wanted(["a", "b"], ["a", "b"], torch.arange(2), torch.zeros(2, 1, dtype=torch.int64))
+wanted = DrawRequest(["a", "b"], ["a", "b"], torch.arange(2), torch.zeros(2, 1, dtype=torch.int64))
 draw_and_score(Draws(), Rewards({"hangs": hangs}, {"hangs": 1.0}), wanted, overlap=True)
 """
 

@@ -21,10 +21,9 @@ from benchmarks.size.architectures import (
     parts_of,
 )
 from benchmarks.speed import text_policy
-from grpo_kit.models.continuing import continued_groups
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy, _lanes
-from grpo_kit.models.prefix import Packing, run_prompts
+from grpo_kit.models.shared_prefix import Packing, continued_groups, run_prompts
 from grpo_kit.models.text_embeddings import TEXTS_AT_ONCE
 from grpo_kit.rewards.clip_similarity import ClipSimilarity
 

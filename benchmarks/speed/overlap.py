@@ -15,11 +15,10 @@ import typer
 
 import grpo_kit as gk
 from benchmarks.speed.measure import alternate, median, paired_ratios
-from grpo_kit.drawing import Wanted, draw_and_score
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards import Rewards
-from grpo_kit.rollout import latent_seeds
+from grpo_kit.rollout import DrawRequest, draw_and_score, latent_seeds
 
 ANSWERS = (0.0, 0.25, 0.5, 1.0, 2.0)  # seconds of a picture's answer, in units of what drawing it takes
 
@@ -40,12 +39,12 @@ def main(
         typer.echo(measured(kit.generator, answering(kit.rewards, answer * drawing), wanted, rounds, batches))
 
 
-def wanted_pictures(kit: Experiment, groups: int, size: int) -> Wanted:
+def wanted_pictures(kit: Experiment, groups: int, size: int) -> DrawRequest:
     """As many rewrites as an iteration has, all different."""
     asked = [prompt.user_prompt for prompt in kit.train_prompts]
     ids = torch.arange(groups).repeat_interleave(size)
     rewrites = [f"{text}, sharp" for text in asked[: len(ids)]]
-    return Wanted([asked[group] for group in ids], rewrites, ids, latent_seeds(0, ids, size, 1, True))
+    return DrawRequest([asked[group] for group in ids], rewrites, ids, latent_seeds(0, ids, size, 1, True))
 
 
 def answering(rewards: Rewards, seconds: float) -> Rewards:
@@ -58,7 +57,7 @@ def answering(rewards: Rewards, seconds: float) -> Rewards:
     return Rewards({**rewards.parts, "answer": answer}, {**rewards.weights, "answer": 1.0}, rewards.monitors)
 
 
-def measured(generator: Generator, rewards: Rewards, wanted: Wanted, rounds: int, batches: int) -> str:
+def measured(generator: Generator, rewards: Rewards, wanted: DrawRequest, rounds: int, batches: int) -> str:
     """One line: the share that scoring takes, the median ratio with its interval of 95 %, and the most possible."""
     sides = {
         name: lambda _, overlap=overlap: draw_and_score(generator, rewards, wanted, overlap=overlap)

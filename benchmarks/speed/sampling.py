@@ -21,8 +21,8 @@ from benchmarks.speed.results import Figure, Gate, Result, Settings, require, wr
 from benchmarks.speed.text_policy import Shape
 from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.config.prompts import load_prompts
-from grpo_kit.models.continuing import Decoding
 from grpo_kit.models.policy import Completions, Policy, load_policy
+from grpo_kit.models.shared_prefix import Decoding
 
 WAYS = get_args(Decoding)
 CLOSE = 1e-3  # of a log-probability, in float32

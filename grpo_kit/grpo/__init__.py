@@ -1,13 +1,12 @@
 """GRPO as pure functions on tensors, in reading order: advantages, logprobs, loss, step."""
 
-from grpo_kit.grpo.advantages import BadRewardError, group_advantages, group_spread, usable_rewards
+from grpo_kit.grpo.advantages import group_advantages, group_spread
 from grpo_kit.grpo.logprobs import completion_mask, kl_divergence, token_entropy, token_logprobs
 from grpo_kit.grpo.loss import CLIPPED_LOSS_TYPES, LOSS_TYPES, LossOutput, grpo_loss, token_weights
 
 __all__ = [
     "CLIPPED_LOSS_TYPES",
     "LOSS_TYPES",
-    "BadRewardError",
     "LossOutput",
     "completion_mask",
     "group_advantages",
@@ -17,5 +16,4 @@ __all__ = [
     "token_entropy",
     "token_logprobs",
     "token_weights",
-    "usable_rewards",
 ]

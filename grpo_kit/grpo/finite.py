@@ -1,8 +1,8 @@
 """Numbers that are not finite: how a step finds them without looking for them, and where they came up first.
 
-A NaN or an infinity in what the loss is made of makes the loss NaN (`carrier`), backward hands that to every gradient,
-and the gradients' norm, which clipping needs anyway, shows it: one number that is read, whatever went wrong. Only a
-step that is skipped asks further.
+A NaN or an infinity in what the loss is made of makes the loss NaN (`nan_unless_finite`), backward hands that to every
+gradient, and the gradients' norm, which clipping needs anyway, shows it: one number that is read, whatever went wrong.
+Only a step that is skipped asks further.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class NotFinite:
+class NonFinite:
     """The first part of a step, in the order of computing, that had a NaN or an infinity."""
 
     part: str  # weights, sampling, pictures, rewards, reference, scoring, loss, gradient, optimizer
@@ -30,7 +30,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def carrier(*numbers: torch.Tensor | None) -> torch.Tensor | float:
+def nan_unless_finite(*numbers: torch.Tensor | None) -> torch.Tensor | float:
     """A factor for the loss: exactly 1, or NaN where any of the numbers is not finite; nothing is read from a device.
 
     Without it a log-probability of minus infinity would pass: the loss bounds its ratios.
@@ -40,7 +40,7 @@ def carrier(*numbers: torch.Tensor | None) -> torch.Tensor | float:
 
 def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all numbers are; one is read from the device (a tenth of the time that `isfinite` on each takes)."""
-    return math.isfinite(carrier(*tensors))
+    return math.isfinite(nan_unless_finite(*tensors))
 
 
 def named_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -83,19 +83,19 @@ def _copied(values: Mapping[str, object]) -> dict[str, object]:
     return {name: value.clone() if torch.is_tensor(value) else value for name, value in values.items()}
 
 
-def gradient_trouble(parameters: Mapping[str, torch.nn.Parameter], norm: float) -> NotFinite:
+def non_finite_gradient(parameters: Mapping[str, torch.nn.Parameter], norm: float) -> NonFinite:
     """Which gradient is not finite: of several the one next to the output, where backward began; or only their norm."""
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     bad = named_not_finite(gradients)
     if bad:
-        return NotFinite("gradient", f"the gradient of {bad[-1]} ({len(bad)} of {len(gradients)} gradients)")
+        return NonFinite("gradient", f"the gradient of {bad[-1]} ({len(bad)} of {len(gradients)} gradients)")
     largest = max(gradients, key=lambda name: float(gradients[name].abs().max()))
-    return NotFinite("gradient", f"the gradients' norm ({norm}); the largest is that of {largest}")
+    return NonFinite("gradient", f"the gradients' norm ({norm}); the largest is that of {largest}")
 
 
-def loss_trouble(
+def non_finite_loss(
     sampled: torch.Tensor | None, reference: torch.Tensor | None, scored: torch.Tensor, loss: float
-) -> NotFinite | None:
+) -> NonFinite | None:
     """Which number on the way to the loss is not finite, if any.
 
     Args:
@@ -103,11 +103,11 @@ def loss_trouble(
     """
     for part, numbers in (("sampling", sampled), ("reference", reference), ("scoring", scored)):
         if rows := rows_not_finite(numbers):
-            return NotFinite(part, f"log-probabilities in {part} ({rows} of {len(numbers)} completions)")
-    return None if math.isfinite(loss) else NotFinite("loss", f"the loss ({loss})")
+            return NonFinite(part, f"log-probabilities in {part} ({rows} of {len(numbers)} completions)")
+    return None if math.isfinite(loss) else NonFinite("loss", f"the loss ({loss})")
 
 
-def weight_trouble(parameters: Mapping[str, torch.Tensor]) -> NotFinite | None:
+def non_finite_weight(parameters: Mapping[str, torch.Tensor]) -> NonFinite | None:
     """Which of a policy's weights is not finite, if any."""
     bad = named_not_finite(parameters)
-    return NotFinite("weights", f"the policy's weights: {bad[0]} ({len(bad)} of {len(parameters)})") if bad else None
+    return NonFinite("weights", f"the policy's weights: {bad[0]} ({len(bad)} of {len(parameters)})") if bad else None

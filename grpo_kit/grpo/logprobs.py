@@ -22,6 +22,17 @@ def completion_mask(completion_ids: torch.Tensor, eos_token_id: int | Sequence[i
     return (is_end.cumsum(dim=1) - is_end) == 0
 
 
+def is_truncated(completion_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: int | Sequence[int]) -> torch.Tensor:
+    """(N,) bool: whether a completion was ended by the length limit, not by an end-of-sequence token.
+
+    Args:
+        completion_ids, mask: (N, T), the mask that of `completion_mask`.
+        eos_token_id: one id, or several.
+    """
+    ends = torch.as_tensor(eos_token_id, device=completion_ids.device).reshape(-1)
+    return ~(torch.isin(completion_ids, ends) & mask).any(dim=1)
+
+
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """log softmax(logits / temperature) at the sampled ids.
 

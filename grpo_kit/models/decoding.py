@@ -70,3 +70,9 @@ def decode(
             break
         logits = next_logits(ids, step)
     return torch.stack(columns, dim=1), torch.stack(logprobs, dim=1)
+
+
+def stacked(parts: Sequence[torch.Tensor], fill: float) -> torch.Tensor:
+    """(N, T) rows of several batches below each other, filled up on the right to the longest of them."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])

@@ -1,4 +1,4 @@
-"""The policy: a transformers language model, with or without eyes, that rewrites prompts.
+"""The policy: a text-only or vision-language transformers model that rewrites prompts.
 
 A group's completions share one prompt. The prompt is run once, its cache is handed to every completion, and only the
 completions are run on it: in sampling, and again, with gradients, in scoring.
@@ -18,13 +18,20 @@ from PIL import Image
 from grpo_kit.config import Config
 from grpo_kit.config.hardware import choose_device, choose_dtype
 from grpo_kit.config.hub import ModelError
-from grpo_kit.grpo.logprobs import completion_mask, logprobs_and_entropy
-from grpo_kit.models.continuing import Decoding, continued_groups, require_decoding
-from grpo_kit.models.decoding import NextLogits, decode, row_seeds, row_uniforms
+from grpo_kit.grpo.logprobs import completion_mask, is_truncated, logprobs_and_entropy
+from grpo_kit.models.decoding import decode, row_seeds, row_uniforms, stacked
 from grpo_kit.models.loading import add_lora, load_language_model
-from grpo_kit.models.prefix import Packing, Prefix, learned_positions, reason_not_to_share, run_prompts
-from grpo_kit.models.prompt_format import PromptFormat
+from grpo_kit.models.prompt_format import EncodedPrompts, PromptFormat
 from grpo_kit.models.rows import continued_rows, evaluating, recomputable_layers, recomputing, row_logits
+from grpo_kit.models.shared_prefix import (
+    Decoding,
+    Packing,
+    continued_groups,
+    learned_positions,
+    reason_not_to_share,
+    require_decoding,
+    run_prompts,
+)
 from grpo_kit.models.weights import has_weights_of, load_weights, save_weights
 
 logger = logging.getLogger(__name__)
@@ -52,6 +59,7 @@ class Completions:
     mask: torch.Tensor  # (N, T) bool, True through the first end-of-sequence token
     logprobs: torch.Tensor  # (N, T) of the sampled ids
     texts: list[str]  # N
+    truncated: torch.Tensor  # (N,) bool: ended by the length limit
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,8 @@ class Scores:
     entropy: torch.Tensor
 
 
-class Policy(PromptFormat):
-    """A model with its processor, its instruction and its reference.
+class Policy(PromptFormat, torch.nn.Module):
+    """A model with its processor, its instruction and its reference; as a module its forward pass is `score`.
 
     Args:
         model: a transformers model with a language head.
@@ -72,7 +80,7 @@ class Policy(PromptFormat):
         max_new_tokens: longest completion.
         reference: a frozen model to compare with; None where switching a LoRA adapter off gives it.
         gradient_checkpointing: scoring with gradients computes layers again instead of keeping their activations.
-        decoding: how completions are sampled token by token; see `models.continuing`.
+        decoding: how completions are sampled token by token; see `models.shared_prefix`.
         sampling_batch_size: most completions sampled in one call, by whole groups; None is all.
 
     `not_shared` says why completions do not share their prompt's cache; None where they do.
@@ -93,7 +101,9 @@ class Policy(PromptFormat):
         decoding: Decoding = "plain",
         sampling_batch_size: int | None = None,
     ) -> None:
-        super().__init__(
+        torch.nn.Module.__init__(self)
+        PromptFormat.__init__(
+            self,
             processor,
             instruction=instruction,
             system_prompt=system_prompt,
@@ -115,18 +125,12 @@ class Policy(PromptFormat):
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token_id = self.eos_token_ids[0]
 
-    # --- prompts in ---------------------------------------------------------------------------------------------------
-
-    def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, torch.Tensor]:
-        """The model's inputs for user prompts (and one picture each): ids and mask (P, length), left-padded."""
-        return {name: value.to(self.device) for name, value in self.tokenized(prompts, images).items()}
-
-    # --- sampling and scoring -----------------------------------------------------------------------------------------
+    # --- sampling -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | EncodedPrompts,
         num_generations: int,
         *,
         seed: int,
@@ -137,26 +141,33 @@ class Policy(PromptFormat):
     ) -> Completions:
         """G completions of each prompt; the prompt is run once per group.
 
-        `seed` fixes every row's draw by (seed, prompt's place, sample's place); `first_prompt` is the first one's place
-        in the batch that these prompts are a share of. With `reference` the frozen reference answers instead.
+        Args:
+            prompts: P users' prompts (with their `images`), or what `encode` made of them.
+            seed: fixes every row's draw by (seed, prompt's place, sample's place).
+            greedy: the likeliest token each time.
+            reference: the frozen reference answers instead.
+            first_prompt: the first one's place in the batch that these prompts are a share of.
         """
-        size = self._prompts_at_once(len(prompts), num_generations)
-        parts = [
-            self._sampled(
-                prompts[start : start + size],
-                num_generations,
-                row_seeds(seed, len(prompts[start : start + size]), num_generations, first_prompt + start),
-                None if images is None else images[start : start + size],
-                greedy,
-                reference,
-            )
-            for start in range(0, len(prompts), size)
-        ]
-        ids, mask, logprobs = (
-            _below_each_other(columns, fill)
-            for columns, fill in zip(zip(*parts, strict=True), (self.tokenizer.pad_token_id, False, 0.0), strict=True)
+        encoded, G = self._encoded(prompts, images), num_generations
+        seeds = row_seeds(seed, len(encoded), G, first_prompt)
+        uniforms = None if greedy else row_uniforms(seeds, self.max_new_tokens).to(self.device)
+        size = self._prompts_at_once(len(encoded), G)
+        calls = []
+        with self._answering(reference) as model, evaluating(model):
+            for start in range(0, len(encoded), size):
+                part = encoded.take(range(start, min(start + size, len(encoded))))
+                rows = None if uniforms is None else uniforms[start * G : (start + len(part)) * G]
+                calls.append(self._decoded(model, part, G, rows))
+        ids, logprobs = (
+            stacked(columns, fill)
+            for columns, fill in zip(zip(*calls, strict=True), (self.tokenizer.pad_token_id, 0.0), strict=True)
         )
-        return Completions(ids, mask, logprobs, self.decode(ids, mask))
+        mask = completion_mask(ids, self.eos_token_ids)
+        truncated = is_truncated(ids, mask, self.eos_token_ids)
+        return Completions(ids, mask, logprobs.where(mask, 0.0), self.decode(ids, mask), truncated)
+
+    def _encoded(self, prompts: Sequence[str] | EncodedPrompts, images: Sequence[Image.Image] | None) -> EncodedPrompts:
+        return prompts if isinstance(prompts, EncodedPrompts) else self.encode(prompts, images)
 
     def _prompts_at_once(self, num_prompts: int, num_generations: int) -> int:
         """Prompts in one call of the decoder, the calls as even as can be; a group stays together."""
@@ -165,32 +176,26 @@ class Policy(PromptFormat):
         calls = math.ceil(num_prompts / max(self.sampling_batch_size // num_generations, 1))
         return math.ceil(num_prompts / max(calls, 1))
 
-    def _sampled(
-        self,
-        prompts: Sequence[str],
-        G: int,
-        seeds: Sequence[int],
-        images: Sequence[Image.Image] | None,
-        greedy: bool,
-        reference: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, mask and log-probabilities (N, T) of one call of the decoder, whose rows have those seeds."""
-        uniforms = None if greedy else row_uniforms(seeds, self.max_new_tokens).to(self.device)
-        with self._answering(reference) as model, evaluating(model):
-            inputs = self.encode(prompts, images)
-            self._check_room(inputs["input_ids"].shape[1])
-            prefix = run_prompts(model, inputs)
-            ids, logprobs = decode(
-                prefix.last_logits.repeat_interleave(G, dim=0),
-                self._continued(model, prefix, G),
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self.tokenizer.pad_token_id,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                uniforms=uniforms,
-            )
-        mask = completion_mask(ids, self.eos_token_ids)
-        return ids, mask, torch.where(mask, logprobs, 0.0)
+    def _decoded(
+        self, model: torch.nn.Module, encoded: EncodedPrompts, G: int, uniforms: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and log-probabilities (N, T) of one call of the decoder."""
+        inputs = encoded.on(self.device)
+        self._check_room(inputs["input_ids"].shape[1])
+        prefix = run_prompts(model, inputs)
+        if self.not_shared:
+            next_logits = continued_rows(model, prefix, G)
+        else:
+            next_logits = continued_groups(model, prefix, G, self.max_new_tokens, self.decoding)
+        return decode(
+            prefix.last_logits.repeat_interleave(G, dim=0),
+            next_logits,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=self.tokenizer.pad_token_id,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            uniforms=uniforms,
+        )
 
     def _check_room(self, length: int) -> None:
         """Raise where a prompt of that many tokens leaves no positions for the longest completion."""
@@ -200,15 +205,11 @@ class Policy(PromptFormat):
                 f"model less {self.max_new_tokens} of generation_settings.max_new_tokens; shorten one of them"
             )
 
-    def _continued(self, model: torch.nn.Module, prefix: Prefix, G: int) -> NextLogits:
-        """Logits of the completions' next tokens: behind their prompt, or in rows of their own."""
-        if self.not_shared:
-            return continued_rows(model, prefix, G)
-        return continued_groups(model, prefix, G, self.max_new_tokens, self.decoding)
+    # --- scoring ------------------------------------------------------------------------------------------------------
 
-    def score(
+    def forward(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | EncodedPrompts,
         group_ids: torch.Tensor,
         completion_ids: torch.Tensor,
         mask: torch.Tensor,
@@ -219,59 +220,57 @@ class Policy(PromptFormat):
         """Log-probabilities of exactly these ids under the policy (or its reference), at the sampling temperature.
 
         Args:
-            prompts: P.
+            prompts: P users' prompts (with their `images`), or what `encode` made of them.
             group_ids: (N,) which prompt each row answers.
             completion_ids, mask: (N, T).
 
         Returns:
             (N, T) each, 0 outside the mask; gradients flow where torch has them enabled. Dropout is off.
         """
+        encoded = self._encoded(prompts, images)
         group_ids, completion_ids, mask = (tensor.to(self.device) for tensor in (group_ids, completion_ids, mask))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        in_rows = self.not_shared or recompute
         with self._answering(reference) as model, evaluating(model):
-            if self.not_shared or recompute:
-                with recomputing(model) if recompute else nullcontext():
-                    return self._scored_in_rows(model, prompts, group_ids, completion_ids, mask, images)
-            return self._scored_behind_prompts(model, prompts, group_ids, completion_ids, mask, images)
+            with recomputing(model) if recompute else nullcontext():
+                scored = self._scored_in_rows if in_rows else self._scored_behind_prompts
+                columns = scored(model, encoded, group_ids, completion_ids, mask)
+        return Scores(*(torch.where(mask, column, 0.0) for column in columns))
+
+    score = forward  # as a plain method; DDP and FSDP need the module called
 
     def _scored_behind_prompts(
         self,
         model: torch.nn.Module,
-        prompts: Sequence[str],
+        encoded: EncodedPrompts,
         group_ids: torch.Tensor,
         completion_ids: torch.Tensor,
         mask: torch.Tensor,
-        images: Sequence[Image.Image] | None,
-    ) -> Scores:
-        """Scores with each prompt run once."""
-        prefix = run_prompts(model, self.encode(prompts, images))
-        lanes = _lanes(mask, len(prompts), prefix.mask.shape[1])
-        packing = Packing.of(mask, group_ids, len(prompts), lanes)
+    ) -> list[torch.Tensor]:
+        """Log-probabilities and entropy with each prompt run once."""
+        prefix = run_prompts(model, encoded.on(self.device))
+        lanes = _lanes(mask, len(encoded), prefix.mask.shape[1])
+        packing = Packing.of(mask, group_ids, len(encoded), lanes)
         here, following = (completion_ids[packing.rows, packing.steps + ahead] for ahead in (0, 1))
         steps, sees = packing.lay_out(packing.steps), packing.sees()
         logits = prefix.in_lanes(lanes).extend(model, packing.lay_out(here), steps, sees)
         first = logprobs_and_entropy(prefix.last_logits[group_ids], completion_ids[:, 0], self.temperature)
         later = logprobs_and_entropy(logits, packing.lay_out(following), self.temperature)
-        columns = [torch.cat([a[:, None], packing.take_out(b, mask)], dim=1) for a, b in zip(first, later, strict=True)]
-        return Scores(*(torch.where(mask, column, 0.0) for column in columns))
+        return [torch.cat([a[:, None], packing.take_out(b, mask)], dim=1) for a, b in zip(first, later, strict=True)]
 
     def _scored_in_rows(
         self,
         model: torch.nn.Module,
-        prompts: Sequence[str],
+        encoded: EncodedPrompts,
         group_ids: torch.Tensor,
         completion_ids: torch.Tensor,
         mask: torch.Tensor,
-        images: Sequence[Image.Image] | None,
-    ) -> Scores:
-        """Scores with each completion behind its own copy of the prompt."""
-        groups = group_ids.tolist()
-        inputs = self.encode(
-            [prompts[group] for group in groups], None if images is None else [images[group] for group in groups]
-        )
-        logits = row_logits(model, inputs, completion_ids, mask)
-        columns = logprobs_and_entropy(logits, completion_ids, self.temperature)
-        return Scores(*(torch.where(mask, column, 0.0) for column in columns))
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropy with each completion behind its own copy of the prompt."""
+        inputs = encoded.take(group_ids.tolist()).on(self.device)
+        return logprobs_and_entropy(row_logits(model, inputs, completion_ids, mask), completion_ids, self.temperature)
+
+    # --- text ---------------------------------------------------------------------------------------------------------
 
     def decode(self, ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
         """The completions as text: without special tokens, without surrounding space."""
@@ -381,12 +380,6 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
     if policy.not_shared:
         logger.warning("policy: prompts are run once for each completion, not once for a group: %s", policy.not_shared)
     return policy
-
-
-def _below_each_other(parts: Sequence[torch.Tensor], fill: float) -> torch.Tensor:
-    """Rows of several calls, (N, T) each, filled up to the longest on the right."""
-    longest = max(part.shape[1] for part in parts)
-    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])
 
 
 def _lanes(mask: torch.Tensor, num_prompts: int, prompt_length: int) -> int:

@@ -1,6 +1,7 @@
 """What the policy reads: a user's prompt in its instruction, in the chat template of the model, as token ids."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jinja2 import TemplateError
@@ -12,6 +13,41 @@ _TEMPLATE = "vlm_model: its chat template does not fit"
 _WITHOUT_SYSTEM = (
     'set model_settings.system_prompt to "" and say it in model_settings.instruction, or set another template'
 )
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """P prompts as a model reads them, tokenised once: they lie on the CPU until some of them are run."""
+
+    prompts: list[str]  # P, the users'
+    images: list[Image.Image] | None  # P, where the policy sees one with each prompt
+    inputs: dict[str, torch.Tensor]  # ids and mask (P, length), left-padded, and what belongs to the pictures
+    rows: dict[str, list[int]]  # name → rows of each prompt, for the tensors that have not just one of each
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, places: Sequence[int]) -> "EncodedPrompts":
+        """Those at the places, in that order, as if they alone had been encoded: padded to the longest of them."""
+        places = list(places)
+        shape, length = self.inputs["input_ids"].shape, int(self.inputs["attention_mask"][places].sum(dim=1).max())
+        inputs = {}
+        for name, value in self.inputs.items():
+            if name in self.rows:
+                parts = value.split(self.rows[name])
+                inputs[name] = torch.cat([parts[place] for place in places])
+            else:
+                inputs[name] = value[places][:, -length:] if value.shape == shape else value[places]
+        return EncodedPrompts(
+            [self.prompts[place] for place in places],
+            self.images and [self.images[place] for place in places],
+            inputs,
+            {name: [rows[place] for place in places] for name, rows in self.rows.items()},
+        )
+
+    def on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The model's inputs on its device."""
+        return {name: value.to(device) for name, value in self.inputs.items()}
 
 
 class PromptFormat:
@@ -39,8 +75,8 @@ class PromptFormat:
         self.system_prompt = system_prompt
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
-    def tokenized(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, torch.Tensor]:
-        """Ids and mask (P, length) of user prompts, left-padded, and what belongs to their pictures (one each).
+    def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> EncodedPrompts:
+        """User prompts (and one picture each) as the model reads them.
 
         Raises:
             ModelError: there are pictures, and the policy is text-only.
@@ -50,13 +86,24 @@ class PromptFormat:
                 "use_image: found true, but this policy is text-only; set model_settings.use_image to false"
             )
         texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
+        inputs = self._processed(texts, images)
+        uneven = [name for name, value in inputs.items() if len(value) != len(texts)]
+        if uneven == ["pixel_values"] and "image_grid_thw" in inputs:  # Qwen-VL: all pictures' patches below each other
+            rows = {"pixel_values": inputs["image_grid_thw"].prod(dim=1).tolist()}
+        else:
+            alone = [self._processed([text], images and [images[place]]) for place, text in enumerate(texts) if uneven]
+            rows = {name: [len(one[name]) for one in alone] for name in uneven}
+        return EncodedPrompts(list(prompts), images and list(images), inputs, rows)
+
+    def _processed(self, texts: Sequence[str], images: Sequence[Image.Image] | None) -> dict[str, torch.Tensor]:
+        """What processor or tokenizer make of formatted prompts and their pictures."""
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         options["add_special_tokens"] = not self.writes_start(texts[0])
         if self.sees:
             pictures = None if images is None else [[image] for image in images]  # one list a prompt
-            batch = self.processor(text=texts, images=pictures, **options)
+            batch = self.processor(text=list(texts), images=pictures, **options)
         else:
-            batch = self.tokenizer(texts, **options)
+            batch = self.tokenizer(list(texts), **options)
         return {name: value for name, value in batch.items() if name != "token_type_ids"}
 
     def format_prompt(self, prompt: str, with_image: bool = False) -> str:

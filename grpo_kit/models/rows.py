@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_kit.config.hub import ModelError
 from grpo_kit.models.decoding import NextLogits
-from grpo_kit.models.prefix import Prefix, last_logits_only, placed
+from grpo_kit.models.shared_prefix import Prefix, last_logits_only, placed
 
 
 def continued_rows(model: torch.nn.Module, prefix: Prefix, num_generations: int) -> NextLogits:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from grpo_kit.config.hub import ModelError, load_failure
-from grpo_kit.grpo.finite import weight_trouble
+from grpo_kit.grpo.finite import non_finite_weight
 
 
 def save_weights(model: torch.nn.Module, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -16,7 +16,7 @@ def save_weights(model: torch.nn.Module, folder: Path, state: dict[str, torch.Te
     Raises:
         ModelError: a weight is not finite.
     """
-    if trouble := weight_trouble(dict(model.named_parameters()) if state is None else state):
+    if trouble := non_finite_weight(dict(model.named_parameters()) if state is None else state):
         raise ModelError(
             f"policy: not finite: {trouble.detail}; it is not saved. Load other weights, or set "
             "model_settings.dtype to float32 (float16 overflows at 65504)"

@@ -18,6 +18,8 @@ _HOME = {
     "Shaping": "shaping",
     "load_rewards": "loading",
     "check_reward_settings": "loading",
+    "BadRewardError": "usable",
+    "usable_rewards": "usable",
     "in_threads": "calls",
     "with_time_limit": "calls",
     "ClipSimilarity": "clip_similarity",

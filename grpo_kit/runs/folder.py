@@ -5,20 +5,18 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
 from grpo_kit.config import Config, load_config
 from grpo_kit.config.hardware import computing_machine, library_versions
-from grpo_kit.rollout import Rollout
 from grpo_kit.runs.disk_errors import RunError, disk_errors
 from grpo_kit.runs.durable import flush, flush_tree, json_bytes, remove, replace_file, without_nan
-from grpo_kit.runs.iterations import files_of_iterations, iteration_name, iteration_of
+from grpo_kit.runs.iterations import files_of_iterations, iteration_of
 from grpo_kit.runs.log_file import log_into
 from grpo_kit.runs.record import metrics_lines, read_metrics, read_validations
 
@@ -207,52 +205,11 @@ class RunFolder:
         self._unflushed |= {place, place.parent}
         return place.relative_to(self.path).as_posix()
 
-    def save_rollout(
-        self,
-        iteration: int,
-        rollout: Rollout,
-        advantages: Sequence[float],
-        token_texts: Sequence[Sequence[str]],
-        logprobs: Mapping[str, torch.Tensor],
-    ) -> Path:
-        """One row a sample: texts, seeds, rewards, advantage, thumbnail, and its tokens with their log-probabilities.
-
-        Args:
-            token_texts: each row's tokens as text.
-            logprobs: name → (N, T), a column each: under the policy that sampled, the reference, the updated policy.
-        """
-        rows = [
-            self._rollout_row(iteration, rollout, row, float(advantage))
-            | {"tokens": list(token_texts[row])}
-            | {name: values[row][rollout.completion_mask[row]].tolist() for name, values in logprobs.items()}
-            for row, advantage in enumerate(advantages)
-        ]
-        return self.save_table(f"rollouts/{iteration_name(iteration)}.parquet", pd.DataFrame(rows))
-
     def save_table(self, name: str, table: pd.DataFrame) -> Path:
         """Write a parquet file whole or not at all."""
         content = io.BytesIO()
         table.to_parquet(content, index=False)
         return self._replace(name, content.getvalue())
-
-    def _rollout_row(self, iteration: int, rollout: Rollout, row: int, advantage: float) -> dict[str, object]:
-        group = int(rollout.group_ids[row])
-        prompt = rollout.prompts[group]
-        return {
-            "iteration": iteration,
-            "group_id": group,
-            "sample": row - int((rollout.group_ids == group).nonzero()[0]),
-            "user_prompt": prompt.user_prompt,
-            "category": prompt.category,
-            "difficulty": prompt.difficulty,
-            "enhanced_prompt": rollout.enhanced_prompts[row],
-            "image_seed": int(rollout.image_seeds[row, 0]),
-            "reward": float(rollout.rewards[row]),
-            "advantage": advantage,
-            **{f"reward/{name}": float(values[row]) for name, values in rollout.reward_parts.items()},
-            "thumbnail": self.save_thumbnail(rollout.images[row][0], f"{iteration_name(iteration)}_row_{row:03d}"),
-            "completion_ids": rollout.completion_ids[row][rollout.completion_mask[row]].tolist(),
-        }
 
     def save_best(self, save_pretrained: Callable[[Path], object]) -> None:
         """Replace `best/` by what `save_pretrained(folder)` writes, whole; a crash between leaves the old one.

@@ -19,16 +19,18 @@ from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.evaluate import validate
 from grpo_kit.evaluation.reward_hacking import held_out_score, watch
 from grpo_kit.experiment import Experiment
-from grpo_kit.grpo.finite import NotFinite
+from grpo_kit.grpo.finite import NonFinite
 from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.models.card import save_with_card
-from grpo_kit.rollout import Rollout, collect_rollout
+from grpo_kit.rollout import Rollout, rollout_table, score_rows, with_encoded
 from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, decisive_settings
+from grpo_kit.runs.iterations import iteration_name
 from grpo_kit.runs.origin import first_own_validation, refuse_branch_without_checkpoint
 from grpo_kit.runs.tracking import Tracker, validation_line
+from grpo_kit.training.accumulation import micro_batches
 from grpo_kit.training.nonfinite import guard
-from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
+from grpo_kit.training.processes import ALONE, ProcessError, Processes, collect_shared_rollout, require_sharable
 from grpo_kit.training.step import StepStats, grpo_step
 
 logger = logging.getLogger(__name__)
@@ -179,7 +181,8 @@ def run_iteration(
     settings, generation = kit.config.training_settings, kit.config.generation_settings
     prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, iteration)
     with processes.whole_policy():
-        rollout = collect_rollout(
+        rollout = collect_shared_rollout(
+            processes,
             kit.policy,
             kit.generator,
             kit.rewards,
@@ -190,14 +193,13 @@ def run_iteration(
             share_seeds=generation.share_seeds,
             use_image=kit.config.model_settings.use_image,
             overlap=kit.overlap,
-            processes=processes,
         )
     return rollout, grpo_step(kit.policy, optimizer, rollout, kit.config, processes)
 
 
 def _iterate(
     kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes
-) -> tuple[dict[str, float], NotFinite | None]:
+) -> tuple[dict[str, float], NonFinite | None]:
     """One iteration: its line for metrics.jsonl, and what was not finite; some rollouts are kept, with pictures."""
     settings = kit.config.training_settings
     started = time.perf_counter()
@@ -209,7 +211,7 @@ def _iterate(
         metrics.setdefault("kl", kl)  # beta 0 needs no KL, but who watches the run does
     metrics["step_time"] = time.perf_counter() - started
     metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
-    return metrics, stats.trouble
+    return metrics, stats.non_finite
 
 
 def log_line(kit: Experiment, iteration: int, rollout: Rollout, stats: StepStats) -> dict[str, float]:
@@ -221,17 +223,26 @@ def log_line(kit: Experiment, iteration: int, rollout: Rollout, stats: StepStats
 
 def keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> float:
     """Save a rollout with what the step did to each of its tokens; returns its mean KL from the reference per token."""
-    size = kit.config.training_settings.micro_batch_size or len(rollout.rewards)
-    parts = torch.arange(len(rollout.rewards)).split(size)
-    logprobs = {"old_logprobs": rollout.old_logprobs}
-    with torch.no_grad():
-        for name, reference in (("ref_logprobs", True), ("new_logprobs", False)):
-            scores = [rollout.score(kit.policy, rows, reference=reference).logprobs.cpu() for rows in parts]
-            logprobs[name] = torch.cat(scores)
+    rollout = with_encoded(rollout, kit.policy)
+    settings, count = kit.config.training_settings, len(rollout.rewards)
+    parts = micro_batches(torch.arange(count), rollout.group_ids, settings.micro_batch_size or count)
+
+    def scored(reference: bool) -> torch.Tensor:
+        with torch.no_grad():
+            scores = [score_rows(kit.policy, rollout, rows, reference=reference).logprobs.cpu() for rows in parts]
+        return torch.cat(scores)
+
+    logprobs = {
+        "old_logprobs": rollout.old_logprobs,
+        "ref_logprobs": scored(reference=True) if stats.ref_logprobs is None else stats.ref_logprobs.cpu(),
+        "new_logprobs": scored(reference=False),
+    }
+    names = [f"{iteration_name(iteration)}_row_{row:03d}" for row in range(count)]
+    thumbnails = [folder.save_thumbnail(images[0], name) for images, name in zip(rollout.images, names, strict=True)]
     tokens = kit.policy.token_texts(rollout.completion_ids, rollout.completion_mask)
-    folder.save_rollout(iteration, rollout, stats.advantages.tolist(), tokens, logprobs)
-    estimator = kit.config.training_settings.kl_estimator
-    kl = kl_divergence(rollout.old_logprobs, logprobs["ref_logprobs"], estimator=estimator)
+    table = rollout_table(iteration, rollout, stats.advantages.tolist(), thumbnails, tokens, logprobs)
+    folder.save_table(f"rollouts/{iteration_name(iteration)}.parquet", table)
+    kl = kl_divergence(rollout.old_logprobs, logprobs["ref_logprobs"], estimator=settings.kl_estimator)
     return float(kl[rollout.completion_mask].mean())
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from grpo_kit.config import KitError
-from grpo_kit.grpo.finite import NotFinite
+from grpo_kit.grpo.finite import NonFinite
 from grpo_kit.runs.disk_errors import last_commit
 from grpo_kit.runs.folder import RunFolder
 
@@ -40,7 +40,7 @@ def without_update(metrics: Sequence[Mapping], updates_per_rollout: int) -> list
     return found
 
 
-def guard(folder: RunFolder, iteration: int, trouble: NotFinite, updates_per_rollout: int) -> None:
+def guard(folder: RunFolder, iteration: int, trouble: NonFinite, updates_per_rollout: int) -> None:
     """Log that an iteration had skipped updates; end the run where nothing else happens any more.
 
     It reads what the folder holds, so that a continued run ends where the uninterrupted one would.

@@ -8,20 +8,25 @@ How they are started and how they end is told in `launch.py`.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import replace
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
 import torch
 
-from grpo_kit.config import Config, KitError
+from grpo_kit.config import Config, KitError, one_line
+from grpo_kit.config.prompts import Prompt
 from grpo_kit.grpo.finite import full_tensor
+from grpo_kit.models.decoding import stacked
+from grpo_kit.models.generator import Generator
+from grpo_kit.models.policy import Policy, Scores
+from grpo_kit.rewards.composition import Rewards
+from grpo_kit.rollout import Rollout, SampleOptions, Samples, collect_rollout, collect_samples, with_rewards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from grpo_kit.models.policy import Policy, Scores
 
 Result = TypeVar("Result")
 
@@ -58,7 +63,7 @@ def require_sharable(config: Config, processes: int) -> None:
 
 
 class Processes:
-    """This process alone: what each method is where nobody shares the work.
+    """The single-process implementation: this process does all the work.
 
     `rank` is this process's place, `count` how many there are; the one with rank 0 writes all files.
     """
@@ -97,11 +102,11 @@ class Processes:
         """What `work` gives in the main process, None in the others; where it fails there, all raise."""
         return work()
 
-    def prepare(self, policy: "Policy", optimizer: torch.optim.Optimizer) -> None:
-        """Let the gradients of `score` be shared from now on; the optimizer keeps its state."""
+    def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Let the gradients of the policy be shared from now on; the optimizer keeps its state."""
 
-    def scorer(self, policy: "Policy") -> "Policy":
-        """What scores in training: its `score` gives numbers whose gradients are shared."""
+    def module(self, policy: Policy) -> Callable[..., Scores]:
+        """The policy as it is to be called in training, so that its gradients are shared."""
         return policy
 
     def accumulating(self, last: bool) -> AbstractContextManager:
@@ -124,30 +129,6 @@ class Processes:
 ALONE = Processes()
 
 
-class _Scoring(torch.nn.Module):
-    """The scoring of a policy as a module's forward pass, which is where DDP and FSDP come in."""
-
-    def __init__(self, policy: "Policy") -> None:
-        super().__init__()
-        self.model = policy.model
-        self._score = policy.score
-
-    def forward(self, *columns: object, **options: object) -> "Scores":
-        """As `Policy.score`."""
-        return self._score(*columns, **options)
-
-
-class _Scorer:
-    """A prepared module under the name that a policy's scoring has."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
-
-    def score(self, *columns: object, **options: object) -> "Scores":
-        """As `Policy.score`."""
-        return self.module(*columns, **options)
-
-
 class Launched(Processes):
     """The processes that accelerate (or torchrun) started, this one among them."""
 
@@ -164,8 +145,8 @@ class Launched(Processes):
         """As `Processes.gather`; results travel pickled, an error as its text."""
         result, error = _attempt(work)
         outcomes: list = [None] * self.count
-        torch.distributed.all_gather_object(outcomes, (result, _told(error)))
-        self._raise_failure([told for _, told in outcomes], error)
+        torch.distributed.all_gather_object(outcomes, (result, _as_text(error)))
+        self._raise_failure([text for _, text in outcomes], error)
         return [result for result, _ in outcomes]
 
     def gather_on_main(self, item: Result) -> list[Result | None]:
@@ -178,7 +159,7 @@ class Launched(Processes):
     def on_main(self, work: Callable[[], Result]) -> Result:
         """As `Processes.on_main`; the result travels pickled."""
         result, error = _attempt(work) if self.is_main else (None, None)
-        outcome = [(result, _told(error))]
+        outcome = [(result, _as_text(error))]
         torch.distributed.broadcast_object_list(outcome)
         self._raise_failure([outcome[0][1]], error)
         return outcome[0][0]
@@ -189,28 +170,25 @@ class Launched(Processes):
         self.on_main(lambda: kept.append(work()))
         return kept[0] if kept else None
 
-    def _raise_failure(self, told: list[str | None], own: Exception | None) -> None:
+    def _raise_failure(self, failures: list[str | None], own: Exception | None) -> None:
         """Raise where any process failed: an unforeseen error, with its traceback, only in the process that has it."""
         if own is not None and not isinstance(own, KitError):
             raise own
-        for rank, text in enumerate(told):
+        for rank, text in enumerate(failures):
             if text is not None:
                 raise ProcessError(f"process {rank} of {self.count}: {text}" if rank else text) from own
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, policy: "Policy", optimizer: torch.optim.Optimizer) -> None:
-        """Wrap the policy's scoring for DDP, or spread its weights and the optimizer's state (FSDP)."""
-        module = _Scoring(policy)
+    def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+        """Wrap the policy for DDP, or spread its weights and the optimizer's state (FSDP)."""
+        self._module = policy if self.sharded else self.accelerator.prepare_model(policy)
         if self.sharded:
-            self._shards = _shard(module, policy, optimizer, self.count)
-        else:
-            module = self.accelerator.prepare_model(module)
-        self._module = module
+            self._shards = _shard(policy, optimizer, self.count)
 
-    def scorer(self, policy: "Policy") -> "Policy":
-        """The prepared scoring."""
-        return _Scorer(self._module)
+    def module(self, policy: Policy) -> Callable[..., Scores]:
+        """As prepared."""
+        return self._module
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """DDP waits for the last micro-batch; FSDP adds up after each, which needs less memory."""
@@ -245,16 +223,14 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | Non
         return None, error
 
 
-def _told(error: Exception | None) -> str | None:
+def _as_text(error: Exception | None) -> str | None:
     """An error as one line for the other processes."""
     if error is None or isinstance(error, KitError):
         return error and str(error)
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return one_line(f"{type(error).__name__}: {error}", 300)
 
 
-def _shard(
-    module: torch.nn.Module, policy: "Policy", optimizer: torch.optim.Optimizer, count: int
-) -> list[torch.nn.Module]:
+def _shard(policy: Policy, optimizer: torch.optim.Optimizer, count: int) -> list[torch.nn.Module]:
     """Spread a policy's weights and its optimizer's state over the processes, layer by layer (FSDP2).
 
     accelerate prepares FSDP only where there are accelerators; torch's own `fully_shard` is the same on a CPU.
@@ -266,7 +242,7 @@ def _shard(
     state = optimizer.state_dict()
     mesh = init_device_mesh(policy.device.type, (count,))
     kinds = set(getattr(policy.model, "_no_split_modules", None) or ())
-    shards = [layer for layer in module.modules() if type(layer).__name__ in kinds] + [module]
+    shards = [layer for layer in policy.modules() if type(layer).__name__ in kinds] + [policy]
     for layer in shards:
         fully_shard(layer, mesh=mesh)
     for group, names in zip(optimizer.param_groups, state["param_groups"], strict=True):
@@ -277,15 +253,10 @@ def _shard(
         for name, value in values.items():
             if value.shape == parameter.shape:
                 values[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    _settle(module, policy)
+    with torch.no_grad():  # FSDP takes the first module that runs for the outermost one, and sampling runs an inner one
+        ids = torch.tensor([[policy.eos_token_ids[0]]])
+        policy(["a"], torch.zeros(1, dtype=torch.long), ids, torch.ones_like(ids, dtype=torch.bool))
     return shards
-
-
-@torch.no_grad()
-def _settle(module: torch.nn.Module, policy: "Policy") -> None:
-    """Run it once: FSDP takes the first module that runs for the outermost one, and sampling runs an inner one."""
-    ids = torch.tensor([[policy.eos_token_ids[0]]])
-    module(["a"], torch.zeros(1, dtype=torch.long), ids, torch.ones_like(ids, dtype=torch.bool))
 
 
 def _mapped(state: object, change: Callable[[torch.Tensor], torch.Tensor]) -> object:
@@ -293,3 +264,66 @@ def _mapped(state: object, change: Callable[[torch.Tensor], torch.Tensor]) -> ob
     if isinstance(state, dict):
         return {key: _mapped(value, change) for key, value in state.items()}
     return change(state) if isinstance(state, torch.Tensor) else state
+
+
+# --- a rollout that processes share -----------------------------------------------------------------------------------
+
+
+def collect_shared_rollout(
+    processes: Processes,
+    policy: Policy,
+    generator: Generator,
+    rewards: Rewards,
+    prompts: Sequence[Prompt],
+    num_generations: int,
+    seed: int,
+    **options: Unpack[SampleOptions],
+) -> Rollout:
+    """`collect_rollout` by several processes, each of which collects some groups and then has all of them.
+
+    Only the main process has all pictures.
+
+    Raises:
+        ProcessError: there are more processes than prompts, or one of them failed.
+    """
+    if processes.count == 1:
+        return collect_rollout(policy, generator, rewards, prompts, num_generations, seed, **options)
+    shard = processes.shards(len(prompts))[processes.rank]
+    own: list[Samples] = []
+
+    def without_pictures() -> Samples:
+        share, first = prompts[shard.start : shard.stop], shard.start
+        samples = collect_samples(
+            policy, generator, rewards, share, num_generations, seed, first_prompt=first, **options
+        )
+        own.append(samples)
+        return replace(samples, images=[], encoded=None)
+
+    shares = processes.gather(without_pictures)
+    pictures = processes.gather_on_main(own[0].images)
+    nothing = [None] * own[0].image_seeds.shape[1]
+    images = [found or [nothing] * len(one.group_ids) for found, one in zip(pictures, shares, strict=True)]
+    joined = _joined(shares, policy.tokenizer.pad_token_id)
+    return with_rewards(replace(joined, images=list(chain(*images)), seconds=own[0].seconds), rewards)
+
+
+def _joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
+    """The rows of all shares, one after the other, as long as the longest completion."""
+    seen = [share.prompt_images for share in shares]
+
+    def rows(name: str) -> torch.Tensor:
+        return torch.cat([getattr(share, name) for share in shares])
+
+    return replace(
+        shares[0],
+        prompts=[prompt for share in shares for prompt in share.prompts],
+        enhanced_prompts=[text for share in shares for text in share.enhanced_prompts],
+        group_ids=rows("group_ids"),
+        image_seeds=rows("image_seeds"),
+        truncated=rows("truncated"),
+        completion_ids=stacked([share.completion_ids for share in shares], pad_token_id),
+        completion_mask=stacked([share.completion_mask for share in shares], False),
+        old_logprobs=stacked([share.old_logprobs for share in shares], 0.0),
+        reward_parts={n: torch.cat([share.reward_parts[n] for share in shares]) for n in shares[0].reward_parts},
+        prompt_images=None if None in seen else list(chain(*seen)),
+    )

@@ -14,9 +14,8 @@ from benchmarks.size.architectures import FULL, TINY
 from benchmarks.size.full_size import Iteration
 from benchmarks.speed import bare, measure, text_policy
 from benchmarks.speed.results import BenchmarkError
-from grpo_kit.models.continuing import continued_groups
 from grpo_kit.models.policy import Policy
-from grpo_kit.models.prefix import run_prompts
+from grpo_kit.models.shared_prefix import continued_groups, run_prompts
 
 
 @pytest.fixture(scope="module")

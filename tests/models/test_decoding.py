@@ -10,7 +10,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.models import policy as policy_module
 from grpo_kit.models.decoding import decode
 from grpo_kit.models.policy import Policy
-from grpo_kit.models.prefix import Packing, run_prompts
+from grpo_kit.models.shared_prefix import Packing, run_prompts
 
 PROMPTS = ["a crimson ball", "two green squares, at night", "a star"]
 PICTURES = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]

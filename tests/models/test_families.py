@@ -28,7 +28,7 @@ from grpo_kit.models import policy as policy_module
 from grpo_kit.models import rows
 from grpo_kit.models.policy import Completions, Policy, Scores, load_policy
 from grpo_kit.models.rows import evaluating
-from grpo_kit.rollout import collect_rollout
+from grpo_kit.rollout import Rollout, collect_rollout, score_rows
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import random_scenes
 from grpo_kit.training.step import grpo_step
@@ -134,6 +134,10 @@ def case(request: pytest.FixtureRequest, make_case: Callable[[str, bool, bool], 
 of_each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
+def _scores(policy: Policy, rollout: Rollout, **options: bool) -> Scores:
+    return score_rows(policy, rollout, torch.arange(len(rollout.group_ids)), **options)
+
+
 def _far(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).detach().abs().max())
 
@@ -162,7 +166,7 @@ def test_policy_is_loaded_trained_saved_and_loaded_again(
     rollout = collect_rollout(
         policy, kit.generator, kit.rewards, kit.train_prompts[:2], 3, seed=0, use_image=family.sees
     )
-    before = rollout.score(policy, reference=True).logprobs.detach()
+    before = _scores(policy, rollout, reference=True).logprobs.detach()
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-2)
     stats = grpo_step(policy, optimizer, rollout, config)
     assert stats.metrics["sampling/sampling_logp_difference/max"] < 2e-5 and stats.metrics["kl"] < 1e-6
@@ -170,10 +174,10 @@ def test_policy_is_loaded_trained_saved_and_loaded_again(
     policy.save_pretrained(tmp_path)
     loaded = load_policy(config, tmp_path)
     with torch.no_grad():
-        trained = rollout.score(policy).logprobs
-        assert torch.equal(rollout.score(loaded).logprobs, trained)
+        trained = _scores(policy, rollout).logprobs
+        assert torch.equal(_scores(loaded, rollout).logprobs, trained)
         for policy_again in (policy, loaded):  # the reference is what was loaded, whatever was trained
-            assert torch.equal(rollout.score(policy_again, reference=True).logprobs, before)
+            assert torch.equal(_scores(policy_again, rollout, reference=True).logprobs, before)
     assert _far(trained, before) > 1e-3
     assert loaded.trainable_state().keys() == policy.trainable_state().keys()
 

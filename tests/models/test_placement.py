@@ -12,7 +12,7 @@ from grpo_kit.models import generator as generator_module
 from grpo_kit.models.generator import load_generator
 from grpo_kit.preflight.machine import check_machine
 from grpo_kit.rewards.loading import load_rewards
-from grpo_kit.rollout import collect_rollout
+from grpo_kit.rollout import collect_rollout, score_rows
 from grpo_kit.training import launch
 from grpo_kit.training.processes import ProcessError
 
@@ -173,5 +173,5 @@ def test_a_rollout_and_its_scores_go_from_device_to_device(parts: tuple[str, str
     )
     assert kit.overlap == (parts[1] != parts[2])
     assert found.rewards.isfinite().all()
-    logprobs = found.score(kit.policy).logprobs.cpu()[found.completion_mask]
+    logprobs = score_rows(kit.policy, found, torch.arange(len(found.rewards))).logprobs.cpu()[found.completion_mask]
     torch.testing.assert_close(logprobs, found.old_logprobs[found.completion_mask], rtol=0, atol=0.1)

@@ -14,9 +14,9 @@ from benchmarks.speed.results import BenchmarkError
 from grpo_kit.config import ConfigError, load_config
 from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
-from grpo_kit.models import continuing
+from grpo_kit.models import shared_prefix as continuing
 from grpo_kit.models.policy import Completions, Policy, load_policy
-from grpo_kit.models.prefix import Prefix, run_prompts
+from grpo_kit.models.shared_prefix import Prefix, run_prompts
 
 PROMPTS = ["a red circle", "three tiny golden pyramids, over on the left side, at night", "a rosy plus above a box"]
 PICTURES = [

@@ -8,8 +8,8 @@ import torch
 
 from grpo_kit.config import KitError, load_config
 from grpo_kit.experiment import Experiment
-from grpo_kit.grpo import usable_rewards
 from grpo_kit.models.policy import Policy
+from grpo_kit.rewards import usable_rewards
 from grpo_kit.rollout import Rollout
 from grpo_kit.training.step import grpo_step
 

@@ -1,6 +1,6 @@
-"""What `test_parallel.py` runs in each of several processes; the main one writes what it found as JSON.
+"""What `test_processes.py` runs in each of several processes; the main one writes what it found as JSON.
 
-python -m accelerate.commands.launch … tests/parallel_worker.py SCRATCH some|all|hang
+python -m accelerate.commands.launch … tests/support/parallel_worker.py SCRATCH some|all|hang
 """
 
 import copy
@@ -24,11 +24,12 @@ from grpo_kit.grpo import LOSS_TYPES
 from grpo_kit.grpo.advantages import group_advantages
 from grpo_kit.grpo.loss import token_weights
 from grpo_kit.models.policy import Policy
-from grpo_kit.rollout import Rollout, collect_rollout
+from grpo_kit.rollout import Rollout
 from grpo_kit.training import step as step_module
+from grpo_kit.training.accumulation import Accumulation, Part
 from grpo_kit.training.launch import joined
 from grpo_kit.training.loop import train
-from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, full_tensor
+from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, collect_shared_rollout, full_tensor
 from grpo_kit.training.step import grpo_step
 
 SETTINGS = {
@@ -100,16 +101,16 @@ def drifted(rollout: Rollout, rewards: list[float]) -> Rollout:
 @contextmanager
 def weights_of_the_local_batch() -> Iterator[None]:
     """Each process weighs its tokens as if its own rows were the batch."""
-    right = step_module._parts
+    right = Accumulation._divided
 
-    def wrong(batch: object, rollout: Rollout, size: int | None, processes: Processes) -> tuple[list, int]:
-        parts, own = right(batch, rollout, size, processes)
+    def wrong(accumulation: Accumulation, batch: Part) -> tuple[list[Part], int]:
+        parts, own = right(accumulation, batch)
         rows = torch.cat([part.mask for part in parts[:own]])
         local = token_weights(rows, "dapo").split([len(part.mask) for part in parts[:own]])
         changed = [dataclasses.replace(part, weights=w) for part, w in zip(parts[:own], local, strict=True)]
         return changed + parts[own:], own
 
-    with patch.object(step_module, "_parts", wrong):
+    with patch.object(Accumulation, "_divided", wrong):
         yield
 
 
@@ -192,7 +193,7 @@ def compare_rollouts(kit: Experiment, processes: Processes) -> dict[str, object]
     prompts = kit.train_prompts[:3]
 
     def rollout(workers: Processes) -> Rollout:
-        return collect_rollout(kit.policy, kit.generator, kit.rewards, prompts, 4, seed=0, processes=workers)
+        return collect_shared_rollout(workers, kit.policy, kit.generator, kit.rewards, prompts, 4, seed=0)
 
     one, several = rollout(ALONE), rollout(processes)
     with seeds_of_the_local_batch():
@@ -241,7 +242,7 @@ def main(scratch: Path, everything: bool) -> None:
     with joined(half, scratch / "from_two") as processes:
         kit = load_experiment(half)
         rollouts = compare_rollouts(kit, processes)
-        rollout = collect_rollout(kit.policy, kit.generator, kit.rewards, kit.train_prompts[:3], 4, processes=processes)
+        rollout = collect_shared_rollout(processes, kit.policy, kit.generator, kit.rewards, kit.train_prompts[:3], 4, 0)
         spread = Launched(processes.accelerator)
         spread.sharded = True
         own = failures(processes)

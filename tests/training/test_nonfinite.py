@@ -60,7 +60,7 @@ def momentum_is_left_as_it_came_out(patch: pytest.MonkeyPatch) -> str:
 
 def what_is_infinite_passes(patch: pytest.MonkeyPatch) -> str:
     """The loss is made of numbers that nobody checks; it bounds its ratios."""
-    patch.setattr(step_file, "carrier", lambda *numbers: 1.0)
+    patch.setattr(step_file, "nan_unless_finite", lambda *numbers: 1.0)
     return "scoring-impossible"
 
 
@@ -128,7 +128,7 @@ def test_of_two_updates_the_one_that_is_spoilt_is_skipped(own_policy: Policy, ro
     own_policy.model.get_input_embeddings().weight.register_hook(second_only)
     before = _weights(own_policy)
     stats = _step(own_policy, rollout, kit, optimizer, updates_per_rollout=2)
-    assert (stats.updates, stats.skipped, stats.trouble.part) == (1, 1, "gradient")
+    assert (stats.updates, stats.skipped, stats.non_finite.part) == (1, 1, "gradient")
     assert _weights(own_policy).isfinite().all() and not torch.equal(_weights(own_policy), before)
     assert without_update([{"iteration": 1} | stats.metrics], 2) == []  # it still learns
 
@@ -138,7 +138,7 @@ def test_weight_that_is_not_finite_is_named(own_policy: Policy, rollout: Rollout
     parameter.data.view(-1)[3] = INF
     optimizer = torch.optim.AdamW(own_policy.trainable_parameters(), lr=1e-3)
     stats = _step(own_policy, rollout, kit, optimizer)
-    assert stats.trouble.part == "weights" and name in stats.trouble.detail and not optimizer.state
+    assert stats.non_finite.part == "weights" and name in stats.non_finite.detail and not optimizer.state
 
 
 def left_over(gradient: torch.Tensor | None, policy: Policy) -> None:
@@ -176,10 +176,10 @@ def test_no_gradient_is_left_by_a_step_that_is_interrupted(own_policy: Policy, r
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_number_that_is_not_finite_is_found_and_the_largest_one_is_not(bad: float, dtype: torch.dtype):
     largest = torch.full((50,), torch.finfo(dtype).max, dtype=dtype)
-    assert finite.are_finite([largest, -largest, torch.zeros(3)]) and finite.carrier(largest) == 1
+    assert finite.are_finite([largest, -largest, torch.zeros(3)]) and finite.nan_unless_finite(largest) == 1
     assert not finite.are_finite([largest, torch.tensor([0.0, bad], dtype=dtype)])
-    assert torch.as_tensor(finite.carrier(torch.tensor([0.0, bad], dtype=dtype))).isnan()
-    assert finite.carrier() == finite.carrier(None) == 1
+    assert torch.as_tensor(finite.nan_unless_finite(torch.tensor([0.0, bad], dtype=dtype))).isnan()
+    assert finite.nan_unless_finite() == finite.nan_unless_finite(None) == 1
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
@@ -205,19 +205,19 @@ def test_step_that_is_taken_back_was_never_made(kind: type[torch.optim.Optimizer
 
 def test_diagnosis_names_the_first_part_in_the_order_of_computing():
     good, bad = torch.zeros(4, 3), torch.zeros(4, 3).index_fill(0, torch.tensor([1, 2]), NAN)
-    assert finite.loss_trouble(good, None, good, 0.5) is None
-    assert finite.loss_trouble(bad, bad, bad, NAN).part == "sampling"
-    assert finite.loss_trouble(good, bad, bad, NAN).part == "reference"
-    found = finite.loss_trouble(None, None, bad, NAN)
+    assert finite.non_finite_loss(good, None, good, 0.5) is None
+    assert finite.non_finite_loss(bad, bad, bad, NAN).part == "sampling"
+    assert finite.non_finite_loss(good, bad, bad, NAN).part == "reference"
+    found = finite.non_finite_loss(None, None, bad, NAN)
     assert found.part == "scoring" and "2 of 4 completions" in found.detail
-    assert finite.loss_trouble(good, good, good, INF).part == "loss"
+    assert finite.non_finite_loss(good, good, good, INF).part == "loss"
 
 
 def test_of_several_gradients_the_one_next_to_the_output_is_named():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     model[1].register_full_backward_hook(lambda module, inward, outward: (inward[0] * NAN,))
     model(torch.ones(1, 2)).sum().backward()
-    assert "0.bias (2 of 6" in finite.gradient_trouble(dict(model.named_parameters()), NAN).detail
+    assert "0.bias (2 of 6" in finite.non_finite_gradient(dict(model.named_parameters()), NAN).detail
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])

@@ -16,7 +16,7 @@ from support.policy_forms import Form
 
 from grpo_kit.config import Config, load_config
 from grpo_kit.experiment import Experiment
-from grpo_kit.grpo import LOSS_TYPES, LossOutput, grpo_loss
+from grpo_kit.grpo import LOSS_TYPES, LossOutput, grpo_loss, token_weights
 from grpo_kit.grpo import loss as loss_module
 from grpo_kit.models import policy as policy_module
 from grpo_kit.models.policy import Policy, Scores
@@ -337,18 +337,16 @@ def test_micro_batches_do_not_change_what_is_logged(own_policy: Policy, rollout:
 @pytest.mark.trap("T14", broken="parts_weighed_by_themselves")
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
 def test_micro_batches_that_weigh_by_themselves_are_noticed(
-    form: Form, varied: Rollout, kit: Experiment, loss_type: str, monkeypatch: pytest.MonkeyPatch
+    form: Form, varied: Rollout, kit: Experiment, loss_type: str
 ):
-    whole = step_module._loss
-    monkeypatch.setattr(
-        step_module, "_loss", lambda scores, batch, settings: whole(scores, _reweighed(batch, settings), settings)
-    )
-    assert _worst_split(form.policy, varied, kit, (5,), loss_type=loss_type) > 1e-2
+    def reweighed(
+        logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **options: object
+    ) -> LossOutput:
+        weights = token_weights(mask, loss_type, 40)
+        return grpo_loss(logprobs, advantages, mask, **options | {"weights": weights})
 
-
-def _reweighed(batch: object, settings: object) -> object:
-    weights = step_module.token_weights(batch.mask, settings.loss_type, 40)
-    return dataclasses.replace(batch, weights=weights)
+    with _losing(reweighed):
+        assert _worst_split(form.policy, varied, kit, (5,), loss_type=loss_type) > 1e-2
 
 
 @pytest.mark.trap("T11")
@@ -552,7 +550,7 @@ def _hiding(score: Callable[..., Scores]) -> Callable[..., Scores]:
 def test_error_in_scoring_surfaces(form: Form, varied: Rollout, kit: Experiment):
     assert _errors_surface(form.own().policy, varied, kit)
     hiding = form.own().policy
-    hiding.score = _hiding(hiding.score)
+    hiding.forward = _hiding(hiding.forward)
     assert not _errors_surface(hiding, varied, kit)
 
 

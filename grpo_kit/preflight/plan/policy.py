@@ -14,8 +14,8 @@ from grpo_kit.grpo.logprobs import token_logprobs
 from grpo_kit.models.decoding import choose_tokens
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
-from grpo_kit.models.prefix import Prefix, run_prompts
 from grpo_kit.models.rows import continued_rows
+from grpo_kit.models.shared_prefix import Prefix, run_prompts
 from grpo_kit.preflight.plan.architectures import PlanError, language_model, pipeline_shape
 from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, tensors_of, total_bytes
 from grpo_kit.preflight.plan.tracing import Cost, Trace, weightless

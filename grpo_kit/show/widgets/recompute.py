@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 
 from grpo_kit.config import KitError
-from grpo_kit.grpo import group_advantages, grpo_loss, token_weights, usable_rewards
+from grpo_kit.grpo import group_advantages, grpo_loss, token_weights
+from grpo_kit.rewards.usable import usable_rewards
 
 NEEDED = ("completion_ids", "old_logprobs", "ref_logprobs", "new_logprobs")
 

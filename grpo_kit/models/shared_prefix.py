@@ -1,4 +1,4 @@
-"""Prompts that are run once, and the completions that go on from them.
+"""A shared prefix: prompts that are run once, and the completions that go on from them.
 
 A prompt stands in the cache once, and its completions are laid behind it, told apart by the attention mask: each token
 sees the prompt and its own completion.
@@ -8,17 +8,31 @@ sees the prompt and its own completion.
 
 In scoring attention pays for all pairs of tokens in a row, so the completions may share several rows, *lanes*, each
 behind the prompt. Models that cannot be continued like this say why (`reason_not_to_share`) and take `models.rows`.
+
+Sampling has three ways (`Decoding`). `plain`: the cache shows what it holds so far, so every step has a shape of its
+own. `static`: transformers' static cache; all room is there and attended to from the start, so that all steps have the
+same shapes. That alone saves nothing; a compiled step needs it. `compiled`: the same, with the step compiled by
+torch.compile (backend inductor, mode default). Sizes are symbolic from the start: one version serves all batches of
+several prompts and samples, so that a resumed run computes with the same one.
 """
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from grpo_kit.config import one_line
 from grpo_kit.config.hub import ModelError
+from grpo_kit.models.decoding import NextLogits
 
+Decoding = Literal["plain", "static", "compiled"]
+_SETTING = "generation_settings.decoding"
+_VERSIONS = 64  # compiled ones kept: for policy and reference, with an adapter and without, four kinds of size each
 _TAKE_MASKS_OF_PAIRS = ("sdpa", "eager")  # attention that takes any (query, key) mask; flash attention takes none
 
 
@@ -41,7 +55,7 @@ class Prefix:
 
     def room_for(self, tokens: int) -> object:
         """A copy of the cache with room for `tokens` more a row, so that appending one copies nothing; no gradients."""
-        return self._with_layers([_Roomy.of(layer, tokens) for layer in self.cache.layers])
+        return self._with_layers([PreallocatedLayer.of(layer, tokens) for layer in self.cache.layers])
 
     def extend(
         self, model: torch.nn.Module, ids: torch.Tensor, steps: torch.Tensor, sees: torch.Tensor, cache: object = None
@@ -184,11 +198,11 @@ class Packing:
         return own & (steps[:, :, None] >= steps[:, None])
 
 
-class _Roomy(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A cache layer that writes new tokens into room made beforehand, where `DynamicLayer` copies all it holds."""
 
     @classmethod
-    def of(cls, layer: DynamicLayer, room: int) -> "_Roomy":
+    def of(cls, layer: DynamicLayer, room: int) -> "PreallocatedLayer":
         """A layer with the same keys and values and room for `room` more tokens."""
         roomy = cls()
         roomy.lazy_initialization(layer.keys, layer.values)
@@ -208,3 +222,75 @@ class _Roomy(DynamicLayer):
 
     def _show(self, length: int) -> None:
         self.keys, self.values = (room[:, :, :length] for room in self._rooms)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def continued_groups(
+    model: torch.nn.Module, prefix: Prefix, num_generations: int, max_new_tokens: int, decoding: Decoding = "plain"
+) -> NextLogits:
+    """Logits of the next token of G completions behind each of P prompts; each sees its prompt and itself."""
+    P, G = len(prefix.mask), num_generations
+    room = G * max_new_tokens
+    held = prefix.room_for(room) if decoding == "plain" else _static(model, prefix, room)
+    run = _compiled(model) if decoding == "compiled" else model
+    device = prefix.mask.device
+    places = torch.arange(room, device=device)
+    own = places % G == torch.arange(G, device=device)[:, None]  # a completion's tokens stand G places apart
+
+    def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
+        taken = (step + 1) * G
+        # a static cache is attended to as a whole: a completion sees those of its places that hold a token already
+        sees = own[:, :taken] if decoding == "plain" else own & (places < taken)
+        steps = torch.full((P, G), step, device=device)
+        return prefix.extend(run, ids.reshape(P, G), steps, sees.expand(P, -1, -1), held).flatten(0, 1)
+
+    return next_logits
+
+
+def require_decoding(decoding: Decoding, not_shared: str | None) -> None:
+    """Raise where completions do not share their prompt, which is the only way that fixed shapes are laid out in."""
+    if decoding != "plain" and not_shared:
+        raise ModelError(
+            f"{_SETTING}: found {decoding!r}, but this policy's completions cannot share a prompt: {not_shared}; "
+            "set 'plain'"
+        )
+
+
+def _static(model: torch.nn.Module, prefix: Prefix, room: int) -> Cache:
+    """The prompts' keys and values in a static cache with room for so many tokens more a row."""
+    static = StaticCache(config=model.config, max_cache_len=prefix.mask.shape[1] + room)
+    for number, layer in enumerate(prefix.cache.layers):
+        static.update(layer.keys, layer.values, number)
+    return static
+
+
+def _step(model: torch.nn.Module, **inputs: object) -> object:
+    return model(**inputs)
+
+
+@cache
+def _compiled_step() -> Callable:
+    """One for all models: torch keeps a compiled version for each of them."""
+    return torch.compile(_step, fullgraph=True, dynamic=True)
+
+
+def _compiled(model: torch.nn.Module) -> Callable:
+    """The model as a function whose calls are compiled; one line where that fails."""
+    from torch._dynamo import config
+    from torch._dynamo.exc import TorchDynamoException
+    from torch.fx.experimental import _config as shapes
+
+    def run(**inputs: object) -> object:
+        # without the second setting as many prompts as samples would be a version of its own
+        with config.patch(recompile_limit=_VERSIONS), shapes.patch(use_duck_shape=False):
+            try:
+                return _compiled_step()(model, **inputs)
+            except TorchDynamoException as error:
+                raise ModelError(
+                    f"{_SETTING}: found 'compiled', but torch.compile fails on this model or machine "
+                    f"({type(error).__name__}: {one_line(error)}); set 'plain'"
+                ) from error
+
+    return run
