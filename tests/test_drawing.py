@@ -129,9 +129,7 @@ def cuts_groups(generator: Generator, wanted: DrawRequest) -> Iterator[tuple[Dra
         yield wanted[rows[0] : rows[-1] + 1], images[rows[0] : rows[-1] + 1]
 
 
-def looks_for_equal_pairs_in_each_part_alone(
-    generator: Generator, wanted: DrawRequest
-) -> Iterator[tuple[DrawRequest, list]]:
+def looks_for_equal_pairs_in_parts(generator: Generator, wanted: DrawRequest) -> Iterator[tuple[DrawRequest, list]]:
     """A picture that two groups share is drawn twice, in other batches."""
     for group in wanted.group_ids.unique().tolist():
         rows = (wanted.group_ids == group).nonzero().flatten().tolist()
@@ -148,7 +146,7 @@ def mixes_rows(generator: Generator, wanted: DrawRequest) -> Iterator[tuple[Draw
     [
         (cuts_groups, gives_the_same),
         (cuts_groups, shows_rewards_whole_groups),
-        (looks_for_equal_pairs_in_each_part_alone, draws_the_same_batches),
+        (looks_for_equal_pairs_in_parts, draws_the_same_batches),
         (mixes_rows, gives_the_same),
         (mixes_rows, shows_rewards_whole_groups),
     ],
