@@ -78,7 +78,7 @@ class Iteration:
 
     def rows(self, group: int, rows: slice) -> torch.Tensor:
         """(G, L + T) ids of a group's prompt and completions."""
-        prompt = self.policy.encode([self.prompts[group]])["input_ids"]
+        prompt = self.policy.encode([self.prompts[group]]).inputs["input_ids"]
         ids = self.completions.ids[rows]
         return torch.cat([prompt.expand(len(ids), -1), ids], dim=1)
 
@@ -108,7 +108,7 @@ def by_hand(it: Iteration) -> dict[str, Round]:
     shape, model = it.size.shape, it.policy.model
     return {
         "sampling": lambda number: bare.sample(
-            model, it.policy.encode(it.prompts), shape.group, shape.completion_tokens
+            model, it.policy.encode(it.prompts).on(it.policy.device), shape.group, shape.completion_tokens
         ),
         "images": lambda number: bare.draw(it.generator.pipeline, it.texts(number), it.size),
         "reward": lambda number: bare.similarity(it.clip, it.pictures, it.asked()),

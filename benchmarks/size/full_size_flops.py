@@ -63,7 +63,7 @@ def counted(work: Callable[[], object]) -> float:
 def sampling(policy: Policy, texts: Sequence[str], size: Size) -> float:
     """The prompts once, then a token of every completion at a time: each step's attention is larger by the same."""
     shape = size.shape
-    inputs = policy.encode(texts)
+    inputs = policy.encode(texts).on(policy.device)
     found: list = []
     prompts = counted(lambda: found.append(run_prompts(policy.model, inputs)))
     step = continued_groups(policy.model, found[0], shape.group, shape.completion_tokens)
@@ -120,7 +120,7 @@ def packed(size: Size) -> Packing:
 
 def scoring(policy: Policy, texts: Sequence[str], packing: Packing, size: Size) -> list[Part]:
     """The pass without gradients (the reference's costs the same), and forward and backward of the update."""
-    inputs = policy.encode(texts)
+    inputs = policy.encode(texts).on(policy.device)
     lanes = packing.shape[0] // size.shape.prompts
     ids = torch.zeros(packing.shape, dtype=torch.int64, device="meta")
     sees = torch.ones(*packing.shape, packing.shape[1], dtype=torch.bool, device="meta")

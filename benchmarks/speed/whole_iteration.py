@@ -180,7 +180,7 @@ def check(kit: Experiment, peer: Peer) -> list[Gate]:
     prompts = prompts_of(kit.config, kit, 1)
     rollout = collect_rollout(kit.policy, kit.generator, kit.rewards, prompts, settings.group_size, seed=1)
     ids = peer.trainer._tokenize_prompts([conversation(kit, prompt) for prompt in prompts])[0]
-    own = kit.policy.encode([prompt.user_prompt for prompt in prompts])
+    own = kit.policy.encode([prompt.user_prompt for prompt in prompts]).inputs
     same = [row[keep].tolist() == list(found) for row, keep, found in zip(*_rows(own), ids, strict=True)]
     gates = [Gate("prompts tokenised differently", same.count(False), 0)]
     gates += equality.gates(kit.policy, peer.trainer, rollout, kit.config, ids)

@@ -130,7 +130,7 @@ def test_completions_that_see_their_siblings_are_noticed(
 
 def _one_by_one(policy: Policy, images: list | None, room: int) -> torch.Tensor:
     """Logits of three tokens of two completions a prompt, fed one token of each at a time."""
-    prefix = run_prompts(policy.model, policy.encode(PROMPTS, images))
+    prefix = run_prompts(policy.model, policy.encode(PROMPTS, images).inputs)
     cache, itself = prefix.room_for(room), torch.eye(2, dtype=torch.bool)
     logits = [
         prefix.extend(
@@ -148,7 +148,7 @@ def _one_by_one(policy: Policy, images: list | None, room: int) -> torch.Tensor:
 @seeing
 @torch.no_grad()
 def test_one_by_one_gives_the_logits_of_all_at_once(kit: Experiment, images: list | None):
-    prefix = run_prompts(kit.policy.model, kit.policy.encode(PROMPTS, images))
+    prefix = run_prompts(kit.policy.model, kit.policy.encode(PROMPTS, images).inputs)
     packing = Packing.of(torch.ones(6, 4, dtype=torch.bool), torch.arange(3).repeat_interleave(2), 3)
     laid = [packing.lay_out(values) for values in (IDS[packing.rows, packing.steps], packing.steps)]
     at_once = prefix.extend(kit.policy.model, *laid, packing.sees()).reshape(6, 3, -1)
@@ -157,7 +157,7 @@ def test_one_by_one_gives_the_logits_of_all_at_once(kit: Experiment, images: lis
 
 @torch.no_grad()
 def test_sampling_leaves_the_prompts_as_they_were(kit: Experiment):
-    prefix = run_prompts(kit.policy.model, kit.policy.encode(PROMPTS))
+    prefix = run_prompts(kit.policy.model, kit.policy.encode(PROMPTS).inputs)
     held = prefix.cache.layers[0].keys.clone()
     cache = prefix.room_for(6)
     prefix.extend(

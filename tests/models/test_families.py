@@ -189,7 +189,7 @@ def test_policy_is_loaded_trained_saved_and_loaded_again(
 def _plain(case: Case, row: int) -> torch.Tensor:
     """A row's log-probabilities by one forward of transformers over the row alone: unpadded, no positions given."""
     policy, ids, group = case.policy, case.found.ids[row][case.found.mask[row]], int(GROUPS[row])
-    inputs = policy.encode([PROMPTS[group]], None if case.images is None else [case.images[group]])
+    inputs = policy.encode([PROMPTS[group]], None if case.images is None else [case.images[group]]).inputs
     start = inputs["input_ids"].shape[1]
     for name, added in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)), ("mm_token_type_ids", 0 * ids)):
         if name in inputs:
@@ -233,12 +233,13 @@ def _gradient(policy: Policy, case: Case, scored: Callable[[], Scores]) -> tuple
 def _ways(case: Case) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Scores and gradients by each of the three ways that a policy may score in."""
     policy = case.policy
-    given = (policy.model, PROMPTS, GROUPS, case.found.ids, case.found.mask, case.images)
+    mask = case.found.mask
+    given = (policy.model, policy.encode(PROMPTS, case.images), GROUPS, case.found.ids, mask)
 
-    def by(score: Callable[..., Scores]) -> Callable[[], Scores]:
+    def by(score: Callable[..., Sequence[torch.Tensor]]) -> Callable[[], Scores]:
         def scored() -> Scores:
             with evaluating(policy.model):
-                return score(*given)
+                return Scores(*(torch.where(mask, column, 0.0) for column in score(*given)))
 
         return scored
 
@@ -425,7 +426,7 @@ def test_ids_are_scored_as_sampled_though_their_text_is_tokenised_otherwise(case
 def test_two_scorings_in_training_mode_agree_though_the_model_has_dropout(case: Case):
     assert case.policy.model.training
     assert torch.equal(case.score().logprobs, case.score().logprobs) and case.policy.model.training
-    inputs = case.policy.encode(PROMPTS, case.images)
+    inputs = case.policy.encode(PROMPTS, case.images).inputs
     with torch.no_grad():
         assert not torch.equal(*(case.policy.model(**inputs).logits for _ in range(2)))
 
@@ -460,7 +461,7 @@ def test_prompts_are_read_as_the_processors_own_template_reads_them(family: Fami
     expected = policy.processor.apply_chat_template(
         conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
-    read = policy.encode(["a cat"], PICTURES[1:2] if family.sees else None)
+    read = policy.encode(["a cat"], PICTURES[1:2] if family.sees else None).inputs
     assert torch.equal(read["input_ids"], expected["input_ids"])
     for name in read.keys() & expected.keys():
         assert torch.equal(read[name], expected[name]), name
@@ -474,7 +475,7 @@ def _content(text: str, picture: Image.Image | None, family: Family) -> str | li
 @of_each_family
 def test_prompts_are_padded_on_the_left(family: Family, make_case: Callable):
     case = make_case(family.name, family.sees, True)
-    mask = case.policy.encode(PROMPTS, case.images)["attention_mask"]
+    mask = case.policy.encode(PROMPTS, case.images).inputs["attention_mask"]
     assert (mask[:, -1] == 1).all() and not mask.all() and (mask.diff(dim=1) >= 0).all()
 
 
@@ -486,7 +487,7 @@ def test_special_tokens_in_a_users_text_stay_ordinary_text(family: Family, make_
     images = None if case.images is None else case.images[:1]
 
     def control(text: str) -> int:
-        return int(torch.isin(case.policy.encode([text], images)["input_ids"], added).sum())
+        return int(torch.isin(case.policy.encode([text], images).inputs["input_ids"], added).sum())
 
     tokens = [str(token) for token in case.policy.tokenizer.added_tokens_decoder.values()]
     plain = control("a red circle")
@@ -522,7 +523,7 @@ def test_a_model_that_sees_but_has_no_template_still_gets_its_picture(make_case:
 def test_a_prompt_that_leaves_no_positions_is_one_line_where_positions_are_learned(make_case: Callable):
     learned, computed = (make_case(name, False, True).policy for name in ("GPT-2", "Llama 3"))
     room = families.LONGEST - learned.max_new_tokens
-    longest = next(n for n in range(room) if learned.encode(["a " * (n + 1)])["input_ids"].shape[1] > room)
+    longest = next(n for n in range(room) if learned.encode(["a " * (n + 1)]).inputs["input_ids"].shape[1] > room)
     assert learned.sample(["a " * longest], 1, seed=0).texts
     with pytest.raises(ModelError, match=f"user_prompt: found {room + 1} tokens .*shorten") as error:
         learned.sample(["a " * (longest + 1)], 1, seed=0)

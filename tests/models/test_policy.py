@@ -60,7 +60,7 @@ def _scored(policy: Policy, found: Completions, images: list[Image.Image] | None
 @torch.no_grad()
 def _plain(policy: Policy, prompt: str, ids: torch.Tensor, image: Image.Image | None = None) -> torch.Tensor:
     """Log-probabilities by one full forward of transformers over one unpadded row, no cache, no positions given."""
-    inputs = policy.encode([prompt], None if image is None else [image])
+    inputs = policy.encode([prompt], None if image is None else [image]).inputs
     start = inputs["input_ids"].shape[1]
     for name, added in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)), ("mm_token_type_ids", 0 * ids)):
         if name in inputs:
@@ -391,7 +391,7 @@ def test_completions_stop_at_the_length_limit_and_are_padded_after_their_end(own
 
 def _control_tokens(policy: Policy, prompt: str, images: list | None = None) -> int:
     special = torch.tensor(policy.tokenizer.all_special_ids)
-    inputs = policy.encode([prompt], None if images is None else images[:1])
+    inputs = policy.encode([prompt], None if images is None else images[:1]).inputs
     return int(torch.isin(inputs["input_ids"], special).sum())
 
 
@@ -426,7 +426,7 @@ def test_pictures_come_with_their_place_in_the_text(kit: Experiment):
 
 
 def test_prompts_are_padded_on_the_left(kit: Experiment):
-    mask = kit.policy.encode(PROMPTS)["attention_mask"]
+    mask = kit.policy.encode(PROMPTS).inputs["attention_mask"]
     assert (mask[:, -1] == 1).all() and not mask.all() and (mask.diff(dim=1) >= 0).all()
 
 
@@ -602,7 +602,7 @@ def test_chat_template_with_a_start_token_gets_no_second_one(text_only: Policy):
     start = ("<|user|>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|user|> $A", special_tokens=[start])
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    ids = text_only.encode(["a cat"])["input_ids"][0].tolist()
+    ids = text_only.encode(["a cat"]).inputs["input_ids"][0].tolist()
     assert ids.count(tokenizer.bos_token_id) == 1
 
 

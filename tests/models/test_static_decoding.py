@@ -199,11 +199,15 @@ def test_calls_are_as_even_as_can_be_and_hold_whole_groups(own_policy: Policy):
 
 def test_rows_below_each_other_keep_to_their_seeds(own_policy: Policy, monkeypatch: pytest.MonkeyPatch):
     """The twin: calls that all begin with the first prompt's seeds."""
-    from grpo_kit.models import policy as policy_module
+    whole, decoded, first = _sampled(own_policy, "plain"), Policy._decoded, []
 
-    whole, row_seeds = _sampled(own_policy, "plain"), policy_module.row_seeds
+    def as_the_first(self: Policy, *columns: object) -> tuple[torch.Tensor, torch.Tensor]:
+        *columns, uniforms = columns
+        first.append(uniforms)
+        return decoded(self, *columns, first[0])
+
     own_policy.sampling_batch_size = G
-    monkeypatch.setattr(policy_module, "row_seeds", lambda seed, P, G, first: row_seeds(seed, P, G, 0))
+    monkeypatch.setattr(Policy, "_decoded", as_the_first)
     assert _difference(whole, _sampled(own_policy, "plain")) == float("inf")
 
 
@@ -220,7 +224,7 @@ def test_the_settings_reach_the_policy_and_are_checked(kit: Experiment):
 
 @torch.no_grad()
 def test_a_step_beyond_the_room_is_an_error(own_policy: Policy):
-    prefix = run_prompts(own_policy.model, own_policy.encode(PROMPTS))
+    prefix = run_prompts(own_policy.model, own_policy.encode(PROMPTS).inputs)
     step = continuing.continued_groups(own_policy.model, prefix, 2, 1, "static")
     step(torch.full((6,), 20), 0)
     with pytest.raises((RuntimeError, IndexError)):

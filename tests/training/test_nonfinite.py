@@ -19,7 +19,7 @@ from grpo_kit.models import generator as generator_file
 from grpo_kit.models.decoding import choose_tokens
 from grpo_kit.models.policy import Policy
 from grpo_kit.rollout import Rollout
-from grpo_kit.training import step as step_file
+from grpo_kit.training import accumulation as accumulation_file
 from grpo_kit.training.loop import train
 from grpo_kit.training.nonfinite import PATIENCE, without_update
 from grpo_kit.training.step import grpo_step
@@ -48,7 +48,7 @@ def test_spoilt_step_leaves_no_trace_and_several_end_the_run_with_a_diagnosis(
 
 def result_is_not_looked_at(patch: pytest.MonkeyPatch) -> str:
     """The optimizer's result stands whatever it is."""
-    patch.setattr(step_file, "step_or_restore", lambda optimizer, agreed: optimizer.step() or True)
+    patch.setattr(accumulation_file, "step_or_restore", lambda optimizer, agreed: optimizer.step() or True)
     return "optimizer-momentum"
 
 
@@ -60,13 +60,13 @@ def momentum_is_left_as_it_came_out(patch: pytest.MonkeyPatch) -> str:
 
 def what_is_infinite_passes(patch: pytest.MonkeyPatch) -> str:
     """The loss is made of numbers that nobody checks; it bounds its ratios."""
-    patch.setattr(step_file, "nan_unless_finite", lambda *numbers: 1.0)
+    patch.setattr(accumulation_file, "nan_unless_finite", lambda *numbers: 1.0)
     return "scoring-impossible"
 
 
 def flat_groups_are_not_looked_at(patch: pytest.MonkeyPatch) -> str:
     """Rewrites without meaning are all alike, so there is nothing to learn, for ever."""
-    patch.setattr(step_file, "rows_not_finite", lambda numbers: 0)
+    patch.setattr(accumulation_file, "rows_not_finite", lambda numbers: 0)
     return "sampling-nan-flat"
 
 
