@@ -6,7 +6,7 @@ The short form takes each family once, with a picture where it sees, and an adap
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
