@@ -21,10 +21,10 @@ import typer
 
 if TYPE_CHECKING:
     from grpo_kit.config import Config
+    from grpo_kit.evaluation.pools import Pool
     from grpo_kit.runs.cluster import Cluster
     from grpo_kit.runs.grid import PlannedTrial, TrialResult
     from grpo_kit.runs.notebooks import Executed, Planned
-    from grpo_kit.show.comparison import Pool
 
 app = typer.Typer(
     add_completion=False,
@@ -216,7 +216,7 @@ def compare(
         raise KitError(f"--tables {tables}: a file. Name a folder")
     pools = _compare(folders, page.expanduser().resolve())
     if tables is not None:
-        from grpo_kit.show.comparison import write_tables
+        from grpo_kit.evaluation.pools import write_tables
 
         print(f"tables: {write_tables(pools, tables)}")
 
@@ -382,35 +382,12 @@ def _evaluate_several(config: "Config", folders: Sequence[Path], place: Path) ->
     """Let the runs' policies answer the same prompts; add what pools of training seeds gave to the results."""
     from grpo_kit import evaluate as evaluate_policy
     from grpo_kit import load_experiment
+    from grpo_kit.evaluation.pools import add_pools
 
     oracle = ("oracle",) if config.evaluation_settings.gold else ()
     compare = ("raw", "initial", *map(str, folders), *oracle)
     evaluate_policy(load_experiment(config), compare=compare, run_dir=place)
-    _pool_seeds(folders, place)
-
-
-def _pool_seeds(folders: Sequence[Path], place: Path) -> None:
-    """Add to an evaluation of several runs what those say together that differ only in their training seed."""
-    import pandas as pd
-
-    from grpo_kit.evaluation.statistics import pool
-    from grpo_kit.runs.folder import RunFolder
-    from grpo_kit.show.comparison import pool_runs, read_runs
-
-    results = json.loads((place / "final_results.json").read_text(encoding="utf-8"))
-    rows = pd.read_parquet(place / "evaluation" / "rows.parquet")
-    names = {path: name for name, path in results["policies"].items()}
-    trained = [folder for folder in folders if (folder / "best").is_dir()]
-    pools = [one for one in pool_runs(read_runs(trained)) if len(one.runs) > 1]
-    pooled = {}
-    for one in pools:
-        own = [names[str(run.path)] for run in one.runs]
-        tables = [
-            rows[rows["variant"].isin(["raw", "initial", name])].replace({"variant": {name: "trained"}}) for name in own
-        ]
-        pooled[one.label] = {"policies": own, **pool(tables, confidence=results["confidence"])}
-    if pooled:
-        RunFolder(place).write_json("final_results.json", results | {"pooled": pooled})
+    add_pools(folders, place)
 
 
 def new_run_folder(profile: str, run_dir: Path | None, name: str) -> Path:
@@ -634,7 +611,8 @@ def _tell_notebook(notebook: "Planned") -> None:
 
 def _compare(folders: Sequence[Path], page: Path) -> "list[Pool]":
     """Print the runs side by side, and write the page."""
-    from grpo_kit.show.comparison import pool_runs, read_runs, runs_text
+    from grpo_kit.evaluation.pools import pool_runs, read_runs
+    from grpo_kit.show.comparison import runs_text
     from grpo_kit.show.comparison_page import write_comparison
 
     pools = pool_runs(read_runs(folders))

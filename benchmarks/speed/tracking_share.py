@@ -17,7 +17,7 @@ import pandas as pd
 import typer
 
 import grpo_kit as gk
-from grpo_kit.evaluation.statistics import bootstrap_interval
+from grpo_kit.evaluation.intervals import bootstrap_interval
 from grpo_kit.runs.tracking import Tracker
 
 CALLS = ("__enter__", "log", "log_samples", "__exit__")

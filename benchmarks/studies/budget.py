@@ -17,7 +17,7 @@ import typer
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT, Config
-from grpo_kit.evaluation.statistics import pooled_interval
+from grpo_kit.evaluation.intervals import pooled_interval
 from grpo_kit.experiment import Experiment
 from grpo_kit.training.loop import make_optimizer, run_iteration
 
@@ -120,7 +120,7 @@ def _columns(name: str, runs: list[pd.Series]) -> dict[str, float]:
     if not runs:
         return {}
     values = pd.DataFrame(runs).dropna(axis="columns").to_numpy()
-    found = pooled_interval(values) if len(values) > 1 else {"mean": float(np.mean(values))}
+    found = pooled_interval(values).to_dict() if len(values) > 1 else {"mean": float(np.mean(values))}
     return {name: found["mean"]} | {f"{name}, {end}": found[end] for end in ("low", "high") if end in found}
 
 

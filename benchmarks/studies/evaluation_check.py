@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
-from grpo_kit.evaluation.statistics import bootstrap_interval, score_tables, share_interval, t_interval
+from grpo_kit.evaluation.intervals import bootstrap_interval, share_interval, t_interval
+from grpo_kit.evaluation.pairs import score_tables
 
 COMPARE = ("raw", "initial", "trained")
 METRICS = ("reward", "gold")

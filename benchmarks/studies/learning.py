@@ -15,7 +15,7 @@ import typer
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
-from grpo_kit.evaluation.statistics import t_interval
+from grpo_kit.evaluation.intervals import t_interval
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards.composition import Rewards
 
@@ -97,7 +97,7 @@ def pooled(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(run=table["run"].str.replace(r"_\d+$", "", regex=True) + ", all")
     lines = []
     for (run, difference, metric), group in table.groupby(["run", "difference", "metric"], sort=False):
-        found = t_interval(group["mean"])
+        found = t_interval(group["mean"]).to_dict()
         lines.append({"run": run, "difference": difference, "metric": metric, **found})
     return pd.DataFrame(lines)
 

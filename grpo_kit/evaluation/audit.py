@@ -11,73 +11,41 @@ from PIL import Image
 from scipy import stats
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.statistics import Interval, bootstrap_interval
+from grpo_kit.evaluation.intervals import Interval, bootstrap_interval, percentile_interval
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.protocol import Reward
 
 IDLE_WORDS = ("masterpiece", "beautiful")  # praise: says nothing of what a picture shows
 _EDGE = 0.01  # of its range: so near to its extreme a score counts as being there
-_AGREEMENT = ("rank within", "rank over all", "pairs within", "pairs over all")
-
-
-class AuditError(KitError):
-    """Samples on which nothing can be audited."""
-
-
-@dataclass(frozen=True)
-class RewardAudit:
-    """What an audit found of one reward.
-
-    Args:
-        scores: (N,), NaN where a sample could not be scored.
-        agreement: with gold, each as `{"mean", "low", "high"}`; empty without gold. "rank within" is the mean over
-            prompts of Spearman's rank correlation, "pairs within" the share of pairs of one prompt that gold tells
-            apart and that the reward puts in the same order (a tie counts half, so 0.5 is chance). "… over all" are the
-            same between all samples, in which a reward that knows easy prompts from hard ones does well, too.
-        seed_share: of the variance within a prompt, what another latent seed does to the same texts. NaN where no text
-            was drawn twice.
-        at_ceiling, at_floor: shares of samples within 1 % of the observed range from its ends.
-        top_decile: which part of the range separates the best tenth of the samples from each other.
-        idle_enhanced, idle_user: mean absolute change when idle words are added to the rewrite, or to the user's
-            prompt, in standard deviations of the scores within a prompt.
-        ms_per_image: of a call with all images; what a reward keeps of known texts is not counted.
-    """
-
-    scores: np.ndarray = field(repr=False, compare=False)
-    agreement: dict[str, Interval]
-    seed_share: Interval
-    at_ceiling: float
-    at_floor: float
-    top_decile: float
-    idle_enhanced: float
-    idle_user: float
-    ms_per_image: float
-
-    def row(self) -> dict[str, float]:
-        """All numbers, flat: an interval is three of them."""
-        spread = {**self.agreement, "seed share": self.seed_share}
-        ends = (("mean", ""), ("low", ", low"), ("high", ", high"))
-        row = {name + suffix: found[end] for name, found in spread.items() for end, suffix in ends}
-        return row | {
-            "at ceiling": self.at_ceiling,
-            "at floor": self.at_floor,
-            "top decile": self.top_decile,
-            "idle words, rewrite": self.idle_enhanced,
-            "idle words, user": self.idle_user,
-            "ms per image": self.ms_per_image,
-            "scored": float(np.isfinite(self.scores).mean()),
-        }
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Some rewards, audited on the same samples; `show.audit_figure` draws it."""
+    """Some rewards, audited on the same samples; `show.audit_figure` draws it.
 
-    rewards: dict[str, RewardAudit]
+    Args:
+        scores: reward → (N,), NaN where a sample could not be scored.
+        rows: reward → what was found of it, each with ", low" and ", high" of its interval where it has one:
+            rank within, pairs within: agreement with gold among samples of one prompt. The mean over prompts of
+            Spearman's rank correlation; the share of pairs that gold tells apart and that the reward puts in the same
+            order (a tie counts half, so 0.5 is chance). "… over all" are the same between all samples, in which a
+            reward that knows easy prompts from hard ones does well, too. Missing without gold.
+            seed share: of the variance within a prompt, what another latent seed does to the same texts. NaN where no
+            text was drawn twice.
+            at ceiling, at floor: shares of samples within 1 % of the observed range from its ends.
+            top decile: which part of the range separates the best tenth of the samples from each other.
+            idle words, rewrite; idle words, user: mean absolute change when idle words are added to the rewrite, or to
+            the user's prompt, in standard deviations of the scores within a prompt.
+            ms per image: of a call with all images; what a reward keeps of known texts is not counted.
+            scored: share of the samples.
+    """
+
+    scores: dict[str, np.ndarray] = field(repr=False)
+    rows: dict[str, dict[str, float]]
 
     def table(self) -> pd.DataFrame:
         """A row a reward."""
-        return pd.DataFrame({name: found.row() for name, found in self.rewards.items()}).T.rename_axis("reward")
+        return pd.DataFrame(self.rows).T.rename_axis("reward")
 
 
 def audit(
@@ -105,83 +73,72 @@ def audit(
         idle_words: each is added to a text in turn.
 
     Raises:
-        AuditError: no samples, or columns of another length.
+        KitError: no samples, or columns of another length.
         RewardError: a reward that fails.
     """
     rewrites = prompts if enhanced_prompts is None else enhanced_prompts
-    ids = pd.factorize(pd.Series(prompts if group_ids is None else np.asarray(group_ids)))[0]
-    columns = {"prompts": prompts, "enhanced_prompts": rewrites, "group_ids": ids, "image_seeds": image_seeds}
+    columns = {"prompts": prompts, "enhanced_prompts": rewrites, "group_ids": group_ids, "image_seeds": image_seeds}
     for name, values in columns.items():
-        if not images or (values is not None and len(values) != len(images)):
-            raise AuditError(
-                f"{name}: found {len(values or ())} for {len(images)} images, allowed: one each, at least 1"
-            )
-    samples = _Samples(list(images), list(prompts), list(rewrites), ids, image_seeds)
-    truth = samples.scored("gold", gold) if callable(gold) else gold
+        count = len(images) if values is None else len(values)
+        if not images or count != len(images):
+            raise KitError(f"{name}: found {count} for {len(images)} images, allowed: one each, at least 1")
+    samples = pd.DataFrame({"image": pd.Series(list(images), dtype=object)})
+    samples = samples.assign(prompt=list(prompts), rewrite=list(rewrites))
+    samples["group"] = pd.factorize(np.asarray(prompts if group_ids is None else group_ids))[0]
+    if image_seeds is not None:
+        samples["seed"] = np.asarray(image_seeds)
+    truth = _scored("gold", gold, samples) if callable(gold) else gold
     if truth is not None and np.shape(truth) != (len(images),):
-        raise AuditError(f"gold: found shape {np.shape(truth)}, allowed: ({len(images)},), one number an image")
+        raise KitError(f"gold: found shape {np.shape(truth)}, allowed: ({len(images)},), one number an image")
     named = reward if isinstance(reward, Mapping) else {getattr(reward, "__name__", type(reward).__name__): reward}
-    options = (None if truth is None else np.asarray(truth, float), idle_words, confidence, n_resamples)
-    return Audit({name: _audited(name, one, samples, *options) for name, one in named.items()})
+    truth = None if truth is None else np.asarray(truth, float)
+    scores, rows = {}, {}
+    for name, one in named.items():
+        scores[name] = _scored(name, one, samples)
+        if not np.isfinite(scores[name]).any():
+            raise KitError(f"reward {name!r}: found no sample that it can score, allowed: at least one")
+        rows[name] = _statistics(scores[name], truth, samples, confidence, n_resamples)
+        rows[name] |= _reactions(name, one, scores[name], samples, idle_words)
+    return Audit(scores, rows)
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """What rewards are called with."""
-
-    images: list[Image.Image | None]
-    prompts: list[str]
-    rewrites: list[str]
-    group_ids: np.ndarray
-    image_seeds: Sequence[int] | None
-
-    def scored(self, name: str, reward: Reward, prompt_end: str = "", rewrite_end: str = "") -> np.ndarray:
-        """(N,) float64, after the ends were added to the texts."""
-        texts = [text + prompt_end for text in self.prompts], [text + rewrite_end for text in self.rewrites]
-        seeds = None if self.image_seeds is None else torch.as_tensor(self.image_seeds)
-        rewards = Rewards({name: reward}, {name: 1.0})
-        found = rewards.score(self.images, *texts, group_ids=torch.as_tensor(self.group_ids), image_seeds=seeds)
-        return found[name].numpy()
-
-    def shuffled(self) -> "_Samples":
-        """In an order that no reward has met: what it keeps of the batches before is of no use to it."""
-        order = np.random.default_rng().permutation(len(self.images))
-        images, prompts, rewrites = (
-            [column[row] for row in order] for column in (self.images, self.prompts, self.rewrites)
-        )
-        seeds = None if self.image_seeds is None else np.asarray(self.image_seeds)[order]
-        return _Samples(images, prompts, rewrites, self.group_ids[order], seeds)
-
-
-def _audited(
-    name: str,
-    reward: Reward,
-    samples: _Samples,
-    gold: np.ndarray | None,
-    idle_words: Sequence[str],
-    confidence: float,
-    n_resamples: int,
-) -> RewardAudit:
-    scores = samples.scored(name, reward)  # before the clock starts: a first call loads and warms up
-    if not np.isfinite(scores).any():
-        raise AuditError(f"reward {name!r}: found no sample that it can score, allowed: at least one")
-    shuffled, started = samples.shuffled(), time.perf_counter()
-    shuffled.scored(name, reward)
-    seconds = time.perf_counter() - started
-    ends = [f", {word}" for word in idle_words]
-    rewritten = [samples.scored(name, reward, rewrite_end=end) for end in ends]
-    asked = [samples.scored(name, reward, prompt_end=end) for end in ends]
-    texts = pd.factorize(pd.Series(list(zip(samples.prompts, samples.rewrites, strict=True))))[0]
-    options = (confidence, n_resamples)
-    return RewardAudit(
-        scores=scores,
-        agreement={} if gold is None else agreement(scores, gold, samples.group_ids, *options),
-        seed_share=seed_share(scores, texts, samples.group_ids, *options),
-        **saturation(scores),
-        idle_enhanced=idle_change(scores, rewritten, samples.group_ids),
-        idle_user=idle_change(scores, asked, samples.group_ids),
-        ms_per_image=1000 * seconds / len(scores),
+def _scored(name: str, reward: Reward, samples: pd.DataFrame) -> np.ndarray:
+    """(N,) float64: a reward's scores of samples with the columns image, prompt, rewrite, group and perhaps seed."""
+    found = Rewards({name: reward}, {name: 1.0}).score(
+        *(samples[column].tolist() for column in ("image", "prompt", "rewrite")),
+        group_ids=torch.tensor(samples["group"].to_numpy()),
+        image_seeds=torch.tensor(samples["seed"].to_numpy()) if "seed" in samples else None,
     )
+    return found[name].numpy()
+
+
+def _statistics(
+    scores: np.ndarray, gold: np.ndarray | None, samples: pd.DataFrame, confidence: float, n_resamples: int
+) -> dict[str, float]:
+    """What the scores alone tell, flat: an interval is three numbers."""
+    groups = samples["group"].to_numpy()
+    texts = samples.groupby(["prompt", "rewrite"], sort=False).ngroup().to_numpy()
+    found = {} if gold is None else agreement(scores, gold, groups, confidence, n_resamples)
+    found["seed share"] = seed_share(scores, texts, groups, confidence, n_resamples)
+    row = {}
+    for name, interval in found.items():
+        row |= {name: interval.mean, f"{name}, low": interval.low, f"{name}, high": interval.high}
+    return row | saturation(scores)
+
+
+def _reactions(
+    name: str, reward: Reward, scores: np.ndarray, samples: pd.DataFrame, idle_words: Sequence[str]
+) -> dict[str, float]:
+    """What more calls tell: the seconds of one, and the change that idle words make."""
+    shuffled, started = samples.sample(frac=1), time.perf_counter()  # in this order no result of a batch was kept
+    _scored(name, reward, shuffled)
+    seconds = time.perf_counter() - started
+    row = {}
+    for label, column in (("idle words, rewrite", "rewrite"), ("idle words, user", "prompt")):
+        longer = [samples.assign(**{column: samples[column] + f", {word}"}) for word in idle_words]
+        changed = [_scored(name, reward, one) for one in longer]
+        row[label] = idle_change(scores, changed, samples["group"].to_numpy())
+    return row | {"ms per image": 1000 * seconds / len(scores), "scored": float(np.isfinite(scores).mean())}
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------
@@ -202,22 +159,21 @@ def agreement(
     both = np.isfinite(scores) & np.isfinite(gold)
     scores, gold, groups = scores[both], gold[both], pd.factorize(group_ids[both])[0]
     if not both.any():
-        nothing = dict.fromkeys(("mean", "low", "high"), float("nan"))
-        return dict.fromkeys(_AGREEMENT, nothing)
+        return dict.fromkeys(("rank within", "rank over all", "pairs within", "pairs over all"), Interval(float("nan")))
     members = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
     ranks = np.array([_rank_correlation(scores[rows], gold[rows]) for rows in members if np.ptp(gold[rows]) > 0])
     drawn = np.random.default_rng(0).integers(len(members), size=(n_resamples, len(members)))
     samples = [np.concatenate([members[group] for group in draw]) for draw in drawn]
-    overall = [_rank_correlation(scores[rows], gold[rows]) for rows in samples]
+    overall = np.array([_rank_correlation(scores[rows], gold[rows]) for rows in samples])
     right, all_pairs = _ordered_pairs(scores, gold, groups)
     counts = np.stack([np.bincount(draw, minlength=len(members)) for draw in drawn]).astype(float)
     within = _ratio(counts @ np.diag(right), counts @ np.diag(all_pairs))
     between = _ratio(((counts @ right) * counts).sum(1), ((counts @ all_pairs) * counts).sum(1))
     return {
         "rank within": bootstrap_interval(ranks, confidence),
-        "rank over all": _interval(_rank_correlation(scores, gold), overall, confidence),
-        "pairs within": _interval(_ratio(np.trace(right), np.trace(all_pairs)), within, confidence),
-        "pairs over all": _interval(_ratio(right.sum(), all_pairs.sum()), between, confidence),
+        "rank over all": percentile_interval(_rank_correlation(scores, gold), overall, confidence),
+        "pairs within": percentile_interval(_ratio(np.trace(right), np.trace(all_pairs)), within, confidence),
+        "pairs over all": percentile_interval(_ratio(right.sum(), all_pairs.sum()), between, confidence),
     }
 
 
@@ -243,14 +199,6 @@ def _ratio(top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray | 
         return np.divide(top, bottom)
 
 
-def _interval(found: float, drawn: Sequence[float], confidence: float) -> Interval:
-    """Percentile interval of what resampling gave; NaN where too little is left to resample."""
-    drawn = np.asarray(drawn, float)
-    drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2]) if len(drawn) > 1 else (np.nan, np.nan)
-    return {"mean": float(found), "low": float(low), "high": float(high)}
-
-
 # --- noise, saturation, idle words ------------------------------------------------------------------------------------
 
 
@@ -265,11 +213,10 @@ def seed_share(
     Args:
         scores, texts, group_ids: (N,); equal numbers in `texts` are the same user's prompt and rewrite.
     """
-    kept = np.isfinite(scores)
-    frame = pd.DataFrame({"score": scores, "text": texts, "group": group_ids})[kept]
+    frame = pd.DataFrame({"score": scores, "text": texts, "group": group_ids})[np.isfinite(scores)]
     squares = np.array([_text_squares(group) for _, group in frame.groupby("group")])  # (G, 5)
     drawn = np.random.default_rng(0).integers(len(squares), size=(n_resamples, len(squares)))
-    return _interval(_share_of(squares.sum(axis=0)), _share_of(squares[drawn].sum(axis=1)), confidence)
+    return percentile_interval(_share_of(squares.sum(axis=0)), _share_of(squares[drawn].sum(axis=1)), confidence)
 
 
 def _text_squares(group: pd.DataFrame) -> tuple[float, ...]:
@@ -296,7 +243,7 @@ def saturation(scores: np.ndarray) -> dict[str, float]:
     edge = _EDGE * (high - low)
     top = float(_ratio(high - np.quantile(found, 0.9), high - low)) if high > low else 0.0
     ceiling, floor = (found >= high - edge).mean(), (found <= low + edge).mean()
-    return {"at_ceiling": float(ceiling), "at_floor": float(floor), "top_decile": top}
+    return {"at ceiling": float(ceiling), "at floor": float(floor), "top decile": top}
 
 
 def idle_change(scores: np.ndarray, changed: Sequence[np.ndarray], group_ids: np.ndarray) -> float:

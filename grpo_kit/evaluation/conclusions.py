@@ -1,26 +1,19 @@
-"""What the rows of an evaluation show: means, paired differences, rates, strata, diversity, and what could be seen."""
+"""What the rows of an evaluation show: means, paired differences, rates, strata, diversity, and what is detectable."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from grpo_kit.config import EvaluationSettings
 from grpo_kit.evaluation.diversity import rewrite_diversity
-from grpo_kit.evaluation.statistics import (
-    POWER,
-    Interval,
-    bootstrap_interval,
-    compared_pairs,
-    complete_cells,
-    detectable_difference,
-    score_tables,
-    success_rate,
-    variance_parts,
-    win_rate,
-)
+from grpo_kit.evaluation.intervals import Interval, interval, success_rate, win_rate
+from grpo_kit.evaluation.pairs import compared_pairs, complete_cells, score_tables
+from grpo_kit.evaluation.power import POWER, detectable
 
 Scores = Mapping[str, Mapping[str, pd.DataFrame]]  # metric → variant → (P, K)
+Pairs = Sequence[tuple[str, str]]
 
 
 def summarize(rows: pd.DataFrame, settings: EvaluationSettings, reworded: pd.DataFrame | None = None) -> dict:
@@ -28,7 +21,7 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings, reworded: pd.Dat
 
     Args:
         rows: tidy, a row (prompt, variant, seed).
-        reworded: rows of the paraphrased prompts, where they were asked.
+        reworded: rows of the paraphrased prompts, where there are any.
 
     Returns:
         The content of `final_results.json`: means (`variants`) and paired `differences`, both again by category and
@@ -41,35 +34,45 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings, reworded: pd.Dat
     variants = list(dict.fromkeys(drawn["variant"]))
     scores, pairs = score_tables(rows, metrics, variants), compared_pairs(variants)
     by_category = rows.groupby(["category", "variant"])[metrics].mean()
+    compare = partial(_means_and_differences, metrics=metrics, variants=variants, settings=settings)
+    from_raw = [(a, b) for a, b in pairs if b == "raw"]
     results = {
         "num_prompts": int(rows["prompt_id"].nunique()),
         "seeds_per_prompt": int(rows["seed"].nunique()),
         "excluded_cells": excluded,
         "confidence": settings.confidence,
-        **_means_and_differences(scores, variants, pairs, settings),
+        **compare(rows, pairs=pairs),
         "by_category": {
             str(category): {v: by_category.loc[(category, v)].to_dict() for v in variants}
             for category in dict.fromkeys(rows["category"])
         },
-        "strata": {name: _strata(rows, scores, name, variants, settings) for name in ("category", "difficulty")},
-        **_rates(scores, pairs, settings),
+        "strata": {
+            name: {
+                str(value): {"num_prompts": int(part["prompt_id"].nunique()), **compare(part, pairs=from_raw)}
+                for value, part in rows.groupby(name, sort=False)
+            }
+            for name in ("category", "difficulty")
+        },
+        "success": _of_pairs(scores, pairs, lambda cells: success_rate(cells, settings.confidence)),
+        "win_rate": _of_pairs(scores, pairs, lambda cells: win_rate(cells, settings.confidence, settings.n_resamples)),
         "diversity": {v: _diversity(drawn[drawn["variant"] == v]) for v in variants if v != "raw"},
-        "detectable": {"power": POWER, "differences": _detectable(scores, pairs, settings)},
+        "detectable": {"power": POWER, "differences": _detectable(scores, pairs, settings.confidence)},
     }
     if reworded is not None and len(reworded):
         results["paraphrases"] = _summarize_reworded(rows, reworded, metrics, settings)
     if {"trained", "raw"} <= set(variants):
-        success = results["success"]["trained-raw"]
-        results["success_rate"] = {m: success[m]["mean"] for m in metrics[:2]}
+        results["success_rate"] = {m: results["success"]["trained-raw"][m].mean for m in metrics[:2]}
     if {"trained", "raw", "oracle"} <= set(variants):
         results["gap_closed"] = {m: _gap_closed(results["variants"], m) for m in metrics[:2]}
-    return _none_for_nan(results)
+    return _as_in_file(results)
 
 
-def _none_for_nan(data: object) -> object:
-    """The same with None for what could not be computed, as it stands in the file."""
+def _as_in_file(data: object) -> object:
+    """The same as JSON holds it: intervals as dicts, None for what could not be computed."""
+    if isinstance(data, Interval):
+        data = data.to_dict()
     if isinstance(data, dict):
-        return {key: _none_for_nan(value) for key, value in data.items()}
+        return {key: _as_in_file(value) for key, value in data.items()}
     return None if isinstance(data, float) and np.isnan(data) else data
 
 
@@ -85,45 +88,29 @@ def with_metrics(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return rows.rename(columns=others), [name for name in ("reward", "gold") if name in rows] + list(others.values())
 
 
-def interval(values: np.ndarray, settings: EvaluationSettings) -> Interval:
-    """Mean of per-prompt values (NaN left out) and its bootstrap interval over prompts."""
-    return bootstrap_interval(np.asarray(values, dtype=float), settings.confidence, settings.n_resamples)
-
-
 def _means_and_differences(
-    scores: Scores, variants: Sequence[str], pairs: Sequence[tuple[str, str]], settings: EvaluationSettings
-) -> dict:
+    rows: pd.DataFrame,
+    metrics: Sequence[str],
+    variants: Sequence[str],
+    pairs: Pairs,
+    settings: EvaluationSettings,
+) -> dict[str, dict]:
     """Each variant's means and each pair's differences: means over prompts of means over latents."""
-    means = {m: {v: table.mean(axis=1).to_numpy() for v, table in tables.items()} for m, tables in scores.items()}
+    means = rows.groupby(["prompt_id", "variant"])[list(metrics)].mean().unstack("variant")
+    means = means.reindex(columns=pd.MultiIndex.from_product([metrics, variants]))
     return {
-        "variants": {v: {m: interval(means[m][v], settings) for m in scores} for v in variants},
+        "variants": {v: {m: interval(means[m, v], settings) for m in metrics} for v in variants},
         "differences": {
-            f"{a}-{b}": {m: interval(means[m][a] - means[m][b], settings) for m in scores} for a, b in pairs
+            f"{a}-{b}": {m: interval(means[m, a] - means[m, b], settings) for m in metrics} for a, b in pairs
         },
     }
 
 
-def _strata(
-    rows: pd.DataFrame, scores: Scores, column: str, variants: Sequence[str], settings: EvaluationSettings
-) -> dict:
-    """Means, and differences from the raw prompt, in each category (or difficulty), with its number of prompts."""
-    member = rows.drop_duplicates("prompt_id").set_index("prompt_id")[column]
-    pairs = [(a, b) for a, b in compared_pairs(variants) if b == "raw"]
-    found = {}
-    for value, ids in member.groupby(member, sort=False).groups.items():
-        part = {m: {v: table.loc[ids] for v, table in tables.items()} for m, tables in scores.items()}
-        found[str(value)] = {"num_prompts": len(ids), **_means_and_differences(part, variants, pairs, settings)}
-    return found
-
-
-def _rates(scores: Scores, pairs: Sequence[tuple[str, str]], settings: EvaluationSettings) -> dict:
-    found: dict[str, dict] = {"success": {}, "win_rate": {}}
-    for a, b in pairs:
-        cells = {m: (tables[a] - tables[b]).to_numpy() for m, tables in scores.items()}
-        found["success"][f"{a}-{b}"] = {m: success_rate(c, settings.confidence) for m, c in cells.items()}
-        wins = {m: win_rate(c, settings.confidence, settings.n_resamples) for m, c in cells.items()}
-        found["win_rate"][f"{a}-{b}"] = wins
-    return found
+def _of_pairs(scores: Scores, pairs: Pairs, statistic: Callable[[np.ndarray], object]) -> dict[str, dict]:
+    """Pair → metric → a statistic of its (P, K) differences."""
+    return {
+        f"{a}-{b}": {m: statistic((tables[a] - tables[b]).to_numpy()) for m, tables in scores.items()} for a, b in pairs
+    }
 
 
 def _diversity(rows: pd.DataFrame) -> dict[str, float | str]:
@@ -131,40 +118,14 @@ def _diversity(rows: pd.DataFrame) -> dict[str, float | str]:
     return rewrite_diversity(list(texts["user_prompt"]), list(texts["text"]))
 
 
-def _detectable(scores: Scores, pairs: Sequence[tuple[str, str]], settings: EvaluationSettings) -> dict:
-    cells = {f"{a}-{b}": {m: (tables[a] - tables[b]).to_numpy() for m, tables in scores.items()} for a, b in pairs}
-    return {
-        pair: {m: _detectable_with(c, settings) for m, c in by_metric.items() if _scored_prompts(c) > 1}
-        for pair, by_metric in cells.items()
-    }
+def _detectable(scores: Scores, pairs: Pairs, confidence: float) -> dict[str, dict]:
+    """What each pair's evaluation could detect, where at least two prompts have a score."""
 
+    def of_cells(cells: np.ndarray) -> dict | None:
+        return detectable(cells, confidence) if np.isfinite(cells).any(axis=1).sum() > 1 else None
 
-def _scored_prompts(cells: np.ndarray) -> int:
-    return int(np.isfinite(cells).any(axis=1).sum())
-
-
-def _detectable_with(cells: np.ndarray, settings: EvaluationSettings) -> dict[str, float | None]:
-    """The smallest difference that this pair's evaluation could detect, and with other numbers of prompts or latents.
-
-    Where a prompt has one latent, what more of them would bring is not known: None.
-    """
-    parts = variance_parts(cells)
-    seeds, known = parts.seeds_per_prompt, parts.seed is not None
-
-    def with_seeds(count: float) -> float | None:
-        return detectable_difference(parts, None, count, confidence=settings.confidence) if known else None
-
-    twice = detectable_difference(parts, 2 * parts.num_prompts, confidence=settings.confidence)
-    return {
-        "difference": detectable_difference(parts, confidence=settings.confidence),
-        "standard_error": parts.standard_error(),
-        "prompt_variance": parts.prompt,
-        "seed_variance": parts.seed,
-        "with_one_seed": with_seeds(1),
-        "with_twice_the_seeds": with_seeds(2 * seeds),
-        "with_endless_seeds": with_seeds(float("inf")),
-        "with_twice_the_prompts": twice,
-    }
+    found = _of_pairs(scores, pairs, of_cells)
+    return {pair: {m: value for m, value in values.items() if value is not None} for pair, values in found.items()}
 
 
 def _summarize_reworded(
@@ -174,19 +135,16 @@ def _summarize_reworded(
     other = reworded.rename(columns={f"reward/{name}": name for name in metrics if name not in reworded})
     means = other.groupby(["variant", "prompt_id"])[list(metrics)].mean()
     variants = list(dict.fromkeys(other["variant"]))
-    scores = {m: {v: means.loc[v, [m]] for v in variants} for m in metrics}
-    originals = rows[rows["seed"] == 0].set_index(["variant", "prompt_id"])
-    changes = {v: means.loc[v] - originals[list(metrics)].reindex(means.index).loc[v] for v in variants}
+    originals = rows[rows["seed"] == 0].set_index(["variant", "prompt_id"])[list(metrics)]
+    changes = means - originals.reindex(means.index)
     return {
         "num_prompts": int(other["prompt_id"].nunique()),
-        **_means_and_differences(scores, variants, compared_pairs(variants), settings),
-        "from_originals": {
-            v: {m: interval(change[m].to_numpy(), settings) for m in metrics} for v, change in changes.items()
-        },
+        **_means_and_differences(other, metrics, variants, compared_pairs(variants), settings),
+        "from_originals": {v: {m: interval(changes.loc[v][m], settings) for m in metrics} for v in variants},
     }
 
 
-def _gap_closed(variants: dict, metric: str) -> float | None:
+def _gap_closed(variants: Mapping[str, Mapping[str, Interval]], metric: str) -> float | None:
     """How far the trained policy came on the way from raw to oracle; None where there is no way to go."""
-    raw, trained, oracle = (variants[v][metric]["mean"] for v in ("raw", "trained", "oracle"))
+    raw, trained, oracle = (variants[v][metric].mean for v in ("raw", "trained", "oracle"))
     return (trained - raw) / (oracle - raw) if oracle > raw else None

@@ -15,7 +15,7 @@ def rewrite_diversity(prompts: Sequence[str], rewrites: Sequence[str]) -> dict[s
 
     Args:
         prompts: the users' prompts, N.
-        rewrites: what became of each, N.
+        rewrites: the rewrite of each, N.
 
     Returns:
         distinct: share of the rewrites that differ from one another, in (0, 1].
@@ -29,9 +29,13 @@ def rewrite_diversity(prompts: Sequence[str], rewrites: Sequence[str]) -> dict[s
     """
     if not rewrites or len(prompts) != len(rewrites):
         raise ValueError(f"rewrites: found {len(rewrites)} of {len(prompts)} prompts, allowed: one each, at least one")
-    asked, written = [set(words(text)) for text in prompts], [words(text) for text in rewrites]
-    added = [set(text) - known for text, known in zip(written, asked, strict=True)]
-    suffix, share = common_ending([_added_ending(*pair) for pair in zip(written, asked, strict=True)])
+    added, endings = [], []
+    for prompt, rewrite in zip(prompts, rewrites, strict=True):
+        known, written = set(words(prompt)), words(rewrite)
+        added.append(set(written) - known)
+        last_known = max((place for place, word in enumerate(written) if word in known), default=-1)
+        endings.append(written[last_known + 1 :])
+    suffix, share = common_ending(endings)
     return {
         "distinct": len(set(rewrites)) / len(rewrites),
         "added_words": float(np.mean([len(one) for one in added])),
@@ -50,11 +54,8 @@ def mean_jaccard_distance(sets: Sequence[set[str]]) -> float:
     """Mean of 1 − |A ∩ B| / |A ∪ B| over all pairs; two empty sets are alike. NaN for fewer than two sets."""
     if len(sets) < 2:
         return float("nan")
-    vocabulary = {word: place for place, word in enumerate(sorted(set().union(*sets)))}
-    holds = np.zeros((len(sets), max(1, len(vocabulary))), dtype=bool)
-    for row, one in enumerate(sets):
-        holds[row, [vocabulary[word] for word in one]] = True
-    return float(pdist(holds, "jaccard").mean())
+    vocabulary = sorted(set().union(*sets)) or [""]
+    return float(pdist([[word in one for word in vocabulary] for one in sets], "jaccard").mean())
 
 
 def common_ending(endings: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], float]:
@@ -69,9 +70,3 @@ def common_ending(endings: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], fl
             break
         best, share = ending, count / len(endings)
     return best, share
-
-
-def _added_ending(written: Sequence[str], asked: set[str]) -> list[str]:
-    """The words at a rewrite's end that its prompt does not have."""
-    count = next((i for i, word in enumerate(reversed(written)) if word in asked), len(written))
-    return list(written[len(written) - count :])

@@ -1,11 +1,11 @@
-"""How much of a group's spread is the rewrites' own, how much the generator's noise, and what that says about a budget.
+"""How much of the variance within a group is the rewrites', how much the generator's noise, and how to spend a budget.
 
 Draw N rewrites of each of P prompts from the same M latent seeds: within a prompt a score is
 
     score[n, m] = prompt's mean + rewrite[n] + seed[m] + rest[n, m],
 
-a two-way table of random effects (Searle, Casella & McCulloch, "Variance Components", 1992, ch. 4). `seed` is luck that
-all rewrites share; `rest` is luck that one rewrite has with one seed, and whatever the score itself adds.
+a two-way table of random effects (Searle, Casella & McCulloch, "Variance Components", 1992, ch. 4). `seed` is noise
+that all rewrites share; `rest` is noise of one rewrite with one seed, and what the score itself adds.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,9 @@ import pandas as pd
 from scipy import integrate, stats
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.intervals import Interval, percentile_interval
 
 PARTS = ("rewrite", "seed", "rest")
-
-
-class NoiseError(KitError):
-    """Scores that cannot be split, or a budget that cannot be advised on."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +26,14 @@ class VarianceSplit:
 
     Args:
         rewrite, seed, rest: variances. An estimate below 0, which a part near 0 can have, is set to 0.
-        intervals: part → (low, high) of its variance; part + " share" → of its share. NaN for a single prompt.
+        intervals: part → that of its variance; part + " share" → that of its share. Without ends for a single prompt.
         prompts, rewrites, seeds: the size of the table that it was found in.
     """
 
     rewrite: float
     seed: float
     rest: float
-    intervals: dict[str, tuple[float, float]]
+    intervals: dict[str, Interval]
     prompts: int
     rewrites: int
     seeds: int
@@ -49,21 +46,21 @@ class VarianceSplit:
     def reliability(self, images: int = 1, *, common_seeds: bool = True) -> float:
         """Share of the variance of measured differences in a group that is the rewrites' own, in [0, 1].
 
-        Common random numbers: with the same seeds for all rewrites of a group, the seeds' own luck is the same for all
-        and leaves the differences. With seeds of their own it stays.
+        Common random numbers: with the same seeds for all rewrites of a group, the seeds' part is the same for all and
+        leaves the differences. With seeds of their own it stays.
 
         Args:
             images: how many of each rewrite are averaged.
         """
-        luck = (self.rest if common_seeds else self.rest + self.seed) / images
-        return self.rewrite / (self.rewrite + luck) if self.rewrite + luck else float("nan")
+        noise = (self.rest if common_seeds else self.rest + self.seed) / images
+        return self.rewrite / (self.rewrite + noise) if self.rewrite + noise else float("nan")
 
     def table(self) -> pd.DataFrame:
         """A row a part: standard deviation, share of the variance, and the share's interval."""
         rows = {}
         for part, share in self.shares().items():
-            low, high = self.intervals[f"{part} share"]
-            rows[part] = {"std": getattr(self, part) ** 0.5, "share": share, "low": low, "high": high}
+            found = self.intervals[f"{part} share"]
+            rows[part] = {"std": getattr(self, part) ** 0.5, "share": share, "low": found.low, "high": found.high}
         return pd.DataFrame(rows).T
 
 
@@ -80,20 +77,24 @@ def split_variance(
             prompts may differ. A prompt with a NaN is left out.
 
     Raises:
-        NoiseError: another shape, fewer than two rewrites or seeds, or no prompt without NaN.
+        KitError: another shape, fewer than two rewrites or seeds, or no prompt without NaN.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 3 or min(values.shape[1:]) < 2:
-        raise NoiseError(f"values: found shape {values.shape}, allowed: (prompts, rewrites >= 2, seeds >= 2)")
+        raise KitError(f"values: found shape {values.shape}, allowed: (prompts, rewrites >= 2, seeds >= 2)")
     values = values[np.isfinite(values).all(axis=(1, 2))]
     if not len(values):
-        raise NoiseError("values: found no prompt whose scores are all finite, allowed: at least one")
+        raise KitError("values: found no prompt whose scores are all finite, allowed: at least one")
     P, N, M = values.shape
     squares = _mean_squares(values)
-    parts = _components(squares.mean(axis=0), N, M)
-    drawn = squares[np.random.default_rng(seed).integers(P, size=(n_resamples, P))].mean(axis=1)
-    intervals = _intervals(_components(drawn, N, M), confidence) if P > 1 else _no_intervals()
-    return VarianceSplit(*map(float, parts), intervals=intervals, prompts=P, rewrites=N, seeds=M)
+    draws = np.random.default_rng(seed).integers(P, size=(n_resamples if P > 1 else 0, P))
+    parts = _components(squares.mean(axis=0, keepdims=True), N, M)
+    resampled = _variances_and_shares(_components(squares[draws].mean(axis=1), N, M))
+    intervals = {
+        name: percentile_interval(estimate, resampled[name], confidence)
+        for name, (estimate,) in _variances_and_shares(parts).items()
+    }
+    return VarianceSplit(*map(float, parts[:, 0]), intervals=intervals, prompts=P, rewrites=N, seeds=M)
 
 
 def _mean_squares(values: np.ndarray) -> np.ndarray:
@@ -102,39 +103,26 @@ def _mean_squares(values: np.ndarray) -> np.ndarray:
     centred = values - values.mean(axis=(1, 2), keepdims=True)
     rewrites, seeds = centred.mean(axis=2), centred.mean(axis=1)
     rest = centred - rewrites[:, :, None] - seeds[:, None, :]
-    return np.stack(
-        [
-            M * (rewrites**2).sum(axis=1) / (N - 1),
-            N * (seeds**2).sum(axis=1) / (M - 1),
-            (rest**2).sum(axis=(1, 2)) / ((N - 1) * (M - 1)),
-        ],
-        axis=1,
+    squares = (
+        M * (rewrites**2).sum(axis=1) / (N - 1),
+        N * (seeds**2).sum(axis=1) / (M - 1),
+        (rest**2).sum(axis=(1, 2)) / ((N - 1) * (M - 1)),
     )
+    return np.stack(squares, axis=1)
 
 
 def _components(squares: np.ndarray, N: int, M: int) -> np.ndarray:
-    """(3, …) variances from (…, 3) mean squares, whose expectations are rest + M·rewrite, rest + N·seed and rest."""
-    rewrites, seeds, rest = np.moveaxis(squares, -1, 0)
+    """(3, R) variances from (R, 3) mean squares, whose expectations are rest + M·rewrite, rest + N·seed and rest."""
+    rewrites, seeds, rest = squares.T
     return np.stack([np.maximum(rewrites - rest, 0) / M, np.maximum(seeds - rest, 0) / N, rest])
 
 
-def _intervals(drawn: np.ndarray, confidence: float) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of (3, R) resampled variances and of their shares."""
-    total = drawn.sum(axis=0)
-    shares = np.divide(drawn, total, out=np.full_like(drawn, np.nan), where=total > 0)
-    quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
-    found = {}
-    for part, variances, share in zip(PARTS, drawn, shares, strict=True):
-        found[part] = tuple(map(float, np.quantile(variances, quantiles)))
-        found[f"{part} share"] = tuple(map(float, np.quantile(share, quantiles)))
-    return found
-
-
-def _no_intervals() -> dict[str, tuple[float, float]]:
-    return {name: (float("nan"), float("nan")) for part in PARTS for name in (part, f"{part} share")}
-
-
-# --- what a budget is best spent on -----------------------------------------------------------------------------------
+def _variances_and_shares(variances: np.ndarray) -> dict[str, np.ndarray]:
+    """Name → (R,) from (3, R) variances: each part's variance, and its share of their sum."""
+    total = variances.sum(axis=0)
+    shares = np.divide(variances, total, out=np.full_like(variances, np.nan), where=total > 0)
+    names = [*PARTS, *(f"{part} share" for part in PARTS)]
+    return dict(zip(names, [*variances, *shares], strict=True))
 
 
 @dataclass(frozen=True)
@@ -148,10 +136,12 @@ class Advice:
     table: pd.DataFrame
 
     def __str__(self) -> str:
-        best, row = self.table.iloc[0], (self.prompts, self.group_size, self.images_per_rewrite)
         kind = "the same seeds for a group" if self.common_seeds else "seeds of their own"
-        size = "{} prompts × {} rewrites × {} image{}".format(*row, "" if row[2] == 1 else "s")
-        return f"{size}, {kind}: an advantage correlates {best['correlation']:.2f} with the true one"
+        images = f"{self.images_per_rewrite} image{'' if self.images_per_rewrite == 1 else 's'}"
+        return (
+            f"{self.prompts} prompts × {self.group_size} rewrites × {images}, {kind}: an advantage correlates "
+            f"{self.table['correlation'].iloc[0]:.2f} with the true one"
+        )
 
 
 def advise(
@@ -170,7 +160,7 @@ def advise(
     degrees of freedom, and P groups are averaged. It assumes that
 
     * effects are additive and normal, and score functions of different rewrites are independent;
-    * advantages are not divided by the group's spread (dividing costs more the smaller a group is);
+    * advantages are not divided by the group's standard deviation (dividing costs more the smaller a group is);
     * prompts teach the same thing. They do not, and no table of rewards says how much variety is worth: `min_prompts`
       is yours to choose. Without such a bound the answer would be one large group.
 
@@ -178,8 +168,8 @@ def advise(
         images: the budget of one iteration.
         min_prompts: fewest prompts an iteration.
         rewrite_cost: what sampling a rewrite and stepping on it cost, in images. With 0 a new rewrite always beats
-            another image of an old one. Otherwise the best number of images a rewrite is about √(cost · luck / rewrite)
-            (Cochran, "Sampling Techniques", 1977, §10.6).
+            another image of an old one. Otherwise the best number of images a rewrite is about √(cost · noise /
+            rewrite) (Cochran, "Sampling Techniques", 1977, §10.6).
         common_seeds: whether the rewrites of a group share their seeds.
 
     Returns:
@@ -188,14 +178,12 @@ def advise(
         how far above the prompt's mean the truly expected rewrite with the highest score lies, in scores.
 
     Raises:
-        NoiseError: a split without any difference between rewrites, or a budget for fewer than two rewrites a prompt.
+        KitError: a split without any difference between rewrites, or a budget for fewer than two rewrites a prompt.
     """
     if not split.rewrite > 0:
-        raise NoiseError("split: found no variance of rewrites, allowed: more than 0. Draw more prompts or seeds")
+        raise KitError("split: found no variance of rewrites, allowed: more than 0. Draw more prompts or seeds")
     if min_prompts < 1 or rewrite_cost < 0:
-        raise NoiseError(
-            f"found min_prompts {min_prompts}, rewrite_cost {rewrite_cost}, allowed: at least 1, at least 0"
-        )
+        raise KitError(f"found min_prompts {min_prompts}, rewrite_cost {rewrite_cost}, allowed: at least 1, at least 0")
     sizes = [size for size in range(1, images + 1) if images % size == 0]
     rows = []
     for prompts in sizes:
@@ -204,7 +192,7 @@ def advise(
             if prompts >= min_prompts and group >= 2:
                 rows.append(_option(split, prompts, group, each, common_seeds))
     if not rows:
-        raise NoiseError(f"images: found {images}, allowed: at least 2 rewrites of each of {min_prompts} prompts")
+        raise KitError(f"images: found {images}, allowed: at least 2 rewrites of each of {min_prompts} prompts")
     table = pd.DataFrame(rows).sort_values(["signal", "group_size"], ascending=False, ignore_index=True)
     best = table.iloc[0]
     chosen = (int(best[name]) for name in ("prompts", "group_size", "images_per_rewrite"))
@@ -221,11 +209,11 @@ def _option(split: VarianceSplit, prompts: int, group: int, images: int, common_
         "correlation": reliability**0.5,
         "comparisons": comparisons,
         "signal": comparisons * reliability,
-        "best of group": _expected_maximum(group) * (reliability * split.rewrite) ** 0.5,
+        "best of group": expected_maximum(group) * (reliability * split.rewrite) ** 0.5,
     }
 
 
-def _expected_maximum(count: int) -> float:
+def expected_maximum(count: int) -> float:
     """Of `count` standard normal values."""
 
     def survives(x: float) -> float:  # E max = ∫ (1 − Φ(x)^n) dx over x > 0, less ∫ Φ(x)^n dx over x < 0

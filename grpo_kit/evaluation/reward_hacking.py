@@ -1,12 +1,12 @@
-"""The sentinel: does the reward rise while a score that training never sees falls? Then the policy games its reward.
+"""Reward hacking: does the reward rise while a score that training never sees falls?
 
-It looks at the periodic validations. They draw the same held-out prompts from the same latents each time, so two of
-them are compared prompt by prompt, by random signs (Fisher's randomisation test for paired values). A fall of the
-held-out score counts where two validations in a row show it since the same earlier one, at a level that all looks of a
-run and all earlier validations share: while that score does not fall, at most `ALPHA` of the runs raise an alarm,
-however often they are looked at. Beside such a fall, the reward has risen where both validations show it at `RISE`.
+The periodic validations tell. They draw the same held-out prompts from the same latents each time, so two of them are
+compared prompt by prompt, by random signs (Fisher's randomisation test for paired values). A fall of the held-out score
+counts where two validations in a row show it since the same earlier one, at a level that all validations of a run
+share: while that score does not fall, at most `ALPHA` of the runs are reported, however often they are validated.
+Beside such a fall, the reward has risen where both validations show it at `RISE`.
 
-Everything here is computed from what a run folder holds: a resumed run sees what an uninterrupted one would see.
+Everything here is computed from what a run folder holds: a resumed run finds what an uninterrupted one would find.
 """
 
 import math
@@ -19,29 +19,15 @@ import pandas as pd
 from scipy import special
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.statistics import t_interval
+from grpo_kit.evaluation.intervals import Interval, t_interval
 
-ALPHA = 0.05  # of the runs raise a false alarm, at most
-RISE = 0.05  # level at which the reward has risen; the fall beside it carries the burden of proof
-CONFIDENCE = 0.95  # of the intervals in a report, which decide nothing
-ALIKE = 0.2  # a diversity below it: whatever the prompt, nearly the same words are added
-FAR = 1.0  # nats per token from the initial policy; the embedded world's runs that learn stay below 0.8
+ALPHA = 0.05  # of the runs have a false report, at most
+RISE = 0.05  # level at which the reward has risen; the fall beside it is what must be proved
+LOW_DIVERSITY = 0.2  # below it, nearly the same words are added whatever the prompt
+HIGH_KL = 1.0  # nats per token from the initial policy; the embedded world's runs that learn stay below 0.8
 RECENT = 5  # iterations whose median KL counts
 
-
-@dataclass(frozen=True)
-class Change:
-    """A mean difference over prompts with its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __neg__(self) -> "Change":
-        return Change(-self.mean, -self.high, -self.low)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+Validations = Sequence[Mapping]  # contents of validation_iter_N.json in order
 
 
 @dataclass(frozen=True)
@@ -51,8 +37,8 @@ class Divergence:
     iteration: int  # of the validation that established it
     since: int  # the iteration that it is measured from
     held_out: str  # which score fell
-    reward_change: Change
-    held_out_change: Change
+    reward_change: Interval
+    held_out_change: Interval
     num_prompts: int
     p_value: float  # of the fall: the larger of this validation's and the one before's
     level: float  # what it had to stay below
@@ -67,7 +53,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Caution:
-    """Something that asks for a look and is no divergence."""
+    """Something that a person should look at and that is no divergence."""
 
     iteration: int
     kind: str  # "decline", "paraphrase", "alike" or "far"
@@ -78,8 +64,8 @@ class Caution:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """What the sentinel sees in a run so far."""
+class RewardHackingReport:
+    """What a run's validations show so far."""
 
     held_out: str | None  # the score that the reward is compared with
     signals: pd.DataFrame  # a row a validation: iteration, reward, held_out, paraphrase, diversity, kl
@@ -116,82 +102,121 @@ def held_out_score(monitors: Collection[str], named: str | None = None) -> str |
     return named or ("gold" if "gold" in monitors else None)
 
 
-def watch(validations: Sequence[Mapping], metrics: Sequence[Mapping], held_out: str | None) -> Watch:
-    """Look at all validations of a run, in order, and at what its iterations logged until the last of them."""
-    signals = follow(validations, metrics, held_out)
+def check_for_reward_hacking(
+    validations: Validations, metrics: Sequence[Mapping], held_out: str | None
+) -> RewardHackingReport:
+    """Check all validations of a run, in order, and what its iterations logged until the last of them."""
+    signals = signals_table(validations, metrics, held_out)
     divergence = None if held_out is None else find_divergence(validations, held_out)
     cautions = find_cautions(validations, signals, held_out)
     if divergence is not None:  # which says more than a decline that shows at the same time
         cautions = [found for found in cautions if (found.kind, found.iteration) != ("decline", divergence.iteration)]
-    return Watch(held_out, signals, divergence, cautions)
+    return RewardHackingReport(held_out, signals, divergence, cautions)
 
 
-def find_divergence(validations: Sequence[Mapping], held_out: str = "gold", alpha: float = ALPHA) -> Divergence | None:
+def find_divergence(validations: Validations, held_out: str = "gold", alpha: float = ALPHA) -> Divergence | None:
     """The first divergence in a run's validations, None where there is none.
 
     Args:
         validations: contents of validation_iter_N.json in order, with `iteration` and per-prompt `samples`.
         held_out: the score among each sample's `rewards` that training never sees.
-        alpha: the share of runs with a false alarm, at most.
+        alpha: the share of runs with a false report, at most.
     """
     reward, truth = score_table(validations, "reward"), score_table(validations, held_out)
-    found = first_fall(truth, reward, alpha)
-    if found is None:
+    fall = first_fall(truth, reward, alpha)
+    if fall is None:
         return None
-    fall = changes(truth, found.base, found.look)
     return Divergence(
-        iteration=validations[found.look]["iteration"],
-        since=validations[found.base]["iteration"],
+        iteration=validations[fall.place]["iteration"],
+        since=validations[fall.base]["iteration"],
         held_out=held_out,
-        reward_change=interval(changes(reward, found.base, found.look)),
-        held_out_change=interval(fall),
-        num_prompts=len(fall),
-        p_value=found.p_value,
-        level=level_at(found.look, alpha),
-        reward_p_value=rise_p_value_of_both(reward, found.base, found.look),
+        reward_change=t_interval(changes(reward, fall.base, fall.place)),
+        held_out_change=t_interval(changes(truth, fall.base, fall.place)),
+        num_prompts=len(changes(truth, fall.base, fall.place)),
+        p_value=fall.p_value,
+        level=level_at(fall.place, alpha),
+        reward_p_value=rise_p_value_of_both(reward, fall.base, fall.place),
     )
+
+
+def find_cautions(validations: Validations, signals: pd.DataFrame, held_out: str | None) -> list[Caution]:
+    """Each kind of caution once, where it first appears."""
+    found = []
+    if held_out is not None:
+        truth, meaning = score_table(validations, held_out), "training takes away what is not rewarded"
+        found += _fall_caution("decline", held_out, meaning, validations, truth)
+    if all(validation.get("paraphrases") for validation in validations):
+        reworded = score_table([validation["paraphrases"] for validation in validations], "reward")
+        what, meaning = "on reworded prompts the reward", "the policy learns wordings"
+        found += _fall_caution("paraphrase", what, meaning, validations, reworded, score_table(validations, "reward"))
+    text = "the rewrites' diversity is {diversity:.2f}: whatever the user asks, they nearly say the same"
+    found += _signal_caution("alike", text, signals[signals["diversity"] < LOW_DIVERSITY])
+    text = "the KL from the initial policy is {kl:.2f} nats a token (over {most:g}): raise beta, or lower the "
+    text += "learning rate"
+    return found + _signal_caution("far", text, signals[signals["kl"] > HIGH_KL].assign(most=HIGH_KL))
+
+
+def _fall_caution(
+    kind: str, what: str, meaning: str, validations: Validations, falling: np.ndarray, rising: np.ndarray | None = None
+) -> list[Caution]:
+    """A caution where one score falls over noise (and another, where given, rises meanwhile)."""
+    fall = first_fall(falling, rising)
+    if fall is None:
+        return []
+    size, since = -t_interval(changes(falling, fall.base, fall.place)), validations[fall.base]["iteration"]
+    text = f"{what} fell by {size} since iteration {since}: {meaning}"
+    return [Caution(validations[fall.place]["iteration"], kind, text)]
+
+
+def _signal_caution(kind: str, text: str, rows: pd.DataFrame) -> list[Caution]:
+    """A caution with the values of the first of these rows, where there is one."""
+    first = rows[:1].to_dict("records")
+    return [Caution(int(row["iteration"]), kind, text.format(**row)) for row in first]
+
+
+# --- the test ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Fall:
     """At which validation a fall is established, since which one, and its p-value; validations are counted from 0."""
 
-    look: int
+    place: int
     base: int
     p_value: float
 
 
-def first_fall(truth: np.ndarray, reward: np.ndarray | None = None, alpha: float = ALPHA) -> Fall | None:
-    """The first validation at which `truth` has fallen over noise, and `reward`, where given, has risen since the same.
+def first_fall(falling: np.ndarray, rising: np.ndarray | None = None, alpha: float = ALPHA) -> Fall | None:
+    """The first validation at which a score has fallen over noise, and another one has risen since the same.
 
-    Look k (the k-th validation after the first) compares itself and the one before it with each of the k - 1 before
-    these. Both must have fallen, so that one odd validation raises no alarm; both tests must stay below
-    alpha / (k (k - 1)) / (k - 1): over comparisons and looks these levels sum to alpha, however many looks there are.
+    Validation k (the k-th after the first) compares itself and the one before it with each of the k - 1 before these.
+    Both must have fallen, so that one odd validation is no finding; both tests must stay below
+    alpha / (k (k - 1)) / (k - 1): over comparisons and validations these levels sum to alpha, however many there are.
     Of several validations since which this holds, the one with the largest fall is named.
 
     Args:
-        truth, reward: (V, P) from `score_table`.
-        alpha: the share of runs with a false alarm, at most.
+        falling, rising: (V, P) from `score_table`; None asks for no rise.
+        alpha: the share of runs with a false finding, at most.
     """
-    for look in range(2, len(truth)):
-        p_values = {base: rise_p_value_of_both(-truth, base, look) for base in range(look - 1)}
-        bases = [base for base, p_value in p_values.items() if p_value <= level_at(look, alpha)]
-        if reward is not None:
-            bases = [base for base in bases if rise_p_value_of_both(reward, base, look) <= RISE]
+    for place in range(2, len(falling)):
+        p_values = {base: rise_p_value_of_both(-falling, base, place) for base in range(place - 1)}
+        bases = [base for base, p_value in p_values.items() if p_value <= level_at(place, alpha)]
+        if rising is not None:
+            bases = [base for base in bases if rise_p_value_of_both(rising, base, place) <= RISE]
         if bases:
-            deepest = min((changes(truth, base, look).mean(), base) for base in bases)[1]
-            return Fall(look, deepest, p_values[deepest])
+            deepest = min((changes(falling, base, place).mean(), base) for base in bases)[1]
+            return Fall(place, deepest, p_values[deepest])
     return None
 
 
-def rise_p_value_of_both(table: np.ndarray, base: int, look: int) -> float:
-    """That scores rose since `base`: the larger p-value of this look's and the one before's."""
-    return max(rise_p_value(changes(table, base, later)) for later in (look - 1, look))
+def rise_p_value_of_both(table: np.ndarray, base: int, place: int) -> float:
+    """That scores rose since `base`: the larger p-value of the validation at `place` and of the one before it."""
+    return max(rise_p_value(changes(table, base, later)) for later in (place - 1, place))
 
 
-def level_at(look: int, alpha: float = ALPHA) -> float:
-    """The level of one comparison at a look (2, 3, …); over a look's comparisons and all looks they sum to alpha."""
-    return alpha / (look * (look - 1)) / (look - 1)
+def level_at(place: int, alpha: float = ALPHA) -> float:
+    """The level of one comparison at validation 2, 3, …; over all comparisons of all validations they sum to alpha."""
+    return alpha / (place * (place - 1)) / (place - 1)
 
 
 def rise_p_value(differences: np.ndarray) -> float:
@@ -210,34 +235,23 @@ def changes(table: np.ndarray, earlier: int, later: int) -> np.ndarray:
     return difference[np.isfinite(difference)]
 
 
-def interval(differences: np.ndarray) -> Change:
-    """Mean over prompts and its Student interval."""
-    return Change(**t_interval(differences, CONFIDENCE))
+# --- what validations hold --------------------------------------------------------------------------------------------
 
 
-def score_table(validations: Sequence[Mapping], score: str) -> np.ndarray:
+def score_table(validations: Validations, score: str) -> np.ndarray:
     """(V, P): each prompt's score in each validation, NaN where it was not scored or not asked."""
-    rows = [dict(_prompt_scores(validation["samples"], score)) for validation in validations]
-    prompts = dict.fromkeys(prompt for row in rows for prompt in row)
-    return np.array([[_number(row.get(prompt)) for prompt in prompts] for row in rows])
+    columns: dict[tuple[str, int], list[float]] = {}
+    for row, validation in enumerate(validations):
+        seen: Counter[str] = Counter()  # a prompt that stands twice has two columns
+        for sample in validation["samples"]:
+            prompt = sample["user_prompt"]
+            column = columns.setdefault((prompt, seen[prompt]), [math.nan] * len(validations))
+            column[row] = _number(sample["reward"] if score == "reward" else sample["rewards"].get(score))
+            seen[prompt] += 1
+    return np.array(list(columns.values())).T
 
 
-def _prompt_scores(samples: Sequence[Mapping], score: str) -> list[tuple[tuple[str, int], float | None]]:
-    """Scores by prompt; a prompt that stands twice has two columns."""
-    seen: Counter[str] = Counter()
-    found = []
-    for sample in samples:
-        prompt = sample["user_prompt"]
-        value = sample["reward"] if score == "reward" else sample["rewards"].get(score)
-        found.append(((prompt, seen[prompt]), value))
-        seen[prompt] += 1
-    return found
-
-
-# --- what is followed beside it ---------------------------------------------------------------------------------------
-
-
-def follow(validations: Sequence[Mapping], metrics: Sequence[Mapping], held_out: str | None) -> pd.DataFrame:
+def signals_table(validations: Validations, metrics: Sequence[Mapping], held_out: str | None) -> pd.DataFrame:
     """The five signals side by side: a row a validation, NaN where one is not measured."""
     rows = [
         {
@@ -250,8 +264,7 @@ def follow(validations: Sequence[Mapping], metrics: Sequence[Mapping], held_out:
         }
         for validation in validations
     ]
-    names = ["iteration", "reward", "held_out", "paraphrase", "diversity", "kl"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=["iteration", "reward", "held_out", "paraphrase", "diversity", "kl"])
 
 
 def _number(value: float | None) -> float:
@@ -263,57 +276,3 @@ def _recent_kl(metrics: Sequence[Mapping], iteration: int) -> float:
     recent = [_number(row.get("kl")) for row in metrics if iteration - RECENT < row["iteration"] <= iteration]
     measured = [value for value in recent if math.isfinite(value)]
     return float(np.median(measured)) if measured else math.nan
-
-
-def find_cautions(validations: Sequence[Mapping], signals: pd.DataFrame, held_out: str | None) -> list[Caution]:
-    """Each kind of caution once, where it first appears."""
-    declines = [] if held_out is None else [_decline(validations, held_out)]
-    cautions = [*declines, _wording(validations), _alike(signals), _far(signals)]
-    return [caution for caution in cautions if caution is not None]
-
-
-def _decline(validations: Sequence[Mapping], held_out: str) -> Caution | None:
-    """The held-out score falls over noise, whatever the reward does."""
-    truth = score_table(validations, held_out)
-    found = first_fall(truth)
-    if found is None:
-        return None
-    fall, since = interval(changes(truth, found.base, found.look)), validations[found.base]["iteration"]
-    text = f"{held_out} fell by {-fall} since iteration {since}: training takes away what is not rewarded"
-    return Caution(validations[found.look]["iteration"], "decline", text)
-
-
-def _wording(validations: Sequence[Mapping]) -> Caution | None:
-    """The reward rises on the prompts as they are and falls on the same requests in other words."""
-    if not all(validation.get("paraphrases") for validation in validations):
-        return None
-    reworded = score_table([validation["paraphrases"] for validation in validations], "reward")
-    found = first_fall(reworded, score_table(validations, "reward"))
-    if found is None:
-        return None
-    fall, since = interval(changes(reworded, found.base, found.look)), validations[found.base]["iteration"]
-    text = f"on reworded prompts the reward fell by {-fall} since iteration {since}: the policy learns wordings"
-    return Caution(validations[found.look]["iteration"], "paraphrase", text)
-
-
-def _alike(signals: pd.DataFrame) -> Caution | None:
-    """The rewrites converge to one suffix, or to one rewrite."""
-    few = signals[signals["diversity"] < ALIKE]
-    if few.empty:
-        return None
-    text = (
-        f"the rewrites' diversity is {few['diversity'].iloc[0]:.2f}: whatever the user asks, they nearly say the same"
-    )
-    return Caution(int(few["iteration"].iloc[0]), "alike", text)
-
-
-def _far(signals: pd.DataFrame) -> Caution | None:
-    """The policy has left the initial one: the KL exploded."""
-    far = signals[signals["kl"] > FAR]
-    if far.empty:
-        return None
-    text = (
-        f"the KL from the initial policy is {far['kl'].iloc[0]:.2f} nats a token (over {FAR:g}): raise beta, or lower "
-        "the learning rate"
-    )
-    return Caution(int(far["iteration"].iloc[0]), "far", text)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from grpo_kit.config import KitError
 from grpo_kit.runs.iterations import iteration_name, rollouts_of, validations_of
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
 
-ImageKey = tuple[int, str, int]  # (prompt_id, variant, seed)
+
+class ImageKey(NamedTuple):
+    """Which picture of an evaluation: the prompt's place, the variant, and the number of the latent seed."""
+
+    prompt_id: int
+    variant: str
+    seed: int
 
 
 class RecordError(KitError):

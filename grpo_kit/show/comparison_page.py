@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from grpo_kit.evaluation.pools import METRICS, Pool, against_first, curves_table
 from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.comparison import METRICS, Pool, against_first, cautions, curves_table, final_rows, settings_rows
+from grpo_kit.show.comparison import cautions, final_rows, settings_rows
 from grpo_kit.show.curves import seeds_figure
 from grpo_kit.show.intervals import interval_figure
 from grpo_kit.show.pages import figure_uri, write_page

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.pools import branch_text
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.curves import CURVES, training_curves
 from grpo_kit.show.intervals import category_plot, comparison_plot
@@ -19,7 +20,6 @@ from grpo_kit.show.summary import (
     FALLS,
     RISES,
     Case,
-    branch_text,
     category_rows,
     comparison_rows,
     direction,

@@ -21,6 +21,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from grpo_kit.evaluation.pairs import VARIANTS
+
 STYLE = mpl.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 INK, GREY, FAINT, PAPER = (STYLE[key] for key in ("text.color", "axes.edgecolor", "grid.color", "figure.facecolor"))
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8f4e8b"
@@ -30,13 +32,7 @@ _SERIES = tuple(zip((BLUE, VERMILION, GREEN, PURPLE, ORANGE, INK), "oD^svP", str
 _LINES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MOST_SERIES = len(_SERIES) * len(_LINES)
 
-VARIANT_NAMES = {
-    "raw": "raw prompt",
-    "initial": "initial policy",
-    "trained": "trained policy",
-    "oracle": "oracle rewrite",
-}
-VARIANTS = tuple(VARIANT_NAMES)
+VARIANT_NAMES = dict(zip(VARIANTS, ("raw prompt", "initial policy", "trained policy", "oracle rewrite"), strict=True))
 VARIANT_COLOURS = {"raw": GREY, "initial": ORANGE, "trained": BLUE, "oracle": GREEN}
 VARIANT_MARKERS = {"raw": "o", "initial": "s", "trained": "D", "oracle": "^"}
 

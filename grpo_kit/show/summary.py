@@ -85,15 +85,6 @@ def _training_sentence(record: RunRecord) -> str:
     return f"The policy was trained for {record.iterations} iterations{size}{time}."
 
 
-def branch_text(branch: Mapping) -> str:
-    """Say from which iteration on a branch is on its own, and what it changed there."""
-    changes = [
-        f"{key.split('.')[-1]} {plain_text(old, 40)} → {plain_text(new, 40)}"
-        for key, (old, new) in branch.get("settings", {}).items()
-    ]
-    return f"after iteration {branch.get('iteration')}: {', '.join(changes) or 'nothing changed'}"
-
-
 def _sentinel_sentence(sentinel: Mapping) -> str:
     """Say what the sentinel saw; nothing where no score was held out or it could not have seen anything yet."""
     looks, held_out = sentinel.get("looks", 0), sentinel.get("held_out")

@@ -16,8 +16,8 @@ from grpo_kit.config import Config, KitError
 from grpo_kit.config.hardware import library_versions
 from grpo_kit.config.prompts import balanced_batch
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.evaluation.evaluate import validate
-from grpo_kit.evaluation.reward_hacking import held_out_score, watch
+from grpo_kit.evaluation.reward_hacking import check_for_reward_hacking, held_out_score
+from grpo_kit.evaluation.validation import validate
 from grpo_kit.experiment import Experiment
 from grpo_kit.grpo.finite import NonFinite
 from grpo_kit.grpo.logprobs import kl_divergence
@@ -340,9 +340,10 @@ def _look(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str |
         announce: log what the newest validation is the first to show; a continued run has logged it before.
     """
     validations, metrics, held_out = folder.validations(), folder.metrics(), _held_out(kit)
-    seen = watch(validations, metrics, held_out)
+    seen = check_for_reward_hacking(validations, metrics, held_out)
     folder.write_json("sentinel.json", seen.to_dict())
-    known = watch(validations[:-1], metrics, held_out).findings() if announce else seen.findings()
+    before = check_for_reward_hacking(validations[:-1], metrics, held_out) if announce else seen
+    known = before.findings()
     for finding in seen.findings():
         if finding not in known:
             logger.warning("%s", finding)

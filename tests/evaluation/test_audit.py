@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.audit import AuditError, RewardAudit, agreement, audit, idle_change, saturation, seed_share
+from grpo_kit.evaluation.audit import agreement, audit, idle_change, saturation, seed_share
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards import Gain, RewardError
 from grpo_kit.rewards.pixels import JpegSize
@@ -22,6 +22,7 @@ from grpo_kit.show import audit_figure
 
 P, N = 30, 6
 IDS = np.repeat(np.arange(P), N)
+AGREEMENT = ("rank within", "rank over all", "pairs within", "pairs over all")
 
 
 def flat(count: int) -> list[Image.Image]:
@@ -39,9 +40,9 @@ def looking_up(values: np.ndarray) -> Callable[..., list[float]]:
     return lambda images, prompts, enhanced_prompts: [float(values[number(image)]) for image in images]
 
 
-def one(reward: Callable, gold: object = None, **options: object) -> RewardAudit:
+def one(reward: Callable, gold: object = None, **options: object) -> dict[str, float]:
     prompts = [f"prompt {group}" for group in IDS]
-    return audit({"it": reward}, flat(P * N), prompts, gold=gold, **options).rewards["it"]
+    return audit({"it": reward}, flat(P * N), prompts, gold=gold, **options).rows["it"]
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------
@@ -102,9 +103,11 @@ def test_intervals_hold_the_truth_and_resample_prompts() -> None:
 def test_gold_may_be_a_reward_and_what_it_cannot_score_is_left_out() -> None:
     gold = np.random.default_rng(0).normal(size=P * N)
     holed = np.where(np.arange(P * N) % 7 == 0, np.nan, gold)
-    assert one(looking_up(gold), gold=holed).agreement == one(looking_up(gold), gold=looking_up(holed)).agreement
-    assert one(looking_up(gold)).agreement == {}
-    assert one(looking_up(holed), gold=gold).row()["scored"] == pytest.approx(np.isfinite(holed).mean())
+    given, scored = (one(looking_up(gold), gold=one_gold) for one_gold in (holed, looking_up(holed)))
+    names = [f"{kind}{end}" for kind in AGREEMENT for end in ("", ", low", ", high")]
+    assert [given[name] for name in names] == [scored[name] for name in names]
+    assert not set(names) & set(one(looking_up(gold)))
+    assert one(looking_up(holed), gold=gold)["scored"] == pytest.approx(np.isfinite(holed).mean())
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -141,9 +144,9 @@ def test_without_a_text_that_was_drawn_twice_the_share_is_unknown() -> None:
 
 def test_saturation() -> None:
     found = saturation(np.array([0.0, 0.5, *[1.0] * 6, 0.995, np.nan]))
-    assert found == {"at_ceiling": pytest.approx(7 / 9), "at_floor": pytest.approx(1 / 9), "top_decile": 0}
-    assert saturation(np.linspace(0, 1, 1001))["top_decile"] == pytest.approx(0.1)
-    assert saturation(np.ones(5)) == {"at_ceiling": 1, "at_floor": 1, "top_decile": 0}
+    assert found == {"at ceiling": pytest.approx(7 / 9), "at floor": pytest.approx(1 / 9), "top decile": 0}
+    assert saturation(np.linspace(0, 1, 1001))["top decile"] == pytest.approx(0.1)
+    assert saturation(np.ones(5)) == {"at ceiling": 1, "at floor": 1, "top decile": 0}
 
 
 def test_idle_words_are_told_apart_by_the_text_that_they_stand_in() -> None:
@@ -155,8 +158,9 @@ def test_idle_words_are_told_apart_by_the_text_that_they_stand_in() -> None:
         return [values[number(image)] + extra for image, extra in zip(images, praised, strict=True)]
 
     found = one(fond_of_praise, idle_words=["masterpiece"])
-    assert found.idle_user == 0 and found.idle_enhanced == pytest.approx(0.5 / within)
-    assert one(fond_of_praise, idle_words=["masterpiece", "sweet"]).idle_enhanced == pytest.approx(0.25 / within)
+    assert found["idle words, user"] == 0 and found["idle words, rewrite"] == pytest.approx(0.5 / within)
+    two = one(fond_of_praise, idle_words=["masterpiece", "sweet"])
+    assert two["idle words, rewrite"] == pytest.approx(0.25 / within)
 
 
 def test_idle_words_where_the_reward_does_not_vary() -> None:
@@ -184,7 +188,7 @@ def test_an_audit_of_real_rewards(kit: Experiment, rollout: Rollout) -> None:
     )
     table = found.table()
     assert list(table.index) == list(rewards)
-    torch.testing.assert_close(torch.as_tensor(found.rewards["clip"].scores), rollout.reward_parts["clip_similarity"])
+    torch.testing.assert_close(torch.as_tensor(found.scores["clip"]), rollout.reward_parts["clip_similarity"])
     assert table.loc["jpeg", "idle words, rewrite"] == table.loc["clip", "idle words, rewrite"] == 0
     assert table.loc["clip", "idle words, user"] > 0  # CLIP reads the user's words, idle ones too
     assert (table["ms per image"] > 0).all() and (table["scored"] == 1).all()
@@ -195,20 +199,20 @@ def test_an_audit_of_real_rewards(kit: Experiment, rollout: Rollout) -> None:
 
 
 def test_one_reward_goes_by_its_own_name() -> None:
-    assert list(audit(JpegSize(), flat(4), ["a"] * 4).rewards) == ["JpegSize"]
+    assert list(audit(JpegSize(), flat(4), ["a"] * 4).rows) == ["JpegSize"]
 
 
 def test_columns_of_another_length_and_rewards_that_fail_are_one_line() -> None:
     def failing(images: list, prompts: list, enhanced_prompts: list) -> list:
         raise RuntimeError("no server")
 
-    with pytest.raises(AuditError, match="prompts: found 2 for 3 images"):
+    with pytest.raises(KitError, match="prompts: found 2 for 3 images"):
         audit(JpegSize(), flat(3), ["a", "b"])
-    with pytest.raises(AuditError, match="prompts: found 0 for 0 images"):
+    with pytest.raises(KitError, match="prompts: found 0 for 0 images"):
         audit(JpegSize(), [], [])
-    with pytest.raises(AuditError, match=re.escape("gold: found shape (2,)")):
+    with pytest.raises(KitError, match=re.escape("gold: found shape (2,)")):
         audit(JpegSize(), flat(3), ["a"] * 3, gold=[1.0, 2.0])
-    with pytest.raises(AuditError, match="no sample that it can score"):
+    with pytest.raises(KitError, match="no sample that it can score"):
         audit(lambda *columns: [math.nan] * 3, flat(3), ["a"] * 3)
     with pytest.raises(RewardError, match="no server"):
         audit(failing, flat(3), ["a"] * 3)

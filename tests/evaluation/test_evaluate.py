@@ -14,7 +14,10 @@ from PIL import Image
 
 from grpo_kit.config import KitError, load_config
 from grpo_kit.config.prompts import Prompt
-from grpo_kit.evaluation.evaluate import EvalResult, evaluate, interval, rewrites, summarize, test_prompts, validate
+from grpo_kit.evaluation.conclusions import summarize
+from grpo_kit.evaluation.evaluate import EvalResult, evaluate, rewrites, test_prompts
+from grpo_kit.evaluation.intervals import interval
+from grpo_kit.evaluation.validation import validate
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy

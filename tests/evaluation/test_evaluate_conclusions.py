@@ -13,8 +13,8 @@ import torch
 
 from grpo_kit.config import EvaluationSettings, load_config
 from grpo_kit.evaluation.conclusions import summarize, with_metrics
-from grpo_kit.evaluation.evaluate import validate
-from grpo_kit.evaluation.statistics import detectable_difference, variance_parts
+from grpo_kit.evaluation.power import detectable_difference, variance_parts
+from grpo_kit.evaluation.validation import validate
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.runs.folder import RunFolder

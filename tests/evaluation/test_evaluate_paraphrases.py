@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +10,10 @@ import pytest
 
 from grpo_kit.config import KitError, load_config
 from grpo_kit.config.prompts import Prompt
-from grpo_kit.evaluation.evaluate import evaluate, reword, rewrites, summarize, validate
+from grpo_kit.evaluation import validation
+from grpo_kit.evaluation.conclusions import summarize
+from grpo_kit.evaluation.evaluate import evaluate, reword, rewrites
+from grpo_kit.evaluation.validation import validate
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.runs.folder import RunFolder
@@ -179,5 +181,5 @@ def test_validation_without_paraphrases_has_none(quick: Experiment, tmp_path: Pa
 def test_half_of_the_prompts_is_a_choice_that_one_name_makes(
     quick: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys.modules[evaluate.__module__], "PARAPHRASED", 1)
+    monkeypatch.setattr(validation, "PARAPHRASED", 1)
     assert validate(quick, 0, RunFolder(tmp_path))["paraphrases"]["num_prompts"] == 6

@@ -14,7 +14,7 @@ import torch
 from grpo_kit import cli
 from grpo_kit.config import KitError, load_config
 from grpo_kit.evaluation.evaluate import evaluate, name_variants, rewrites
-from grpo_kit.evaluation.statistics import pool
+from grpo_kit.evaluation.pools import pool_evaluations
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy
@@ -176,7 +176,7 @@ def test_several_runs_are_judged_alike_and_their_seeds_pooled(
     tables = [
         rows[rows["variant"].isin(["raw", name])].replace({"variant": {name: "trained"}}) for name in ("run_0", "run_1")
     ]
-    mine = pool(tables)["differences"]["trained-raw"]["reward"]
+    mine = pool_evaluations(tables)["differences"]["trained-raw"]["reward"]
     assert pooled["differences"]["trained-raw"]["reward"] == pytest.approx(mine)
     assert not (runs[0] / "final_results.json").exists()
 

@@ -1,4 +1,4 @@
-"""The sentinel on validations whose truth is known: it sees a gamed reward, and nothing else raises its alarm."""
+"""Validations whose truth is known: a gamed reward is found, and nothing else is reported as one."""
 
 import json
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation import reward_hacking as sentinel
+from grpo_kit.evaluation import reward_hacking
 from grpo_kit.evaluation.reward_hacking import (
     ALPHA,
-    Watch,
+    RewardHackingReport,
+    check_for_reward_hacking,
     find_divergence,
     held_out_score,
     level_at,
     rise_p_value,
-    watch,
 )
 
 PROMPTS, LOOKS = 32, 9
@@ -101,45 +101,45 @@ def test_fewer_than_two_runs_in_a_hundred_raise_a_false_alarm(gold: np.ndarray, 
 def unpaired(patch: pytest.MonkeyPatch) -> None:
     """Two validations are compared as if they had asked different prompts."""
     order = np.random.default_rng(0).permutation(PROMPTS)
-    paired = sentinel.changes
+    paired = reward_hacking.changes
     patch.setattr(
-        sentinel, "changes", lambda table, one, other: paired(np.stack([table[one], table[other][order]]), 0, 1)
+        reward_hacking, "changes", lambda table, one, other: paired(np.stack([table[one], table[other][order]]), 0, 1)
     )
 
 
 def any_rise_counts(patch: pytest.MonkeyPatch) -> None:
     """A change is believed whatever the noise."""
-    patch.setattr(sentinel, "rise_p_value", lambda differences: float(differences.sum() <= 0))
+    patch.setattr(reward_hacking, "rise_p_value", lambda differences: float(differences.sum() <= 0))
 
 
 def every_look_at_the_full_level(patch: pytest.MonkeyPatch) -> None:
-    """Nobody counts how often it was looked."""
-    patch.setattr(sentinel, "level_at", lambda look, alpha=ALPHA: ALPHA)
+    """The number of validations and comparisons is not taken into account."""
+    patch.setattr(reward_hacking, "level_at", lambda place, alpha=ALPHA: ALPHA)
 
 
 def one_validation_is_enough(patch: pytest.MonkeyPatch) -> None:
     """The validation before is not asked."""
     patch.setattr(
-        sentinel,
+        reward_hacking,
         "rise_p_value_of_both",
-        lambda table, base, look: sentinel.rise_p_value(sentinel.changes(table, base, look)),
+        lambda table, base, place: reward_hacking.rise_p_value(reward_hacking.changes(table, base, place)),
     )
 
 
 def the_reward_is_not_asked(patch: pytest.MonkeyPatch) -> None:
     """Any fall of the held-out score is called gaming."""
-    fall = sentinel.first_fall
-    patch.setattr(sentinel, "first_fall", lambda truth, reward=None, alpha=ALPHA: fall(truth, None, alpha))
+    fall = reward_hacking.first_fall
+    patch.setattr(reward_hacking, "first_fall", lambda falling, rising=None, alpha=ALPHA: fall(falling, None, alpha))
 
 
-def test_unpaired_sentinel_would_miss_what_pairs_show(monkeypatch: pytest.MonkeyPatch):
+def test_an_unpaired_check_would_miss_what_pairs_show(monkeypatch: pytest.MonkeyPatch):
     assert _rate(_alarms(GAMED, 60, "normal", spread=1.0)) >= 0.9  # prompts differ more than the score falls
     unpaired(monkeypatch)
     assert _rate(_alarms(GAMED, 60, "normal", spread=1.0)) <= 0.1
 
 
 @pytest.mark.parametrize("broken", [any_rise_counts, every_look_at_the_full_level], ids=lambda broken: broken.__name__)
-def test_sentinel_that_does_not_count_its_chances_would_cry_wolf(
+def test_a_check_that_does_not_count_its_chances_reports_too_often(
     monkeypatch: pytest.MonkeyPatch, broken: Callable[[pytest.MonkeyPatch], None]
 ):
     broken(monkeypatch)
@@ -156,7 +156,7 @@ def test_one_bad_validation_is_no_divergence(monkeypatch: pytest.MonkeyPatch):
 def test_reward_that_falls_too_is_a_decline_and_no_divergence(monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(1)
     both = _validations(_scores(rng, GAMED, "normal"), _scores(rng, GAMED, "shares"))
-    seen = watch(both, [], "gold")
+    seen = check_for_reward_hacking(both, [], "gold")
     assert seen.divergence is None and [caution.kind for caution in seen.cautions] == ["decline"]
     assert seen.findings()[0].startswith("iteration ") and "gold fell by 0." in seen.findings()[0]
     the_reward_is_not_asked(monkeypatch)
@@ -166,7 +166,10 @@ def test_reward_that_falls_too_is_a_decline_and_no_divergence(monkeypatch: pytes
 def test_reward_that_falls_while_gold_rises_is_none():
     rng = np.random.default_rng(2)
     assert (
-        watch(_validations(_scores(rng, GAMED, "normal"), _scores(rng, LEARNT, "shares")), [], "gold").findings() == []
+        check_for_reward_hacking(
+            _validations(_scores(rng, GAMED, "normal"), _scores(rng, LEARNT, "shares")), [], "gold"
+        ).findings()
+        == []
     )
 
 
@@ -175,7 +178,7 @@ def test_reward_without_a_trend_is_seldom_called_gamed_where_gold_falls():
     kinds = []
     for run in range(100):
         rng = np.random.default_rng(run)
-        seen = watch(
+        seen = check_for_reward_hacking(
             _validations(_scores(rng, np.full(LOOKS, 0.5), "normal"), _scores(rng, GAMED, "shares")), [], "gold"
         )
         kinds.append(("divergence" if seen.divergence else "") + "".join(caution.kind for caution in seen.cautions))
@@ -208,7 +211,10 @@ def test_nothing_is_claimed_from_nothing():
     assert find_divergence(_validations(np.repeat(few, 3, axis=1), np.repeat(1 - few, 3, axis=1))) is None
     for count in range(3):
         assert find_divergence(_validations(np.ones((count, 4)), np.ones((count, 4)))) is None
-        assert watch(_validations(np.ones((count, 4)), np.ones((count, 4))), [], "gold").findings() == []
+        assert (
+            check_for_reward_hacking(_validations(np.ones((count, 4)), np.ones((count, 4))), [], "gold").findings()
+            == []
+        )
 
 
 @settings(deadline=None, max_examples=30)
@@ -262,7 +268,7 @@ def test_report_says_what_when_and_by_how_much():
     )
     assert found.reward_change.low < found.reward_change.mean < found.reward_change.high
     assert found.held_out_change.high < 0 and found.num_prompts == PROMPTS
-    assert found.p_value <= found.level < ALPHA and found.reward_p_value <= sentinel.RISE
+    assert found.p_value <= found.level < ALPHA and found.reward_p_value <= reward_hacking.RISE
     means = [validation["rewards"]["gold"] for validation in _gamed()]
     fall = means[found.iteration // 10] - means[found.since // 10]
     assert found.held_out_change.mean == pytest.approx(fall)
@@ -271,12 +277,14 @@ def test_report_says_what_when_and_by_how_much():
 # --- what is followed beside it ---------------------------------------------------------------------------------------
 
 
-def _quiet(signals: dict[str, list[float | None]], kl: list[float] = ()) -> Watch:
+def _quiet(signals: dict[str, list[float | None]], kl: list[float] = ()) -> RewardHackingReport:
     validations = _validations(np.full((4, 8), 0.5), np.full((4, 8), 0.5))
     for name, values in signals.items():
         for validation, value in zip(validations, values, strict=True):
             validation[name] = value
-    return watch(validations, [{"iteration": i, "kl": value} for i, value in enumerate(kl, start=1)], "gold")
+    return check_for_reward_hacking(
+        validations, [{"iteration": i, "kl": value} for i, value in enumerate(kl, start=1)], "gold"
+    )
 
 
 def test_rewrites_that_converge_are_cautioned_of_once_where_it_begins():
@@ -298,15 +306,15 @@ def test_reward_that_falls_on_reworded_prompts_only_is_cautioned_of():
     reworded = _validations(_scores(rng, GAMED, "normal"), np.full((LOOKS, PROMPTS), 0.5))
     for validation, other in zip(validations, reworded, strict=True):
         validation["paraphrases"], validation["paraphrase"] = {"samples": other["samples"]}, other["reward"]
-    seen = watch(validations, [], "gold")
+    seen = check_for_reward_hacking(validations, [], "gold")
     assert [caution.kind for caution in seen.cautions] == ["paraphrase"] and seen.divergence is None
     assert seen.signals["paraphrase"].tolist() == [other["reward"] for other in reworded]
     del validations[3]["paraphrases"]
-    assert watch(validations, [], "gold").cautions == []
+    assert check_for_reward_hacking(validations, [], "gold").cautions == []
 
 
-def test_sentinel_file_holds_what_was_seen():
-    seen = watch(_gamed(), [{"iteration": 10, "kl": 0.25}], "gold")
+def test_the_file_holds_what_was_found():
+    seen = check_for_reward_hacking(_gamed(), [{"iteration": 10, "kl": 0.25}], "gold")
     written = json.loads(json.dumps(seen.to_dict()))
     assert written["held_out"] == "gold" and written["looks"] == LOOKS == len(written["signals"])
     assert written["divergence"]["text"] == str(seen.divergence)
@@ -316,7 +324,7 @@ def test_sentinel_file_holds_what_was_seen():
 
 
 def test_without_a_held_out_score_nothing_can_diverge():
-    seen = watch(_gamed(), [], None)
+    seen = check_for_reward_hacking(_gamed(), [], None)
     assert seen.divergence is None and seen.findings() == [] and seen.signals["held_out"].isna().all()
 
 

@@ -15,21 +15,18 @@ from support.synthetic_run import write_synthetic_run
 
 from grpo_kit import cli
 from grpo_kit.config import KitError
-from grpo_kit.show import write_report
-from grpo_kit.show.comparison import (
+from grpo_kit.evaluation.intervals import Interval, paired_interval, t_interval
+from grpo_kit.evaluation.pools import (
     against_first,
-    cautions,
     curves_table,
     differing_settings,
-    final_rows,
-    paired_interval,
     pool_runs,
     read_runs,
     runs_table,
-    runs_text,
-    t_interval,
     write_tables,
 )
+from grpo_kit.show import write_report
+from grpo_kit.show.comparison import cautions, final_rows, runs_text
 from grpo_kit.show.comparison_page import write_comparison
 from grpo_kit.show.curves import seeds_figure
 from grpo_kit.show.style import MOST_SERIES, series_look
@@ -112,7 +109,7 @@ def test_a_pool_has_t_intervals_over_its_runs_means(runs: dict):
 def test_a_single_run_keeps_its_interval_over_prompts(runs: dict):
     pools = pool_runs(read_runs([runs["g4_s0"], runs["g8_s0"]]))
     assert [pool.final("variants", "trained", "reward") for pool in pools] == [
-        trained(runs[name]) for name in ("g4_s0", "g8_s0")
+        Interval(**trained(runs[name])) for name in ("g4_s0", "g8_s0")
     ]
     _, body = final_rows(pools)
     assert all("1 run, intervals over prompts" in title for title, _ in body)

@@ -26,7 +26,7 @@ PICTURES = pd.DataFrame(
 
 
 def interval(mean: float, half: float = 0.1) -> dict[str, float]:
-    """Return an interval as `grpo_kit.evaluation.evaluate.interval` does."""
+    """Return an interval as a file of results holds it."""
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

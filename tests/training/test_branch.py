@@ -11,12 +11,12 @@ import pytest
 
 from grpo_kit import cli
 from grpo_kit.config import KitError, load_config
+from grpo_kit.evaluation.pools import pool_runs, read_runs
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.runs.checkpoint import load_checkpoint
 from grpo_kit.runs.origin import Origin, read_origin
-from grpo_kit.show.comparison import pool_runs, read_runs
 from grpo_kit.show.report import write_report
 from grpo_kit.training.branch import branch
 from grpo_kit.training.loop import train

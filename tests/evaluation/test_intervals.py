@@ -9,22 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from grpo_kit.evaluation.statistics import (
-    StatisticsError,
+from grpo_kit.config import KitError
+from grpo_kit.evaluation.intervals import (
+    Interval,
     bootstrap_interval,
-    compared_pairs,
-    complete_cells,
-    detectable_difference,
-    pool,
+    percentile_interval,
     pooled_interval,
-    score_tables,
     share_interval,
     success_rate,
-    variance_parts,
     win_rate,
 )
+from grpo_kit.evaluation.pairs import compared_pairs, complete_cells, score_tables
+from grpo_kit.evaluation.pools import pool_evaluations
+from grpo_kit.evaluation.power import detectable_difference, variance_parts
 
-Method = Callable[[np.ndarray], dict[str, float]]
+Method = Callable[[np.ndarray], Interval]
 REPEATS = 300
 SLACK = 0.032  # 2.5 standard errors of a share near 0.95 out of 300
 
@@ -46,11 +45,11 @@ def covers(method: Method, draw: Callable[[np.random.Generator], np.ndarray], tr
 # --- intervals over prompts -------------------------------------------------------------------------------------------
 
 
-def over_prompts(table: np.ndarray) -> dict[str, float]:
+def over_prompts(table: np.ndarray) -> Interval:
     return bootstrap_interval(table.mean(axis=1), n_resamples=500)
 
 
-def over_pictures(table: np.ndarray) -> dict[str, float]:
+def over_pictures(table: np.ndarray) -> Interval:
     """The broken twin: it resamples pictures, as if those of one prompt were independent."""
     return bootstrap_interval(table.flatten(), n_resamples=500)
 
@@ -63,10 +62,10 @@ def test_interval_over_prompts_covers_as_often_as_it_says_and_one_over_pictures_
     assert covers(over_pictures, draw) < 0.8
 
 
-def plain_percentile(values: np.ndarray) -> dict[str, float]:
+def plain_percentile(values: np.ndarray) -> Interval:
     """The broken twin: without the correction for few prompts."""
     low, high = np.quantile(np.random.default_rng(0).choice(values, (500, len(values))).mean(axis=1), [0.025, 0.975])
-    return {"low": low, "high": high}
+    return Interval(float("nan"), low, high)
 
 
 def test_few_prompts_get_the_wider_interval_that_they_need():
@@ -94,8 +93,23 @@ def test_an_interval_is_deterministic_widens_with_confidence_and_leaves_out_what
 
 def test_one_prompt_has_no_interval_and_equal_ones_a_point():
     assert np.isnan([bootstrap_interval(np.array([0.4]))[end] for end in ("low", "high")]).all()
-    assert bootstrap_interval(np.array([0.4, 0.4])) == {"mean": 0.4, "low": 0.4, "high": 0.4}
-    assert np.isnan(list(bootstrap_interval(np.array([np.nan])).values())).all()
+    assert bootstrap_interval(np.array([0.4, 0.4])) == Interval(0.4, 0.4, 0.4)
+    assert np.isnan(list(bootstrap_interval(np.array([np.nan])).to_dict().values())).all()
+
+
+def test_an_interval_reads_as_its_file_does_and_turns_round():
+    found = Interval(0.25, -0.5, 1.0)
+    assert found.to_dict() == {end: found[end] for end in ("mean", "low", "high")}
+    assert (-found).to_dict() == {"mean": -0.25, "low": -1.0, "high": 0.5}
+    assert str(found) == "0.250 [-0.500, 1.000]" and np.isnan(Interval(0.25).low)
+
+
+def test_a_percentile_interval_leaves_out_what_could_not_be_computed():
+    resampled = np.arange(101.0)
+    found = percentile_interval(3, resampled, 0.9)
+    assert found.to_dict() == pytest.approx({"mean": 3.0, "low": 5.0, "high": 95.0})
+    assert percentile_interval(3, np.append(resampled, [np.nan, np.inf]), 0.9) == found
+    assert np.isnan(percentile_interval(3, np.array([1.0, np.nan])).high)
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -136,9 +150,9 @@ def test_a_share_near_one_is_not_certain():
     def draw(rng: np.random.Generator) -> np.ndarray:
         return rng.random(40) < 0.96
 
-    def naive(values: np.ndarray) -> dict[str, float]:  # the broken twin: mean ± 1.96 standard errors
+    def naive(values: np.ndarray) -> Interval:  # the broken twin: mean ± 1.96 standard errors
         half = 1.96 * values.std() / len(values) ** 0.5
-        return {"low": values.mean() - half, "high": values.mean() + half}
+        return Interval(values.mean(), values.mean() - half, values.mean() + half)
 
     assert covers(lambda values: share_interval(int(values.sum()), 40), draw, 0.96) >= 0.95 - SLACK
     assert covers(naive, draw, 0.96) < 0.85
@@ -203,10 +217,10 @@ def test_more_prompts_detect_more_and_more_latents_only_up_to_a_point():
 def test_one_latent_does_not_tell_what_latents_matter():
     parts = variance_parts(cells(np.random.default_rng(6), 30, 1, 0.3, 0.6))
     assert parts.seed is None and detectable_difference(parts, num_prompts=120) < detectable_difference(parts)
-    with pytest.raises(StatisticsError, match="seeds_per_prompt: found 4, allowed: 1") as error:
+    with pytest.raises(KitError, match="seeds_per_prompt: found 4, allowed: 1") as error:
         parts.standard_error(seeds_per_prompt=4)
     assert "\n" not in str(error.value)
-    with pytest.raises(StatisticsError, match="found 1 with scores"):
+    with pytest.raises(KitError, match="found 1 with scores"):
         variance_parts(np.array([[1.0, 2.0], [np.nan, np.nan]]))
 
 
@@ -219,18 +233,18 @@ def trained(rng: np.random.Generator, seeds: int, prompts: int, of_seed: float, 
     return shared + 0.1 * rng.normal(size=(seeds, prompts))
 
 
-def as_if_independent(values: np.ndarray) -> dict[str, float]:
+def as_if_independent(values: np.ndarray) -> Interval:
     """A broken twin: every (seed, prompt) is taken for an observation of its own."""
     return bootstrap_interval(values.flatten(), n_resamples=300)
 
 
-def over_seeds_and_prompts_resampled(values: np.ndarray) -> dict[str, float]:
+def over_seeds_and_prompts_resampled(values: np.ndarray) -> Interval:
     """A broken twin: bootstrapping a handful of seeds, which has too few to draw from."""
     rng = np.random.default_rng(0)
     seeds, prompts = (rng.integers(0, n, (300, n)) for n in values.shape)
     means = values[seeds[:, :, None], prompts[:, None, :]].mean(axis=(1, 2))
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"low": low, "high": high}
+    return Interval(float("nan"), low, high)
 
 
 @pytest.mark.parametrize("scatter", [(0.05, 0.2), (0.1, 0.1), (0.1, 0.0)])
@@ -263,13 +277,14 @@ def test_without_luck_of_prompts_a_pool_is_the_t_interval_over_seeds():
 
 def test_a_pool_does_not_care_about_order_and_a_pool_of_equals_is_a_point():
     values = trained(np.random.default_rng(8), 4, 9, 0.1, 0.1)
-    assert pooled_interval(values[::-1, ::-1]) == pytest.approx(pooled_interval(values))
-    assert pooled_interval(np.full((3, 5), 0.5)) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    there, back = pooled_interval(values), pooled_interval(values[::-1, ::-1])
+    assert back.to_dict() == pytest.approx(there.to_dict())
+    assert pooled_interval(np.full((3, 5), 0.5)) == Interval(0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (4, 1)])
 def test_a_pool_of_one_is_one_line(shape: tuple[int, int]):
-    with pytest.raises(StatisticsError, match="allowed: at least 2 of each"):
+    with pytest.raises(KitError, match="allowed: at least 2 of each"):
         pooled_interval(np.zeros(shape))
 
 
@@ -288,7 +303,7 @@ def rows(trained_mean: float, prompts: int = 6, seed: int = 0) -> pd.DataFrame:
 
 def test_evaluations_of_several_training_seeds_are_pooled_in_pairs():
     tables = [rows(mean, seed=number) for number, mean in enumerate((0.5, 0.6, 0.7))]
-    found = pool(tables)
+    found = pool_evaluations(tables)
     gains = [
         table.groupby("variant")["reward"].mean().diff().iloc[-1] for table in tables
     ]  # trained − raw, balanced tables
@@ -302,14 +317,14 @@ def test_a_prompt_that_one_run_could_not_score_is_left_out_of_all():
     tables = [rows(0.5, seed=0), rows(0.6, seed=1)]
     without = [table[table["prompt_id"] != 4] for table in tables]
     tables[1].loc[(tables[1]["prompt_id"] == 4) & (tables[1]["variant"] == "raw"), "reward"] = np.nan
-    assert pool(tables)["differences"] == pool(without)["differences"]
+    assert pool_evaluations(tables)["differences"] == pool_evaluations(without)["differences"]
 
 
 def test_evaluations_of_other_prompts_are_not_pooled():
-    with pytest.raises(StatisticsError, match="evaluation 2 has other prompts than the first"):
-        pool([rows(0.5), rows(0.5).replace({"user_prompt": {"prompt 2": "another"}})])
-    with pytest.raises(StatisticsError, match="found 1 evaluation, allowed: at least 2"):
-        pool([rows(0.5)])
+    with pytest.raises(KitError, match="evaluation 2 has other prompts than the first"):
+        pool_evaluations([rows(0.5), rows(0.5).replace({"user_prompt": {"prompt 2": "another"}})])
+    with pytest.raises(KitError, match="found 1 evaluation, allowed: at least 2"):
+        pool_evaluations([rows(0.5)])
 
 
 # --- tables and pairs -------------------------------------------------------------------------------------------------

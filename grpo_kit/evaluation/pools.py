@@ -1,0 +1,332 @@
+"""Several runs side by side: which settings differ, what each brought, and how sure that is.
+
+Runs of the same settings with other training seeds are one *pool*. A pool of one run has the intervals of its
+evaluation, over prompts; a pool of several has t-intervals over its runs' means, which also hold what another seed
+would have changed.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from grpo_kit.config import RECORDS, Config, KitError, Section, printable
+from grpo_kit.evaluation.intervals import Interval, paired_interval, pooled_interval, t_interval
+from grpo_kit.evaluation.pairs import compared_pairs, complete_cells
+from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.grid import trial_folders
+from grpo_kit.runs.record import RunRecord, read_run
+
+SEED = "training_settings.seed"
+# Settings that change no number of a run that was trained to its end are not compared.
+IDLE_SECTIONS = ("profile", *RECORDS, "tracking_settings")
+IDLE = ("training_settings.save_every", "training_settings.keep_checkpoints")
+METRICS = ("reward", "gold")
+CURVES = {"reward": "reward", "gold": "rewards/gold/mean", "kl": "kl"}  # column of a table of curves → of metrics.jsonl
+LABEL = 60  # characters
+BASELINE = "baseline"  # the first pool, where the others are named by what they change
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Runs of the same settings, one a seed: what they are called and the runs in the order of their seeds."""
+
+    label: str
+    runs: tuple[RunRecord, ...]
+    settings: Mapping[str, object] = field(repr=False)
+
+    @property
+    def seeds(self) -> list[object]:
+        """The runs' seeds."""
+        return [_settings(run).get(SEED) for run in self.runs]
+
+    @property
+    def over_seeds(self) -> bool:
+        """Whether its intervals are over seeds: more than one of its runs was evaluated."""
+        return sum(bool(run.results) for run in self.runs) > 1
+
+    def final(self, kind: str, name: str, metric: str) -> Interval | None:
+        """A figure of the evaluation with its interval; None where no run has it.
+
+        Args:
+            kind: `variants` or `differences`.
+            name: a variant, such as `trained`, or a pair, such as `trained-raw`.
+            metric: such as `reward`.
+        """
+        found = [run.results.get(kind, {}).get(name, {}).get(metric) for run in self.runs]
+        found = [value for value in found if value is not None and value["mean"] is not None]
+        if len(found) > 1:
+            return t_interval([value["mean"] for value in found])
+        return Interval(*(math.nan if end is None else end for end in found[0].values())) if found else None
+
+    def trained_means(self, metric: str) -> dict[object, float]:
+        """Seed → the mean of its trained policy in the evaluation, where it was evaluated."""
+        found = [run.results.get("variants", {}).get("trained", {}).get(metric) for run in self.runs]
+        pairs = zip(self.seeds, found, strict=True)
+        return {seed: value["mean"] for seed, value in pairs if value is not None and value["mean"] is not None}
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of training, a run's mean."""
+        spent = [run.metrics["step_time"].sum() for run in self.runs if "step_time" in run.metrics]
+        return float(np.mean(spent)) if spent else None
+
+    @property
+    def seconds_an_iteration(self) -> float | None:
+        """The median over all its iterations."""
+        spent = [run.metrics["step_time"] for run in self.runs if "step_time" in run.metrics]
+        return float(pd.concat(spent).median()) if spent else None
+
+
+def read_runs(folders: Iterable[Path | str]) -> list[RunRecord]:
+    """Read the runs, the trials of a grid's folder among them, each once.
+
+    Raises:
+        KitError: a run stands twice.
+        RecordError: there is no such run, or one of its files is damaged.
+    """
+    paths = [path for folder in folders for path in trial_folders(Path(folder)) or [Path(folder)]]
+    counts = Counter(path.resolve() for path in paths)
+    twice = next((path for path in paths if counts[path.resolve()] > 1), None)
+    if twice is not None:
+        raise KitError(f"run {twice}: stands twice. Give each run once")
+    return [read_run(path) for path in paths]
+
+
+def pool_runs(records: Sequence[RunRecord]) -> list[Pool]:
+    """Group runs of equal settings whose seeds differ, in the order given; a repeated seed begins another pool."""
+    groups: dict[tuple[str, int], list[RunRecord]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        settings = _settings(record)
+        seed = str(settings.pop(SEED, None))
+        key = repr(sorted((name, repr(value)) for name, value in settings.items()))
+        seen[key, seed] += 1
+        groups.setdefault((key, seen[key, seed]), []).append(record)
+    members = [tuple(sorted(runs, key=_seed_order)) for runs in groups.values()]
+    settings = [{name: value for name, value in _settings(runs[0]).items() if name != SEED} for runs in members]
+    labels = _labels(members, settings)
+    return [Pool(*parts) for parts in zip(labels, members, settings, strict=True)]
+
+
+def _seed_order(record: RunRecord) -> float:
+    seed = _settings(record).get(SEED)
+    return math.inf if seed is None else float(seed)
+
+
+# --- settings and labels ----------------------------------------------------------------------------------------------
+
+
+def _settings(record: RunRecord) -> dict[str, object]:
+    """What can change a run's numbers, by dotted key: its settings, and of a branch what it began with.
+
+    A setting that an older version of the kit did not write has its default.
+    """
+    flat: dict[str, object] = {}
+    for section, values in record.config.items():
+        if not isinstance(values, Mapping):
+            flat[section] = values
+            continue
+        kind = getattr(Config.model_fields.get(section), "annotation", None)
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
+        optional = {name: one for name, one in fields.items() if not one.is_required()}
+        values = {name: one.get_default(call_default_factory=True) for name, one in optional.items()} | values
+        flat |= {f"{section}.{name}": values[name] for name in dict.fromkeys([*fields, *values]) if name in values}
+    flat = {name: v for name, v in flat.items() if name not in IDLE and name.split(".")[0] not in IDLE_SECTIONS}
+    return flat | ({"branch": branch_text(record.branch)} if record.branch else {})
+
+
+def differing_settings(pools: Sequence[Pool]) -> dict[str, list[object]]:
+    """Each setting that is not the same in all pools, with its value in each; None where it is not set."""
+    return _differing([pool.settings for pool in pools])
+
+
+def _differing(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
+    names = dict.fromkeys(name for one in settings for name in one)
+    values = {name: [one.get(name) for one in settings] for name in names}
+    return {name: found for name, found in values.items() if len(set(map(repr, found))) > 1}
+
+
+def _labels(members: Sequence[Sequence[RunRecord]], settings: Sequence[Mapping[str, object]]) -> list[str]:
+    """Name each pool by the settings in which it differs, or by what it changes; by its runs where neither does."""
+    differing = _differing(settings)
+    for texts in (setting_texts(differing) if len(differing) <= 2 else [], setting_texts(differing, changes_only=True)):
+        if texts and len(set(texts)) == len(texts) and max(map(len, texts)) <= LABEL:
+            return texts
+    names = [_short(", ".join(run.path.resolve().name for run in runs), LABEL) for runs in members]
+    return (
+        [f"{number}: {name}" for number, name in enumerate(names, start=1)] if len(set(names)) < len(names) else names
+    )
+
+
+def setting_texts(differing: Mapping[str, Sequence[object]], *, changes_only: bool = False) -> list[str]:
+    """A text for each pool: its values of the settings that differ, or only where it differs from the first pool.
+
+    Args:
+        differing: from `differing_settings`.
+    """
+    columns = [
+        [
+            "" if changes_only and repr(value) == repr(values[0]) else f"{name.split('.')[-1]} {value_text(value)}"
+            for value in values
+        ]
+        for name, values in differing.items()
+    ]
+    return [", ".join(filter(None, row)) or BASELINE for row in zip(*columns, strict=True)]
+
+
+def value_text(value: object) -> str:
+    """A setting's value as people read it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _short(f"{value:g}" if isinstance(value, float) else value, 80)
+
+
+def branch_text(branch: Mapping) -> str:
+    """From which iteration on a branch is on its own, and what it changed there."""
+    changes = [
+        f"{key.split('.')[-1]} {_short(old, 40)} → {_short(new, 40)}"
+        for key, (old, new) in branch.get("settings", {}).items()
+    ]
+    return f"after iteration {branch.get('iteration')}: {', '.join(changes) or 'nothing changed'}"
+
+
+def _short(value: object, limit: int) -> str:
+    text = printable(str(value)[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def runs_table(pools: Sequence[Pool]) -> pd.DataFrame:
+    """A tidy table, a row a run: pool, seed, the settings that differ, final figures, iterations and seconds."""
+    differing = differing_settings(pools)
+    rows = []
+    for number, pool in enumerate(pools):
+        values = {name.split(".")[-1]: found[number] for name, found in differing.items()}
+        rows += [
+            {"setting": pool.label, **values, "seed": seed, **_figures(run)}
+            for seed, run in zip(pool.seeds, pool.runs, strict=True)
+        ]
+    return pd.DataFrame(rows)
+
+
+def _figures(run: RunRecord) -> dict[str, object]:
+    figures: dict[str, object] = {"run": run.path.resolve().name}
+    variants = run.results.get("variants", {})
+    for variant, values in variants.items():
+        figures |= {f"{metric}/{variant}": values[metric]["mean"] for metric in METRICS if metric in values}
+    for metric, value in variants.get("trained", {}).items():
+        if metric in METRICS:
+            figures |= {f"{metric}/trained/{end}": value[end] for end in ("low", "high")}  # over prompts
+    last = run.metrics.iloc[-1] if len(run.metrics) else {}
+    figures |= {"kl": last.get("kl"), "iterations": run.iterations}
+    figures["seconds"] = float(run.metrics["step_time"].sum()) if "step_time" in run.metrics else None
+    return figures
+
+
+def curves_table(pools: Sequence[Pool]) -> pd.DataFrame:
+    """What training logged, tidy: a row (pool, seed, iteration) with reward, gold and KL."""
+    parts = []
+    for pool in pools:
+        for seed, run in zip(pool.seeds, pool.runs, strict=True):
+            columns = {short: run.metrics[name] for short, name in CURVES.items() if name in run.metrics}
+            if columns:
+                part = pd.DataFrame({"iteration": run.metrics["iteration"], **columns})
+                parts.append(part.assign(setting=pool.label, seed=seed))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["setting", "seed", "iteration"])
+
+
+def write_tables(pools: Sequence[Pool], folder: Path) -> Path:
+    """Write the tables of runs and of curves as `runs.jsonl` and `curves.parquet`; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs_table(pools).to_json(folder / "runs.jsonl", orient="records", lines=True, double_precision=6)
+    numbers = curves_table(pools)
+    small = {name: "float32" for name in CURVES if name in numbers}
+    numbers.astype(small).to_parquet(folder / "curves.parquet", index=False)
+    return folder
+
+
+def against_first(pools: Sequence[Pool], metric: str) -> dict[str, Interval]:
+    """Each later pool's trained policy minus the first pool's, paired by seed, with its interval over seeds."""
+    first, *others = pools
+    found = {pool.label: paired_interval(pool.trained_means(metric), first.trained_means(metric)) for pool in others}
+    return {label: interval for label, interval in found.items() if interval is not None}
+
+
+# --- evaluations of the same prompts ----------------------------------------------------------------------------------
+
+
+def pool_evaluations(
+    tables: Sequence[pd.DataFrame], metrics: Sequence[str] = METRICS, confidence: float = 0.95
+) -> dict[str, object]:
+    """Pool the evaluations of several training seeds of one setting: means and paired differences, with intervals.
+
+    Args:
+        tables: each run's `evaluation/rows.parquet`: prompt_id, user_prompt, variant, seed and metrics as columns.
+        metrics: those to pool; one that a table lacks is left out.
+
+    Returns:
+        `{"training_seeds", "num_prompts", "variants": {variant: {metric: interval}}, "differences": {pair: …}}`, as
+        JSON holds it. A prompt that could not be scored in some run is left out of all.
+
+    Raises:
+        KitError: fewer than two tables, or tables of different prompts.
+    """
+    if len(tables) < 2:
+        raise KitError(f"pooling: found {len(tables)} evaluation, allowed: at least 2, one a training seed")
+    texts = [table.drop_duplicates("prompt_id").set_index("prompt_id")["user_prompt"].to_dict() for table in tables]
+    for number, text in enumerate(texts, start=1):
+        if text != texts[0]:
+            raise KitError(
+                f"pooling: evaluation {number} has other prompts than the first ({len(text)}, {len(texts[0])}). "
+                "Evaluate all with the same prompts"
+            )
+    metrics = [metric for metric in metrics if all(metric in table for table in tables)]
+    variants = [v for v in dict.fromkeys(tables[0]["variant"]) if all(v in set(t["variant"]) for t in tables)]
+    means = [complete_cells(table)[0].groupby(["variant", "prompt_id"])[metrics].mean() for table in tables]
+
+    def values(variant: str, metric: str) -> pd.DataFrame:
+        return pd.DataFrame([one.loc[variant, metric] for one in means])  # (S, P)
+
+    def interval(table: pd.DataFrame) -> dict[str, float]:
+        return pooled_interval(table.dropna(axis="columns").to_numpy(), confidence).to_dict()
+
+    pairs = compared_pairs(variants)
+    return {
+        "training_seeds": len(tables),
+        "num_prompts": len(texts[0]),
+        "variants": {v: {m: interval(values(v, m)) for m in metrics} for v in variants},
+        "differences": {f"{a}-{b}": {m: interval(values(a, m) - values(b, m)) for m in metrics} for a, b in pairs},
+    }
+
+
+def add_pools(folders: Sequence[Path], place: Path) -> None:
+    """Add to an evaluation of several runs what those show together that differ only in their training seed.
+
+    Args:
+        folders: the runs that were evaluated.
+        place: the folder of their evaluation; its `final_results.json` gets the key `pooled`.
+    """
+    results = json.loads((place / "final_results.json").read_text(encoding="utf-8"))
+    rows = pd.read_parquet(place / "evaluation" / "rows.parquet")
+    names = {path: name for name, path in results["policies"].items()}
+    pooled = {}
+    for pool in pool_runs(read_runs(folder for folder in folders if (folder / "best").is_dir())):
+        if len(pool.runs) < 2:
+            continue
+        own = [names[str(run.path)] for run in pool.runs]
+        tables = [
+            rows[rows["variant"].isin(["raw", "initial", name])].replace({"variant": {name: "trained"}}) for name in own
+        ]
+        pooled[pool.label] = {"policies": own, **pool_evaluations(tables, confidence=results["confidence"])}
+    if pooled:
+        RunFolder(place).write_json("final_results.json", results | {"pooled": pooled})

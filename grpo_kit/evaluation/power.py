@@ -1,0 +1,104 @@
+"""Which differences could an evaluation detect, and what would more prompts or more latents bring?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from grpo_kit.config import KitError
+from grpo_kit.evaluation.intervals import prompt_means
+
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class VarianceParts:
+    """Where the variance of paired differences comes from.
+
+    `prompt` is the variance of prompts' true differences, `seed` that of latents within a prompt; with one latent a
+    prompt the two cannot be told apart: `seed` is None and `prompt` holds both.
+    """
+
+    prompt: float
+    seed: float | None
+    num_prompts: int
+    seeds_per_prompt: float  # the harmonic mean where prompts have different numbers
+
+    def standard_error(self, num_prompts: int | None = None, seeds_per_prompt: float | None = None) -> float:
+        """Of the mean difference, with these numbers of prompts and latents or with others (`inf` is fine).
+
+        Raises:
+            KitError: another number of latents where there was one, so that their part is not known.
+        """
+        if self.seed is None and seeds_per_prompt not in (None, 1):
+            raise KitError(
+                f"seeds_per_prompt: found {seeds_per_prompt}, allowed: 1, since one image a prompt does not tell how "
+                "much latents matter. Evaluate with seeds_per_prompt 2 or more"
+            )
+        seeds = self.seeds_per_prompt if seeds_per_prompt is None else seeds_per_prompt
+        return float(((self.prompt + (self.seed or 0.0) / seeds) / (num_prompts or self.num_prompts)) ** 0.5)
+
+
+def variance_parts(differences: np.ndarray) -> VarianceParts:
+    """Split the variance of paired differences into prompts' and latents' parts, as one-way analysis of variance does.
+
+    Args:
+        differences: (P, K), NaN where a cell could not be scored.
+
+    Raises:
+        KitError: fewer than two prompts have a score.
+    """
+    cells = differences[np.isfinite(differences).any(axis=1)]
+    if len(cells) < 2:
+        raise KitError(f"prompts: found {len(cells)} with scores, allowed: at least 2, to see how they vary")
+    means, counts = prompt_means(cells), np.isfinite(cells).sum(axis=1)
+    between, rest = float(means.var(ddof=1)), int((counts - 1).sum())
+    seeds = float(1 / np.mean(1 / counts))
+    if rest == 0:
+        return VarianceParts(between, None, len(cells), seeds)
+    within = float(np.nansum((cells - means[:, None]) ** 2) / rest)
+    return VarianceParts(max(0.0, between - within / seeds), within, len(cells), seeds)
+
+
+def detectable_difference(
+    parts: VarianceParts,
+    num_prompts: int | None = None,
+    seeds_per_prompt: float | None = None,
+    *,
+    confidence: float = 0.95,
+    power: float = POWER,
+) -> float:
+    """The smallest true mean difference that a two-sided paired test finds with this power.
+
+    That is (t for the confidence + t for the power) · standard error, both of P − 1 degrees of freedom. For other
+    numbers of prompts or latents the standard error follows from the parts. (Cohen, Statistical Power Analysis, 1988,
+    ch. 2; Card et al., "With Little Power Comes Great Responsibility", EMNLP 2020.)
+    """
+    freedom = (num_prompts or parts.num_prompts) - 1
+    factor = stats.t.ppf((1 + confidence) / 2, freedom) + stats.t.ppf(power, freedom)
+    return float(factor * parts.standard_error(num_prompts, seeds_per_prompt))
+
+
+def detectable(differences: np.ndarray, confidence: float) -> dict[str, float | None]:
+    """The smallest difference that an evaluation could detect, and with other numbers of prompts or latents.
+
+    Args:
+        differences: (P, K) of one pair; at least two prompts have a score.
+
+    Where a prompt has one latent, what more of them would bring is not known: None.
+    """
+    parts = variance_parts(differences)
+
+    def with_seeds(count: float) -> float | None:
+        return None if parts.seed is None else detectable_difference(parts, None, count, confidence=confidence)
+
+    return {
+        "difference": detectable_difference(parts, confidence=confidence),
+        "standard_error": parts.standard_error(),
+        "prompt_variance": parts.prompt,
+        "seed_variance": parts.seed,
+        "with_one_seed": with_seeds(1),
+        "with_twice_the_seeds": with_seeds(2 * parts.seeds_per_prompt),
+        "with_endless_seeds": with_seeds(float("inf")),
+        "with_twice_the_prompts": detectable_difference(parts, 2 * parts.num_prompts, confidence=confidence),
+    }
