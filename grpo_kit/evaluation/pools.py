@@ -18,7 +18,6 @@ import pandas as pd
 from grpo_kit.config import RECORDS, Config, KitError, Section, printable
 from grpo_kit.evaluation.intervals import Interval, paired_interval, pooled_interval, t_interval
 from grpo_kit.evaluation.pairs import compared_pairs, complete_cells
-from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.grid import trial_folders
 from grpo_kit.runs.record import RunRecord, read_run
 
@@ -138,7 +137,7 @@ def _settings(record: RunRecord) -> dict[str, object]:
         values = {name: one.get_default(call_default_factory=True) for name, one in optional.items()} | values
         flat |= {f"{section}.{name}": values[name] for name in dict.fromkeys([*fields, *values]) if name in values}
     flat = {name: v for name, v in flat.items() if name not in IDLE and name.split(".")[0] not in IDLE_SECTIONS}
-    return flat | ({"branch": branch_text(record.branch)} if record.branch else {})
+    return flat | ({"branch": record.branch_text()} if record.branch else {})
 
 
 def differing_settings(pools: Sequence[Pool]) -> dict[str, list[object]]:
@@ -187,15 +186,6 @@ def value_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return _short(f"{value:g}" if isinstance(value, float) else value, 80)
-
-
-def branch_text(branch: Mapping) -> str:
-    """From which iteration on a branch is on its own, and what it changed there."""
-    changes = [
-        f"{key.split('.')[-1]} {_short(old, 40)} → {_short(new, 40)}"
-        for key, (old, new) in branch.get("settings", {}).items()
-    ]
-    return f"after iteration {branch.get('iteration')}: {', '.join(changes) or 'nothing changed'}"
 
 
 def _short(value: object, limit: int) -> str:
@@ -316,6 +306,8 @@ def add_pools(folders: Sequence[Path], place: Path) -> None:
         folders: the runs that were evaluated.
         place: the folder of their evaluation; its `final_results.json` gets the key `pooled`.
     """
+    from grpo_kit.runs.folder import RunFolder
+
     results = json.loads((place / "final_results.json").read_text(encoding="utf-8"))
     rows = pd.read_parquet(place / "evaluation" / "rows.parquet")
     names = {path: name for name, path in results["policies"].items()}

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from grpo_kit.config import KitError
+from grpo_kit.config import KitError, printable
 from grpo_kit.runs.iterations import iteration_name, rollouts_of, validations_of
 
 if TYPE_CHECKING:
@@ -93,6 +93,14 @@ class RunRecord:
         widest = rollout.groupby("group_id")["reward"].std().fillna(0.0).idxmax()
         group = rollout[rollout["group_id"] == widest]
         return group.sort_values("reward", ascending=False, kind="stable").reset_index(drop=True)
+
+    def branch_text(self) -> str:
+        """From which iteration on a branch is on its own, and what it changed there."""
+        changes = [
+            f"{key.split('.')[-1]} {printable(str(old)[:40])} → {printable(str(new)[:40])}"
+            for key, (old, new) in self.branch.get("settings", {}).items()
+        ]
+        return f"after iteration {self.branch.get('iteration')}: {', '.join(changes) or 'nothing changed'}"
 
     def file(self, name: str) -> Path:
         """Return the path of a file that a row names, which must lie inside the run folder."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.pools import branch_text
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.curves import CURVES, training_curves
 from grpo_kit.show.intervals import category_plot, comparison_plot
@@ -60,7 +59,7 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
     return {
         "name": record.path.resolve().name,
         "profile": record.config.get("profile"),
-        "origin": f"branch of {branch.get('parent')}, {branch_text(branch)}" if branch else "",
+        "origin": f"branch of {branch.get('parent')}, {record.branch_text()}" if branch else "",
         "headline": headline(results),
         "paragraph": paragraph(record),
         "warning": _warning(record),
