@@ -76,7 +76,7 @@ def measure(run_dir: Path, config: Config) -> None:
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:
-    """The run was stopped by the sentinel, or has all its iterations."""
+    """The run was stopped for reward hacking, or has all its iterations."""
     if not (run_dir / "sentinel.json").is_file():
         return False
     seen = _read(run_dir / "sentinel.json")

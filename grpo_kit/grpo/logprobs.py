@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 _LARGEST_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any useful ratio, far inside float32
 
@@ -64,7 +65,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     """Keeps one (N, T, V) buffer, the probabilities p; backward turns it into the gradient 1[chosen] - p in place."""
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: FunctionCtx, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the ids and entropy, (N, T) each."""
         logprobs, ids = logits.log_softmax(dim=-1), ids.unsqueeze(-1)
         chosen, probabilities = logprobs.gather(-1, ids).squeeze(-1), logprobs.exp()
         entropy = -logprobs.mul_(probabilities).sum(dim=-1)
@@ -73,7 +75,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         return chosen, entropy
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient of the logits, (N, T, V)."""
         probabilities, ids = ctx.saved_tensors  # a second backward is refused here: they have been changed
         gradient = gradient.unsqueeze(-1)
         return probabilities.mul_(-gradient).scatter_add_(-1, ids, gradient), None

@@ -1,4 +1,4 @@
-"""The training loop: rollout, step, validate, save, look whether it is gamed; and on from where a run stopped."""
+"""The training loop: rollout, step, validate, save, check for reward hacking; and going on where a run stopped."""
 
 import logging
 import math
@@ -44,7 +44,7 @@ class TrainResult:
     iterations: int
     started_from: int  # 0, or the committed iteration that was continued
     metrics: dict[str, float]
-    stopped: str | None = None  # why it ended before its last iteration: the sentinel's report
+    stopped: str | None = None  # why it ended before its last iteration: the reward hacking that was found
 
 
 def train(
@@ -58,8 +58,9 @@ def train(
     """Train the kit's policy as its config says and leave everything in `run_dir`.
 
     A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
-    if it had not stopped. After each validation the sentinel looks whether the reward is being gamed
-    (`evaluation.reward_hacking`): it warns, and with `stop_on_divergence` the run ends there, its checkpoint committed.
+    if it had not stopped. After each validation the run is checked for reward hacking
+    (`evaluation.reward_hacking`): what is found is logged, and with `stop_on_divergence` the run ends there, its
+    checkpoint committed.
 
     Args:
         progress: show a progress bar.
@@ -88,18 +89,18 @@ def train(
         if committed is None:
             _validate(kit, folder, tracker, 0, processes)
             commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
-        stopped = processes.on_main(lambda: _look(kit, folder, announce=False))
+        stopped = processes.on_main(lambda: _check_for_reward_hacking(kit, folder, announce=False))
         last = start if stopped else settings.num_iterations
         bar = _bar(start, last, shown=progress and processes.is_main)
         for iteration in bar:
-            metrics, trouble = _iterate(kit, optimizer, folder, iteration, processes)
+            metrics, non_finite = _iterate(kit, optimizer, folder, iteration, processes)
             processes.on_main(partial(_log, folder, tracker, metrics))
-            if trouble is not None:
-                processes.on_main(partial(guard, folder, iteration, trouble, settings.updates_per_rollout))
+            if non_finite is not None:
+                processes.on_main(partial(guard, folder, iteration, non_finite, settings.updates_per_rollout))
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
             if iteration == last or iteration % settings.validate_every == 0:
                 _validate(kit, folder, tracker, iteration, processes)
-                stopped = processes.on_main(lambda: _look(kit, folder))
+                stopped = processes.on_main(lambda: _check_for_reward_hacking(kit, folder))
             if iteration == last or stopped or iteration % settings.save_every == 0:
                 commit(kit, optimizer, folder, iteration, processes)
             if on_iteration is not None:
@@ -287,13 +288,13 @@ def _validate(
 ) -> None:
     """Validate, and keep the policy in `best/` when no validation before scored as high; the main process does it."""
     with processes.whole_policy():
-        is_best = processes.on_main(lambda: _looks_best(kit, folder, tracker, iteration))
+        is_best = processes.on_main(lambda: _is_best_so_far(kit, folder, tracker, iteration))
     if is_best:
         weights = _shared_weights(kit, processes)
         processes.on_main(lambda: folder.save_best(_saving(kit, iteration, weights)))
 
 
-def _looks_best(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> bool:
+def _is_best_so_far(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> bool:
     """Validate; whether no validation before scored as high."""
     since = first_own_validation(folder.path)  # a branch may have none of the policies that its parent validated
     earlier = [_rank(v, _held_out(kit)) for v in folder.validations() if since <= v["iteration"] < iteration]
@@ -333,8 +334,8 @@ def _held_out(kit: Experiment) -> str | None:
     return held_out
 
 
-def _look(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str | None:
-    """Let the sentinel look at the folder's validations and write what it sees; returns why the run ends, if it does.
+def _check_for_reward_hacking(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str | None:
+    """Look for reward hacking in the validations and record what is found; returns why the run ends, if it does.
 
     Args:
         announce: log what the newest validation is the first to show; a continued run has logged it before.
@@ -350,7 +351,7 @@ def _look(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str |
     if seen.divergence is None or not kit.config.training_settings.stop_on_divergence:
         return None
     logger.warning(
-        "stopped by the sentinel (%s). best/ holds the policy with the best %s. To train on all the same, set "
+        "stopped for reward hacking (%s). best/ holds the policy with the best %s. To train on all the same, set "
         "training_settings.stop_on_divergence to false and run again in this folder",
         seen.divergence,
         held_out,

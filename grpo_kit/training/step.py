@@ -1,7 +1,8 @@
 """One GRPO step: from a rollout's rewards to changed weights.
 
-`grpo_step` reads as the method does for one process and a whole batch. What surrounds it (micro-batches, several
-processes, numbers that are not finite, clocks) is in `training.accumulation`.
+`grpo_step` reads as the method does for one process and a whole batch. What surrounds it is in `training.accumulation`:
+micro-batches weigh their tokens as the whole batch does, so that the gradient does not depend on their size; several
+processes share the rows by whole groups in the same way; numbers that are not finite skip an update; clocks run.
 """
 
 from dataclasses import dataclass
@@ -40,12 +41,9 @@ def grpo_step(
 ) -> StepStats:
     """Update the policy on a rollout: advantages, then `updates_per_rollout` times loss, gradient and optimizer step.
 
-    Rows without a usable reward are left out as `on_bad_reward` says. Where no advantage differs from 0 and beta is 0
-    there is nothing to learn: the optimizer is not run, so that momentum and weight decay cannot move the weights.
-    Where something is not finite, in sampling, scoring, loss, gradient or the optimizer's result, or no sample has a
-    usable reward, the update is skipped: weights and momentum stay as they are, bit for bit. Micro-batches weigh their
-    tokens as the whole batch does, so that the gradient does not depend on their size. Several processes share the
-    rows by whole groups in the same way: each adds its own rows' gradient, weighed as in the whole batch.
+    Rows without a usable reward are left out as `on_bad_reward` says. Where no advantage differs from 0 and beta is 0,
+    the optimizer is not run, so that momentum and weight decay cannot move the weights. Where something is not finite,
+    or no sample has a usable reward, the update is skipped: weights and momentum stay as they are, bit for bit.
 
     Raises:
         BadRewardError: a reward is not finite and `on_bad_reward` is "raise".

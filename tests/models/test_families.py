@@ -566,3 +566,18 @@ def test_in_bfloat16_sampled_and_scored_agree_within_its_rounding(family: Family
     other = found.ids.roll(1, dims=0)
     with torch.no_grad():
         assert _far(found.logprobs, policy.score(PROMPTS, GROUPS, other, found.mask, images=images).logprobs) > 1
+
+
+# --- prompts that are encoded once ------------------------------------------------------------------------------------
+
+
+@of_each_family
+def test_some_of_the_encoded_prompts_are_what_encoding_them_alone_gives(family: Family, make_case: Callable):
+    case = make_case(family.name, family.sees, False)
+    encoded = case.policy.encode(PROMPTS, case.images)
+    for places in ([1], [2, 0], [0, 0, 2, 1]):
+        alone = case.policy.encode([PROMPTS[i] for i in places], case.images and [case.images[i] for i in places])
+        taken = encoded.take(places)
+        assert taken.inputs.keys() == alone.inputs.keys() and taken.rows == alone.rows
+        for name, value in alone.inputs.items():
+            assert torch.equal(taken.inputs[name], value), name

@@ -98,7 +98,7 @@ def test_stop_commits_its_checkpoint_and_says_how_to_go_on(stopped: Path):
     assert (stopped / "checkpoints" / "iter_000004" / "manifest.json").is_file()
     assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 4
     log = (stopped / "training.log").read_text()
-    assert "stopped by the sentinel (iteration 4: " in log and "training_settings.stop_on_divergence to false" in log
+    assert "stopped for reward hacking (iteration 4: " in log and "training_settings.stop_on_divergence to false" in log
 
 
 def test_stopped_run_stays_stopped(kit: Experiment, stopped: Path, tmp_path: Path, whole: Path):
@@ -108,7 +108,7 @@ def test_stopped_run_stays_stopped(kit: Experiment, stopped: Path, tmp_path: Pat
     assert (result.started_from, result.iterations) == (4, 4) and result.stopped is not None
     assert {file: file.read_bytes() for file in before} == before
     log = (folder / "training.log").read_text()
-    assert log.count("stopped by the sentinel") == 2 and log.count("WARNING iteration 4") == 1
+    assert log.count("stopped for reward hacking") == 2 and log.count("WARNING iteration 4") == 1
 
     result = _train(kit, folder, training__stop_on_divergence=False)
     assert (result.started_from, result.iterations, result.stopped) == (4, 6, None)
