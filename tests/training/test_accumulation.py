@@ -62,7 +62,7 @@ def test_a_prompt_is_tokenised_once_a_rollout_whatever_the_micro_batches(own_kit
 @pytest.mark.parametrize(("size", "runs"), [(None, 3), (4, 3), (3, 6), (8, 3)])
 def test_a_prompt_is_run_again_only_where_its_group_is_divided(own_kit: Experiment, size: int | None, runs: int):
     with counted(Policy, "forward") as scored:
-        _iteration(own_kit, micro_batch_size=size)
+        _iteration(own_kit, micro_batch_size=size, updates_per_rollout=1, beta=0.0)
     assert sum(len(prompts) for prompts, _ in scored) == runs
 
 
