@@ -1,13 +1,11 @@
 """What a run is given: settings and where they come from, prompts, devices, seeds; and the errors that users mend."""
 
 from grpo_kit.config.errors import ConfigError, KitError, nearest, one_line, printable, shown
+from grpo_kit.config.loading import RECORDS, load_config, pairs_from_texts, settings_from_texts
+from grpo_kit.config.paths import PROJECT_ROOT
 from grpo_kit.config.settings import (
-    MODEL_PATHS,
     PROFILE_FOLDER,
     PROFILES,
-    PROJECT_ROOT,
-    PROMPT_PATHS,
-    RECORDS,
     Config,
     Count,
     EvaluationSettings,
@@ -18,16 +16,13 @@ from grpo_kit.config.settings import (
     Section,
     TrainingSettings,
     Whole,
-    load_config,
-    validated,
 )
+from grpo_kit.config.validation import validated
 
 __all__ = [
-    "MODEL_PATHS",
     "PROFILES",
     "PROFILE_FOLDER",
     "PROJECT_ROOT",
-    "PROMPT_PATHS",
     "RECORDS",
     "Config",
     "ConfigError",
@@ -44,7 +39,9 @@ __all__ = [
     "load_config",
     "nearest",
     "one_line",
+    "pairs_from_texts",
     "printable",
+    "settings_from_texts",
     "shown",
     "validated",
 ]

@@ -10,7 +10,7 @@ class KitError(ValueError):
 
 
 class ConfigError(KitError):
-    """A setting that is unknown, missing, of the wrong type or impossible."""
+    """A setting, or a file that a setting names, that is unknown, missing, broken or impossible on this machine."""
 
 
 def one_line(error: object, limit: int = 200) -> str:

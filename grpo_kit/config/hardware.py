@@ -1,5 +1,6 @@
 """The machine: device and dtype with the reason why, memory, and the versions that a run is recorded with."""
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from grpo_kit.config.errors import KitError
+from grpo_kit.config.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -29,47 +30,40 @@ _GIVING_BACK = {
 }
 
 
-class HardwareError(KitError):
-    """A device or dtype that this machine does not have."""
-
-
 def choose_device(device: str = "auto", setting: str = "device") -> tuple["torch.device", str]:
     """The device to compute on and the reason: the first of CUDA, MPS and CPU for "auto", else the one named.
 
     A CUDA device comes with its number: a thread has a current device of its own, which is not the caller's.
 
     Raises:
-        HardwareError: one line that names the `setting`, where this machine has no such device.
+        ConfigError: one line that names the `setting`, where this machine has no such device.
     """
     import torch
 
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device()), _cuda_reason(torch.cuda.current_device())
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "Apple GPU found"
-        return torch.device("cpu"), "no CUDA or Apple GPU found"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise HardwareError(f"{setting}: found {device!r:.60}, allowed: auto, cpu, mps, cuda, cuda:N")
-    chosen = torch.device(device)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ConfigError(f"{setting}: found {device!r:.60}, allowed: auto, cpu, mps, cuda, cuda:N")
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    asked = device != "auto"
+    chosen = torch.device(device if asked else "cuda" if has_cuda else "mps" if has_mps else "cpu")
     if chosen.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        count = torch.cuda.device_count() if has_cuda else 0
         if (chosen.index or 0) >= count:
-            raise HardwareError(
-                f"{setting}: found {device}, but this machine has {count} CUDA devices. Set auto or cpu"
-            )
+            raise ConfigError(f"{setting}: found {device}, but this machine has {count} CUDA devices. Set auto or cpu")
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
-        return torch.device("cuda", index), f"asked for; {_cuda_reason(index)}"
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise HardwareError(f"{setting}: found mps, but this machine has no Apple GPU. Set auto or cpu")
-    return chosen, "asked for"
+        properties = torch.cuda.get_device_properties(index)
+        found = f"{properties.name} with {properties.total_memory / 2**30:.0f} GiB found"
+        return torch.device("cuda", index), f"asked for; {found}" if asked else found
+    if chosen.type == "mps" and not has_mps:
+        raise ConfigError(f"{setting}: found mps, but this machine has no Apple GPU. Set auto or cpu")
+    found = "Apple GPU found" if has_mps else "no CUDA or Apple GPU found"
+    return chosen, "asked for" if asked else found
 
 
 def placement(settings: "ModelSettings") -> dict[str, tuple["torch.device", str]]:
     """Where the policy, the generator and the reward models compute: the setting's name → device and reason.
 
     Raises:
-        HardwareError: this machine does not have one of them.
+        ConfigError: this machine does not have one of them.
     """
     named = {
         "device": settings.device,
@@ -77,13 +71,6 @@ def placement(settings: "ModelSettings") -> dict[str, tuple["torch.device", str]
         "reward_device": settings.reward_device or settings.device,
     }
     return {setting: choose_device(device, setting) for setting, device in named.items()}
-
-
-def _cuda_reason(index: int) -> str:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    return f"{properties.name} with {properties.total_memory / 2**30:.0f} GiB found"
 
 
 def choose_dtype(device: "torch.device | str", dtype: str = "auto") -> tuple["torch.dtype", str]:
@@ -94,7 +81,7 @@ def choose_dtype(device: "torch.device | str", dtype: str = "auto") -> tuple["to
     if dtype in types:
         return types[dtype], "asked for"
     if dtype != "auto":
-        raise HardwareError(f"dtype: found {dtype!r:.60}, allowed: auto, {', '.join(types)}")
+        raise ConfigError(f"dtype: found {dtype!r:.60}, allowed: auto, {', '.join(types)}")
     kind = torch.device(device).type
     if kind == "cuda":
         if torch.cuda.get_device_capability(device)[0] >= 8:
@@ -155,25 +142,19 @@ def computing_machine(settings: "ModelSettings") -> dict[str, str]:
     """
     import torch
 
-    kinds = {setting: _kind(device) for setting, (device, _) in placement(settings).items()}
+    kinds = {}
+    for setting, (device, _) in placement(settings).items():
+        kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else kind
+        kinds[setting] = f"{device.type} {kind}".strip()
     kept = {setting: kind for setting, kind in kinds.items() if setting == "device" or kind != kinds["device"]}
     return {**kept, "threads": str(torch.get_num_threads())}
-
-
-def _kind(device: "torch.device") -> str:
-    import torch
-
-    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else kind
-    return f"{device.type} {kind}".strip()
 
 
 def library_versions() -> dict[str, str]:
     """Python's version and those of the libraries that a result depends on; what is not installed is left out."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions

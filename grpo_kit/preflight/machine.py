@@ -130,7 +130,7 @@ def _cached(where: str) -> str:
 
 
 def prompts_text(path: str) -> str:
-    """How many prompts of how many categories a file holds; raises `PromptError` where it is broken."""
+    """How many prompts of how many categories a file holds; raises `ConfigError` where it is broken."""
     prompts = load_prompts(path)
     return f"{path}: {len(prompts)} prompts, {len({prompt.category for prompt in prompts})} categories"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, load_config, nearest, one_line, printable
+from grpo_kit.runs.durable import json_bytes, replace_file
 from grpo_kit.runs.parameters import NotebookError, Parameter, declared_parameters
 
 NOTEBOOK_FOLDER = PROJECT_ROOT / "notebooks"
@@ -102,8 +103,7 @@ def plan(
 def write_profile(run_dir: Path, profile: str, settings: Mapping[str, object]) -> None:
     """Write the profile that `plan` gave the notebooks, where settings are changed at all."""
     if settings:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        load_config(profile, settings).save(Path(run_dir) / OWN_PROFILE)
+        replace_file(Path(run_dir) / OWN_PROFILE, json_bytes(load_config(profile, settings).to_dict()))
 
 
 def _check_name(name: str, declared: Mapping[Path, Mapping[str, Parameter]]) -> None:

@@ -11,6 +11,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.runs.checkpoint import CheckpointError, load_checkpoint
 from tests.chaos import Outcome, fault
 from tests.chaos.experiment import child, content, differences, experiment, reference, scratch, train_in
+from tests.support.config_files import save_config
 
 _LONGEST = 0.4  # of an uninterrupted run's seconds: the longest that a part of a run may last
 
@@ -97,7 +98,7 @@ def command_killed(
 
 def command_line(kit: Experiment, folder: Path) -> list[str]:
     """`grpo-kit train` with the experiment's settings, which are written beside the run folder."""
-    config = kit.config.save(folder.with_suffix(".json"))
+    config = save_config(kit.config, folder.with_suffix(".json"))
     return [sys.executable, "-m", "grpo_kit.cli", "train", "--config", str(config), "--run-dir", str(folder)]
 
 

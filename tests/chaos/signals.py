@@ -25,6 +25,7 @@ from grpo_kit.training.loop import train
 from tests.chaos import Outcome, fault
 from tests.chaos.nonfinite import QUICK
 from tests.chaos.phases import PHASES, alive_in_session, content, differences, interrupting, this_process_gets
+from tests.support.config_files import save_config
 
 SETTINGS = QUICK | {
     "training_settings.num_iterations": 3,
@@ -234,7 +235,7 @@ def interrupted_objects(kit: Experiment, folder: Path, phase: str, share: float)
 
 
 def _profile(folder: Path) -> Path:
-    return load_config("tiny", SETTINGS).save(folder / "quick.json")
+    return save_config(load_config("tiny", SETTINGS), folder / "quick.json")
 
 
 def _tries(place: Path, short: bool) -> Iterator[tuple[str, list[str]]]:

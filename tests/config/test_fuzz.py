@@ -1,8 +1,8 @@
 """10,000 fuzzed configurations (R15) and 10,000 fuzzed prompt lines (R16): each is valid, or one clear line.
 
-A test run takes 2,000 of each; `make test ARGS="tests/test_fuzz.py -m slow"` takes all 10,000. The same seed makes
-the same cases, so a failure can be repeated by its number. What is elsewhere: single mistakes and their exact words
-(tests/test_config.py, tests/test_prompts.py), what hypothesis draws (there too), a line of 100 GB.
+A test run takes 2,000 of each; `make test ARGS="tests/config/test_fuzz.py -m slow"` takes all 10,000. The same seed
+makes the same cases, so a failure can be repeated by its number. What is elsewhere: single mistakes and their exact
+words (test_config.py, test_prompts.py), what hypothesis draws (there too), a line of 100 GB.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from support.config_files import save_config
 
-from grpo_kit import config as config_module
-from grpo_kit import prompts as prompts_module
-from grpo_kit.config import PROFILES, Config, ConfigError, load_config
-from grpo_kit.config.prompts import MAX_LINE_BYTES, Prompt, PromptError, load_prompts
+from grpo_kit.config import PROFILES, Config, ConfigError, load_config, loading, validated, validation
+from grpo_kit.config import prompts as prompts_module
+from grpo_kit.config.prompts import MAX_LINE_BYTES, Prompt, load_prompts
 
 SOME, ALL = 2_000, 10_000
 COUNTS = [SOME, pytest.param(ALL, marks=pytest.mark.slow)]
@@ -30,7 +31,7 @@ PER_FILE = 20  # prompt lines in one file, so that the line in the error can be 
 @pytest.fixture(autouse=True)
 def _slow_only_when_asked(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("takes half a minute: make test ARGS='tests/test_fuzz.py -m slow'")
+        pytest.skip("takes half a minute: make test ARGS='tests/config/test_fuzz.py -m slow'")
 
 
 # --- configurations (R15) ---------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def check_configurations(count: int, folder: Path, seed: int = 15) -> Counter:
         else:
             again = json.loads(json.dumps(config.to_dict(), allow_nan=False).encode("utf-8"))
             assert load_config(again) == config, number
-            config.save(folder / "saved.json")
+            save_config(config, folder / "saved.json")
             outcomes["valid"] += 1
     return outcomes
 
@@ -178,23 +179,30 @@ def test_any_configuration_is_valid_or_one_line(count: int, tmp_path: Path) -> N
     assert min(outcomes["valid"], outcomes["one line"]) > count / 50  # both happen, so both were tried
 
 
-def unchecked_json(path: Path) -> dict:
-    return json.loads(path.read_bytes())
+def unchecked_json(content: bytes, path: Path) -> dict:
+    return json.loads(content)
 
 
-def two_line_error(*_: object) -> str:
-    return "model_settings: wrong\nallowed: another"
+def two_line_error(model: type, values: dict, **place: str) -> Config:
+    try:
+        return validated(model, values, **place)
+    except ConfigError:
+        raise ConfigError("model_settings: wrong\nallowed: another") from None
 
 
 @pytest.mark.parametrize(
-    ("name", "broken"),
-    [("_read_json", unchecked_json), ("_one_line", two_line_error), ("printable", str)],
+    ("module", "name", "broken"),
+    [
+        (loading, "strict_json", unchecked_json),
+        (loading, "validated", two_line_error),
+        (validation, "printable", str),
+    ],
     ids=["a file read as it is", "an error of two lines", "an error with escape codes"],
 )
 def test_a_reader_that_is_less_careful_is_caught(
-    name: str, broken: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, name: str, broken: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_module, name, broken)
+    monkeypatch.setattr(module, name, broken)
     with pytest.raises((AssertionError, ValueError, RecursionError, AttributeError, TypeError)) as caught:
         check_configurations(SOME, tmp_path)
     assert not isinstance(caught.value, ConfigError)
@@ -245,7 +253,7 @@ def check_lines(count: int, folder: Path, seed: int = 16) -> Counter:
         place.write_bytes(b"\n".join(lines) + draw.choice([b"", b"\n", b"\r\n\n"]))
         try:
             found = load_prompts(place)
-        except PromptError as error:
+        except ConfigError as error:
             text = str(error)
             assert text.startswith(f"{place}:{row}: "), (number, text)
             assert len(text.splitlines()) == 1 and text.isprintable() and len(text) < len(str(place)) + 300, number
@@ -271,16 +279,16 @@ def test_any_line_is_a_prompt_or_an_error_with_its_place(count: int, tmp_path: P
     assert min(outcomes["valid"], outcomes["one line"]) > count / 50
 
 
-def parsed_as_it_is(line: bytes, where: str) -> Prompt:
+def parsed_as_it_is(line: bytes, path: Path, number: int) -> Prompt:
     record = json.loads(line)
     return Prompt(record.pop("user_prompt"), metadata=record)
 
 
-def parsed_without_its_place(line: bytes, where: str) -> Prompt:
+def parsed_without_its_place(line: bytes, path: Path, number: int) -> Prompt:
     try:
-        return SOUND(line, where)
-    except PromptError as error:
-        raise PromptError(str(error).replace(where, where.rsplit(":", 1)[0])) from None
+        return SOUND(line, path, number)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{path}:{number}", str(path))) from None
 
 
 SOUND = prompts_module._parsed
@@ -293,14 +301,14 @@ def test_a_parser_that_is_less_careful_is_caught(
     monkeypatch.setattr(prompts_module, "_parsed", broken)
     with pytest.raises((AssertionError, ValueError, RecursionError, AttributeError, TypeError, KeyError)) as caught:
         check_lines(SOME, tmp_path)
-    assert not isinstance(caught.value, PromptError)
+    assert not isinstance(caught.value, ConfigError)
 
 
 def peak_of(place: Path) -> tuple[str, int]:
     """The error that reading a file gives, and the most bytes that were held on the way."""
     tracemalloc.start()
     try:
-        with pytest.raises(PromptError) as caught:
+        with pytest.raises(ConfigError) as caught:
             load_prompts(place)
         return str(caught.value), tracemalloc.get_traced_memory()[1]
     finally:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_kit.config import hardware
-from grpo_kit.config.hardware import HardwareError, choose_device, choose_dtype
+from grpo_kit.config import ConfigError, hardware
+from grpo_kit.config.hardware import choose_device, choose_dtype
 from grpo_kit.config.seeds import derive_seed
 
 PARTS = st.lists(st.one_of(st.integers(), st.text(max_size=8)), min_size=1, max_size=4)
@@ -48,6 +48,7 @@ def test_automatic_choice_prefers_cuda_and_says_why(monkeypatch: pytest.MonkeyPa
         name, total_memory = "A GPU", 24 * 2**30
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     assert choose_device() == (torch.device("cuda", 0), "A GPU with 24 GiB found")
@@ -61,7 +62,7 @@ def test_automatic_choice_without_a_gpu_is_the_cpu(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cuda:99", "CPU"])
 def test_unknown_or_absent_device_is_one_clear_line(device: str):
-    with pytest.raises(HardwareError) as error:
+    with pytest.raises(ConfigError) as error:
         choose_device(device)
     assert "\n" not in str(error.value) and ("allowed" in str(error.value) or "Set auto" in str(error.value))
 
@@ -83,7 +84,7 @@ def test_cpu_computes_bfloat16_only_with_amx(monkeypatch: pytest.MonkeyPatch, am
 
 def test_named_dtype_is_taken_and_unknown_one_refused():
     assert choose_dtype("cpu", "float16") == (torch.float16, "asked for")
-    with pytest.raises(HardwareError, match="allowed: auto, float32"):
+    with pytest.raises(ConfigError, match="allowed: auto, float32"):
         choose_dtype("cpu", "int8")
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_kit.config.prompts import MAX_LINE_BYTES, Prompt, PromptError, balanced_batch, load_prompts
+from grpo_kit.config import ConfigError
+from grpo_kit.config.prompts import MAX_LINE_BYTES, Prompt, balanced_batch, load_prompts
 
 
 def _write(folder: Path, *lines: str | bytes) -> Path:
@@ -59,7 +60,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_line_is_one_error_with_file_and_line(name: str, tmp_path: Path):
     path = _write(tmp_path, GOOD, "", BROKEN[name], GOOD)
-    with pytest.raises(PromptError) as error:
+    with pytest.raises(ConfigError) as error:
         load_prompts(path)
     text = str(error.value)
     assert text.startswith(f"{path}:3: ") and "\n" not in text and len(text) < len(str(path)) + 250
@@ -67,13 +68,13 @@ def test_broken_line_is_one_error_with_file_and_line(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"\xef\xbb\xbf"])
 def test_empty_file_is_an_error(content: bytes, tmp_path: Path):
-    with pytest.raises(PromptError, match="empty"):
+    with pytest.raises(ConfigError, match="empty"):
         load_prompts(_write(tmp_path, content))
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", ".", "a\0b", "x" * 5000])
 def test_file_that_cannot_be_read_is_an_error(path: str, tmp_path: Path):
-    with pytest.raises(PromptError):
+    with pytest.raises(ConfigError):
         load_prompts(f"{tmp_path}/{path}")
 
 
@@ -81,7 +82,7 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch:
     path = tmp_path / "prompts.jsonl"
     with path.open("wb") as file:
         file.truncate(10**11)  # sparse: 100 GB of zeros on one line
-    with pytest.raises(PromptError, match=":1: longer than"):
+    with pytest.raises(ConfigError, match=":1: longer than"):
         load_prompts(path)
 
 
@@ -90,7 +91,7 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch:
 def test_any_bytes_give_prompts_or_a_prompt_error(tmp_path: Path, lines: list[bytes]):
     try:
         prompts = load_prompts(_write(tmp_path, *lines))
-    except PromptError as error:
+    except ConfigError as error:
         assert len(str(error).splitlines()) == 1
     else:
         assert prompts
@@ -138,5 +139,5 @@ def test_an_epoch_shows_each_prompt_of_a_category_once():
 
 def test_batch_of_nothing_is_refused():
     for prompts, size in (([], 4), (_prompts(a=1), 0)):
-        with pytest.raises(PromptError, match="allowed"):
+        with pytest.raises(ConfigError, match="allowed"):
             balanced_batch(prompts, size, seed=0, iteration=0)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support.config_files import save_config
 
 from grpo_kit import cli
 from grpo_kit.config import KitError, load_config
@@ -48,7 +49,7 @@ def runs(own_policy: Policy, tmp_path: Path) -> list[Path]:
                 parameter.mul_(scale)
         folder = tmp_path / f"run-{seed}"
         folder.mkdir()
-        load_config("tiny", {**QUICK, "training_settings.seed": seed}).save(folder / "config.json")
+        save_config(load_config("tiny", {**QUICK, "training_settings.seed": seed}), folder / "config.json")
         own_policy.save_pretrained(folder / "best")
         folders.append(folder)
     return folders
@@ -68,7 +69,7 @@ def test_a_run_is_answered_for_by_its_best_policy(quick: Experiment, runs: list[
 
 def test_a_run_answers_under_its_own_settings(quick: Experiment, runs: list[Path]):
     other = load_config("tiny", {**QUICK, "generation_settings.max_new_tokens": 3})
-    other.save(runs[0] / "config.json")
+    save_config(other, runs[0] / "config.json")
     prompts = quick.val_prompts[:3]
     cut = [quick.policy.tokenizer(text).input_ids for text in rewrites(quick, prompts, runs[0])]
     assert max(map(len, cut)) <= 3 < max(len(text.split()) for text in rewrites(quick, prompts, "initial"))

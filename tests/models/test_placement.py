@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_kit.config import ConfigError, hardware, load_config
-from grpo_kit.config.hardware import HardwareError, computing_machine, placement
+from grpo_kit.config.hardware import computing_machine, placement
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models import generator as generator_module
 from grpo_kit.models.generator import load_generator
@@ -53,7 +53,7 @@ def test_a_part_without_a_device_of_its_own_is_where_the_policy_is():
 @pytest.mark.parametrize("setting", PARTS)
 def test_a_device_that_is_not_there_is_one_line_before_any_model_is_loaded(setting: str, tmp_path: Path):
     settings = CPU | {f"model_settings.{setting}": "cuda:7", "model_settings.sd_model": str(tmp_path / "no model")}
-    with pytest.raises(HardwareError, match=f"^{setting}: found cuda:7, but this machine has 0 CUDA devices") as error:
+    with pytest.raises(ConfigError, match=f"^{setting}: found cuda:7, but this machine has 0 CUDA devices") as error:
         load_experiment(load_config("tiny", settings))
     assert "\n" not in str(error.value)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
+from support.config_files import save_config
 
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
@@ -133,7 +134,7 @@ def run(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(
         folder / "checkpoints", 5, lambda place: save_with_card(kit.policy, kit.config, place, 5), optimizer
     )
-    load_config("tiny").save(folder / "config.json")
+    save_config(load_config("tiny"), folder / "config.json")
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from support.config_files import save_config
 
 import grpo_kit.rewards
 from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, load_config
@@ -125,7 +126,7 @@ def test_reward_settings_survive_their_own_json(tmp_path: Path):
             "reward_settings.timeout.clip_similarity": "2.5",
         },
     )
-    assert load_config(config.save(tmp_path / "c.json")) == config
+    assert load_config(save_config(config, tmp_path / "c.json")) == config
     assert config.reward_settings.shaping["clip_similarity"].clip == (-1, 1)
 
 
@@ -155,7 +156,7 @@ def test_paths_among_the_options_count_from_the_file_and_are_saved_relative_to_t
         ("options.safety", {"avod": ["x"]}, "options.safety.avod: unknown key, did you mean avoid?; allowed: avoid, "),
         ("weights", {"safety": 1}, "reward_settings.options.safety.avoid: missing, allowed: a list"),
         ("options.safety", {"avoid": "blood"}, "options.safety.avoid: found 'blood', allowed: a list"),
-        ("options.safety", {"avoid": [""]}, "options.safety.avoid.0: found '', allowed: a text, not empty"),
+        ("options.safety", {"avoid": [""]}, "options.safety.avoid.0: found '', allowed: text, not empty"),
         ("options.safety", {"avoid": ["x"], "threshold": "high"}, "threshold: found 'high', allowed: number"),
         ("options.image_quality", {"pairs": [["good"]]}, "image_quality.pairs.0"),
         ("options.length", {"max_words": True}, "options.length.max_words: found true, allowed: integer >= 1"),

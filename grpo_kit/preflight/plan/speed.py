@@ -113,7 +113,7 @@ def speed_of(device: str, dtype: str, memory: float | None = None) -> Speed:
 
     Raises:
         PlanError: neither.
-        HardwareError: this machine has no such device.
+        ConfigError: this machine has no such device.
     """
     if device in ACCELERATORS:
         return _stated(device, ACCELERATORS[device], dtype, memory)

@@ -1,0 +1,63 @@
+"""Settings that hold a path: which they are, the folders that they count from, and how they are saved."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_kit.config.errors import ConfigError, shown
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+# A model may also be a hub id, so it is a path only where something lies there.
+MODEL_PATHS = tuple(f"model_settings.{name}" for name in ("vlm_model", "sd_model", "clip_model", "clip_pretrained"))
+PROMPT_PATHS = ("training_settings.train_prompts", "evaluation_settings.val_prompts")
+_REWARD_OPTIONS = "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights".split()
+REWARD_PATHS = tuple(f"reward_settings.options.{option}" for option in _REWARD_OPTIONS)
+
+
+def change_paths(data: dict[str, Any], change: Callable[[str, str], str]) -> None:
+    """Replace each path in settings by `change(dotted key, path)`; sections on the way are copied, not changed."""
+    for key in MODEL_PATHS + PROMPT_PATHS + REWARD_PATHS:
+        *sections, name = key.split(".")
+        place = data
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                break
+            place[section] = dict(place[section])
+            place = place[section]
+        else:
+            if isinstance(place.get(name), str) and place[name]:
+                place[name] = change(key, place[name])
+
+
+def resolve_paths(data: dict[str, Any], bases: Sequence[Path]) -> None:
+    """Make the paths in settings absolute: each counts from the first of the folders `bases` where it exists.
+
+    A model that exists in none of them is a hub id, unless it looks like a path.
+
+    Raises:
+        ConfigError: a path with a NUL character.
+    """
+
+    def resolved(key: str, value: str) -> str:
+        if "\0" in value:
+            raise ConfigError(f"{key}: found {shown(value)}, allowed: text without NUL characters")
+        try:
+            path = Path(value).expanduser()
+            candidates = [Path(os.path.normpath(base / path)) for base in bases]
+            found = next((candidate for candidate in candidates if candidate.exists()), None)
+        except (OSError, RuntimeError):  # a name that is too long for the file system; no home folder
+            return value
+        if found is None and value.startswith("data/"):
+            found = candidates[-1]  # the project's own folder
+        if found is None and (key in PROMPT_PATHS or path.is_absolute() or value.startswith((".", "~"))):
+            found = candidates[0]
+        return value if found is None else str(found)
+
+    change_paths(data, resolved)
+
+
+def inside_project(_key: str, value: str) -> str:
+    """A path inside the project relative to it, so that saved settings can move; any other as it is."""
+    path = Path(value)
+    return path.relative_to(PROJECT_ROOT).as_posix() if path.is_relative_to(PROJECT_ROOT) else value
