@@ -38,6 +38,7 @@ from grpo_kit.runs import notebooks as headless
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.grid import GridError, grid_trials, plan_trials, read_grid
 from grpo_kit.runs.notebooks import NotebookError, Planned, execute, plan, select_notebooks
+from grpo_kit.runs.places import new_run_folder
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import write_report
 from grpo_kit.show.curves import training_curves
@@ -435,9 +436,9 @@ def misplaced(folder_of: Callable[[str], Path], names: list[str], parent: Path) 
 def test_125_run_names_lie_directly_in_the_reports(outside: Path, attempts: Count) -> None:
     names, reports = names_that_lead_out(outside), PROJECT_ROOT / "reports"
     with attempts(len(names)) as got_through:
-        got_through += misplaced(lambda name: cli.new_run_folder("tiny", None, name), names, reports)
+        got_through += misplaced(lambda name: new_run_folder("tiny", None, name), names, reports)
         assert got_through == []
-    assert cli.new_run_folder("tiny", None, "a-name.1").parent == reports
+    assert new_run_folder("tiny", None, "a-name.1").parent == reports
     assert len(misplaced(lambda name: reports / name, names, reports)) > 90
 
 

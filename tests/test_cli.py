@@ -11,12 +11,16 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from support.config_files import save_config
 
 from grpo_kit import cli
 from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, load_config
+from grpo_kit.evaluation import saved_runs
 from grpo_kit.preflight import machine as check
 from grpo_kit.runs import notebooks as headless
 from grpo_kit.runs.notebooks import NotebookError, plan, select_notebooks
+from grpo_kit.runs.places import new_run_folder
+from grpo_kit.training import start
 
 PARAMETERS = """profile: str = "tiny"  # a profile
 run_dir: str = ""  # empty: the demo run
@@ -250,13 +254,13 @@ NAMES = ["../x", "a/b", "..", ".", "/etc", "a\\b", ".hidden", "-x", "a b", "a\0b
 @pytest.mark.parametrize("name", NAMES)
 def test_run_name_that_could_leave_the_reports_folder_is_refused(name: str):
     with pytest.raises(KitError, match="run name"):
-        cli.new_run_folder("tiny", None, name)
+        new_run_folder("tiny", None, name)
 
 
 def test_run_folder_is_in_reports_unless_asked_otherwise(tmp_path: Path):
-    assert cli.new_run_folder("tiny", None, "first-1.0_b") == PROJECT_ROOT / "reports" / "first-1.0_b"
-    assert cli.new_run_folder("tiny", tmp_path / "x", "") == tmp_path / "x"
-    unnamed = cli.new_run_folder("tiny", None, "")
+    assert new_run_folder("tiny", None, "first-1.0_b") == PROJECT_ROOT / "reports" / "first-1.0_b"
+    assert new_run_folder("tiny", tmp_path / "x", "") == tmp_path / "x"
+    unnamed = new_run_folder("tiny", None, "")
     assert unnamed.parent == PROJECT_ROOT / "reports" and unnamed.name.startswith("tiny-2")
 
 
@@ -303,11 +307,9 @@ def _alive(pid: int) -> bool:
 
 
 def test_train_hands_settings_and_folder_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import grpo_kit
-
     seen = {}
-    monkeypatch.setitem(vars(grpo_kit), "load_experiment", lambda config: seen.setdefault("config", config))
-    monkeypatch.setitem(vars(grpo_kit), "train", lambda kit, run_dir, processes: seen.setdefault("run_dir", run_dir))
+    monkeypatch.setattr(start, "load_experiment", lambda config: seen.setdefault("config", config))
+    monkeypatch.setattr(start, "train", lambda kit, run_dir, processes: seen.setdefault("run_dir", run_dir))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text('{"user_prompt": "a"}')
     overrides = ["-o", "training_settings.seed=5", "-o", "training_settings.train_prompts=mine.jsonl"]
@@ -320,39 +322,33 @@ def test_train_hands_settings_and_folder_over(tmp_path: Path, monkeypatch: pytes
 def test_interrupted_training_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    import grpo_kit
-
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(vars(grpo_kit), "load_experiment", lambda config: None)
-    monkeypatch.setitem(vars(grpo_kit), "train", interrupt)
+    monkeypatch.setattr(start, "load_experiment", lambda config: None)
+    monkeypatch.setattr(start, "train", interrupt)
     assert _run("train", "--run-dir", str(tmp_path / "r")) == 130
     assert f"grpo-kit train --run-dir {tmp_path / 'r'}" in capsys.readouterr().err
 
 
 def test_run_that_is_there_goes_on_with_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import grpo_kit
-
     seen = []
-    monkeypatch.setitem(vars(grpo_kit), "load_experiment", seen.append)
-    monkeypatch.setitem(vars(grpo_kit), "train", lambda kit, run_dir, processes: None)
-    config = grpo_kit.load_config("workshop", {"training_settings.seed": 5})
-    config.save(tmp_path / "config.json")
+    monkeypatch.setattr(start, "load_experiment", seen.append)
+    monkeypatch.setattr(start, "train", lambda kit, run_dir, processes: None)
+    config = load_config("workshop", {"training_settings.seed": 5})
+    save_config(config, tmp_path / "config.json")
     assert _run("train", "--run-dir", str(tmp_path)) == 0
     assert _run("train", "--run-dir", str(tmp_path), "--profile", "tiny") == 0
-    assert seen == [config, grpo_kit.load_config("tiny")]
+    assert seen == [config, load_config("tiny")]
 
 
 def test_evaluate_compares_the_trained_policy_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    import grpo_kit
-
     seen = {}
-    monkeypatch.setitem(vars(grpo_kit), "load_experiment", lambda config, trained: (config.profile, trained))
-    monkeypatch.setitem(vars(grpo_kit), "evaluate", lambda kit, **options: seen.update(kit=kit, **options))
-    grpo_kit.load_config("workshop").save(tmp_path / "config.json")
+    monkeypatch.setattr(saved_runs, "load_experiment", lambda config, trained: (config.profile, trained))
+    monkeypatch.setattr(saved_runs, "evaluate", lambda kit, **options: seen.update(kit=kit, **options))
+    save_config(load_config("workshop"), tmp_path / "config.json")
     assert _run("evaluate", str(tmp_path)) == 2
     assert "no trained policy" in _one_line(capsys)
     (tmp_path / "best").mkdir()

@@ -13,32 +13,10 @@ import pytest
 import yaml
 
 import grpo_kit
+from benchmarks.size import house
 from grpo_kit.config import PROJECT_ROOT
 
 PACKAGE = PROJECT_ROOT / "grpo_kit"
-LAYERS = [  # imports run downward only
-    {"cli"},
-    {"check", "doctor", "plan"},
-    {"show"},
-    {"branch"},
-    {"replay"},
-    {"recompute"},
-    {"train"},
-    {"evaluate", "sentinel", "guard"},
-    {"conclusions"},
-    {"experiment"},
-    {"runs", "launch"},
-    {"rollout"},
-    {"drawing"},
-    {"rewards"},
-    {"models"},
-    {"shapeworld"},
-    {"prompts", "grpo"},  # grpo: tensors in, tensors out
-    {"statistics", "diversity", "noise"},  # tables in, numbers out
-    {"hardware", "parallel"},
-    {"config"},
-    {"lazy"},
-]
 
 
 def _run(code: str) -> str:
@@ -80,59 +58,93 @@ def test_every_public_name_resolves(name: str):
     assert not inspect.ismodule(getattr(grpo_kit, name))
 
 
-ORDERS = {
-    "name first": "import grpo_kit as gk; gk.{0}; import grpo_kit.{0}",
-    "file first": "import grpo_kit.{0}; import grpo_kit as gk",
-    "from the file": "from grpo_kit.{0} import {0} as direct; import grpo_kit as gk; assert gk.{0} is direct",
-    "importlib": "import importlib, grpo_kit as gk; importlib.import_module('grpo_kit.{0}')",
-    "from the package": "import grpo_kit.{0}; from grpo_kit import {0}; import grpo_kit as gk; assert gk.{0} is {0}",
-    "reload": "import importlib, sys, grpo_kit.{0}, grpo_kit as gk; importlib.reload(sys.modules['grpo_kit.{0}'])",
+def test_no_module_has_the_name_of_a_public_name():
+    # importing it would put the module in the place of the function
+    assert not set(grpo_kit.__all__) & {path.stem for path in PACKAGE.iterdir()}
+
+
+# --- the house --------------------------------------------------------------------------------------------------------
+
+LINES = "lines of the package"
+
+
+def test_the_package_keeps_its_figures():
+    assert [figure for figure in house.figures() if not figure.holds and figure.name != LINES] == []
+
+
+def test_the_package_is_small():
+    (lines,) = [figure for figure in house.figures() if figure.name == LINES]
+    assert lines.holds, lines
+
+
+TREE = {
+    "__init__.py": "",
+    "config/__init__.py": "",
+    "config/settings.py": "def load() -> None:\n    'Load.'\n",
+    "runs/__init__.py": "",
+    "runs/folder.py": "from grpo_kit.config.settings import load\n",
+    "training/__init__.py": "",
+    "training/loop.py": "from grpo_kit.runs.folder import load\n",
+}
+UPWARD = {
+    "at the top": "from grpo_kit.training.loop import load\n",
+    "a module": "import grpo_kit.training.loop\n",
+    "a module of a room": "from grpo_kit.training import loop\n",
+    "inside a function": "def use() -> None:\n    'Use.'\n    from grpo_kit.training.loop import load\n",
+    "for types": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from grpo_kit.training.loop import load\n",
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["train", "evaluate", "replay", "branch"])
-def test_train_and_evaluate_are_functions_whatever_was_imported_before(name: str, order: str, tmp_path: Path):
-    # a copy of the package with light files of these names, so that the test needs neither torch nor a second
-    (tmp_path / "grpo_kit").mkdir()
-    for file in ("__init__.py", "lazy.py"):
-        (tmp_path / "grpo_kit" / file).write_text((PACKAGE / file).read_text(encoding="utf-8"))
-    (tmp_path / "grpo_kit" / f"{name}.py").write_text(f"def {name}(): return 'called'\nother = 1\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ORDERS[order].format(name)}\n"
-    code += f"assert gk.{name}() == 'called'\nfrom grpo_kit.{name} import other\n"
-    code += f"gk.{name} = 'replaced'; assert gk.{name} == 'replaced'"  # a test may still put another function there
-    _run(code)
+def _missed(folder: Path, **changes: str) -> list[str]:
+    """The figures that a package misses which has other files in places of `TREE`."""
+    for name, text in {**TREE, **changes}.items():
+        path = folder / "grpo_kit" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return [figure.name for figure in house.figures(folder) if not figure.holds]
 
 
-def _imports(path: Path) -> set[str]:
-    """The parts of the kit that a file imports when it is loaded; those inside functions and for types are free."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    later = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) or _is_for_types(node)]
-    inner = {node for block in later for node in ast.walk(block)}
-    names = set()
-    for node in ast.walk(tree):
-        if node in inner:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "grpo_kit":
-            parts = node.module.split(".")
-            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("grpo_kit.")}
-    return names
+def test_a_small_package_whose_imports_go_down_keeps_its_figures(tmp_path: Path):
+    assert _missed(tmp_path) == []
 
 
-def _is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+@pytest.mark.parametrize("way", UPWARD)
+def test_an_import_that_goes_up_is_noticed(way: str, tmp_path: Path):
+    broken = TREE["config/settings.py"] + UPWARD[way]
+    assert _missed(tmp_path, **{"config/settings.py": broken}) == ["imports back up", "circles of modules"]
 
 
-def test_imports_run_downward_only():
-    rank = {name: level for level, names in enumerate(LAYERS) for name in names}
-    for path in PACKAGE.rglob("*.py"):
-        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if part == "__init__" or "build" in path.parts:
-            continue
-        for name in _imports(path) - {part, "__version__"}:
-            assert rank[name] > rank[part], f"{path.relative_to(PROJECT_ROOT)} imports {name}, which lies above it"
+def test_an_import_of_a_room_on_the_same_floor_is_noticed(tmp_path: Path):
+    other = {"grpo/__init__.py": "", "grpo/loss.py": "from grpo_kit.runs.folder import load\n"}
+    assert _missed(tmp_path, **other) == ["imports back up"]
+
+
+def test_a_circle_through_names_that_are_loaded_later_is_noticed(tmp_path: Path):
+    later = "from grpo_kit import lazy_names\n_HOME = {'load': 'folder'}\n"
+    later += "__getattr__, __dir__ = lazy_names(__name__, _HOME)\n"
+    inner = {"runs/__init__.py": later, "runs/folder.py": "from grpo_kit.runs import load\n"}
+    assert _missed(tmp_path, **inner) == ["circles of modules"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "figure"),
+    [
+        ("runs/long.py", "x = 1\n" * 451, "lines of the longest file"),
+        ("runs/tall.py", "def tall() -> None:\n    'Tall.'\n" + "    x = 1\n" * 60, "lines of the longest function"),
+        ("runs/untyped.py", "def untyped(x) -> None:\n    'Untyped.'\n", "public functions without types"),
+        ("runs/silent.py", "class Silent:\n    def say(self) -> None: ...\n", "public functions without a docstring"),
+    ],
+)
+def test_what_a_function_or_file_may_not_be_is_noticed(file: str, text: str, figure: str, tmp_path: Path):
+    assert _missed(tmp_path, **{file: text}) == [figure]
+
+
+def test_a_fifth_loose_module_is_noticed(tmp_path: Path):
+    loose = {f"{name}.py": "" for name in ("cli", "experiment", "rollout", "helpers")}
+    assert _missed(tmp_path, **loose) == ["modules loose at the root"]
+
+
+# --- the project files ------------------------------------------------------------------------------------------------
 
 
 def _names(requirements: list[str]) -> dict[str, str]:

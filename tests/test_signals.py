@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -16,14 +17,18 @@ import pytest
 import torch
 from support.apart import printed_apart
 from support.broken_twins import broken_versions
+from support.config_files import save_config
 from support.wandb_files import parts, records
 
 from grpo_kit import cli
 from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.policy import Policy, load_policy
+from grpo_kit.runs import interrupts, places
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.tracking import Tracker
+from grpo_kit.training import launch as launch_file
+from grpo_kit.training import start as start_file
 from grpo_kit.training import step as step_file
 from grpo_kit.training.loop import train
 from tests.chaos import signals as r4
@@ -36,7 +41,7 @@ TENSORBOARD = {"tracking_settings.tensorboard": True}
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("profile")
-    return load_config("tiny", r4.SETTINGS | TENSORBOARD).save(folder / "quick.json")
+    return save_config(load_config("tiny", r4.SETTINGS | TENSORBOARD), folder / "quick.json")
 
 
 # --- a command --------------------------------------------------------------------------------------------------------
@@ -50,7 +55,7 @@ def test_terminated_training_closes_its_mirror_and_goes_on_with_what_it_says(pro
     seen = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in seen.Scalars("train/reward")] == [1]
     said = r4.said_command(ended)
-    assert said == ["train", "--run-dir", str(tmp_path / "run")]
+    assert said == ["train", "--profile", str(profile), "--run-dir", str(tmp_path / "run")]
     assert r4.command(said, tmp_path / "again.err").code == 0  # R4 compares the files with an uninterrupted run's
     assert (tmp_path / "run" / "checkpoints" / "iter_000003").is_dir()
 
@@ -63,7 +68,7 @@ def test_a_terminal_that_hangs_up_is_answered_too(profile: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_wandb_is_told_that_its_run_was_terminated(tmp_path: Path):
     offline = {"tracking_settings.wandb": "offline"}
-    profile = load_config("tiny", r4.SETTINGS | offline).save(tmp_path / "quick.json")
+    profile = save_config(load_config("tiny", r4.SETTINGS | offline), tmp_path / "quick.json")
     ended = r4.interrupted_train(profile, tmp_path / "run", "rewards", 0.5, signal.SIGTERM)
     assert not r4.problems(ended, signal.SIGTERM, tmp_path / "run")
     (part,) = parts(tmp_path / "run")
@@ -100,32 +105,46 @@ def threading_timer(seconds: float) -> None:
 @pytest.mark.parametrize("hang", [_interrupt_that_is_lost, _unwinding_that_hangs])
 def test_command_ends_though_it_does_not_unwind(hang: Callable, profile: Path, tmp_path: Path):
     def work() -> None:
-        import grpo_kit
-
-        vars(grpo_kit).update(load_experiment=lambda config: None, train=hang)
-        cli._UNWINDING = 0.5
+        vars(start_file).update(load_experiment=lambda config: None, train=hang)
+        interrupts.UNWINDING_SECONDS = 0.5
         cli.main(["train", "--profile", str(profile), "--run-dir", str(tmp_path / "run")])
 
     started = time.monotonic()
     ended = r4.wait(r4.in_fork(work, tmp_path / "err"), tmp_path / "err", lambda: started)
     assert ended.code == 143 and ended.seconds < 10
-    assert r4.said_command(ended) == ["train", "--run-dir", str(tmp_path / "run"), "--profile", str(profile)]
+    assert r4.said_command(ended) == ["train", "--profile", str(profile), "--run-dir", str(tmp_path / "run")]
 
 
-def test_a_run_that_has_written_nothing_yet_goes_on_with_all_its_options(tmp_path: Path, capsys: pytest.CaptureFixture):
-    folder, options = tmp_path / "run", ["-o", "training_settings.seed=3"]
-    assert cli._train_again(folder, "workshop", options, 1) == [
-        "train", "--run-dir", str(folder), "--profile", "workshop", *options,
-    ]  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    assert cli._train_again(folder, "workshop", options, 1) == ["train", "--run-dir", str(folder)]
-    assert cli._train_again(folder, "workshop", options, 2)[-2:] == ["--launch", "2"]
+OPTIONS = ["train", "-o", "training_settings.seed=3", "--profile", "workshop"]
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        (OPTIONS, ["--run-dir", str(PROJECT_ROOT / "reports" / "workshop-now")]),
+        ([*OPTIONS, "--name", "mine"], []),
+        ([*OPTIONS, "--run-dir", "my run", "--launch", "2"], []),
+    ],
+)
+def test_what_is_said_after_an_interrupt_has_all_options_and_a_folder(
+    given: list[str], added: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start_file, "start", interrupt)
+    monkeypatch.setattr(launch_file, "launch", interrupt)
+    monkeypatch.setattr(places.time, "strftime", lambda form: "now")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(given)
+    assert stop.value.code == 130
+    said = capsys.readouterr().err.strip().split("with: grpo-kit ", 1)[1]
+    assert shlex.split(said) == [*given, *added]
 
 
 def test_handlers_are_as_they_were_afterwards():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    with pytest.raises(KeyError), cli._goes_on(list):
+    with pytest.raises(KeyError), interrupts.resumable([]):
         assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN, *before)
         raise KeyError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before

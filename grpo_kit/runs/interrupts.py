@@ -1,0 +1,70 @@
+"""What a command does on Ctrl-C and other signals: it unwinds, prints the command that resumes the work, and exits."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # those that end a command
+UNWINDING_SECONDS = 8.0  # the longest that it may take after a signal
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The kit's command with these arguments, as a shell reads it."""
+    return shlex.join(["grpo-kit", *arguments])
+
+
+@contextlib.contextmanager
+def resumable(arguments: Sequence[str], how: str = "it goes on where it stopped") -> Iterator[None]:
+    """Let a signal unwind what this process does; then print one line with the command that resumes it, and exit.
+
+    Unwinding closes a run's trackers, frees its folder and ends a notebook's kernel. Where it does not end (a server
+    that does not answer; Python loses an exception that is raised while an object is destroyed), the process exits
+    after `UNWINDING_SECONDS` all the same: commits are whole or absent at any moment.
+
+    Args:
+        arguments: of the command that resumes the work.
+        how: what that command does.
+
+    Raises:
+        SystemExit: 128 + the signal's number.
+    """
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    timers: list[threading.Timer] = []
+
+    def report() -> None:
+        is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # started by a launcher, which reports
+        with contextlib.suppress(OSError):  # stderr may be closed (SIGHUP)
+            if not is_one_of_several:
+                print(f"\ninterrupted; {how} with: {command_line(arguments)}", file=sys.stderr, flush=True)
+
+    def unwind(number: int, _: object) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        timers.append(threading.Timer(UNWINDING_SECONDS, lambda: (report(), os._exit(128 + number))))
+        timers[0].daemon = True
+        timers[0].start()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:  # nohup ignores SIGHUP: so does its child
+            signal.signal(number, unwind)
+    try:
+        try:
+            yield
+        finally:  # also where the work ended before Python raised the interrupt
+            for timer in timers:
+                timer.cancel()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code not in [128 + number for number in numbers]:
+            raise
+        report()
+        raise SystemExit(code) from None
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)

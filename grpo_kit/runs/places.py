@@ -1,0 +1,72 @@
+"""Where runs are: a new run's folder, and the folders that a path or a name in reports/ means."""
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_kit.config import PROJECT_ROOT, KitError
+from grpo_kit.runs.grid import trial_folders
+
+
+def dated_report(what: str) -> Path:
+    """A path in reports/ that is named after what it is and the time."""
+    return PROJECT_ROOT / "reports" / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def new_run_folder(profile: str, run_dir: Path | None, name: str) -> Path:
+    """The folder of a new run: the one asked for, or one in reports/, named as asked or after profile and time.
+
+    Raises:
+        KitError: both are given, neither is and several processes train, or the name could lead out of reports/.
+    """
+    if run_dir is not None and name:
+        raise KitError("--run-dir and --name: both given. Give one of them")
+    if run_dir is not None:
+        return run_dir.expanduser().resolve()
+    if not name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise KitError("--run-dir: not given, but several processes have to agree on one. Give --run-dir or --name")
+    if not name:
+        return dated_report(profile)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise KitError(f"run name {name!r:.60}: allowed: up to 100 letters, digits, '.', '_', '-', the first no sign")
+    return PROJECT_ROOT / "reports" / name
+
+
+def existing_runs(texts: Sequence[str]) -> list[Path]:
+    """The folders of runs, each given by path or by its name in reports/; of a grid, those of its trials.
+
+    Raises:
+        KitError: one of them is no run.
+    """
+    return [folder for text in texts for folder in _trials(text) or [existing_run(text)]]
+
+
+def existing_run(text: str) -> Path:
+    """The folder of a run given by path, or by its name in reports/.
+
+    Raises:
+        KitError: no run is there; the line names the newest that are.
+    """
+    for folder in _folders(text):
+        if (folder / "config.json").is_file() or (folder / "final_results.json").is_file():
+            return folder
+    runs = sorted(path.parent.name for path in (PROJECT_ROOT / "reports").glob("*/config.json"))
+    known = ", ".join(runs[-5:]) or "none yet. Make one: grpo-kit run"
+    raise KitError(f"run {text!r:.100}: no run folder (one with a config.json); runs in reports/: {known}")
+
+
+def _trials(text: str) -> list[Path]:
+    return next((found for folder in _folders(text) if (found := trial_folders(folder))), [])
+
+
+def _folders(text: str) -> list[Path]:
+    """The folders that a path, or a name below reports/, can mean."""
+    reports = (PROJECT_ROOT / "reports").resolve()
+    try:
+        below = (reports / text).resolve()
+        places = [Path(text).expanduser().resolve(), *([below] if below.is_relative_to(reports) else [])]
+        return [place for place in places if place.is_dir()]
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no such user's home
+        return []
