@@ -580,4 +580,21 @@ def test_some_of_the_encoded_prompts_are_what_encoding_them_alone_gives(family: 
         taken = encoded.take(places)
         assert taken.inputs.keys() == alone.inputs.keys() and taken.rows == alone.rows
         for name, value in alone.inputs.items():
-            assert torch.equal(taken.inputs[name], value), name
+            found = taken.inputs[name]  # where pictures are cut into tiles, those of the largest are room for all
+            if name in ("pixel_values", "pixel_attention_mask") and found.shape != value.shape:
+                assert not found[:, value.shape[1] :].any()
+                found = found[:, : value.shape[1]]
+            assert torch.equal(found, value), name
+
+
+@of_each_family
+def test_prompts_scored_alone_or_out_of_more_get_the_same_scores(family: Family, make_case: Callable):
+    case = make_case(family.name, family.sees, False)
+    encoded = case.policy.encode(PROMPTS, case.images)
+    rows = (GROUPS == 1).nonzero().flatten()
+    columns = torch.zeros(len(rows), dtype=torch.long), case.found.ids[rows], case.found.mask[rows]
+    with torch.no_grad():
+        alone = case.policy.score(PROMPTS[1:2], *columns, images=case.images and case.images[1:2]).logprobs
+        taken = case.policy.score(encoded.take([1]), *columns).logprobs
+        other = case.policy.score(encoded.take([0]), *columns).logprobs
+    assert _far(taken, alone) < EXACT and _far(other, alone) > NOTICED
