@@ -16,17 +16,22 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
+TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+
 .DEFAULT_GOAL := help
-.PHONY: help run test traps chaos abuse lab bench models format
+.PHONY: help run test test-slow traps chaos abuse lab bench models format
 
 help: ## list the commands
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 14
 
 run: $(READY) ## train and evaluate on the embedded world through the notebooks, and write the report
 	$(PY) -m grpo_kit.cli run --profile $(PROFILE) $(ARGS)
 
-test: $(READY) ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+test: $(READY) ## run the tests, but for those marked slow
+	$(TESTS) -m "not slow" $(ARGS)
+
+test-slow: $(READY) ## run the tests that take long: real JupyterLab, every notebook, kills and crashes, compiled steps
+	$(TESTS) -m slow $(ARGS)
 
 traps: $(READY) ## show that each known trap of GRPO is avoided, and that deliberately broken versions are caught
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m trap --traps -n $(JOBS) --dist loadfile $(ARGS)

@@ -19,6 +19,7 @@ def _chaos(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_short_form_loses_nothing_and_needs_no_repair():
     done = _chaos("--short", *OURS)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -28,12 +28,6 @@ COUNTS = [SOME, pytest.param(ALL, marks=pytest.mark.slow)]
 PER_FILE = 20  # prompt lines in one file, so that the line in the error can be wrong
 
 
-@pytest.fixture(autouse=True)
-def _slow_only_when_asked(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("takes half a minute: make test ARGS='tests/config/test_fuzz.py -m slow'")
-
-
 # --- configurations (R15) ---------------------------------------------------------------------------------------------
 
 PROFILE_DATA = {name: load_config(name).to_dict() for name in PROFILES}

@@ -105,6 +105,7 @@ def test_a_policy_that_cannot_share_prompts_is_refused_in_one_line(way: str, loa
 # --- the embedded policy ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_step_samples_what_the_plain_loop_does(own_policy: Policy):
     """By inductor, the code generator that users get: C++ here. Other sizes compile nothing new."""
     torch.compiler.reset()

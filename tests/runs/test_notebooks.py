@@ -23,25 +23,18 @@ from tools import colab
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 INDEX = PROJECT_ROOT / "notebooks" / "index.ipynb"
 LONG = {"07_train", "08_evaluate", "09_ablations"}  # minutes with their defaults
-DRAWING = {"01_prompts", "03_generator", "04_rewards", "05_groups"}  # half a minute, since they draw many pictures
-QUICK = [path for path in NOTEBOOKS if path.stem not in LONG]
+QUICK = {"index", "00_start_here", "02_policy", "06_grpo_loss"}  # a quarter of a minute each
 # Each set is given to the notebooks that have such a parameter.
 SMALL = {"seed": "1", "group_size": "4"}
 OTHER = {"seed": "2", "group_size": "6", "num_iterations": "3", "trial_iterations": "2", "seeds_per_prompt": "1"}
-
-
-@pytest.fixture(autouse=True)
-def _slow_only_when_asked(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("takes minutes: make test ARGS='tests/test_notebooks.py -m slow'")
 
 
 def by_name(path: Path) -> str:
     return path.stem
 
 
-def slow_where(paths: list[Path], long: set[str]) -> list:
-    return [pytest.param(path, marks=pytest.mark.slow) if path.stem in long else path for path in paths]
+def slow_unless(paths: list[Path], quick: set[str]) -> list:
+    return [path if path.stem in quick else pytest.param(path, marks=pytest.mark.slow) for path in paths]
 
 
 # --- as committed -----------------------------------------------------------------------------------------------------
@@ -60,7 +53,7 @@ def checked_cells(path: Path) -> int:
     return sum(cell.source.startswith("# NBVAL_CHECK_OUTPUT") for cell in cells if cell.cell_type == "code")
 
 
-@pytest.mark.parametrize("path", slow_where([INDEX, *NOTEBOOKS], LONG), ids=by_name)
+@pytest.mark.parametrize("path", slow_unless([INDEX, *NOTEBOOKS], QUICK), ids=by_name)
 def test_it_runs_as_committed_and_its_checked_cells_print_the_same(path: Path, tmp_path: Path) -> None:
     before = path.read_bytes()
     done = nbval(path, tmp_path)
@@ -100,7 +93,8 @@ def run_with(path: Path, wanted: dict[str, str], run_dir: Path) -> nbformat.Note
     return nbformat.read(done.path, as_version=4)
 
 
-@pytest.mark.parametrize("path", slow_where(QUICK, DRAWING), ids=by_name)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in LONG], ids=by_name)
 def test_it_runs_with_other_parameters(path: Path, tmp_path: Path) -> None:
     executed = run_with(path, SMALL, tmp_path / "run")
     injected = next(cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", []))
