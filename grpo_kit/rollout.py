@@ -16,8 +16,8 @@ from grpo_kit.grpo.advantages import group_spread
 from grpo_kit.models.generator import Generator, Pair, even_batches
 from grpo_kit.models.policy import Policy, Scores
 from grpo_kit.models.prompt_format import EncodedPrompts
-from grpo_kit.rewards.calls import started
 from grpo_kit.rewards.composition import Rewards
+from grpo_kit.rewards.slow import started
 
 _UNWIND_SECONDS = 2.0  # that a call of the rewards has to end after an error or Ctrl-C; it cannot be stopped
 

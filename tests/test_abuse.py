@@ -53,7 +53,7 @@ RUNS_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "jsonpickle"}
 NAMED_EXCEPTIONS = {
     # the name of an exception, which torch.load(weights_only=True) raises
-    ("grpo_kit/rewards/aesthetic.py", "from pickle import UnpicklingError"),
+    ("grpo_kit/rewards/learned.py", "from pickle import UnpicklingError"),
     # a class of the kit's own, derived from yaml.SafeLoader (shown below)
     ("grpo_kit/runs/grid.py", "yaml.load(path.read_text(encoding='utf-8-sig'), _Loader)"),
 }

@@ -21,8 +21,8 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.models import generator as generator_module
 from grpo_kit.models.generator import Generator, even_batches
 from grpo_kit.rewards import RewardError, Rewards
-from grpo_kit.rewards.calls import started
 from grpo_kit.rewards.loading import load_rewards
+from grpo_kit.rewards.slow import started
 from grpo_kit.rollout import DrawRequest, DrawResult, Rollout, collect_rollout, draw_and_score
 from grpo_kit.training.loop import make_optimizer, run_iteration
 

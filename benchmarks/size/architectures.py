@@ -34,7 +34,7 @@ from grpo_kit.models.generator import Generator
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
 from grpo_kit.preflight.plan.architectures import published
-from grpo_kit.rewards.clip_similarity import ClipSimilarity
+from grpo_kit.rewards.clip import ClipSimilarity
 
 CLIP_WORDS = 49408
 CLIP_TOKENS = 77

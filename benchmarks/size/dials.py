@@ -40,7 +40,7 @@ from benchmarks.speed.text_policy import Shape
 from grpo_kit.config import LoraSettings, load_config
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.loading import add_lora
-from grpo_kit.models.pipeline_settings import save_memory
+from grpo_kit.models.pipeline import save_memory
 from grpo_kit.models.policy import Policy
 from grpo_kit.training.step import grpo_step
 from tools.shapeworld.vocabulary import clip_tokenizer, t5_tokenizer

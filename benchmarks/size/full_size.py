@@ -25,7 +25,7 @@ from benchmarks.speed.results import BenchmarkError, Figure, Gate, Result, Setti
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Completions, Policy
-from grpo_kit.rewards.clip_similarity import ClipSimilarity
+from grpo_kit.rewards.clip import ClipSimilarity
 
 PARTS = ("sampling", "images", "reward", "scoring pass", "backward")
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # of a log-probability
@@ -90,8 +90,8 @@ def by_kit(it: Iteration) -> dict[str, Round]:
     """Each part as the kit does it."""
 
     def reward(number: int) -> object:
-        it.clip.forget_images()
-        it.clip._features.clear()  # a new iteration's prompts are not kept yet
+        it.clip._batches = ()
+        it.clip._texts.clear()  # a new iteration's prompts are not kept yet
         return it.clip(it.pictures, it.asked(), it.asked())
 
     return {

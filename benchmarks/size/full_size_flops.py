@@ -25,7 +25,7 @@ from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy, _lanes
 from grpo_kit.models.shared_prefix import Packing, continued_groups, run_prompts
 from grpo_kit.models.text_embeddings import TEXTS_AT_ONCE
-from grpo_kit.rewards.clip_similarity import ClipSimilarity
+from grpo_kit.rewards.clip import ClipSimilarity
 
 
 @dataclass(frozen=True)

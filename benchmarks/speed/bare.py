@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from benchmarks.size.architectures import Size
-from grpo_kit.rewards.clip_similarity import ClipSimilarity
+from grpo_kit.rewards.clip import ClipSimilarity
 
 
 @torch.no_grad()

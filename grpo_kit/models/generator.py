@@ -1,4 +1,4 @@
-"""The generator: any diffusers text-to-image pipeline, frozen, drawn from with one seed per image."""
+"""The generator: any diffusers text-to-image pipeline, frozen, with one seed for each image."""
 
 import inspect
 import logging
@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -17,14 +18,13 @@ from grpo_kit.config import Config, ConfigError
 from grpo_kit.config.hardware import choose_dtype, placement
 from grpo_kit.config.hub import ModelError
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
-from grpo_kit.models.pipeline_loading import load_pipeline
-from grpo_kit.models.pipeline_settings import place, save_memory, size_multiple, use_scheduler
-from grpo_kit.models.text_embeddings import TextEmbeddings, encodes_apart
+from grpo_kit.models.pipeline import load_pipeline, place, save_memory, size_multiple, use_scheduler
+from grpo_kit.models.text_embeddings import TextEmbeddings, has_separate_encoding
 
 logger = logging.getLogger(__name__)
-_DRAWING = threading.Lock()  # a pipeline keeps a call's schedule in itself: one thread at a time
+_DRAWING = threading.Lock()  # a pipeline's call changes its scheduler: one thread at a time
 _SMALLEST_CONTRAST = 2 / 255  # an image whose lightest and darkest values differ by less is blank
-Pair = tuple[str, int]  # a text and a seed: what makes a picture
+Pair = tuple[str, int]  # a text and a seed, which fix a picture
 
 
 class Generator:
@@ -36,7 +36,7 @@ class Generator:
         guidance_scale: classifier-free guidance; at 1 the negative branch is not computed.
         height, width: pixels; None means the pipeline's own size.
         max_sequence_length: tokens for a T5 encoder, where the pipeline has one; None means its default.
-        batch_size: most images drawn in one call; "auto" measures how many fit, when more than one is first drawn.
+        batch_size: most images in one call; "auto" measures how many fit, when more than one is first drawn.
         memory: bytes that "auto" may use; None means what is free then.
         text_device: where the text encoders are; None means where the pipeline computes.
 
@@ -64,22 +64,18 @@ class Generator:
         self.height, self.width = height, width
         self.max_sequence_length = max_sequence_length
         self.memory = memory
-        self.flagged = 0  # images that the pipeline's own safety checker blackened
+        self.flagged = 0  # images that the pipeline's own safety checker replaced by black ones
         self._batch_size = batch_size
         self._takes = inspect.signature(pipeline.__call__).parameters
-        self._texts = TextEmbeddings(pipeline, max_sequence_length, text_device) if encodes_apart(pipeline) else None
+        self._texts = (
+            TextEmbeddings(pipeline, max_sequence_length, text_device) if has_separate_encoding(pipeline) else None
+        )
         _check_arguments(self)
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        """The most images drawn in one call; where it is "auto", measured when it is first asked for."""
-        if self._batch_size == "auto":
-            self._batch_size = self._measured_batch()
-        return self._batch_size
-
-    @batch_size.setter
-    def batch_size(self, batch_size: int | Literal["auto"]) -> None:
-        self._batch_size = batch_size
+        """Most images in one call; "auto" is measured when this is first read. It may be set."""
+        return self._measured_batch() if self._batch_size == "auto" else self._batch_size
 
     @property
     def truncated(self) -> int:
@@ -103,8 +99,8 @@ class Generator:
     def generate_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
         """One picture for each prompt and seed; None where it came out blank or not finite.
 
-        Equal (prompt, seed) pairs are drawn once. A picture depends on its prompt and seed, not on the batch around it,
-        up to rounding: batched matrix products may move a value of 255 by one.
+        Equal (prompt, seed) pairs are drawn once. A picture depends on its prompt and seed alone, up to rounding:
+        another batch may change a value of 0 to 255 by one.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"seeds: found {len(seeds)} for {len(prompts)} prompts, one each is needed")
@@ -117,22 +113,25 @@ class Generator:
         return [drawn[pair] for pair in wanted]
 
     def _draw(self, pairs: list[Pair]) -> list[Image.Image | None]:
-        """One pipeline call; each image's noise comes from its own seed, on the CPU, so that devices agree."""
+        """One call of the pipeline; each image's noise comes from its own seed, on the CPU: the same on all devices."""
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
-        arguments = self._text_inputs([text for text, _ in pairs]) | self._schedule() | self._options()
+        arguments = self._text_inputs([text for text, _ in pairs]) | self._options()
         with _infinities_as_nan(self.pipeline):
             output = self.pipeline(**arguments, generator=generators, output_type="np")
-        flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pairs)
-        self._count_flagged(sum(map(bool, flags)))
+        self._count_flagged(sum(map(bool, getattr(output, "nsfw_content_detected", None) or [])))
         return [_checked_image(pixels) for pixels in output.images]
 
     def _options(self) -> dict[str, object]:
-        """What else the pipeline's call takes: no pipeline shall resize, or reword what it is asked to draw."""
-        wanted = {"height": self.height, "width": self.width, "guidance_scale": self.guidance_scale}
-        plain: dict[str, object] = {"use_resolution_binning": False, "clean_caption": False}
+        """Steps, size and guidance, as far as the pipeline's call takes them; it may neither resize nor reword."""
+        steps = self.num_inference_steps
+        size = {"height": self.height, "width": self.width}
+        given = {name: value for name, value in size.items() if value is not None}
+        given |= {"num_inference_steps": steps, "guidance_scale": self.guidance_scale}
+        given |= {"use_resolution_binning": False, "clean_caption": False}
+        if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            given["sigmas"] = [1 - i / steps for i in range(steps)]  # the default's last step, to almost 0, is wasted
         if self._texts is not None:
-            plain["negative_prompt"] = None  # some have a text by default, which would contradict the embeddings
-        given = {name: value for name, value in wanted.items() if value is not None} | plain
+            given["negative_prompt"] = None  # some have a text by default, which would contradict the embeddings
         return {name: value for name, value in given.items() if name in self._takes}
 
     def _count_flagged(self, count: int) -> None:
@@ -143,21 +142,14 @@ class Generator:
             )
         self.flagged += count
 
-    def _schedule(self) -> dict[str, object]:
-        """Steps, evenly spaced down to 1/n where the scheduler allows it (its own last step would be wasted)."""
-        steps = self.num_inference_steps
-        if "sigmas" in self._takes and isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            return {"num_inference_steps": steps, "sigmas": [1 - i / steps for i in range(steps)]}
-        return {"num_inference_steps": steps}
-
     def _text_inputs(self, texts: list[str]) -> dict[str, object]:
-        """The prompts as kept embeddings, or as text for the pipelines that encode in their own ways."""
+        """The prompts as kept embeddings, or as texts for pipelines that the kit cannot encode for."""
         if self._texts is None:
             return {"prompt": texts}
         return self._texts.inputs(texts, guided=self.guidance_scale > 1)
 
     def _measured_batch(self) -> int:
-        """The most images that fit at once, by drawing one and two after a first one, which warms up."""
+        """The most images that fit at once, by drawing one and two images after a first one, which allocates more."""
         device = self.pipeline._execution_device
 
         def draw(count: int) -> int:
@@ -173,7 +165,7 @@ class Generator:
 
 
 def even_batches(items: Sequence[Pair], most: int) -> Iterator[list[Pair]]:
-    """Consecutive parts of at most `most` items, as even as can be: the last few would cost more an image."""
+    """Consecutive parts of at most `most` items, of nearly equal size: a small last part would cost more an image."""
     calls = math.ceil(len(items) / most)
     size = math.ceil(len(items) / max(calls, 1))
     for start in range(0, len(items), max(size, 1)):
@@ -204,7 +196,7 @@ def load_generator(config: Config) -> Generator:
 
 
 def _check_arguments(generator: Generator) -> None:
-    """Whether the pipeline draws pictures from texts, in the size and with the guidance that are asked for."""
+    """Refuse a pipeline that does not draw from texts, or cannot use the size or the guidance that is asked for."""
     kind = type(generator.pipeline).__name__
     missing = sorted({"prompt", "generator", "num_inference_steps", "output_type"} - set(generator._takes))
     if missing:
@@ -228,7 +220,7 @@ def _check_arguments(generator: Generator) -> None:
 
 @contextmanager
 def _infinities_as_nan(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Let an infinite value that the decoder gives become NaN: a pipeline cuts it to 0 or 1, where nobody sees it."""
+    """Turn infinite values of the decoder into NaN: the pipeline would clip them to 0 or 1, and hide them."""
     decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
     if decoder is None:
         yield

@@ -1,4 +1,8 @@
-"""How many images fit into memory at once, found by measuring one and two of them instead of by crashing."""
+"""How many images fit into memory at once, found by measuring what one and two of them take.
+
+`accelerate.utils.find_executable_batch_size` lowers the number each time that memory runs out. It cannot keep to a
+stated amount (`image_memory_gb`), and a CPU raises no such error: the system ends the process.
+"""
 
 import gc
 import re
@@ -13,18 +17,16 @@ from grpo_kit.config.hardware import give_back_memory
 from grpo_kit.config.hub import ModelError
 
 MOST = 64  # images in one call; more would hardly be quicker
-_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # of Linux
-_SHARE = 0.9  # of the free memory that is used: what comes next is never quite like what was measured
+_SHARE = 0.9  # of the free memory that is used; the measurement is not exact
+_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux; see proc(5)
 
 
 def largest_batch(measure: Callable[[int], int], free: int) -> int:
-    """The most images, up to `MOST`, whose drawing should take no more than nine tenths of the free memory.
+    """The most images, up to `MOST`, that should take no more than 90 % of the free memory.
 
     Args:
-        measure: draws so many images and says how many bytes that took beyond what was held before.
+        measure: draws so many images and returns the bytes that this took. They grow linearly with the images.
         free: bytes.
-
-    Memory grows by the same amount with each image, so one and two of them say what more would take.
 
     Raises:
         ModelError: not even one image fits.
@@ -43,7 +45,7 @@ def memory_of(work: Callable[[], object], device: torch.device) -> int:
     """Bytes that `work` took on a device, at its peak, beyond what was held before.
 
     Raises:
-        ModelError: on a device, or for the CPU on a system, that does not say.
+        ModelError: the device, or the system for its CPU, has no such figure.
     """
     gc.collect()
     if device.type == "cuda":
@@ -52,50 +54,48 @@ def memory_of(work: Callable[[], object], device: torch.device) -> int:
         work()
         return torch.cuda.max_memory_allocated(device) - before
     _require_cpu(device)
-    return _resident_growth(work)
+    give_back_memory()
+    try:
+        _RESET.write_text("5")  # the process's peak becomes what it holds now
+    except OSError as error:
+        raise _no_figure(f"the CPU of this system ({sys.platform})") from error
+    before = _peak_of_process()
+    work()
+    return _peak_of_process() - before
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU no more than what the process's control group may still take."""
+    """Bytes that are free on a device; on the CPU no more than a container's limit leaves.
+
+    Raises:
+        ModelError: the device has no such figure.
+    """
     if device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for later
-        return torch.cuda.mem_get_info(device)[0] + idle
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     _require_cpu(device)
-    return min(psutil.virtual_memory().available, *_group_headroom(Path("/sys/fs/cgroup")))
+    return min(psutil.virtual_memory().available, _container_headroom(Path("/sys/fs/cgroup")))
 
 
 def _require_cpu(device: torch.device) -> None:
     if device.type != "cpu":
-        raise _untold(device.type)
+        raise _no_figure(device.type)
 
 
-def _untold(who: str) -> ModelError:
+def _no_figure(device: str) -> ModelError:
     return ModelError(
-        f"generation_settings.image_batch_size: found 'auto', but {who} does not say what a call took; set a number"
+        f"generation_settings.image_batch_size: found 'auto', but {device} does not say what a call took; set a number"
     )
 
 
-def _group_headroom(group: Path) -> list[int]:
-    """What a container (cgroup v2) may still take; nothing where there is no limit."""
+def _container_headroom(group: Path) -> int:
+    """Bytes that the limit of a container (cgroup v2) leaves; `sys.maxsize` without a limit."""
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
-        return [sys.maxsize]
-    return [sys.maxsize] if limit == "max" else [max(int(limit) - int(used), 0)]
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(int(limit) - int(used), 0)
 
 
-def _resident_growth(work: Callable[[], object]) -> int:
-    """By how much the process grew during `work`, at its peak, as Linux keeps it."""
-    give_back_memory()
-    try:
-        _RESET.write_text("5")  # the peak is now what it holds: proc(5)
-    except OSError as error:
-        raise _untold(f"the CPU of this system ({sys.platform})") from error
-    before = _peak()
-    work()
-    return _peak() - before
-
-
-def _peak() -> int:
-    """Bytes of memory that this process held at most since its peak was reset."""
+def _peak_of_process() -> int:
     return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)[1])

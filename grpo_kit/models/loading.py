@@ -1,4 +1,4 @@
-"""Loading language models, and adding adapters to them."""
+"""Loading language models, and adding LoRA adapters to them."""
 
 import re
 from pathlib import Path
@@ -20,13 +20,18 @@ from grpo_kit.config import ConfigError, LoraSettings
 from grpo_kit.config.hub import ModelError, load_failure, require_weights
 from grpo_kit.config.seeds import derive_seed
 
-_LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's linear layers are called Conv1D
+_LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's linear layers are Conv1D
 
 
 def load_language_model(
     name: str, dtype: torch.dtype, trust_remote_code: bool = False, base_8bit: bool = False
 ) -> tuple[torch.nn.Module, object]:
-    """A vision-language model with its processor, or a causal model with its tokenizer, from a folder or the hub."""
+    """A vision-language model with its processor, or a text-only one with its tokenizer, by folder or hub id.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights.
+        ConfigError: `base_8bit` without torchao, or for a model without layers that it changes.
+    """
     quantised = eight_bits("base_8bit") if base_8bit else {}
     options = {"trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
@@ -38,8 +43,8 @@ def load_language_model(
             model_class, processor_class = AutoModelForCausalLM, AutoTokenizer
         model, found = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **options, **quantised)
         processor = processor_class.from_pretrained(name, **options)
-    except Exception as error:  # the libraries raise a dozen kinds; each becomes one line that says what to do
-        raise ModelError(load_failure("vlm_model", name, error)) from error
+    except Exception as error:  # the libraries raise a dozen kinds
+        raise load_failure("model_settings.vlm_model", name, error) from error
     require_weights(found["missing_keys"], "model_settings.vlm_model", name)
     if base_8bit and not any(hasattr(weight, "qdata") for weight in model.parameters()):
         raise ConfigError(
@@ -50,9 +55,9 @@ def load_language_model(
 
 
 def eight_bits(setting: str) -> dict[str, object]:
-    """How `from_pretrained` keeps the weights of linear layers in 8 bits, with a scale for each row (torchao).
+    """Arguments of `from_pretrained` that keep linear layers' weights in 8 bits, with one scale for each row (torchao).
 
-    They are multiplied in the model's dtype, so that a row's result does not depend on what stands beside it.
+    The layers multiply in the model's dtype, so that a row's result does not depend on the other rows of its batch.
 
     Raises:
         ConfigError: torchao is not installed; the line names the `setting`.
@@ -68,29 +73,31 @@ def eight_bits(setting: str) -> dict[str, object]:
 
 
 def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None, seed: int) -> torch.nn.Module:
-    """The model with a new adapter, whose start the seed fixes, or with the trained one of a run's folder."""
+    """The model with a new adapter, initialised from the seed, or with the trained adapter in a folder."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if trained is not None:
         return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
-    targets = lora.target_modules or language_layers(model)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=lora.target_modules or language_layers(model),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws the adapter's start from the global stream
+    with torch.random.fork_rng(devices=[]):  # peft initialises the adapter from the global random numbers
         torch.manual_seed(derive_seed(seed, "adapter"))
         return get_peft_model(model, config)
 
 
 def language_layers(model: torch.nn.Module) -> str:
-    """A regular expression of the names of the linear layers of the language model, for peft.
+    """A regular expression for the names of the decoder's linear layers, for peft.
 
-    Neither the vision tower and what joins it to the text, which a policy that reads words alone would never train, nor
-    the head, which may share its weights with the embeddings.
+    Left out are the vision tower with its projection, which a policy that reads text alone would not train, and the
+    language head, which may share its weights with the embeddings.
+
+    Raises:
+        ModelError: there are no such layers.
     """
     decoder = model.get_decoder()
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)

@@ -1,4 +1,4 @@
-"""Putting a trained policy onto the Hugging Face hub, which happens only where somebody asks for it."""
+"""Uploading a trained policy to the Hugging Face hub, only when the user asks for it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from grpo_kit.config import KitError
+from grpo_kit.config import KitError, one_line
 from grpo_kit.models.card import CARD
 from grpo_kit.runs.iterations import checkpoints_of, iteration_name
 
@@ -30,27 +30,23 @@ class Upload:
         """The files as the repository will call them."""
         return [file.relative_to(self.folder).as_posix() for file in self.files]
 
-    @property
-    def megabytes(self) -> float:
-        """Their size together."""
-        return sum(file.stat().st_size for file in self.files) / 1e6
-
     def __str__(self) -> str:
         place = f"{self.repo_id} ({'private' if self.private else 'public'} where it is new)"
-        return f"{len(self.files)} files, {self.megabytes:.1f} MB, to {place}: {', '.join(self.names)}"
+        megabytes = sum(file.stat().st_size for file in self.files) / 1e6
+        return f"{len(self.files)} files, {megabytes:.1f} MB, to {place}: {', '.join(self.names)}"
 
 
 def plan_upload(run: Path, repo_id: str, checkpoint: int | None = None, *, private: bool = False) -> Upload:
-    """Check what can be checked without a network: the policy is there and whole, the name can be a repository's.
+    """Find the files to upload, and check without a network that they are complete and the repository's name is valid.
 
     Args:
         run: its folder.
         repo_id: "name" or "owner/name".
-        checkpoint: an iteration whose checkpoint is meant; `best/` where None.
-        private: create the repository as a private one; one that is there stays as it is.
+        checkpoint: the iteration of a checkpoint; None means the policy in `best/`.
+        private: whether a new repository is private; one that exists stays as it is.
 
     Raises:
-        KitError: no such policy, or no name for a repository.
+        KitError: no such policy, a damaged file, or an invalid name.
     """
     try:
         validate_repo_id(repo_id)
@@ -58,41 +54,28 @@ def plan_upload(run: Path, repo_id: str, checkpoint: int | None = None, *, priva
         raise PushError(
             f"repository {repo_id!r:.100}: allowed: owner/name, of letters, digits, '-', '_', '.'"
         ) from None
-    policy = run / "best" if checkpoint is None else _checkpoint(run, checkpoint)
+    policy = run / "best" if checkpoint is None else run / "checkpoints" / iteration_name(checkpoint)
     if not policy.is_dir():
-        raise PushError(f"{policy}: no policy there; {_there(run)}. Train one, or name a --checkpoint")
+        others = ", ".join(map(str, checkpoints_of(run / "checkpoints"))) or "none"
+        raise PushError(f"{policy}: no policy there; checkpoints: {others}. Name another --checkpoint, or train one")
+    if checkpoint is not None:
+        from grpo_kit.runs.checkpoint import load_checkpoint  # here, since it loads torch
+
+        policy = load_checkpoint(policy).policy
     if not (policy / CARD).is_file():
         raise PushError(
             f"{policy}: has no model card ({CARD}), as an earlier version of the kit left it. Write one, or train anew"
         )
-    files = sorted(file for file in policy.rglob("*") if file.is_file() and not _hidden(file, policy))
-    return Upload(policy, repo_id, tuple(files), private)
-
-
-def _checkpoint(run: Path, iteration: int) -> Path:
-    """The policy of a checkpoint that verifies."""
-    from grpo_kit.runs.checkpoint import load_checkpoint  # here, since it loads torch
-
-    place = run / "checkpoints" / iteration_name(iteration)
-    if not place.is_dir():
-        raise PushError(f"{place}: no policy there; {_there(run)}. Name another --checkpoint")
-    return load_checkpoint(place).policy
-
-
-def _there(run: Path) -> str:
-    return f"checkpoints: {', '.join(map(str, checkpoints_of(run / 'checkpoints'))) or 'none'}"
-
-
-def _hidden(file: Path, folder: Path) -> bool:
-    """Whether a file is none of the policy's: an editor's, a desktop's."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+    files = sorted(file for file in policy.rglob("*") if file.is_file())
+    hidden = {file for file in files if any(part.startswith(".") for part in file.relative_to(policy).parts)}
+    return Upload(policy, repo_id, tuple(file for file in files if file not in hidden), private)
 
 
 def push_policy(upload: Upload) -> str:
     """Create the repository if need be and upload; returns its address.
 
     Raises:
-        PushError: offline, not logged in, not allowed, or the hub cannot be reached or refuses what it gets.
+        PushError: offline, not logged in, not allowed, or the hub cannot be reached or refuses the files.
     """
     if constants.HF_HUB_OFFLINE:
         raise PushError("push: HF_HUB_OFFLINE is set, so nothing is uploaded. Unset it to go on")
@@ -107,9 +90,7 @@ def push_policy(upload: Upload) -> str:
             allow_patterns=upload.names,
             commit_message="Policy trained with grpo_kit",
         )
-    except (
-        Exception
-    ) as error:  # the library that the hub's client is built on has its own kinds for a network's failures
+    except Exception as error:  # the client's own, and those of the HTTP library below it
         raise PushError(f"push: not uploaded to {upload.repo_id}: {_failure(error)}") from error
     return str(address)
 
@@ -118,20 +99,14 @@ def _failure(error: Exception) -> str:
     """What went wrong, and what to do about it."""
     if isinstance(error, HfHubHTTPError):
         code = error.response.status_code
-        reason = _one_line(error.server_message or "")
-        return f"the hub answered {code}{f' ({reason})' if reason else ''}; {_advice(code)}"
+        reason = f" ({one_line(error.server_message)})" if error.server_message else ""
+        if code in (401, 403):
+            advice = "log in with a token that may write there (`hf auth login`)"
+        elif code == 404:
+            advice = "check the owner's name, and that the token may write there"
+        else:
+            advice = "try again later" if code >= 500 or code == 429 else "correct that and try again"
+        return f"the hub answered {code}{reason}; {advice}"
     if isinstance(error, ValueError) and CARD in str(error):
-        return f"the hub refuses the card ({_one_line(error)}); mend the lines at the head of {CARD}"
-    return f"{type(error).__name__}: {_one_line(error)}; check the network, and that {constants.ENDPOINT} is the hub"
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())[:200]
-
-
-def _advice(code: int) -> str:
-    if code in (401, 403):
-        return "log in with a token that may write there (`hf auth login`)"
-    if code == 404:
-        return "check the owner's name, and that the token may write there"
-    return "try again later" if code >= 500 or code == 429 else "mend that and try again"
+        return f"the hub refuses the card ({one_line(error)}); correct the lines at the head of {CARD}"
+    return f"{type(error).__name__}: {one_line(error)}; check the network, and that {constants.ENDPOINT} is the hub"

@@ -1,4 +1,4 @@
-"""What a pipeline's text encoders make of prompts, kept, so that a text is encoded once however often it is drawn."""
+"""The outputs of a pipeline's text encoders, kept, so that each text is encoded once however often it is drawn."""
 
 import inspect
 import logging
@@ -18,35 +18,35 @@ from diffusers import (
 from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
-KEPT_TEXTS = 256  # the oldest go first: a rewrite comes again soon or never
+KEPT_TEXTS = 256  # the texts used longest ago are dropped: a rewrite comes again soon or never
 KEPT_BYTES = 256 * 2**20  # with T5, a text of FLUX takes 4 MB
-TEXTS_AT_ONCE = 8  # always exactly so many, so that a text's embedding does not depend on how many came with it
+TEXTS_AT_ONCE = 8  # every call encodes so many, so that an embedding does not depend on how many texts came with it
 
 _GUIDED = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_GUIDED, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-_RETURNS = {  # what `encode_prompt` returns, by the names under which the pipeline's call takes it
+_RETURNS = {  # what `encode_prompt` returns, by the names of the pipeline call's arguments
     StableDiffusionPipeline: _GUIDED,
     StableDiffusionXLPipeline: _POOLED,
     StableDiffusion3Pipeline: _POOLED,
-    FluxPipeline: ("prompt_embeds", "pooled_prompt_embeds"),  # the third, positions, depends on no text
+    FluxPipeline: ("prompt_embeds", "pooled_prompt_embeds"),  # it returns positions too, which depend on no text
     PixArtSigmaPipeline: _MASKED,
     SanaPipeline: _MASKED,
 }
 _Row = dict[str, torch.Tensor]
 
 
-def encodes_apart(pipeline: DiffusionPipeline) -> bool:
-    """Whether the pipeline's texts can be encoded apart from drawing; others are handed their texts as they are."""
+def has_separate_encoding(pipeline: DiffusionPipeline) -> bool:
+    """Whether the kit can encode the pipeline's texts apart from drawing; other pipelines are given the texts."""
     return type(pipeline) in _RETURNS
 
 
 class TextEmbeddings:
-    """The inputs that a pipeline draws texts from; `truncated` counts the texts that were longer than it reads.
+    """A pipeline's inputs for texts; `truncated` counts the texts that were longer than its encoder reads, and cut.
 
     Args:
-        pipeline: one of which `encodes_apart` holds.
-        max_sequence_length: tokens for a T5 or Gemma encoder; None means the pipeline's default.
+        pipeline: one that `has_separate_encoding`.
+        max_sequence_length: tokens for a T5 encoder; None means the pipeline's default.
         device: where the text encoders are; None means where the pipeline computes.
     """
 
@@ -58,23 +58,27 @@ class TextEmbeddings:
         self.device = device
         self.truncated = 0
         self._options = _encoding_options(pipeline, max_sequence_length)
-        self._at_once = TEXTS_AT_ONCE if device is None else 1  # a large encoder on the CPU has no time to fill up
+        self._at_once = TEXTS_AT_ONCE if device is None else 1  # on the CPU, texts that only fill up take too long
         self._kept: OrderedDict[str | None, _Row] = OrderedDict()  # None: the negative branch
 
     def inputs(self, texts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
-        """Arguments of the pipeline's call for some texts: name → (N, …), with a negative branch where `guided`."""
+        """Arguments of the pipeline's call for N texts: name → (N, …), with a negative branch where `guided`."""
         guided = guided and self.has_negative
-        self._remember(texts, guided)
+        self._keep(texts, guided)
         inputs = _stacked([self._kept[text] for text in texts])
         if guided:
             inputs |= _stacked([self._kept[None]] * len(texts))
         return inputs
 
-    def _remember(self, texts: Sequence[str], guided: bool) -> None:
-        """Embed what is not yet kept."""
+    def _keep(self, texts: Sequence[str], guided: bool) -> None:
+        """Encode the texts that are not kept yet, beside empty ones where they are too few; drop the oldest."""
         new = [text for text in dict.fromkeys(texts) if text not in self._kept]
         for start in range(0, len(new), self._at_once):
-            self._embed(new[start : start + self._at_once])
+            part = new[start : start + self._at_once]
+            for text in part:
+                self._count_truncated(text)
+            rows = self._encoded(part + [""] * (self._at_once - len(part)))
+            self._kept.update(zip(part, rows, strict=False))
         if guided and None not in self._kept:
             self._kept[None] = self._encoded([""] * self._at_once, guided=True)[0]
         for key in (*texts, *([None] if guided else [])):
@@ -83,16 +87,8 @@ class TextEmbeddings:
         while len(self._kept) > max(min(KEPT_TEXTS, KEPT_BYTES // size), len(texts) + 1):
             self._kept.popitem(last=False)
 
-    def _embed(self, texts: list[str]) -> None:
-        """Keep the embeddings of a few texts, encoded beside empty ones where they are too few."""
-        for text in texts:
-            self._count_truncated(text)
-        filled = texts + [""] * (self._at_once - len(texts))
-        for text, row in zip(texts, self._encoded(filled), strict=False):
-            self._kept[text] = row
-
     def _encoded(self, texts: list[str], guided: bool = False) -> list[_Row]:
-        """What stands for each text, or with `guided` for the negative branch beside it."""
+        """The embeddings of each text, or with `guided` those of the negative branch beside it."""
         draws_on = self.pipeline._execution_device
         options = self._options | {"device": self.device or draws_on, "do_classifier_free_guidance": guided}
         takes = inspect.signature(type(self.pipeline).encode_prompt).parameters
@@ -104,30 +100,30 @@ class TextEmbeddings:
         ]
 
     def _count_truncated(self, text: str) -> None:
-        """Count over-long texts; only the first is reported, since a flood of warnings hides everything else."""
+        """Count a text that is too long; only the first one is reported."""
         tokenizer = self.pipeline.tokenizer
         longest = tokenizer.model_max_length
-        if not isinstance(tokenizer, CLIPTokenizer):  # T5 and Gemma read as far as they are told to
+        if not isinstance(tokenizer, CLIPTokenizer):  # T5 and Gemma read as many tokens as `encode_prompt` says
             longest = self._options["max_sequence_length"]
         if len(tokenizer(text, verbose=False).input_ids) > longest:
             if not self.truncated:
                 logger.warning(
-                    "generator: a prompt longer than %d tokens was cut, as its encoder does: %r", longest, text
+                    "generator: a prompt of more than %d tokens was cut by its text encoder: %r", longest, text
                 )
             self.truncated += 1
 
 
 def _encoding_options(pipeline: DiffusionPipeline, max_sequence_length: int | None) -> dict[str, object]:
-    """Arguments of `encode_prompt` in any family; where its own default differs from that of the call, the latter's."""
+    """Arguments of `encode_prompt` in any family, with the defaults of the pipeline's call."""
     options: dict[str, object] = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
     defaults = {name: p.default for name, p in inspect.signature(type(pipeline).__call__).parameters.items()}
-    for name in ("max_sequence_length", "complex_human_instruction"):  # the latter is what Sana tells Gemma
+    for name in ("max_sequence_length", "complex_human_instruction"):  # the latter is Sana's instruction to Gemma
         if name in defaults:
             options[name] = defaults[name]
     if max_sequence_length is not None:
         options["max_sequence_length"] = max_sequence_length
     if isinstance(pipeline, StableDiffusion3Pipeline) and pipeline.text_encoder_3 is None:
-        options["max_sequence_length"] = 0  # a dropped T5 must not leave a row of zero tokens behind
+        options["max_sequence_length"] = 0  # else a T5 that was left out adds rows of zeros
     return options
 
 

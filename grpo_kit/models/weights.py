@@ -1,4 +1,4 @@
-"""A policy's weights in a folder, as transformers (or, of an adapter, peft) writes and loads them."""
+"""A policy's weights in a folder: a transformers model, or a peft adapter."""
 
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from grpo_kit.grpo.finite import non_finite_weight
 
 
 def save_weights(model: torch.nn.Module, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a model, or its adapter alone where it has one.
+    """Write a model, or of a model with an adapter the adapter alone.
 
-    `state` is the model's state dict where its own has only a part of each tensor.
+    Args:
+        state: the model's full state dict, where each process holds only parts of the tensors.
 
     Raises:
         ModelError: a weight is not finite.
@@ -21,19 +22,19 @@ def save_weights(model: torch.nn.Module, folder: Path, state: dict[str, torch.Te
             f"policy: not finite: {trouble.detail}; it is not saved. Load other weights, or set "
             "model_settings.dtype to float32 (float16 overflows at 65504)"
         )
-    # peft would ask the hub whether the vocabulary has grown, at every save; the kit never changes it
-    options = {"save_embedding_layers": False} if _adapted(model) else {}
+    # peft would ask the hub at every save whether the vocabulary has changed; the kit never changes it
+    options = {"save_embedding_layers": False} if _has_adapter(model) else {}
     model.save_pretrained(folder, state_dict=state, **options)
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Put in what `save_weights` wrote, bit for bit.
+    """Load what `save_weights` wrote, bit for bit.
 
     Raises:
-        ModelError: it cannot be read, or belongs to another model.
+        ModelError: the folder cannot be read, or holds another model's weights.
     """
-    saved = _saved(model, folder)
-    if _adapted(model):
+    saved = _read(model, folder)
+    if _has_adapter(model):
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, saved)
@@ -45,46 +46,39 @@ def has_weights_of(model: torch.nn.Module, folder: Path) -> bool:
     """Whether `load_weights` of a folder would change nothing.
 
     Raises:
-        ModelError: what is there cannot be read, or belongs to another model.
+        ModelError: the folder cannot be read, or holds another model's weights.
     """
-    saved = _saved(model, folder)
+    saved = _read(model, folder)
     return all(torch.equal(value.cpu(), saved[name].to("cpu", value.dtype)) for name, value in _own(model).items())
 
 
-def _adapted(model: torch.nn.Module) -> bool:
-    """Whether an adapter is trained, rather than the model itself."""
+def _has_adapter(model: torch.nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
 def _own(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights under the names that a saved folder gives them."""
-    if not _adapted(model):
+    """The model's weights under the names that a saved folder gives them."""
+    if not _has_adapter(model):
         return model.state_dict()
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def _saved(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """A folder's weights, which have the names and shapes of this model's own."""
+def _read(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a folder, checked for the names and shapes of the model's own."""
     try:
-        saved = _read_adapter(model, folder) if _adapted(model) else _read_model(model, folder)
+        if _has_adapter(model):
+            from peft import load_peft_weights
+
+            saved = load_peft_weights(str(folder), device=str(model.device))
+        else:
+            loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+            differs = info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]
+            saved = {} if differs else loaded.state_dict()
     except Exception as error:  # the libraries raise a dozen kinds
-        raise ModelError(load_failure("vlm_model", str(folder), error)) from error
+        raise load_failure("model_settings.vlm_model", str(folder), error) from error
     shapes = {name: value.shape for name, value in _own(model).items()}
     if shapes != {name: value.shape for name, value in saved.items()}:
         raise ModelError(f"policy {folder}: found other tensors than the policy has; use the run's own config")
     return saved
-
-
-def _read_adapter(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    from peft import load_peft_weights
-
-    return load_peft_weights(str(folder), device=str(model.device))
-
-
-def _read_model(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """Nothing where a weight is not there, or is not this model's."""
-    saved, told = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-    incomplete = told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"]
-    return {} if incomplete else saved.state_dict()

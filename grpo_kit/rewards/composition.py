@@ -11,8 +11,6 @@ from PIL import Image
 from grpo_kit.rewards.protocol import CONTEXT, Reward, RewardError, as_column, context_of, failed_reward
 from grpo_kit.rewards.shaping import RunningMoments, Shaping, within_groups
 
-__all__ = ["Reward", "RewardError", "Rewards", "Shaping"]
-
 logger = logging.getLogger(__name__)
 COMBINATIONS = ("sum_then_normalize", "normalize_then_sum")
 
@@ -27,10 +25,10 @@ class Rewards:
         weights: name → weight in the total.
         monitors: name → reward, without weight.
         shaping: name → how a part is clipped, scaled and normalised before training weights it.
-        combine: "sum_then_normalize" leaves normalising to the advantages of the sum; "normalize_then_sum" normalises
-            every part within its group first, so that none is louder than its weight says (GDPO, arXiv 2601.05242).
-        on_error: a part that raises, or returns something else than N numbers, "raise"s `RewardError`, or is "nan" for
-            that call: none of its samples can be scored. `failures` counts such calls, the first of each is logged.
+        combine: "sum_then_normalize" normalises the sum only, in the advantages; "normalize_then_sum" normalises every
+            part within its group first, so that the weights alone decide its share (GDPO, arXiv 2601.05242).
+        on_error: where a part raises, or returns something else than N numbers: "raise" a `RewardError`, or "nan" for
+            all samples of that call. `failures` counts such calls; the first of each part is logged.
 
     Raises:
         RewardError: a part without a weight, a name that is used twice, a shaping without a part.
@@ -63,7 +61,7 @@ class Rewards:
 
     @property
     def is_shaped(self) -> bool:
-        """Whether training sees something else than the weighted sum of the raw parts."""
+        """Whether training uses something else than the weighted sum of the raw parts."""
         return self.combine != "sum_then_normalize" or any(kind != Shaping() for kind in self.shaping.values())
 
     def score(
@@ -78,8 +76,8 @@ class Rewards:
         """Each part and monitor, raw: {name: (N,) float64}, NaN where there is no image or the part could not score.
 
         Args:
-            group_ids, image_seeds: (N,) integers for the rewards that ask for them: the prompt that a row belongs to,
-                the latent seed of its image.
+            group_ids: (N,) integers, the prompt that a row belongs to, for rewards that ask for it.
+            image_seeds: (N,) integers, the latent seed of the row's image, for rewards that ask for it.
         """
         drawn = [i for i, image in enumerate(images) if image is not None]
         columns = [[values[i] for i in drawn] for values in (images, prompts, enhanced_prompts)]
@@ -113,8 +111,8 @@ class Rewards:
         """(N,) weighted sum of the raw parts, for people and evaluation; NaN where any part is NaN.
 
         Args:
-            in_groups: the rows are groups of rewrites, as in training. An evaluation has one rewrite a prompt: there
-                the parts that compare a group (they ask for `group_ids`) are left out.
+            in_groups: whether the rows are groups of rewrites. Where they are not, as in an evaluation, the parts that
+                compare a group (they ask for `group_ids`) are left out.
 
         Raises:
             RewardError: no part is left.
@@ -130,8 +128,8 @@ class Rewards:
     def combined(self, scores: Mapping[str, torch.Tensor], group_ids: torch.Tensor) -> torch.Tensor:
         """(N,) what training uses: the parts shaped, then weighted and summed; NaN where any part is NaN.
 
-        Such a sample is left out of the statistics of all parts. Without shaping it is `total`, bit for bit. Running
-        statistics take in these scores first, so call it once for each rollout that is trained on.
+        A sample with a NaN is left out of the statistics of all parts. Without shaping this is `total`, bit for bit.
+        Running statistics are updated with these scores first, so call it once for each rollout.
         """
         if not self.is_shaped:
             return self.total(scores)
@@ -150,25 +148,26 @@ class Rewards:
         return values
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The running statistics: name of a part → (3,) float64; empty where none is normalised so."""
-        return {name: self.running[name].state() for name in self._with_statistics()}
+        """The running statistics: name of a part → (3,) float64, for the parts that are normalised so."""
+        return {name: self.running[name].state() for name in self._normalized_by_running()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state_dict` gave; a part that it does not name starts afresh, so `{}` resets all.
+        """Continue from what `state_dict` gave; a part that it does not name starts afresh, so `{}` resets all.
 
         Raises:
             RewardError: it names a part that has no running statistics.
         """
+        known = self._normalized_by_running()
         for name in state:
-            if name not in self._with_statistics():
-                known = ", ".join(self._with_statistics()) or "none"
+            if name not in known:
+                allowed = ", ".join(known) or "none"
                 raise RewardError(
-                    f"running statistics: found {name!r}, allowed: {known}. Load a state of these rewards"
+                    f"running statistics: found {name!r}, allowed: {allowed}. Load a state of these rewards"
                 )
-        for name in self._with_statistics():
+        for name in known:
             self.running[name].load(state.get(name, RunningMoments().state()))
 
-    def _with_statistics(self) -> list[str]:
+    def _normalized_by_running(self) -> list[str]:
         return [name for name, shaping in self.shaping.items() if shaping.normalize == "running"]
 
     def __call__(

@@ -16,7 +16,7 @@ from grpo_kit.config import KitError
 from grpo_kit.evaluation.audit import agreement, audit, idle_change, saturation, seed_share
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards import Gain, RewardError
-from grpo_kit.rewards.pixels import JpegSize
+from grpo_kit.rewards.plain import JpegSize
 from grpo_kit.rollout import Rollout
 from grpo_kit.show import audit_figure
 

@@ -9,7 +9,7 @@ import torch
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.experiment import Experiment
-from grpo_kit.rewards.clip_similarity import ClipSimilarity
+from grpo_kit.rewards.clip import ClipSimilarity
 from grpo_kit.shapeworld.scene import random_scenes
 from tools.shapeworld import measure
 from tools.shapeworld.vocabulary import clip_tokenizer, qwen_tokenizer

@@ -56,9 +56,9 @@ class OneStream(Generator):
     """Draws the noise of a whole batch from its first seed."""
 
     def _draw(self, pairs: list[tuple[str, int]]) -> list[Image.Image | None]:
-        inputs = self._text_inputs([text for text, _ in pairs]) | self._schedule()
+        inputs = self._text_inputs([text for text, _ in pairs]) | self._options()
         source = torch.Generator().manual_seed(pairs[0][1])
-        return self.pipeline(**inputs, guidance_scale=1.0, generator=source).images
+        return self.pipeline(**inputs, generator=source).images
 
 
 @pytest.mark.trap("T19", broken="one_stream_of_noise")

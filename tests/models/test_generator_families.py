@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from grpo_kit.config import Config, ConfigError, load_config
 from grpo_kit.config.hub import ModelError
 from grpo_kit.models.generator import Generator, load_generator
-from grpo_kit.models.pipeline_settings import place
+from grpo_kit.models.pipeline import place
 from grpo_kit.models.text_embeddings import TextEmbeddings
 
 TEXTS = ["a large red circle, sharp", "Two tiny golden pyramids", ""]
@@ -84,7 +84,7 @@ def test_picture_is_the_same_alone_and_in_a_batch(generator: Generator, family: 
 
 def test_kept_texts_give_the_pictures_that_the_pipeline_gives(generator: Generator, family: Family):
     generator.guidance_scale = family.guidance
-    plain = generator._schedule() | generator._options()
+    plain = generator._options()
     plain.pop("negative_prompt")  # theirs by default
     if family.name.startswith("SD3"):
         plain["max_sequence_length"] = 0  # T5 is left out

@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPProcessor
 from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.config.hub import ModelError, load_failure
 from grpo_kit.models.generator import load_generator
-from grpo_kit.rewards.clip_similarity import load_clip_similarity
+from grpo_kit.rewards.clip import ImageQuality, load_clip_similarity
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import random_scenes
 
@@ -94,7 +94,7 @@ def test_each_missing_model_is_one_line_that_says_which_and_how_to_get_it(tmp_pa
     for message, name in zip(messages, CLASSIC["model_settings"].values(), strict=True):
         assert f"could not load {name!r}" in message and "\n" not in message
     assert all("hf download" in message for message in messages)
-    assert "took it off the hub" in messages[1] and "stable-diffusion-v1-5/stable-diffusion-v1-5" in messages[1]
+    assert "removed it from the hub" in messages[1] and "stable-diffusion-v1-5/stable-diffusion-v1-5" in messages[1]
 
 
 # --- a hub that refuses -----------------------------------------------------------------------------------------------
@@ -170,11 +170,10 @@ def test_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path):
 
 
 def test_licence_of_the_full_profiles_generator_is_told_of_without_network():
-    told = load_failure("sd_model", load_config("full").model_settings.sd_model, OSError("no network"))
-    assert "it asks for a licence first, at https://huggingface.co/stabilityai/stable-diffusion-3" in told
-    assert "licence" not in load_failure(
-        "sd_model", hub_cache.GENERATOR.replace("runwayml", "x"), OSError("no network")
-    )
+    gated, free = load_config("full").model_settings.sd_model, hub_cache.GENERATOR.replace("runwayml", "x")
+    lines = [str(load_failure("model_settings.sd_model", name, OSError("no network"))) for name in (gated, free)]
+    assert "it asks for a licence first, at https://huggingface.co/stabilityai/stable-diffusion-3" in lines[0]
+    assert "licence" not in lines[1]
 
 
 # --- a transformers CLIP as the reward model --------------------------------------------------------------------------
@@ -200,6 +199,14 @@ def test_scores_are_the_cosines_that_transformers_gives(folder: Path):
     found = load_clip_similarity(str(folder), None, torch.device("cpu"))(IMAGES, TEXTS, TEXTS)
     torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
     assert float(found.std()) > 1e-3
+
+
+def test_quality_takes_the_scale_that_transformers_model_has(folder: Path):
+    model = CLIPModel.from_pretrained(folder)
+    clip = load_clip_similarity(str(folder), None, torch.device("cpu"))
+    found = ImageQuality(clip, [("sharp", "soft")])(IMAGES, TEXTS, TEXTS)
+    good, bad = (clip(IMAGES, [word] * 3, TEXTS) for word in ("sharp", "soft"))
+    torch.testing.assert_close(found, torch.sigmoid(model.logit_scale.detach().exp() * (good - bad)))
 
 
 def test_over_long_texts_are_cut_and_counted(folder: Path):

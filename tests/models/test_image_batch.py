@@ -16,7 +16,7 @@ from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import image_batch
 from grpo_kit.models.generator import Generator, load_generator
-from grpo_kit.models.image_batch import MOST, _group_headroom, free_memory, largest_batch, memory_of
+from grpo_kit.models.image_batch import MOST, _container_headroom, free_memory, largest_batch, memory_of
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -85,14 +85,14 @@ def test_memory_of_work_is_what_it_held_at_its_peak(size: int):
 
 
 def test_free_memory_of_a_container_is_what_its_limit_leaves(tmp_path: Path):
-    unlimited = _group_headroom(tmp_path)
+    unlimited = _container_headroom(tmp_path)
     (tmp_path / "memory.current").write_text("300\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert _group_headroom(tmp_path) == [700]
+    assert _container_headroom(tmp_path) == 700
     (tmp_path / "memory.max").write_text("200\n")
-    assert _group_headroom(tmp_path) == [0]
+    assert _container_headroom(tmp_path) == 0
     (tmp_path / "memory.max").write_text("max\n")
-    assert _group_headroom(tmp_path) == unlimited and unlimited[0] > 2**60
+    assert _container_headroom(tmp_path) == unlimited and unlimited > 2**60
     assert 0 < free_memory(CPU) < 2**50
 
 

@@ -155,7 +155,7 @@ def test_releasing_a_kit_gives_back_policy_generator_and_rewards(kit: Experiment
     moved = _released(kit.with_rewards(rewards), monkeypatch)
     pipeline = kit.generator.pipeline
     wanted = [kit.policy.model, pipeline.transformer, pipeline.vae, pipeline.text_encoder]
-    wanted.append(rewards.parts["gain"].reward.reward.reward.model)  # a time limit, a gain, threads, a CLIP
+    wanted.append(rewards.parts["gain"].__wrapped__.reward.__wrapped__.model)  # a time limit, a gain, threads, a CLIP
     assert all(any(model is one for one in moved) for model in wanted)
 
 

@@ -12,7 +12,7 @@ from support.broken_twins import broken_versions
 from grpo_kit.config import load_config
 from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
-from grpo_kit.rewards.clip_similarity import ClipSimilarity, load_clip_similarity
+from grpo_kit.rewards.clip import ClipSimilarity, load_clip_similarity
 from grpo_kit.rewards.composition import Reward, RewardError, Rewards
 from grpo_kit.rewards.gold import best_prompt, checked_attributes, gold, grammatical, keeps_objects
 from grpo_kit.rewards.loading import load_rewards

@@ -14,9 +14,19 @@ from support.config_files import save_config
 import grpo_kit.rewards
 from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, load_config
 from grpo_kit.experiment import Experiment
-from grpo_kit.rewards import Rewards, Shaping, check_reward_settings, load_rewards
-from grpo_kit.rewards.clip_encoder import ClipEncoder
-from grpo_kit.rewards.loading import _BUILDERS
+from grpo_kit.rewards import (
+    Rewards,
+    Shaping,
+    check_reward_settings,
+    in_threads,
+    load_rewards,
+    loading,
+    sharpness,
+    with_time_limit,
+)
+from grpo_kit.rewards.clip_models import ClipEncoder
+from grpo_kit.rewards.gold import gold
+from grpo_kit.rewards.loading import REWARDS
 from grpo_kit.rewards.protocol import context_of
 from grpo_kit.rollout import collect_rollout
 from grpo_kit.shapeworld.render import render
@@ -43,7 +53,7 @@ def _error(key: str, value: object) -> str:
 
 
 def test_every_reward_that_needs_no_further_file_loads_and_scores(kit: Experiment):
-    names = sorted(_BUILDERS.keys() - {"pickscore", "hps", "aesthetic"})
+    names = sorted(REWARDS.keys() - {"pickscore", "hps", "aesthetic"})
     options = {"safety": {"avoid": ["glitch"]}, "style": {"phrase": "sharp"}}
     rewards = _load(kit, weights=dict.fromkeys(names, 1.0), monitors=[], options=options)
     context = {"group_ids": torch.tensor([0, 0, 1, 1]), "image_seeds": torch.tensor([1, 1, 2, 2])}
@@ -87,7 +97,11 @@ def test_embedded_world_has_words_of_its_own_for_quality(kit: Experiment):
     ]
 
 
-def test_shaping_combination_threads_and_limits_reach_the_rewards(kit: Experiment):
+def test_shaping_combination_threads_and_limits_reach_the_rewards(kit: Experiment, monkeypatch: pytest.MonkeyPatch):
+    given = []
+    for wrap in (in_threads, with_time_limit):
+        noting = lambda reward, number, wrap=wrap: given.append((reward, number)) or wrap(reward, number)  # noqa: E731
+        monkeypatch.setattr(loading, wrap.__name__, noting)
     rewards = _load(
         kit,
         weights={"clip_similarity": 1.0, "sharpness": 0.1},
@@ -97,8 +111,7 @@ def test_shaping_combination_threads_and_limits_reach_the_rewards(kit: Experimen
         timeout={"sharpness": 60, "gold": 30},
     )
     assert rewards.shaping == {"sharpness": Shaping("running", (0.0, 0.5))} and rewards.combine == "normalize_then_sum"
-    limited = rewards.parts["sharpness"]
-    assert limited.seconds == 60 and limited.reward.workers == 2 and rewards.monitors["gold"].seconds == 30
+    assert given == [(sharpness, 2), (rewards.parts["sharpness"].__wrapped__, 60), (gold, 30)]
     plain = _load(kit, weights={"sharpness": 0.1}).score(IMAGES, TEXTS, TEXTS)
     found = rewards.score(IMAGES, TEXTS, TEXTS)
     assert all(torch.equal(found[name], plain[name]) for name in ("sharpness", "gold"))
@@ -258,7 +271,7 @@ def test_function_of_a_user_works_beside_the_kits_own(kit: Experiment):
 # --- public names -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(grpo_kit.rewards.__all__) - {"audit"}))
+@pytest.mark.parametrize("name", grpo_kit.rewards.__all__)
 def test_public_name_resolves_and_is_documented(name: str):
     found = getattr(grpo_kit.rewards, name)
     assert name == "Reward" or found.__doc__

@@ -22,7 +22,7 @@ from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy, load_policy
-from grpo_kit.rewards.clip_similarity import ClipSimilarity
+from grpo_kit.rewards.clip import ClipSimilarity
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.rollout import Rollout

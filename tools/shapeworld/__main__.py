@@ -11,7 +11,7 @@ from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.config.hardware import choose_device
 from grpo_kit.models.generator import load_generator
 from grpo_kit.models.policy import load_policy
-from grpo_kit.rewards.clip_similarity import load_clip_similarity
+from grpo_kit.rewards.clip import load_clip_similarity
 from grpo_kit.shapeworld.scene import random_scenes
 from tools.shapeworld import measure
 from tools.shapeworld.cards import contact_sheet, write_card

@@ -11,7 +11,7 @@ from PIL import Image
 
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy
-from grpo_kit.rewards.clip_similarity import ClipSimilarity
+from grpo_kit.rewards.clip import ClipSimilarity
 from grpo_kit.shapeworld.captions import describe, keeps_request, leave_open, oracle_caption, parse
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import STYLES, Scene, random_scenes

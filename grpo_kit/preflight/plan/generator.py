@@ -11,7 +11,7 @@ from transformers import T5EncoderModel
 
 from grpo_kit.config import Config
 from grpo_kit.config.hardware import choose_dtype
-from grpo_kit.models.pipeline_settings import save_memory, use_scheduler
+from grpo_kit.models.pipeline import save_memory, use_scheduler
 from grpo_kit.models.text_embeddings import KEPT_BYTES, KEPT_TEXTS, TEXTS_AT_ONCE
 from grpo_kit.preflight.plan.architectures import PipelineShape, PlanError, component, pipeline_shape
 from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, tensors_of, total_bytes

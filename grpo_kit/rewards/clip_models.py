@@ -1,0 +1,230 @@
+"""CLIP models: loading them in open_clip's and transformers' forms, and encoding images and texts as unit vectors."""
+
+import hashlib
+import logging
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor, CLIPModel
+
+from grpo_kit.config.hub import ModelError, load_failure, require_weights
+from grpo_kit.rewards.protocol import Images, Texts
+
+logger = logging.getLogger(__name__)
+_TOKENIZING = threading.Lock()  # a hub tokenizer's call changes its padding and length: one thread at a time
+_KEPT_TEXTS = 4096
+_KEPT_BATCHES = 2  # of images: the rewards that share a model score the same ones
+Loaded = tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable[..., torch.Tensor]]
+
+
+class ClipEncoder:
+    """Image and text embeddings of a frozen CLIP. `truncated` counts texts that were longer than its context, and cut.
+
+    Args:
+        model: with the methods `encode_image` and `encode_text` of open_clip's models.
+        preprocess: an image → its pixels (3, height, width).
+        tokenizer: texts → ids (N, context).
+        device: where the model runs.
+    """
+
+    name = "clip_similarity"  # of the reward, for the log
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        preprocess: Callable[[Image.Image], torch.Tensor],
+        tokenizer: Callable[..., torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.device = device
+        self.truncated = 0
+        self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._batches: tuple[tuple[bytes, torch.Tensor], ...] = ()
+
+    @torch.no_grad()
+    def encode_images(self, images: Images) -> torch.Tensor:
+        """(N, D) unit vectors. The last two batches are kept, by their pixels."""
+        key = _fingerprint(images)
+        for kept, features in self._batches:
+            if kept == key:
+                return features
+        pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
+        features = self.model.encode_image(pixels, normalize=True).float()
+        self._batches = ((key, features), *self._batches[: _KEPT_BATCHES - 1])
+        return features
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Texts) -> torch.Tensor:
+        """(N, D) unit vectors; each distinct text is encoded once and kept."""
+        found = {text: self._encoded(text) for text in dict.fromkeys(texts)}
+        while len(self._texts) > _KEPT_TEXTS:
+            self._texts.popitem(last=False)
+        return torch.stack([found[text] for text in texts])
+
+    def _encoded(self, text: str) -> torch.Tensor:
+        """(D,) one text at a time, so that its embedding does not depend on the others of its batch."""
+        features = self._texts.get(text)
+        if features is None:
+            with _TOKENIZING:
+                ids = self.tokenizer([text])
+                self._count_truncated(text, ids)
+            features = self.model.encode_text(ids.to(self.device), normalize=True).float()[0]
+            self._texts[text] = features
+        return features
+
+    def _count_truncated(self, text: str, ids: torch.Tensor) -> None:
+        """Count a text that was cut: a context longer by one token changes the ids before it."""
+        length = ids.shape[1]
+        if not torch.equal(self.tokenizer([text], context_length=length + 1)[:, :length], ids):
+            if not self.truncated:
+                logger.warning("%s: a text longer than %d tokens was cut: %r", self.name, length, text)
+            self.truncated += 1
+
+
+def _fingerprint(images: Images) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for image in images:
+        plain = image if image.mode == "RGB" else image.convert("RGBA")
+        digest.update(f"{plain.mode}{plain.size}".encode())
+        digest.update(plain.tobytes())
+    return digest.digest()
+
+
+def load_clip(name: str, pretrained: str | None, setting: str = "model_settings.clip_model") -> Loaded:
+    """Model, preprocessing and tokenizer of a CLIP, by folder or hub id, or by open_clip's name and weights.
+
+    Args:
+        name: a folder is in open_clip's form or in transformers'; a hub id that begins with "hf-hub:" in open_clip's.
+        pretrained: open_clip's tag of the weights, or their file.
+        setting: the dotted setting that names the model, for errors.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    if is_transformers_clip(name):
+        return as_open_clip(load_clip_model(name, setting), name, setting)
+    return load_open_clip(name, pretrained, setting)
+
+
+# --- open_clip's form -------------------------------------------------------------------------------------------------
+
+
+def load_open_clip(name: str, pretrained: str | None, setting: str, **options: object) -> Loaded:
+    """`load_clip` for open_clip's form; `options` are those of its `create_model_from_pretrained`."""
+    if Path(name).is_dir():
+        name, pretrained = f"local-dir:{name}", None
+    tag = (open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None) or {}  # what open_clip knows of it
+    is_file = bool(pretrained) and Path(pretrained).is_file()
+    try:
+        options |= (
+            _openai_options(pretrained) if is_file else {"force_quick_gelu": True} if tag.get("quick_gelu") else {}
+        )
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, **options)
+        return model, preprocess, open_clip.get_tokenizer(name)
+    except Exception as error:  # the libraries raise a dozen kinds
+        if name in open_clip.list_models() and not is_file and not tag:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
+            place = "model_settings.clip_pretrained" if setting == "model_settings.clip_model" else setting
+            raise ModelError(
+                f"{place}: could not load {name!r}: found {pretrained!r}, allowed: {tags}, or the path of a file of "
+                "weights (.safetensors, .bin, .pt); set one of them"
+            ) from error
+        repository = tag.get("hf_hub", "").strip("/") or None
+        raise load_failure(setting, name.removeprefix("local-dir:"), error, repository) from error
+
+
+def _openai_options(weights: str) -> dict[str, bool]:
+    """Options for a file in OpenAI's form, a TorchScript archive, which torch reads without running Python.
+
+    Its weights were trained with QuickGELU: with another activation the scores are wrong.
+    """
+    names = zipfile.ZipFile(weights).namelist() if zipfile.is_zipfile(weights) else []
+    is_script = any(name.endswith("/constants.pkl") for name in names)
+    return {"weights_only": False, "force_quick_gelu": True} if is_script else {}
+
+
+# --- transformers' form -----------------------------------------------------------------------------------------------
+
+
+def is_transformers_clip(name: str) -> bool:
+    """Whether a model's name is a folder in transformers' form, or a hub id without open_clip's prefix."""
+    folder = Path(name)
+    if folder.is_dir():
+        return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()
+    return name.count("/") == 1 and not folder.is_absolute() and not name.startswith("hf-hub:")
+
+
+class TransformersClip(torch.nn.Module):
+    """A transformers `CLIPModel` with the methods of open_clip's models."""
+
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def logit_scale(self) -> torch.nn.Parameter:
+        """The logarithm of what cosines are multiplied by."""
+        return self.model.logit_scale
+
+    def encode_image(self, pixels: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """(N, D) embeddings of (N, 3, height, width) preprocessed pixels; unit vectors with `normalize`."""
+        features = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, ids: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """(N, D) embeddings of (N, context) token ids; unit vectors with `normalize`.
+
+        No mask is needed: attention is causal, and the embedding is read at the first end-of-text token.
+        """
+        features = self.model.get_text_features(input_ids=ids).pooler_output
+        return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+def load_clip_model(name: str, setting: str) -> CLIPModel:
+    """A transformers `CLIPModel` with all of its weights, by folder or hub id.
+
+    Raises:
+        ModelError: it cannot be loaded, is of another kind, or lacks weights.
+    """
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        model, found = CLIPModel.from_pretrained(name, output_loading_info=True) if kind == "clip" else (None, {})
+    except Exception as error:  # the libraries raise a dozen kinds
+        raise load_failure(setting, name, error) from error
+    if model is None:
+        raise ModelError(
+            f"{setting}: found {name!r} of type {kind!r}, allowed here: clip; open_clip has others by name (SigLIP …)"
+        )
+    require_weights(found["missing_keys"], setting, name)
+    return model
+
+
+def as_open_clip(model: CLIPModel, processor_name: str, setting: str) -> Loaded:
+    """A `CLIPModel` in open_clip's form, with the image processor and the tokenizer of a folder or hub id.
+
+    Raises:
+        ModelError: these cannot be loaded.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(processor_name)
+    except Exception as error:  # the libraries raise a dozen kinds
+        raise load_failure(setting, processor_name, error) from error
+    context = model.config.text_config.max_position_embeddings
+
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        return processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+    def tokenize(texts: Sequence[str], context_length: int = context) -> torch.Tensor:
+        options = {"padding": "max_length", "truncation": True, "max_length": context_length}
+        return processor.tokenizer(list(texts), return_tensors="pt", **options)["input_ids"]
+
+    return TransformersClip(model), preprocess, tokenize

@@ -1,0 +1,107 @@
+"""Rewards without a model: an image's sharpness, contrast and JPEG size; a rewrite's length and repetition."""
+
+import io
+import re
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from grpo_kit.config import Count, Whole
+from grpo_kit.rewards.protocol import Images, RewardError, Texts
+
+
+def sharpness(images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
+    """Variance of the Laplacian of an image's lightness in [0, 1]: 0 for a flat image, above 1 for stripes.
+
+    The measure of focus that Pech-Pacheco et al. compare (ICPR 2000). Noise and stripes raise it, too: as the only
+    reward it is gamed by them. It depends on the resolution, so compare images of one size.
+    """
+    return [float(ndimage.laplace(_lightness(image)).var()) / 255**2 for image in images]
+
+
+def contrast(images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
+    """RMS contrast: the standard deviation of an image's lightness in [0, 1], from 0 (one grey) to 0.5 (Peli 1990)."""
+    return [float(_lightness(image).std()) / 255 for image in images]
+
+
+def _lightness(image: Image.Image) -> np.ndarray:
+    """(H, W) luma in [0, 255]: whole numbers, so that a flat image has a deviation of exactly 0."""
+    return np.asarray(image.convert("L"), dtype=np.float64)
+
+
+class JpegSize:
+    """Kilobytes (of 1,000) of an image as a JPEG file (DDPO, arXiv 2305.13301).
+
+    Weight it with +1 for images that compress badly, with -1 for ones that compress well. It does not see what an image
+    shows: an example of a reward that training can raise without helping anyone.
+
+    Args:
+        quality: of the JPEG, 1 to 95; DDPO's is 95.
+
+    Raises:
+        RewardError: another quality.
+    """
+
+    def __init__(self, quality: Whole = 95) -> None:
+        if not 1 <= quality <= 95:
+            raise RewardError(f"quality: found {quality}, allowed: 1 to 95")
+        self.quality = quality
+
+    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
+        """(N,) sizes in kB; no text is read."""
+        return [self._bytes(image) / 1000 for image in images]
+
+    def _bytes(self, image: Image.Image) -> int:
+        file = io.BytesIO()
+        image.convert("RGB").save(file, format="JPEG", quality=self.quality)
+        return file.tell()
+
+
+class Length:
+    """A penalty for rewrites of more than `max_words` words: -min(1, excess / max_words), in [-1, 0].
+
+    0 up to the limit, -1 from twice the limit on. A word is a run of letters and digits, so a text in a script without
+    spaces counts as few.
+
+    Raises:
+        RewardError: a limit below 1.
+    """
+
+    def __init__(self, max_words: Count = 60) -> None:
+        if max_words < 1:
+            raise RewardError(f"max_words: found {max_words}, allowed: at least 1")
+        self.max_words = max_words
+
+    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
+        """(N,) penalties of the rewrites."""
+        excess = [max(0, len(_words(text)) - self.max_words) for text in enhanced_prompts]
+        return [0 - min(1.0, words / self.max_words) for words in excess]
+
+
+class Repetition:
+    """A penalty for rewrites that repeat themselves: (distinct n-grams / n-grams) - 1, in (-1, 0].
+
+    The share of runs of `size` words that occurred before (arXiv 2502.03373 uses such a penalty); 0 for a text of fewer
+    words. Case and punctuation are ignored.
+
+    Raises:
+        RewardError: a size below 1.
+    """
+
+    def __init__(self, size: Count = 2) -> None:
+        if size < 1:
+            raise RewardError(f"size: found {size}, allowed: at least 1")
+        self.size = size
+
+    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
+        """(N,) penalties of the rewrites."""
+        return [self._penalty(_words(text)) for text in enhanced_prompts]
+
+    def _penalty(self, words: list[str]) -> float:
+        runs = [tuple(words[start : start + self.size]) for start in range(len(words) - self.size + 1)]
+        return len(set(runs)) / len(runs) - 1 if runs else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

@@ -1,0 +1,112 @@
+"""Slow rewards: a batch split among threads, and a limit on the time that a call takes."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from functools import wraps
+
+import torch
+
+from grpo_kit.rewards.protocol import Images, Reward, RewardError, Texts, as_column
+
+
+def in_threads(reward: Reward, workers: int) -> Reward:
+    """A reward whose batch is split among threads; it gives the same numbers in the same order.
+
+    For rewards that wait (for a server, a disk) or compute outside of Python's lock. The reward must be thread-safe and
+    score each image by itself; one that takes `group_ids` gets whole groups, or all rows at once where they are None.
+    The first error of a part is raised once all parts have ended.
+
+    Raises:
+        RewardError: fewer than one worker.
+    """
+    if workers < 1:
+        raise RewardError(f"workers: found {workers}, allowed: at least 1")
+
+    @wraps(reward, updated=())
+    def split(images: Images, prompts: Texts, enhanced_prompts: Texts, **context: torch.Tensor | None) -> torch.Tensor:
+        parts = list(_parts(len(images), workers, context))
+        calls = []
+        for rows in parts:
+            columns = [[column[row] for row in rows] for column in (images, prompts, enhanced_prompts)]
+            given = {name: None if values is None else values[rows] for name, values in context.items()}
+            calls.append(started(reward, *columns, **given))
+        wait(calls)
+        result = torch.empty(len(images), dtype=torch.float64)
+        for rows, call in zip(parts, calls, strict=True):
+            result[rows] = as_column(call.result(), len(rows))
+        return result
+
+    return split
+
+
+def with_time_limit(reward: Reward, seconds: float) -> Reward:
+    """A reward that fails with a `RewardError` where a call takes longer than `seconds`.
+
+    The call runs in a thread, which cannot be stopped: after the limit it goes on, its result is thrown away, and it
+    does not keep the program from ending. The next call may run beside it.
+
+    Raises:
+        RewardError: a limit of 0 or less.
+    """
+    if not seconds > 0:
+        raise RewardError(f"seconds: found {seconds}, allowed: more than 0")
+
+    @wraps(reward, updated=())
+    def limited(*columns: Sequence, **context: torch.Tensor | None) -> object:
+        call = started(reward, *columns, **context)
+        try:
+            return call.result(seconds)
+        except TimeoutError:
+            if call.done():  # the reward's own error
+                raise
+            raise RewardError(
+                f"no answer within {seconds:g} s; its thread goes on, since it cannot be stopped"
+            ) from None
+
+    return limited
+
+
+def started(function: Callable[..., object], *args: object, **options: object) -> Future:
+    """The future of a call in a daemon thread: one that hangs lets the program end, unlike an executor's.
+
+    Gradients and autocast, which torch keeps for each thread, are on or off as they are for the caller.
+    """
+    future, enter_modes = Future(), _torch_modes()
+
+    def run() -> None:
+        try:
+            with ExitStack() as stack:
+                enter_modes(stack)
+                future.set_result(function(*args, **options))
+        except BaseException as error:  # an interrupt too is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="reward", daemon=True).start()
+    return future
+
+
+def _torch_modes() -> Callable[[ExitStack], None]:
+    """A function that sets another thread to this thread's modes, until its stack is closed."""
+    gradients = torch.is_grad_enabled()
+    kinds = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
+
+    def enter(stack: ExitStack) -> None:
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for kind, dtype in dtypes.items():
+            stack.enter_context(torch.autocast(kind, dtype))
+
+    return enter
+
+
+def _parts(count: int, workers: int, context: dict[str, torch.Tensor | None]) -> Iterator[list[int]]:
+    """Rows for each thread: slices of the batch, or whole groups where the reward takes `group_ids`."""
+    if "group_ids" not in context:
+        yield from (rows.tolist() for rows in torch.arange(count).chunk(workers))
+    elif context["group_ids"] is None:
+        yield list(range(count))
+    else:
+        ids = torch.as_tensor(context["group_ids"])
+        yield from (torch.isin(ids, some).nonzero().flatten().tolist() for some in ids.unique().chunk(workers))
