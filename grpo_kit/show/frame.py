@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from grpo_kit.show.style import BLUE, GREY, VERMILION
+from grpo_kit.show.style import BLUE, GREY, VERMILION, number_text
 
 FULL = 2.0  # the advantage from which a frame no longer grows
+DASHES = (0, (2.2, 0.9))
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A frame's colour, whether it is dashed, and its strength from 0 to 1."""
+class Frame(NamedTuple):
+    """A frame's colour, its width in points and matplotlib's line style."""
 
     colour: str
-    dashed: bool
-    strength: float
-
-    @property
-    def pixels(self) -> int:
-        """The frame's width on a page."""
-        return round(2 + 8 * self.strength)
-
-    @property
-    def points(self) -> float:
-        """The frame's width in a figure."""
-        return 1.2 + 4.4 * self.strength
-
-    @property
-    def line(self) -> str:
-        """The frame's line, in CSS's words."""
-        return "dashed" if self.dashed else "solid"
+    width: float
+    line: str | tuple
 
 
 def frame_of(advantage: float) -> Frame:
-    """Return blue and solid above 0, orange and dashed below, grey at 0 (and NaN); the thicker, the further from it."""
-    strength = min(abs(advantage), FULL) / FULL
+    """Return blue and solid above 0, orange and dashed below, grey at 0 (and NaN); the wider, the further from it."""
     if advantage == 0 or advantage != advantage:
-        return Frame(GREY, False, 0.0)
-    return Frame(BLUE, False, strength) if advantage > 0 else Frame(VERMILION, True, strength)
+        return Frame(GREY, 1.2, "-")
+    width = 1.2 + 4.4 * min(abs(advantage), FULL) / FULL
+    return Frame(BLUE, width, "-") if advantage > 0 else Frame(VERMILION, width, DASHES)
 
 
 def signed(value: float, digits: int = 2) -> str:
     """Return a number with its sign, a true minus included: `+1.09`, `−0.31`; none where the digits say 0."""
-    sign = "" if round(value, digits) == 0 else "+"
-    return f"{abs(value) if not sign else value:{sign}.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return number_text(value, f"+.{digits}f") if round(value, digits) else f"{abs(value):.{digits}f}"

@@ -105,7 +105,7 @@ def group_figure(
     samples.sort(key=lambda sample: -np.inf if np.isnan(sample[2]) else sample[2], reverse=True)
     for axes, (image, text, reward, advantage) in zip(panel_grid(figure, len(samples), columns), samples, strict=True):
         frame = frame_of(advantage)
-        show_image(axes, image, frame.colour, frame.points, (0, (2.2, 0.9)) if frame.dashed else "-")
+        show_image(axes, image, *frame)
         title = f"{format_metric('reward', reward)}   {number_text(advantage, '+.2f')}"
         axes.set_title(title, color=frame.colour if advantage else INK, fontsize=10.5, loc="center", pad=7)
         axes.set_xlabel(wrap(text, 27, 4), fontsize=8.5, labelpad=6)

@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from PIL import Image
@@ -24,17 +26,16 @@ from support.hostile import active_nodes, hostile_texts
 from support.synthetic_run import write_rollout, write_synthetic_run
 
 from grpo_kit import show
-from grpo_kit.config import PROJECT_ROOT, KitError
+from grpo_kit.config import PROJECT_ROOT, KitError, TrainingSettings
 from grpo_kit.grpo import LOSS_TYPES, group_advantages
 from grpo_kit.show.frame import frame_of, signed
 from grpo_kit.show.one_token import TokenSettings, loss_and_push
 from grpo_kit.show.pages import write_notebook_pages
 from grpo_kit.show.style import plain_text
-from grpo_kit.show.widgets import advantage_bars, advantage_playground, group_cards, live_training
-from grpo_kit.show.widgets.markup import escape, jpeg
-from grpo_kit.show.widgets.recompute import StepSettings, recompute, recorded_settings
+from grpo_kit.show.widgets import advantage_bars, advantage_playground, live_training, picture_box
+from grpo_kit.show.widgets.picture_box import BUDGET, PictureBox, encode, escape
+from grpo_kit.show.widgets.recorded_step import recompute
 from grpo_kit.show.widgets.tokens import tinted, token_values
-from grpo_kit.show.widgets.twin import BUDGET, TwinBox, encode
 
 DEMO = PROJECT_ROOT / "data" / "demo_run"
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -51,7 +52,7 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (32, 32), (40 * (i % 6), 90, 200 - 30 * (i % 5))) for i in range(count)]
 
 
-def make_all(run: Path) -> dict[str, TwinBox]:
+def make_all(run: Path) -> dict[str, PictureBox]:
     """Return one of each widget over a run."""
     return {
         "GroupExplorer": show.GroupExplorer(run),
@@ -80,9 +81,26 @@ def images_of(widget: ipywidgets.Widget) -> list[bytes]:
     return [w.value for w in tree(widget) if isinstance(w, ipywidgets.Image)]
 
 
-def twin_of(widget: TwinBox) -> tuple[str, bytes]:
+def drawn(widget: PictureBox) -> str:
+    """Return all text that stands in a widget's pictures, a line each."""
+    return "\n".join(text.get_text() for figure in widget.figures() for text in figure.findobj(Text))
+
+
+def frames(widget: PictureBox) -> list[tuple[str, float, str]]:
+    """Return the colour, the width and the line of each frame around a picture, in the order drawn."""
+    patches = (patch for figure in widget.figures() for axes in figure.axes for patch in axes.patches)
+    shown = [patch for patch in patches if not patch.get_fill()]
+    return [(to_hex(p.get_edgecolor()), p.get_linewidth(), p.get_linestyle()) for p in shown]
+
+
+def shown_images(widget: PictureBox) -> int:
+    """Return how many images stand in a widget's pictures."""
+    return sum(len(axes.images) for figure in widget.figures() for axes in figure.axes)
+
+
+def twin_of(widget: PictureBox) -> tuple[str, bytes]:
     """Return the kind and the bytes of a widget's picture."""
-    bundle = widget._repr_mimebundle_()
+    bundle, _ = widget._repr_mimebundle_()
     kind = "image/png" if "image/png" in bundle else "image/jpeg"
     return kind, base64.b64decode(bundle[kind])
 
@@ -92,12 +110,35 @@ def twin_of(widget: TwinBox) -> tuple[str, bytes]:
 
 def test_every_widget_has_a_live_view_and_a_small_picture(synthetic_run: Path) -> None:
     for name, widget in make_all(synthetic_run).items():
-        bundle = widget._repr_mimebundle_()
+        bundle, metadata = widget._repr_mimebundle_()
         kind, content = twin_of(widget)
         assert VIEW in bundle and len(bundle[kind]) < 150_000, name
         with Image.open(io.BytesIO(content)) as picture:
             assert picture.width > 600 and np.asarray(picture.convert("L")).std() > 5, name
         assert len(bundle["text/plain"]) > 20 and "<" not in bundle["text/plain"], name
+        alt = metadata[kind]["alt"]
+        assert alt.startswith(plain_text(widget.reading()[0])) and len(alt) <= 2000, name
+
+
+def test_the_widget_and_its_twin_show_the_same_picture(synthetic_run: Path) -> None:
+    for name, widget in make_all(synthetic_run).items():
+        live = [Image.open(io.BytesIO(content)).convert("L") for content in images_of(widget)]
+        with Image.open(io.BytesIO(twin_of(widget)[1])) as twin:
+            twin, top = twin.convert("L"), 0
+        for picture in live:
+            size = (round(picture.width / 1.5), round(picture.height / 1.5))  # 150 dots an inch, the twin has 100
+            part = np.asarray(twin.crop((0, top, *np.add(size, (0, top)))).resize((114, 60)), dtype=float)
+            assert np.abs(part - np.asarray(picture.resize((114, 60)))).mean() < 4, name
+            top += size[1]
+
+
+def test_the_alt_text_says_what_the_pictures_show(demo: show.RunRecord) -> None:
+    explorer = show.GroupExplorer(demo, iteration=1)
+    (kind, metadata), *_ = explorer._repr_mimebundle_()[1].items()
+    assert kind == "image/png"
+    for row in explorer.group.head(3).to_dict("records"):
+        assert f"reward {row['reward']:.3f}, advantage {signed(row['advantage'])}" in metadata["alt"]
+        assert row["enhanced_prompt"] in metadata["alt"]
 
 
 def test_no_widget_uses_output(synthetic_run: Path) -> None:
@@ -108,10 +149,12 @@ def test_no_widget_uses_output(synthetic_run: Path) -> None:
 @pytest.mark.parametrize("name", ["GroupExplorer", "ImageCompare"])
 def test_stepping_moves_nothing_below(synthetic_run: Path, name: str) -> None:
     widget = make_all(synthetic_run)[name]
-    pages = [part for part in tree(widget) if isinstance(part, ipywidgets.HTML)]
-    heights = [page.layout.height for page in pages]
-    widget.prompt.value = widget.prompt.options[-1][1]
-    assert all(heights) and heights == [page.layout.height for page in pages]
+    before, sizes = images_of(widget), []
+    for _, prompt in widget.prompt.options:
+        widget.prompt.value = prompt
+        sizes.append(Image.open(io.BytesIO(images_of(widget)[0])).size)
+    assert images_of(widget) != before and len(set(sizes)) == 1
+    assert widget.words.layout.min_height and widget.folded.selected_index is None
 
 
 def test_widgets_are_loaded_only_when_they_are_used() -> None:
@@ -143,26 +186,20 @@ def test_several_figures_stand_one_below_the_other(demo: show.RunRecord) -> None
 
 
 def test_frames_grow_with_the_advantage_and_tell_its_sign_without_colour() -> None:
-    sizes = [frame_of(advantage).pixels for advantage in (0.0, 0.2, 1.0, 2.0, 5.0)]
+    sizes = [frame_of(advantage).width for advantage in (0.0, 0.2, 1.0, 2.0, 5.0)]
     assert sizes == sorted(sizes) and sizes[-1] == sizes[-2] > sizes[0]
-    assert frame_of(-1.0).dashed and not frame_of(1.0).dashed
+    assert frame_of(-1.0).line != "-" == frame_of(1.0).line
     assert frame_of(float("nan")) == frame_of(0.0)
     assert (signed(1.094), signed(-0.306), signed(-0.001)) == ("+1.09", "−0.31", "0.00")
-
-
-def test_pictures_travel_as_small_jpegs() -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (1024, 768, 3), dtype=np.uint8)
-    content = jpeg(Image.fromarray(noise))
-    with Image.open(io.BytesIO(content)) as small:
-        assert small.format == "JPEG" and max(small.size) == 256
 
 
 # --- where nothing runs ---------------------------------------------------------------------------------------------
 
 
-def executed(widget: TwinBox) -> nbformat.NotebookNode:
+def executed(widget: PictureBox) -> nbformat.NotebookNode:
     """Return a notebook that shows a widget, as a run leaves it."""
-    output = nbformat.v4.new_output("display_data", data=widget._repr_mimebundle_())
+    forms, metadata = widget._repr_mimebundle_()
+    output = nbformat.v4.new_output("display_data", data=forms, metadata=metadata)
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("widget", outputs=[output], execution_count=1)])
 
 
@@ -185,7 +222,7 @@ def test_the_pages_of_a_report_show_the_pictures(synthetic_run: Path) -> None:
     for page in write_notebook_pages(folder):
         text = page.file.read_text(encoding="utf-8")
         assert text.count('src="data:image/') == 1 and not active_nodes(text), page.file.name
-        assert "model_id" not in text
+        assert "model_id" not in text and text.count(' alt="') == 1, page.file.name
 
 
 HEADLESS = """
@@ -219,13 +256,14 @@ def test_a_headless_run_leaves_a_picture_for_each(synthetic_run: Path, monkeypat
         shown = [output for output in cell.outputs if "data" in output]
         assert len(shown) == 1, cell.source
         assert "image/png" in shown[0].data and VIEW in shown[0].data, cell.source
+        assert len(shown[0].metadata["image/png"]["alt"]) > 20, cell.source
     assert "iteration 24 of 24" in notebook.cells[0].outputs[0].data["text/plain"]
 
 
 # --- hostile text ---------------------------------------------------------------------------------------------------
 
 PAYLOADS = [*hostile_texts(199), "\ud800 lone surrogate"]
-TAGS, ATTRIBUTES = {"div", "span", "b", "img"}, {"style", "src", "alt", "title"}
+TAGS, ATTRIBUTES = {"div"}, {"style"}
 
 
 class Page(HTMLParser):
@@ -285,6 +323,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_explorer(run: Path) -> None:
     """Every payload, as prompt, rewrite and token, through the explorer's HTML."""
     explorer = show.GroupExplorer(run, iteration=4)
+    explorer.figures = lambda: [show.image_grid(pictures(1))]  # what is drawn has its own test
     for (_, group), tint in itertools.product(explorer.prompt.options, ("change", "ratio", "kl", None)):
         explorer.prompt.value, explorer.tint.value = group, tint
         assert_inert(markup(explorer), [plain_text(text) for text in explorer.group["enhanced_prompt"]])
@@ -303,8 +342,7 @@ def test_the_explorer_shows_200_hostile_texts_as_text(hostile: Path, attempts: C
 def test_an_explorer_that_escapes_badly_is_caught(
     hostile: Path, broken: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_cards, "escape", broken)
-    monkeypatch.setattr("grpo_kit.show.widgets.markup.escape", broken)
+    monkeypatch.setattr(picture_box, "escape", broken)
     with pytest.raises(AssertionError):
         check_explorer(hostile)
 
@@ -333,8 +371,7 @@ def test_hostile_texts_can_be_drawn_and_sent(hostile: Path) -> None:
     widgets = [explorer, show.ImageCompare(hostile), show.LossPlayground(hostile, iteration=4)]
     widgets.append(show.BeTheReward(pictures(20), PAYLOADS[-20:], PAYLOADS[-1]))
     for widget in widgets:
-        bundle = widget._repr_mimebundle_()
-        json.dumps(bundle, ensure_ascii=False).encode("utf-8")
+        json.dumps(widget._repr_mimebundle_(), ensure_ascii=False).encode("utf-8")
         for part in tree(widget):
             state = {
                 name: value for name, value in part.get_state().items() if not isinstance(value, bytes | memoryview)
@@ -345,7 +382,7 @@ def test_hostile_texts_can_be_drawn_and_sent(hostile: Path) -> None:
 
 def test_escaped_text_is_whole_and_bounded() -> None:
     assert escape("a <b> & \"c\" 'd'\x00") == "a &lt;b&gt; &amp; &quot;c&quot; &#x27;d&#x27;\ufffd"
-    assert len(escape("x" * 10_000)) == 400
+    assert len(escape("x" * 10_000)) == 2000
 
 
 # --- the group explorer ---------------------------------------------------------------------------------------------
@@ -361,18 +398,44 @@ def test_the_explorer_opens_the_last_iteration_at_its_widest_group(demo: show.Ru
 
 def test_the_explorer_shows_every_sample_with_its_frame_and_numbers(demo: show.RunRecord) -> None:
     explorer = show.GroupExplorer(demo, iteration=1)
-    page = markup(explorer)
-    assert page.count("<img ") == len(explorer.group) == page.count("data:image/jpeg")
-    for row in explorer.group.to_dict("records"):
+    page, framed = drawn(explorer), frames(explorer)
+    assert shown_images(explorer) - 1 == len(explorer.group) == len(framed)  # and the scale of the tints
+    for row, (colour, width, line) in zip(explorer.group.to_dict("records"), framed, strict=True):
         frame = frame_of(row["advantage"])
-        assert f"{frame.pixels}px {frame.line} {frame.colour}" in page
+        assert (colour, width) == frame[:2] and (line == "-") == (frame.line == "-")
         assert signed(row["advantage"]) in page and f"{row['reward']:.3f}".replace("-", "−") in page
-    assert f"standard deviation {explorer.group['reward'].std():.3f}" in page
+    for text in (page, markup(explorer)):
+        assert f"standard deviation {explorer.group['reward'].std():.3f}" in text
+
+
+def test_the_explorer_draws_each_rewrite_and_has_it_as_text(demo: show.RunRecord) -> None:
+    explorer = show.GroupExplorer(demo, iteration=1)
+    page = "".join(drawn(explorer).split())
+    for row in explorer.group.to_dict("records"):
+        assert "".join("".join(row["tokens"]).split()) in page
+        assert escape(row["enhanced_prompt"]) in markup(explorer)
+    value = token_values(explorer.group, "change")[0][0]
+    assert f"{explorer.group['tokens'][0][0]} ({value:.3f})" in markup(explorer)
+
+
+def test_a_rewrite_that_is_too_long_is_cut_with_an_ellipsis_and_whole_as_text(synthetic_run: Path) -> None:
+    path = synthetic_run / "rollouts" / "iter_000024.parquet"
+    rollout, long = pd.read_parquet(path), [f"word{i} " for i in range(60)]
+    rollout["enhanced_prompt"] = "".join(long).strip()
+    rollout["tokens"] = [long] * len(rollout)
+    for name in ("old", "new", "ref"):
+        rollout[f"{name}_logprobs"] = [[-0.1] * 60] * len(rollout)
+    rollout.to_parquet(path)
+    explorer = show.GroupExplorer(synthetic_run)
+    for tint in ("change", None):
+        explorer.tint.value = tint
+        assert "word59" not in drawn(explorer) and drawn(explorer).count("…") == 4
+        assert "word58 word59" in markup(explorer)
 
 
 def test_every_control_of_the_explorer_changes_the_page(demo: show.RunRecord) -> None:
     explorer = show.GroupExplorer(demo, iteration=1)
-    seen = [markup(explorer)]
+    seen = [images_of(explorer)[0]]
     changes = [
         lambda: setattr(explorer.order, "value", "sample"),
         lambda: setattr(explorer.tint, "value", "ratio"),
@@ -383,13 +446,14 @@ def test_every_control_of_the_explorer_changes_the_page(demo: show.RunRecord) ->
     ]
     for change in changes:
         change()
-        seen.append(markup(explorer))
+        seen.append(images_of(explorer)[0])
     assert len(set(seen)) == len(seen)
     assert list(explorer.group["sample"]) == sorted(explorer.group["sample"])
 
 
 def test_previous_and_next_walk_through_every_group_of_every_iteration(demo: show.RunRecord) -> None:
     explorer = show.GroupExplorer(demo, iteration=1, group=0)
+    explorer.figures = lambda: [show.image_grid(pictures(1))]  # quick
     buttons = {w.description: w for w in tree(explorer) if isinstance(w, ipywidgets.Button)}
     groups = [(i, g) for i in demo.rollout_iterations for g in sorted(demo.rollout(i)["group_id"].unique())]
     walked = []
@@ -438,7 +502,7 @@ def test_unscored_samples_and_lost_pictures_are_said(synthetic_run: Path) -> Non
     rollout.loc[rollout.index[2], "thumbnail"] = None
     rollout.to_parquet(path)
     explorer = show.GroupExplorer(synthetic_run, group=0)
-    assert markup(explorer).count("not scored") == 2 and "no picture" in markup(explorer)
+    assert drawn(explorer).count("not scored") == 2 and drawn(explorer).count("no picture") == 1
     assert twin_of(explorer)
 
 
@@ -478,12 +542,12 @@ def test_the_playground_has_the_advantages_of_their_definitions(rewards: tuple) 
     for name, advantages in expected.items():
         assert np.allclose(found[name], advantages, atol=1e-9), name
     assert np.allclose(
-        advantage_bars.advantages_of(rewards)["group"][len(rewards) :], other / (other.std(ddof=1) + 1e-4)
+        advantage_playground.advantages_of(rewards)["group"][len(rewards) :], other / (other.std(ddof=1) + 1e-4)
     )
 
 
 def test_the_playground_computes_with_the_kits_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advantage_bars, "group_advantages", lambda r, g, **_: torch.full_like(r, 0.25))
+    monkeypatch.setattr(advantage_playground, "group_advantages", lambda r, g, **_: torch.full_like(r, 0.25))
     assert set(show.AdvantagePlayground().advantages["group"]) == {0.25}
 
 
@@ -501,7 +565,7 @@ def test_dragging_a_reward_or_changing_the_size_redraws() -> None:
 def test_each_preset_sets_its_rewards_and_draws_once(monkeypatch: pytest.MonkeyPatch) -> None:
     playground = show.AdvantagePlayground()
     draws = []
-    monkeypatch.setattr(playground._live, "png", lambda: draws.append(1) or b"x")
+    monkeypatch.setattr(playground._live, "to_png", lambda dpi: draws.append(dpi) or b"x")
     for button in playground.presets:
         button.click()
         assert playground.rewards == list(advantage_playground.PRESETS[button.description])
@@ -520,7 +584,7 @@ def test_bars_never_leave_their_axes() -> None:
     rng = np.random.default_rng(0)
     for size in range(2, 9):
         for rewards in [rng.integers(0, 2, size).astype(float) for _ in range(40)]:
-            for values in advantage_bars.advantages_of(rewards).values():
+            for values in advantage_playground.advantages_of(rewards).values():
                 assert max(map(abs, values)) < advantage_bars.HIGHEST
 
 
@@ -594,13 +658,17 @@ def test_the_words_of_the_curves_follow_the_point() -> None:
     assert "the advantage is 0" in markup(playground)
 
 
+def settings(**changes: object) -> TrainingSettings:
+    """Return training settings with what a step needs."""
+    return TrainingSettings.model_construct(**changes)
+
+
 def test_recorded_settings_give_the_recorded_advantages(demo: show.RunRecord) -> None:
-    settings = recorded_settings(demo.config)
+    recorded = show.LossPlayground(demo).what_if.recorded
+    assert recorded.beta == 0.04
     for iteration in demo.rollout_iterations:
         rollout = demo.rollout(iteration)
-        found = recompute(rollout, settings)
-        assert np.allclose(found.advantages, rollout["advantage"], atol=1e-4)
-        assert settings.beta == 0.04 and settings.max_new_tokens == 40
+        assert np.allclose(recompute(rollout, recorded).advantages, rollout["advantage"], atol=1e-4)
 
 
 def test_pushes_are_advantage_times_weight_times_tokens(demo: show.RunRecord) -> None:
@@ -614,8 +682,7 @@ def test_pushes_are_advantage_times_weight_times_tokens(demo: show.RunRecord) ->
         "dapo": np.full(count, 1 / lengths.sum()),
     }.items():
         for scale in ("group", "none"):
-            settings = StepSettings(loss_type=loss_type, scale_rewards=scale, max_new_tokens=longest)
-            found = recompute(rollout, settings)
+            found = recompute(rollout, settings(loss_type=loss_type, scale_rewards=scale), longest)
             advantages = group_advantages(rewards, groups, scale_rewards=scale).numpy()
             assert np.allclose(found.weights, weights, rtol=1e-5)
             assert np.allclose(found.pushes, advantages * weights * lengths, rtol=1e-5, atol=1e-9)
@@ -624,19 +691,19 @@ def test_pushes_are_advantage_times_weight_times_tokens(demo: show.RunRecord) ->
 
 def test_after_the_step_a_narrow_clip_holds_tokens_back(demo: show.RunRecord) -> None:
     rollout = demo.rollout(20)
-    wide, narrow = (recompute(rollout, StepSettings(epsilon=e), after=True).total for e in (0.9, 0.001))
+    wide, narrow = (recompute(rollout, settings(epsilon=e), after=True).total for e in (0.9, 0.001))
     assert narrow < 0.9 * wide
-    assert recompute(rollout, StepSettings(epsilon=0.001)).total == pytest.approx(
-        recompute(rollout, StepSettings(epsilon=0.9)).total
+    assert recompute(rollout, settings(epsilon=0.001)).total == pytest.approx(
+        recompute(rollout, settings(epsilon=0.9)).total
     )
 
 
 def test_unscored_rows_take_no_part(demo: show.RunRecord) -> None:
     rollout = demo.rollout(20)
     unscored = rollout.assign(reward=rollout["reward"].where(rollout.index != 3))
-    found = recompute(unscored, StepSettings())
+    found = recompute(unscored, settings())
     assert found.pushes[3] == found.weights[3] == 0
-    rest = recompute(rollout.drop(index=3), StepSettings())
+    rest = recompute(rollout.drop(index=3), settings())
     assert np.allclose(np.delete(found.pushes, 3), rest.pushes)
 
 
@@ -644,7 +711,7 @@ def test_dr_grpo_with_this_step_is_compared_with_what_was_done(demo: show.RunRec
     what_if = show.LossPlayground(demo, iteration=120).what_if
     presets = {button.description: button for button in what_if.presets}
     presets["as recorded"].click()
-    assert what_if.settings == recorded_settings(demo.config) and "that the step was made with" in markup(what_if)
+    assert what_if.settings == what_if.recorded and "that the step was made with" in markup(what_if)
     before = images_of(what_if)
     presets["Dr. GRPO"].click()
     assert (what_if.settings.loss_type, what_if.settings.scale_rewards) == ("dr_grpo", "none")
@@ -719,7 +786,7 @@ def test_a_slow_picture_is_drawn_less_often(tmp_path: Path, clock: Clock, monkey
     def slow() -> object:
         clock.now += 1.0
         drawn.append(clock.now)
-        return live_training._waiting()
+        return show.image_grid(pictures(1))
 
     monkeypatch.setattr(watch, "_draw_curves", slow)
     for iteration in range(1, 101):
@@ -737,7 +804,7 @@ def test_the_last_iteration_is_always_drawn(tmp_path: Path, clock: Clock) -> Non
     watch.update(log(run, 3))
     assert images_of(watch) == before
     watch.update(log(run, 4))
-    assert images_of(watch) != before and "iteration 4 of 4" in watch.summary()
+    assert images_of(watch) != before and "iteration 4 of 4" in watch.reading()[0]
 
 
 def test_an_interrupt_in_the_middle_of_a_picture_leaves_a_view_that_goes_on(
@@ -762,7 +829,7 @@ def test_an_interrupt_in_the_middle_of_a_picture_leaves_a_view_that_goes_on(
 def test_a_run_that_does_not_exist_yet_is_waited_for_and_not_made(tmp_path: Path) -> None:
     watch = show.LiveTraining(tmp_path / "later")
     assert not (tmp_path / "later").exists()
-    assert "no iteration yet" in markup(watch) and "no iteration" in watch.summary()
+    assert "no iteration yet" in markup(watch) and "no iteration" in watch.reading()[0]
     assert twin_of(watch)
 
 
@@ -770,7 +837,8 @@ def test_the_newest_kept_group_is_shown(synthetic_run: Path) -> None:
     watch = show.LiveTraining(synthetic_run)
     group = show.read_run(synthetic_run).widest_group(24)
     assert plain_text(group["user_prompt"].iloc[0]) in markup(watch) and "iteration 24" in markup(watch)
-    assert markup(watch).count("<img ") == len(group)
+    assert plain_text(group["user_prompt"].iloc[0]) in drawn(watch) and shown_images(watch) == len(group)
+    assert [signed(advantage) in drawn(watch) for advantage in group["advantage"]] == [True] * len(group)
 
 
 @pytest.mark.slow
@@ -796,7 +864,7 @@ def test_it_watches_a_real_training_that_stops_and_goes_on(own_kit: object, tmp_
         gk.train(kit, tmp_path / "run", progress=False, on_iteration=stop_at_2)
     assert "iteration 2 of 4" in markup(watch)
     gk.train(kit, tmp_path / "run", progress=False, on_iteration=watch.update)
-    assert "iteration 4 of 4" in markup(watch) and "iteration 4" in markup(watch).split("widest group")[0]
+    assert "iteration 4 of 4" in markup(watch) and "iteration 4, the group whose rewards differ most" in drawn(watch)
 
 
 # --- image compare --------------------------------------------------------------------------------------------------
@@ -804,14 +872,14 @@ def test_it_watches_a_real_training_that_stops_and_goes_on(own_kit: object, tmp_
 
 def test_image_compare_shows_every_variant_at_every_seed_that_has_pictures(synthetic_run: Path) -> None:
     compare = show.ImageCompare(synthetic_run, prompt_id=2)
-    page = markup(compare)
-    assert page.count("<img ") == 4 * 2
+    page, words = drawn(compare), markup(compare)
+    assert shown_images(compare) == 4 * 2
     rows = show.read_run(synthetic_run).evaluation.query("prompt_id == 2")
     for row in rows.to_dict("records"):
-        assert f"reward {row['reward']:.3f}" in page and escape(row["text"]) in page
-    for name in ("raw prompt", "initial policy", "trained policy", "oracle rewrite"):
-        assert name in page
-    assert page.index("raw prompt") < page.index("initial policy") < page.index("trained policy")
+        assert f"reward {row['reward']:.3f}" in page and escape(row["text"]) in words
+    for text in (page, words):
+        places = [text.index(name) for name in ("raw prompt", "initial policy", "trained policy", "oracle rewrite")]
+        assert places == sorted(places)
 
 
 def test_image_compare_walks_through_the_prompts(synthetic_run: Path) -> None:
@@ -829,12 +897,13 @@ def test_image_compare_takes_what_evaluate_returned(synthetic_run: Path) -> None
     class Result:
         rows, images = record.evaluation, dict(record.evaluation_images())
 
-    assert markup(show.ImageCompare(Result())) == markup(show.ImageCompare(synthetic_run))
+    compared = show.ImageCompare(Result()), show.ImageCompare(synthetic_run)
+    assert markup(compared[0]) == markup(compared[1]) and images_of(compared[0]) == images_of(compared[1])
 
 
 def test_seeds_without_pictures_are_left_out_but_counted(demo: show.RunRecord) -> None:
     compare = show.ImageCompare(demo)
-    assert compare.seeds == [0] and "no picture" not in markup(compare)
+    assert compare.seeds == [0] and "no picture" not in drawn(compare)
     mean = compare.rows.query("variant == 'trained'")["reward"].mean()
     assert f"{mean:.3f}, mean of 4 seeds" in markup(compare)
 
@@ -854,6 +923,7 @@ def test_the_order_of_the_clicks_is_the_reward() -> None:
     assert reward.rewards == [0.75, 0.25, 0.0, 1.0, 0.5]
     assert [button.description for button in reward.buttons] == ["2", "4", "5 (worst)", "1 (best)", "3"]
     assert "1.00" in markup(reward)
+    assert "1 (best)" in drawn(reward) and "5 (worst)" in drawn(reward) and "not ranked" not in drawn(reward)
 
 
 def test_a_second_click_takes_an_image_out_and_reset_all() -> None:
@@ -895,6 +965,7 @@ def test_what_is_no_group_cannot_be_ranked(images: int, texts: int, default: lis
 def test_its_picture_shows_the_ranking_and_stands_a_missing_image() -> None:
     reward = show.BeTheReward([*pictures(3), None], list("abcd"), "a prompt")
     unranked = twin_of(reward)[1]
+    assert drawn(reward).count("no picture") == 1 and drawn(reward).count("not ranked") == 4
     for number in range(4):
         reward.buttons[number].click()
     assert twin_of(reward)[1] != unranked

@@ -181,9 +181,9 @@ def test_curves_mark_the_divergence_and_draw_what_it_is_judged_by(whole: Path):
 def test_live_view_draws_the_stop_at_once(stopped: Path, whole: Path):
     for run, is_drawn in ((stopped, True), (whole, False)):  # the whole one goes on, and its next picture is not due
         live = LiveTraining(run)
-        live._due, live._curves.value = float("inf"), b""
+        live._due, live.pictures[0].value = float("inf"), b""
         live.update({"iteration": 4, "reward": 1.0})
-        assert (live._curves.value != b"") == is_drawn
+        assert (live.pictures[0].value != b"") == is_drawn
 
 
 def test_report_says_what_the_sentinel_saw(whole: Path, tmp_path: Path):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import ipywidgets
 from PIL import Image
 
 from grpo_kit.config import KitError
-from grpo_kit.show.images import image_grid
-from grpo_kit.show.style import Drawing, plain_text, styled
-from grpo_kit.show.widgets.layout import side_by_side
-from grpo_kit.show.widgets.markup import escape, heading, message, picture, sheet
-from grpo_kit.show.widgets.twin import TwinBox
+from grpo_kit.show.style import BLUE, GREY, Drawing
+from grpo_kit.show.widgets.cards import Card, card_sheet
+from grpo_kit.show.widgets.controls import button
+from grpo_kit.show.widgets.picture_box import PictureBox
 
-SIDE = 180  # pixels of a picture
-COLUMN = 222  # pixels of a card and the gap behind it
+LINES = 3
 
 
-class BeTheReward(TwinBox):
+class BeTheReward(PictureBox):
     """The images of a group, each with a button: click the best first, then the next best, down to the worst.
 
     A second click on a button takes its image out of the order again. `rewards` is 1 for the best image, 0 for the
@@ -45,19 +44,6 @@ class BeTheReward(TwinBox):
     ) -> None:
         self._images, self._texts, self._prompt = list(images), [str(text) for text in texts], str(prompt)
         self._default = None if default is None else [float(value) for value in default]
-        self._check()
-        self.order: list[int] = []  # of the samples, best first
-        self.buttons = [self._button(number) for number in range(len(self._images))]
-        self.reset_button = ipywidgets.Button(description="start again", layout=ipywidgets.Layout(width="120px"))
-        self.reset_button.on_click(lambda _: self.reset())
-        title = ipywidgets.HTML(sheet(heading(f"“{self._prompt}”", "Which image shows it best? Click that one first.")))
-        cards = [self._card(number) for number in range(len(self._images))]
-        self._line = ipywidgets.HTML(layout=ipywidgets.Layout(min_height="46px"))
-        columns = 4 if len(cards) % 4 == 0 else 5
-        super().__init__([title, side_by_side(cards, max_width=f"{COLUMN * columns}px"), self.reset_button, self._line])
-        self._draw()
-
-    def _check(self) -> None:
         count = len(self._images)
         if count < 2 or len(self._texts) != count:
             found = f"{count} images and {len(self._texts)} texts"
@@ -66,36 +52,48 @@ class BeTheReward(TwinBox):
             raise KitError(f"default: found {len(self._default)} rewards, allowed: {count}. Pass one an image.")
         if self._default is not None and not all(math.isfinite(value) for value in self._default):
             raise KitError("default: found a reward that is not finite, allowed: numbers. Leave that sample out.")
+        self._columns = 5 if count % 5 == 0 and count % 4 else 4
+        self.order: list[int] = []  # of the samples, best first
+        self.buttons = [button("", partial(self._click, number)) for number in range(count)]
+        self.reset_button = button("start again", self.reset)
+        super().__init__(pictures=-(-count // self._columns))
+        self.children = [*self._rows(), self.reset_button, self.words, self.folded]
 
-    def _button(self, number: int) -> ipywidgets.Button:
-        button = ipywidgets.Button(layout=ipywidgets.Layout(width=f"{SIDE}px", margin="2px 8px"))
-        button.on_click(lambda _: self._click(number))
-        return button
-
-    def _card(self, number: int) -> ipywidgets.VBox:
-        image = picture(self._images[number], self._texts[number], SIDE)
-        box = f"height:62px;width:{SIDE}px;overflow-y:auto;font-size:13px"
-        page = ipywidgets.HTML(sheet(f'{image}<div style="{box}">{escape(self._texts[number])}</div>'))
-        return ipywidgets.VBox([page, self.buttons[number]], layout=ipywidgets.Layout(width=f"{COLUMN - 16}px"))
+    def _rows(self) -> list[ipywidgets.Widget]:
+        """Return the pictures, a row of cards each, with a button below each card."""
+        rows: list[ipywidgets.Widget] = []
+        for number, picture in enumerate(self.pictures):
+            buttons = self.buttons[self._columns * number : self._columns * (number + 1)]
+            for each in buttons:
+                each.layout = dict(width=f"{100 / self._columns - 2:.1f}%", margin="2px 1%")
+            rows += [picture, ipywidgets.HBox(buttons, layout=dict(width="100%", max_width="1140px"))]
+        return rows
 
     def _click(self, number: int) -> None:
         if number in self.order:
             self.order.remove(number)
         else:
             self.order.append(number)
-        self._draw()
+        self.redraw()
 
     def reset(self) -> None:
         """Forget the order."""
         self.order.clear()
-        self._draw()
+        self.redraw()
 
-    def _draw(self) -> None:
-        for number, button in enumerate(self.buttons):
-            ranked = number in self.order
-            button.description = _place(self.order.index(number), len(self.buttons)) if ranked else "choose"
-            button.button_style = "primary" if ranked else ""
-        self._line.value = message(self._reading())
+    def redraw(self) -> None:
+        """Show each image's place on its card and on its button."""
+        for number, each in enumerate(self.buttons):
+            each.description = self._place(number) or "choose"
+            each.button_style = "primary" if number in self.order else ""
+        super().redraw()
+
+    def _place(self, number: int) -> str:
+        """Return an image's place in the order: `1 (best)`, `2`, …, `8 (worst)`; nothing where it has none."""
+        if number not in self.order:
+            return ""
+        rank = self.order.index(number)
+        return f"{rank + 1}" + (" (best)" if rank == 0 else " (worst)" if rank == len(self._images) - 1 else "")
 
     @property
     def ranked(self) -> bool:
@@ -117,36 +115,24 @@ class BeTheReward(TwinBox):
         found = f"{len(self.order)} of {len(self._images)} images ranked"
         raise KitError(f"rewards: found {found}, allowed: all. Click the others, or pass default= to go on without.")
 
-    def _reading(self) -> str:
-        """Say how far the ranking is."""
-        if self.ranked:
-            return f"All {len(self.order)} are ranked. Rewards: {', '.join(f'{r:.2f}' for r in self.rewards)}."
-        rest = " Until then the default rewards count." if self._default is not None else ""
-        return f"{len(self.order)} of {len(self._images)} are ranked. Click the best of those that are left.{rest}"
-
-    @styled
     def figures(self) -> list[Drawing]:
-        """Return the images with their places, or numbered as given while the ranking is not complete."""
-        last = len(self._images)
-        names = [_place(self.order.index(i), last) if self.ranked else f"{i + 1}" for i in range(last)]
-        captions = [f"{name}\n{plain_text(text, 90)}" for name, text in zip(names, self._texts, strict=True)]
-        figure = image_grid(
-            [image or _empty() for image in self._images], captions, 4 if last % 4 == 0 else 6, size=1.9
-        )
-        how = "as ranked by clicking" if self.ranked else "not ranked yet: run the notebook, and click the best first"
-        figure.set_figheight(figure.get_figheight() + 0.45)  # two lines above the pictures
-        figure.suptitle(f"“{plain_text(self._prompt, 60)}”\n{how}", x=0.01, ha="left", weight="bold", fontsize=10.5)
-        return [figure]
+        """Return the images in rows, each with its place in the order."""
+        cards = [
+            Card(image, self._place(i) or "not ranked", text=self._texts[i], colour=BLUE if i in self.order else GREY)
+            for i, image in enumerate(self._images)
+        ]
+        starts = range(0, len(cards), self._columns)
+        title, note = f"“{self._prompt}”", "Which image shows it best? Click that one first."
+        return [
+            card_sheet(cards[i : i + self._columns], self._columns, [LINES], *((title, note) if i == 0 else ()))
+            for i in starts
+        ]
 
-    def summary(self) -> str:
-        """Return the prompt and how far the ranking is."""
-        return f"Be the reward: “{self._prompt}”. {self._reading()}"
-
-
-def _place(rank: int, count: int) -> str:
-    """Return a place as the buttons show it: `1 (best)`, `2`, …, `8 (worst)`."""
-    return f"{rank + 1}" + (" (best)" if rank == 0 else " (worst)" if rank == count - 1 else "")
-
-
-def _empty() -> Image.Image:
-    return Image.new("RGB", (64, 64), "white")
+    def reading(self) -> list[str]:
+        """Say how far the ranking is, and what each image was drawn from."""
+        if self.ranked:
+            state = f"All {len(self.order)} are ranked. Rewards: {', '.join(f'{r:.2f}' for r in self.rewards)}."
+        else:
+            state = f"{len(self.order)} of {len(self._images)} are ranked. Click the best of those that are left."
+            state += " Until then the default rewards count." if self._default is not None else ""
+        return [state, f"“{self._prompt}”", *(f"{i}: {text}" for i, text in enumerate(self._texts, start=1))]

@@ -1,42 +1,29 @@
-"""The group explorer: which rewrites of a prompt did better than their siblings, and what the step made of them."""
+"""The group explorer: which rewrites of a prompt did better than the others, and what the step made of them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ipywidgets
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 
-from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.frame import signed
-from grpo_kit.show.style import Drawing, plain_text
-from grpo_kit.show.widgets.group_cards import CARD_HEIGHT, group_cards, tint_legend
-from grpo_kit.show.widgets.group_sheet import group_sheet
-from grpo_kit.show.widgets.groups import (
-    chosen_group,
-    chosen_iteration,
-    clip_range,
-    open_run,
-    prompt_of,
-    range_text,
-    spreads,
-)
-from grpo_kit.show.widgets.layout import side_by_side
-from grpo_kit.show.widgets.markup import heading, sheet
-from grpo_kit.show.widgets.tokens import measures_of
-from grpo_kit.show.widgets.twin import TwinBox
+from grpo_kit.show.style import GREY, VERMILION, Drawing, format_metric, styled
+from grpo_kit.show.widgets.cards import GAP, WIDTH, Card, card_sheet
+from grpo_kit.show.widgets.controls import button, on_change, row
+from grpo_kit.show.widgets.kept_groups import GroupBox, open_image, parts_text, range_text
+from grpo_kit.show.widgets.tokens import DEEPEST, MEASURES, Token, ends_of_scale, measures_of, tinted
 
-COLUMNS = 4
-TALLEST = 1150  # pixels; larger groups scroll
-TINTS = {"change": "change", "ratio": "ratio", "kl": "KL"}
+COLUMNS, LINES, NOTE_LINES = 4, 4, 3
 
 
-class GroupExplorer(TwinBox):
+class GroupExplorer(GroupBox):
     """The groups of a run's kept rollouts, one at a time.
 
     Each picture is framed by its advantage, blue and solid above the group's mean, orange and dashed below. The tokens
     of a rewrite are tinted by what the step did to them: the change of their log-probability, the ratio, or their KL
-    from the reference.
+    from the reference. Unfold *as text* for whole rewrites and each token's number.
 
     Args:
         run: a run folder, or its record.
@@ -47,82 +34,73 @@ class GroupExplorer(TwinBox):
         KitError: the run kept no such rollout, or it has no such group.
     """
 
-    def __init__(self, run: RunRecord | Path | str, iteration: int | None = None, group: int | None = None) -> None:
-        self._record = open_run(run)
-        self._clip = clip_range(self._record)
-        first = chosen_iteration(self._record, iteration)
-        self._rollout = self._record.rollout(first)
-        self._make_controls(first, chosen_group(self._rollout, group))
-        self._page = ipywidgets.HTML(layout=_page_layout(self._rollout))
-        previous, following = (_button(text) for text in ("‹ previous", "next ›"))
-        previous.on_click(lambda _: self._step(-1))
-        following.on_click(lambda _: self._step(1))
-        choosers = side_by_side([previous, self.iteration, self.prompt, following])
-        looks = side_by_side([ipywidgets.Label("order"), self.order, ipywidgets.Label("tint tokens by"), self.tint])
-        super().__init__([choosers, looks, self._page])
-        self.iteration.observe(lambda change: self._open(change["new"]), names="value")
-        for control in (self.prompt, self.order, self.tint):
-            control.observe(lambda _: self._draw(), names="value")
-        self._draw()
-
-    def _make_controls(self, iteration: int, group: int) -> None:
-        kept = self._record.rollout_iterations
-        self.iteration = ipywidgets.Dropdown(
-            options=kept, value=iteration, description="iteration", layout=ipywidgets.Layout(width="180px")
-        )
-        self.prompt = ipywidgets.Dropdown(
-            options=self._prompts(), value=group, description="prompt", layout=ipywidgets.Layout(width="520px")
-        )
+    def controls(self) -> list[ipywidgets.Widget]:
+        """Return the choice of a group, of the samples' order and of the tint."""
+        training = self.record.config.get("training_settings", {})
+        low, high = training.get("epsilon", 0.2), training.get("epsilon_high")
+        self._clip = 1 - low, 1 + (low if high is None else high)  # the ratios that the run's clip left alone
         style = {"button_width": "auto"}
         orders = [("best first", "reward"), ("as sampled", "sample")]
         self.order = ipywidgets.ToggleButtons(options=orders, style=style)
-        tints = [(TINTS[name], name) for name in measures_of(self._rollout)]
+        tints = [(MEASURES[name].short, name) for name in measures_of(self.rollout)]
         self.tint = ipywidgets.ToggleButtons(options=[*tints, ("none", None)], style=style)
-
-    def _prompts(self) -> list[tuple[str, int]]:
-        apart = spreads(self._rollout)
-        names = {g: plain_text(prompt_of(self._rollout, g), 60) for g in apart.index}
-        return [(f"{names[g]}   (rewards {apart[g]:.3f} apart)", int(g)) for g in apart.index]
-
-    def _open(self, iteration: int) -> None:
-        """Show another iteration, at the group whose rewards differ most."""
-        self._rollout = self._record.rollout(iteration)
-        self._choose(chosen_group(self._rollout, None))
-
-    def _choose(self, group: int) -> None:
-        """Offer the prompts of this iteration and open one, drawn once."""
-        with self.prompt.hold_trait_notifications():
-            self.prompt.options = self._prompts()
-            self.prompt.value = group
-        self._draw()
+        on_change([self.order, self.tint], self.redraw)
+        previous, following = button("‹ previous", lambda: self._step(-1)), button("next ›", lambda: self._step(1))
+        labels = ipywidgets.Label("order"), ipywidgets.Label("tint tokens by")
+        return [
+            row([previous, self.iteration, self.prompt, following]),
+            row([labels[0], self.order, labels[1], self.tint]),
+        ]
 
     def _step(self, by: int) -> None:
         """Go to the next or previous prompt; past an iteration's end to the neighbouring iteration."""
-        groups = [group for _, group in self._prompts()]
+        groups = [group for _, group in self.prompt.options]
         place = groups.index(self.prompt.value) + by
         if 0 <= place < len(groups):
             self.prompt.value = groups[place]
             return
         kept = list(self.iteration.options)
-        self.iteration.value = kept[(kept.index(self.iteration.value) + by) % len(kept)]
-        self.prompt.value = self.prompt.options[0 if by > 0 else -1][1]
+        with self.drawn_once():
+            self.iteration.value = kept[(kept.index(self.iteration.value) + by) % len(kept)]
+            self.prompt.value = self.prompt.options[0 if by > 0 else -1][1]
 
     @property
     def group(self) -> pd.DataFrame:
         """The rows of the group that is shown, in the order chosen."""
-        rows = self._rollout[self._rollout["group_id"] == self.prompt.value]
-        if self.order.value == "sample":
-            return rows.sort_values("sample").reset_index(drop=True)
-        return rows.sort_values("reward", ascending=False, kind="stable").reset_index(drop=True)
+        rows = self.rollout[self.rollout["group_id"] == self.prompt.value]
+        best_first = self.order.value == "reward"
+        return rows.sort_values(self.order.value, ascending=not best_first, kind="stable").reset_index(drop=True)
 
-    def _draw(self) -> None:
-        group = self.group
-        legend = tint_legend(group, self.tint.value, self._clip) if self.tint.value else ""
-        cards = group_cards(self._record, group, self.tint.value, self._clip, COLUMNS)
-        self._page.value = sheet(heading(self._title(), self._note(group)) + legend + cards)
+    def _tokens(self, group: pd.DataFrame) -> tuple[list[list[Token]], float]:
+        if self.tint.value is None:
+            return [[]] * len(group), 0.0
+        return tinted(group, self.tint.value, self._clip)
 
-    def _title(self) -> str:
-        return f"“{prompt_of(self._rollout, self.prompt.value)}”"
+    def figures(self) -> list[Drawing]:
+        """Return the group as a sheet of cards, as high as the rollout's largest group needs."""
+        group, mean = self.group, self.group["reward"].mean()
+        tokens, full = self._tokens(group)
+        cards = []
+        for sample, drawn in zip(group.to_dict("records"), tokens, strict=True):
+            reward, text = sample["reward"], sample["enhanced_prompt"]
+            distance = signed(reward - mean, 3) if reward == reward else "not scored"
+            unsaid = drawn and text.strip() not in "".join(token.text for token in drawn)
+            card = Card(
+                open_image(self.record, sample["thumbnail"]),
+                title=signed(sample["advantage"]),
+                beside=f"reward {format_metric('reward', reward)} ({distance})",
+                text=text,
+                tokens=drawn,
+                note=parts_text(sample) + (f" · drawn: {text}" if unsaid else ""),
+                advantage=sample["advantage"],
+            )
+            cards.append(card)
+        rows = -(-int(self.rollout["group_id"].value_counts().max()) // COLUMNS)
+        title, note = f"“{self.name_of(self.prompt.value)}”", self._note(group)
+        figure = card_sheet(cards, COLUMNS, [LINES] * rows, title, note, NOTE_LINES, foot=0.35)
+        if self.tint.value is not None:
+            _draw_scale(figure.axes[0], self.tint.value, full, self._clip)
+        return [figure]
 
     def _note(self, group: pd.DataFrame) -> str:
         """Return the raw spread beside the advantages that were made of it."""
@@ -131,21 +109,31 @@ class GroupExplorer(TwinBox):
         scaled = f"advantages from {signed(advantages.min())} to {signed(advantages.max())}"
         return f"{where} · {range_text(rewards)} · {scaled}"
 
-    def figures(self) -> list[Drawing]:
-        """Return the group as a figure."""
+    def reading(self) -> list[str]:
+        """Return the group, then each sample with its numbers, its whole rewrite and its tokens' values."""
         group = self.group
-        return [group_sheet(self._record, group, self._title(), self._note(group), self.tint.value, self._clip)]
-
-    def summary(self) -> str:
-        """Return which group is shown, and its numbers."""
-        return f"Group explorer: {self._title()}, {self._note(self.group)}"
-
-
-def _button(text: str) -> ipywidgets.Button:
-    return ipywidgets.Button(description=text, layout=ipywidgets.Layout(width="100px"))
+        texts = [f"“{self.name_of(self.prompt.value)}”, {self._note(group)}."]
+        for sample, tokens in zip(group.to_dict("records"), self._tokens(group)[0], strict=True):
+            scores = f"reward {format_metric('reward', sample['reward'])}, advantage {signed(sample['advantage'])}"
+            values = " ".join(f"{token.text.strip()} ({token.value:.3f})" for token in tokens)
+            measured = f" {MEASURES[self.tint.value].name} of its tokens: {values}" if values else ""
+            texts.append(f"{scores}, {parts_text(sample)}: {sample['enhanced_prompt']}{measured}")
+        return texts
 
 
-def _page_layout(rollout: pd.DataFrame) -> ipywidgets.Layout:
-    """Return a layout as high as the rollout's largest group: stepping through groups moves nothing below."""
-    rows = -(-int(rollout["group_id"].value_counts().max()) // COLUMNS)
-    return ipywidgets.Layout(height=f"{min(TALLEST, 130 + CARD_HEIGHT * rows)}px", overflow="auto")
+@styled
+def _draw_scale(axes: Axes, measure: str, full: float, clip: tuple[float, float]) -> None:
+    """Draw how to read the tints in the sheet's foot: the scale, and what underlines and outlines mean."""
+    middle, (low, high) = axes.get_ylim()[0] - 0.2, ends_of_scale(measure, full)
+    tints = np.linspace(0 if measure == "kl" else -1, 1, 64)
+    scale = [to_rgba(VERMILION if tint < 0 else MEASURES[measure].above, DEEPEST * abs(tint)) for tint in tints]
+    axes.imshow([scale], extent=(3.4, 4.9, middle + 0.08, middle - 0.08), aspect="auto", interpolation="bilinear")
+    words = "darker: further from the reference"
+    if measure != "kl":
+        words = "dashed underline: less likely than before; solid: more likely"
+    if measure == "ratio":
+        words = f"dashed: less likely; solid: more likely; outlined: outside the clip, {clip[0]:g} to {clip[1]:g}"
+    axes.text(GAP, middle, MEASURES[measure].name, va="center", weight="bold", fontsize=10.5)
+    axes.text(3.35, middle, low, va="center", ha="right", fontsize=10.5)
+    axes.text(4.95, middle, high, va="center", fontsize=10.5)
+    axes.text(WIDTH - GAP, middle, words, va="center", ha="right", color=GREY, fontsize=9.5)

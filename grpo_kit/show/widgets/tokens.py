@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,27 +10,27 @@ import torch
 
 from grpo_kit.grpo import kl_divergence
 from grpo_kit.show.frame import signed
-from grpo_kit.show.style import plain_text
+from grpo_kit.show.style import BLUE, PURPLE, VERMILION, plain_text
 
-BLUE_RGB, VERMILION_RGB, PURPLE_RGB = (0, 114, 178), (213, 94, 0), (143, 78, 139)
 DEEPEST = 0.55  # opacity of the strongest tint: dark text stays readable on it
 QUANTILE = 0.95  # of the sizes in a group: one outlier does not pale all the others
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number a token: its name, the columns of a rollout that it needs, its colour."""
+    """A number a token: its names, the columns of a rollout that it needs, its colour."""
 
+    short: str
     name: str
     columns: tuple[str, str]
     floor: float  # sizes below it stay pale, however small all others are
-    above: tuple[int, int, int]  # the colour of values above the middle
+    above: str  # the colour of values above the middle
 
 
 MEASURES = {
-    "change": Measure("change of log-probability", ("new_logprobs", "old_logprobs"), 0.02, BLUE_RGB),
-    "ratio": Measure("ratio, after / before the step", ("new_logprobs", "old_logprobs"), 0.02, BLUE_RGB),
-    "kl": Measure("KL from the reference (k3)", ("new_logprobs", "ref_logprobs"), 0.005, PURPLE_RGB),
+    "change": Measure("change", "change of log-probability", ("new_logprobs", "old_logprobs"), 0.02, BLUE),
+    "ratio": Measure("ratio", "ratio, after / before the step", ("new_logprobs", "old_logprobs"), 0.02, BLUE),
+    "kl": Measure("KL", "KL from the reference (k3)", ("new_logprobs", "ref_logprobs"), 0.005, PURPLE),
 }
 
 
@@ -43,7 +42,7 @@ class Token:
     value: float
     clipped: bool
     tint: float
-    rgb: tuple[int, int, int]
+    colour: str
 
     @property
     def opacity(self) -> float:
@@ -72,44 +71,33 @@ def token_values(group: pd.DataFrame, measure: str) -> list[np.ndarray]:
     return [np.exp(change) for change in changes] if measure == "ratio" else changes
 
 
-def full_tint(values: Sequence[np.ndarray], measure: str) -> float:
-    """Return the size that gets the full tint: nearly the largest of the group. A ratio's size is that of its log."""
-    together = np.concatenate([*values, np.zeros(0)])
-    sizes = np.abs(np.log(together) if measure == "ratio" else together)
-    sizes = sizes[np.isfinite(sizes)]
-    return max(float(np.quantile(sizes, QUANTILE)) if len(sizes) else 0.0, MEASURES[measure].floor)
-
-
 def tinted(
     group: pd.DataFrame, measure: str, clip: tuple[float, float] = (0.0, np.inf)
 ) -> tuple[list[list[Token]], float]:
-    """Return each sample's tokens with their tints, and the size that has the full one.
+    """Return each sample's tokens with their tints, and the size that has the full one: nearly the group's largest.
 
     Args:
         group: rows of a rollout.
-        measure: one of `measures_of(group)`.
+        measure: one of `measures_of(group)`. A ratio's size is that of its logarithm.
         clip: the lowest and highest ratio that is not clipped; only "ratio" marks what lies outside.
     """
     values = token_values(group, measure)
-    full = full_tint(values, measure)
+    sizes = [np.log(row) if measure == "ratio" else row for row in values]
+    every = np.abs(np.concatenate([*sizes, np.zeros(0)]))
+    every = every[np.isfinite(every)]
+    full = max(float(np.quantile(every, QUANTILE)) if len(every) else 0.0, MEASURES[measure].floor)
     rows = []
-    for texts, row in zip(group["tokens"], values, strict=True):
-        sizes = np.log(row) if measure == "ratio" else row
-        outside = (row < clip[0]) | (row > clip[1]) if measure == "ratio" else np.zeros(len(row), dtype=bool)
-        tints = np.clip(np.nan_to_num(sizes / full), -1, 1)
-        columns = zip(texts, row.tolist(), outside.tolist(), tints.tolist(), strict=True)
-        rows.append([Token(plain_text(text, 60), *rest, _colour(measure, rest[-1])) for text, *rest in columns])
+    for texts, row, size in zip(group["tokens"], values, sizes, strict=True):
+        outside = (measure == "ratio") & ((row < clip[0]) | (row > clip[1]))
+        tints = np.clip(np.nan_to_num(size / full), -1, 1)
+        colours = np.where(tints < 0, VERMILION, MEASURES[measure].above)
+        columns = zip(texts, row.tolist(), outside.tolist(), tints.tolist(), colours.tolist(), strict=True)
+        rows.append([Token(plain_text(text, 60), *rest) for text, *rest in columns])
     return rows, full
 
 
-def _colour(measure: str, tint: float) -> tuple[int, int, int]:
-    return VERMILION_RGB if tint < 0 else MEASURES[measure].above
-
-
-def ends_of_scale(measure: str, full: float) -> tuple[str, str, str]:
-    """Return what stands at the lower end, the middle and the upper end of the tints' scale."""
+def ends_of_scale(measure: str, full: float) -> tuple[str, str]:
+    """Return what stands at the lower and the upper end of the tints' scale; KL begins at 0."""
     if measure == "ratio":
-        return f"{np.exp(-full):.2f}", "1", f"{np.exp(full):.2f}"
-    if measure == "kl":
-        return "", "0", f"{full:.3f}"
-    return signed(-full), "0", signed(full)
+        return f"{np.exp(-full):.2f}", f"{np.exp(full):.2f}"
+    return ("0", f"{full:.3f}") if measure == "kl" else (signed(-full), signed(full))

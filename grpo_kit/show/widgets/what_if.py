@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 
 import ipywidgets
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 
+from grpo_kit.config import TrainingSettings
 from grpo_kit.grpo import LOSS_TYPES
-from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.style import Drawing, plain_text
-from grpo_kit.show.widgets.groups import chosen_group, chosen_iteration, prompt_of, spreads
-from grpo_kit.show.widgets.layout import side_by_side, wide
-from grpo_kit.show.widgets.markup import message
-from grpo_kit.show.widgets.recompute import Pushes, StepSettings, recompute, recorded_settings
-from grpo_kit.show.widgets.twin import TwinBox
-from grpo_kit.show.widgets.what_if_figure import prompt_shares, what_if_figure
+from grpo_kit.show.style import BLUE, GREY, INK, VERMILION, Drawing, styled
+from grpo_kit.show.widgets.controls import WHOLE_LABEL, button, dropdown, on_change, row
+from grpo_kit.show.widgets.kept_groups import GroupBox, spreads
+from grpo_kit.show.widgets.recorded_step import Pushes, recompute
 
-DPI = 130
 CISPO_CAP = 5.0  # its authors' bound of the ratio; the other types' epsilon_high means 1 + that
 PRESETS = {
     "as recorded": {},
@@ -35,142 +32,124 @@ CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
 }
 SCALES = {"epsilon": (0.05, 0.1, 0.2, 0.3, 0.5), "beta": (0.0, 0.01, 0.04, 0.1, 0.5, 1.0)}
+LEGEND = "outline: as recorded · filled: with these settings · below each rewrite its reward and its tokens"
 
 
-class WhatIf(TwinBox):
+class WhatIf(GroupBox):
     """One group of a kept rollout: what the step did to each sample, and what it would have done.
 
     It opens with Dr. GRPO's settings beside the recorded ones.
-
-    Args:
-        record: a run whose rollouts hold their tokens' log-probabilities.
-        iteration: a kept rollout; the last by default.
-        group: one of its prompts; by default the one whose rewards differ most.
 
     Raises:
         KitError: there is no such rollout or group, or it was kept without log-probabilities.
     """
 
-    def __init__(self, record: RunRecord, iteration: int | None = None, group: int | None = None) -> None:
-        self._record, self._quiet = record, False
-        self._recorded = recorded_settings(record.config)
-        first = chosen_iteration(record, iteration)
-        self._rollout = record.rollout(first).reset_index(drop=True)
-        self._make_controls(first, chosen_group(self._rollout, group))
-        self._image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="100%", max_width="1140px"))
-        self._words = ipywidgets.HTML(layout=ipywidgets.Layout(min_height="64px"))
-        super().__init__(
-            [
-                side_by_side([self.iteration, self.prompt, self.moment]),
-                side_by_side(self.presets),
-                side_by_side(self.choices.values()),
-                self._image,
-                self._words,
-            ]
-        )
-        self._draw()
-
-    def _make_controls(self, iteration: int, group: int) -> None:
-        kept = self._record.rollout_iterations
-        self.iteration = ipywidgets.Dropdown(options=kept, value=iteration, description="iteration", layout=wide(170))
-        self.prompt = ipywidgets.Dropdown(options=self._prompts(), value=group, description="prompt", layout=wide(470))
+    def controls(self) -> list[ipywidgets.Widget]:
+        """Return the choice of a group and of the moment, the presets, and one control a setting."""
+        self.recorded = TrainingSettings.model_construct(**self.record.config.get("training_settings", {}))
         moments = [("before the step: all ratios are 1", False), ("after the recorded step", True)]
-        self.moment = ipywidgets.Dropdown(options=moments, description="policy", layout=wide(340))
-        self.choices = {name: self._choice(name) for name in CHOICES} | {name: self._scale(name) for name in SCALES}
-        self.presets = [self._preset(name) for name in PRESETS]
-        self.iteration.observe(lambda change: self._open(change["new"]), names="value")
-        for control in (self.prompt, self.moment, *self.choices.values()):
-            control.observe(lambda _: self._draw(), names="value")
+        self.moment = dropdown("policy", moments, False, 340)
+        self.choices: dict[str, ipywidgets.Widget] = {}
+        for name, options in CHOICES.items():
+            value = OPENING.get(name, getattr(self.recorded, name))
+            self.choices[name] = dropdown(name.replace("importance_sampling_", ""), options, value, 250)
+        for name, options in SCALES.items():
+            recorded = getattr(self.recorded, name)
+            scale = dict(options=sorted({*options, recorded}), value=recorded, continuous_update=False)
+            look = dict(description=name, style=WHOLE_LABEL, layout=dict(width="250px"))
+            self.choices[name] = ipywidgets.SelectionSlider(**scale, **look)
+        self.presets = [button(name, partial(self._choose, changes)) for name, changes in PRESETS.items()]
+        on_change([self.moment, *self.choices.values()], self.redraw)
+        return [row([self.iteration, self.prompt, self.moment]), row(self.presets), row(self.choices.values())]
 
-    def _choice(self, name: str) -> ipywidgets.Dropdown:
-        label = "level" if name == "importance_sampling_level" else name
-        return ipywidgets.Dropdown(
-            options=CHOICES[name],
-            value=OPENING.get(name, getattr(self._recorded, name)),
-            description=label,
-            style={"description_width": "initial"},
-            layout=wide(250),
-        )
-
-    def _scale(self, name: str) -> ipywidgets.SelectionSlider:
-        recorded = getattr(self._recorded, name)
-        return ipywidgets.SelectionSlider(
-            options=sorted({*SCALES[name], recorded}),
-            value=recorded,
-            description=name,
-            style={"description_width": "initial"},
-            continuous_update=False,
-            layout=wide(250),
-        )
-
-    def _prompts(self) -> list[tuple[str, int]]:
-        return [(plain_text(prompt_of(self._rollout, g), 60), int(g)) for g in spreads(self._rollout).index]
-
-    def _preset(self, name: str) -> ipywidgets.Button:
-        def choose(_: ipywidgets.Button) -> None:
-            with self._drawn_once():
-                for setting, control in self.choices.items():
-                    control.value = PRESETS[name].get(setting, getattr(self._recorded, setting))
-
-        button = ipywidgets.Button(description=name, layout=ipywidgets.Layout(width="auto"))
-        button.on_click(choose)
-        return button
-
-    def _open(self, iteration: int) -> None:
-        self._rollout = self._record.rollout(iteration).reset_index(drop=True)
-        with self._drawn_once():
-            self.prompt.options = self._prompts()
-            self.prompt.value = chosen_group(self._rollout, None)
-
-    @contextmanager
-    def _drawn_once(self) -> Iterator[None]:
-        self._quiet = True
-        try:
-            yield
-        finally:
-            self._quiet = False
-        self._draw()
+    def _choose(self, changes: dict[str, str]) -> None:
+        """Set the controls to the recorded settings with these changes."""
+        with self.drawn_once():
+            for name, control in self.choices.items():
+                control.value = changes.get(name, getattr(self.recorded, name))
 
     @property
-    def settings(self) -> StepSettings:
+    def settings(self) -> TrainingSettings:
         """The recorded settings with what was chosen here."""
-        chosen = {name: control.value for name, control in self.choices.items()}
-        settings = replace(self._recorded, **chosen)
-        if settings.loss_type == "cispo" and (settings.epsilon_high or 0.0) < 1:
-            return replace(settings, epsilon_high=CISPO_CAP)
-        return settings
+        changes = {name: control.value for name, control in self.choices.items()}
+        if changes["loss_type"] == "cispo" and (self.recorded.epsilon_high or 0.0) < 1:
+            changes["epsilon_high"] = CISPO_CAP
+        return self.recorded.model_copy(update=changes)
 
     @property
     def pushes(self) -> tuple[Pushes, Pushes]:
         """What the step did, and what it would have done, for every row of the rollout."""
-        after = self.moment.value
-        return recompute(self._rollout, self._recorded, after), recompute(self._rollout, self.settings, after)
+        longest = self.record.config.get("generation_settings", {}).get("max_new_tokens")
+        both = (
+            recompute(self.rollout, settings, longest, self.moment.value) for settings in (self.recorded, self.settings)
+        )
+        return tuple(both)
 
-    def _draw(self) -> None:
-        if not self._quiet:
-            self._image.value = self.figures()[0].to_png(DPI)
-            self._words.value = message(self._reading())
-
-    def _reading(self) -> str:
+    def reading(self) -> list[str]:
         """Say what changed, in numbers of this step."""
-        if self.settings == self._recorded:
-            return "These are the settings that the step was made with. Choose others, or a button above."
+        if self.settings == self.recorded:
+            return ["These are the settings that the step was made with. Choose others, or a button above."]
         recorded, other = self.pushes
         if not recorded.total or not other.total:
-            return "One of the two would not have moved anything: no advantage differs from 0."
-        before, after = (prompt_shares(self._rollout, pushes) for pushes in (recorded, other))
+            return ["One of the two would not have moved anything: no advantage differs from 0."]
+        before, after = (self._prompt_shares(pushes) for pushes in (recorded, other))
         prompt = (after - before).abs().idxmax()
-        words, apart = plain_text(prompt_of(self._rollout, prompt), 60), spreads(self._rollout)[prompt]
-        return (
+        return [
             f"The whole push would have been {other.total / recorded.total:.2f} times the recorded one (Adam divides "
-            f"such a factor out again). Among the prompts, “{words}”, whose rewards lie {apart:.3f} apart, changes "
-            f"most: from {before[prompt]:.0%} to {after[prompt]:.0%} of the step."
-        )
+            f"such a factor out again). Among the prompts, “{self.name_of(prompt, 60)}”, whose rewards lie "
+            f"{spreads(self.rollout)[prompt]:.3f} apart, changes most: from {before[prompt]:.0%} to "
+            f"{after[prompt]:.0%} of the step."
+        ]
 
+    def _prompt_shares(self, pushes: Pushes) -> pd.Series:
+        """Return by group id which share of the step's push goes to the prompt's samples, whatever their signs."""
+        return pd.Series(np.abs(pushes.shares)).groupby(self.rollout["group_id"].to_numpy()).sum()
+
+    @styled
     def figures(self) -> list[Drawing]:
-        """Return the comparison as it stands."""
-        return [what_if_figure(self._rollout, self.prompt.value, *self.pushes)]
+        """Return one group's advantages, token weights and pushes, and every prompt's share of the step."""
+        group = self.rollout[self.rollout["group_id"] == self.prompt.value]
+        group = group.sort_values("reward", ascending=False, kind="stable")
+        recorded, other = self.pushes
+        figure = Drawing(figsize=(11.4, 5.8), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
+        title = f"iteration {self.iteration.value}, computed again with other settings"
+        figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=13)
+        upper, lower = figure.subfigures(2, 1)  # apart, so that the prompts' names take no room above them
+        (advantages, weights), (pushes, prompts) = upper.subplots(1, 2), lower.subplots(1, 2)
+        for axes, title, scale, name in (
+            (advantages, "advantage of each rewrite", 1, "advantages"),
+            (weights, "weight of one of its tokens, in thousandths", 1000, "weights"),
+            (pushes, "push on each rewrite, % of the whole step", 100, "shares"),
+        ):
+            axes.set_title(title)
+            _draw_pairs(axes, group, *(scale * getattr(step, name)[group.index] for step in (recorded, other)))
+        self._draw_prompts(prompts, recorded, other)
+        figure.supxlabel(LEGEND, fontsize=9.5, color=GREY)
+        return [figure]
 
-    def summary(self) -> str:
-        """Return the settings and what they change."""
-        return f"Iteration {self.iteration.value} with {self.settings.loss_type}: {self._reading()}"
+    def _draw_prompts(self, axes: Axes, recorded: Pushes, other: Pushes) -> None:
+        before, after = (100 * self._prompt_shares(pushes) for pushes in (recorded, other))
+        places = np.arange(len(before))[::-1]
+        colours = [BLUE if group == self.prompt.value else GREY for group in before.index]
+        axes.barh(places, before, height=0.82, facecolor="none", edgecolor=INK, lw=1.1, zorder=3)
+        axes.barh(places, after, height=0.5, color=colours, zorder=2)
+        axes.set_yticks(places, [self.name_of(group, 30) for group in before.index])
+        axes.set_title("each prompt's share, %")
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+
+
+def _draw_pairs(axes: Axes, group: pd.DataFrame, recorded: np.ndarray, other: np.ndarray) -> None:
+    """Draw two bars a sample: the recorded one an outline, the other one filled by its sign."""
+    places = np.arange(len(group))
+    axes.bar(places, recorded, width=0.82, facecolor="none", edgecolor=INK, lw=1.1, zorder=3)
+    colours = [VERMILION if value < 0 else BLUE for value in other]
+    bars = axes.bar(places, other, width=0.5, color=colours, edgecolor="white", lw=0.5, zorder=2)
+    for bar, value in zip(bars, other, strict=True):
+        bar.set_hatch("////" if value < 0 else None)
+    rewards = [f"{reward:.2f}" if reward == reward else "–" for reward in group["reward"]]
+    lengths = group["completion_ids"].map(len)
+    axes.set_xticks(places, [f"{reward}\n{count}" for reward, count in zip(rewards, lengths, strict=True)])
+    axes.axhline(0, color=INK, lw=0.8)
+    axes.margins(x=0.03, y=0.08)

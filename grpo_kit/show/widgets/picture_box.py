@@ -1,0 +1,130 @@
+"""A widget that is also a picture: what readers see where nothing runs (GitHub, nbconvert, the HTML report).
+
+A notebook shows a widget in several forms, of which each reader takes the best that it knows: JupyterLab the live
+widget, all others the static twin, which is the same pictures. nbconvert prefers the live widget too, as long as the
+notebook holds its state; the committed notebooks and the report hold no state.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import ipywidgets
+from PIL import Image
+
+from grpo_kit.show.style import INK, PAPER, Drawing, plain_text
+from grpo_kit.show.widgets.live_figure import DPI, LiveFigure
+
+BUDGET = 110_000  # bytes of a static twin, 147 kB as base64: a notebook with several widgets stays small
+QUALITIES = (90, 80, 70, 60, 50, 40, 30)
+MOST_WORDS = 2000  # characters of a paragraph and of an alt text
+
+
+class PictureBox(ipywidgets.VBox):
+    """Controls, the pictures that they change, and below them what the pictures show in words.
+
+    A subclass says what is drawn (`figures`) and what that shows (`reading`), and calls `redraw` after a change.
+
+    Args:
+        controls: what stands above the pictures.
+        pictures: how many there are.
+    """
+
+    _on_hold = False
+
+    def __init__(self, controls: Sequence[ipywidgets.Widget] = (), pictures: int = 1) -> None:
+        layout = dict(width="100%", max_width="1140px")
+        self.pictures = [ipywidgets.Image(format="png", layout=layout) for _ in range(pictures)]
+        self.words = ipywidgets.HTML(layout=dict(min_height="46px"))
+        self._whole = ipywidgets.HTML(layout=dict(max_height="400px"))
+        self.folded = ipywidgets.Accordion([self._whole], titles=["as text"], layout=layout)
+        super().__init__([*controls, *self.pictures, self.words, self.folded])
+        self.redraw()
+
+    def figures(self) -> Sequence[Drawing | LiveFigure]:
+        """Return one figure a picture for the present state."""
+        raise NotImplementedError
+
+    def reading(self) -> list[str]:
+        """Return what the pictures show in words, a text a paragraph; all but the first are folded away."""
+        raise NotImplementedError
+
+    def redraw(self) -> None:
+        """Draw the pictures and write the words for the present state."""
+        if self._on_hold:
+            return
+        for picture, figure in zip(self.pictures, self.figures(), strict=True):
+            picture.value = figure.to_png(DPI)
+        self.write(self.reading())
+
+    def write(self, texts: Sequence[str]) -> None:
+        """Write these words below the pictures, all but the first folded away."""
+        self.words.value, self._whole.value = paragraphs(texts[:1]), paragraphs(texts[1:])
+        self.folded.layout.display = None if len(texts) > 1 else "none"
+
+    @contextmanager
+    def drawn_once(self) -> Iterator[None]:
+        """Change several controls, then draw once."""
+        self._on_hold = True
+        try:
+            yield
+        finally:
+            self._on_hold = False
+        self.redraw()
+
+    def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
+        """Return the live widget, its static twin and its words, and the twin's alt text as metadata."""
+        boxes = [self, *(child for child in self.children if isinstance(child, PictureBox))]
+        kind, content = encode([figure for box in boxes for figure in box.figures()])
+        readings = [box.reading() for box in boxes]
+        line = f"{type(self).__name__}: {' '.join(first for first, *_ in readings)}"
+        alt = " · ".join(text for texts in readings for text in texts)
+        forms = super()._repr_mimebundle_(**kwargs)
+        forms |= {"text/plain": plain_text(line), kind: base64.b64encode(content).decode("ascii")}
+        return forms, {kind: {"alt": plain_text(alt, MOST_WORDS)}}
+
+
+def escape(text: object, limit: int = MOST_WORDS) -> str:
+    """Return `text` as HTML that shows exactly these characters; control characters and the rest beyond `limit` go.
+
+    A widget's HTML is not cleaned by Jupyter: a prompt that reached it as it is could run code on the reader's machine.
+    """
+    return html.escape(plain_text(text, limit), quote=True)
+
+
+def paragraphs(texts: Sequence[str]) -> str:
+    """Return plain texts as HTML, one below the other, on white paper as the figures are."""
+    style = f"font-size:15px;line-height:1.4;color:{INK};background:{PAPER};padding:4px 8px"
+    return "".join(f'<div style="{style}">{escape(text)}</div>' for text in texts)
+
+
+def encode(figures: Sequence[Drawing | LiveFigure]) -> tuple[str, bytes]:
+    """Return figures, one below the other, as (MIME type, bytes): the sharpest form that `BUDGET` allows.
+
+    That is PNG, then PNG with 256 colours, which keeps text and flat colours sharp, then JPEG for photographs.
+    """
+    pictures = [Image.open(io.BytesIO(figure.to_png())).convert("RGB") for figure in figures]
+    size = max(picture.width for picture in pictures), sum(picture.height for picture in pictures)
+    stacked, top = Image.new("RGB", size, PAPER), 0
+    for picture in pictures:
+        stacked.paste(picture, (0, top))
+        top += picture.height
+    for exact in (stacked, stacked.quantize(256, method=Image.Quantize.FASTOCTREE)):
+        content = _bytes(exact, "PNG", optimize=True)
+        if len(content) <= BUDGET:
+            return "image/png", content
+    for quality in QUALITIES:
+        content = _bytes(stacked, "JPEG", quality=quality, subsampling=0)
+        if len(content) <= BUDGET:
+            break
+    return "image/jpeg", content
+
+
+def _bytes(picture: Image.Image, kind: str, **settings: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **settings)
+    return stream.getvalue()
