@@ -40,7 +40,6 @@ CURVES = {
     "reward_std": ("spread of the reward in a group", "what is left to choose from", None),
     "completions/mean_length": ("tokens in a rewrite", "a jump is a warning", None),
 }
-SEED_TITLES = {"reward": "reward", "gold": "gold check", "kl": "KL from the initial policy"}
 MOST_NAMED = 4  # curves in a panel, each named at its end
 WINDOW = 9  # iterations of the moving average over seeds, at most
 MARKS = 6  # markers along a curve
@@ -191,7 +190,7 @@ def seeds_figure(curves: pd.DataFrame) -> Drawing:
     Raises:
         KitError: there is nothing to draw, or more settings than can be told apart.
     """
-    drawn = [name for name in SEED_TITLES if name in curves and curves[name].notna().any()]
+    drawn = [name for name in ("reward", "gold", "kl") if name in curves and curves[name].notna().any()]
     settings = list(dict.fromkeys(curves["setting"])) if drawn else []
     if not drawn or len(settings) > MOST_SERIES:
         found = f"found {len(settings)} settings, allowed: 1 to {MOST_SERIES}"
@@ -201,7 +200,7 @@ def seeds_figure(curves: pd.DataFrame) -> Drawing:
     for axes, name in zip(panel_grid(figure, len(drawn)), drawn, strict=True):
         for setting in settings:
             _draw_setting(axes, curves[curves["setting"] == setting], name, looks[setting])
-        axes.set(title=SEED_TITLES[name], xlabel="iteration")
+        axes.set(title=metric_name(name), xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.margins(x=0.03)
     legend_above(figure, looks, columns=3 if len(drawn) > 2 else 2)

@@ -90,7 +90,10 @@ def toy_advantages(eps: float = 1e-4) -> np.ndarray:
 
 
 class _Loop:
-    """The figure, which of its stages are lit (all where none is named), and the shapes that it is made of."""
+    """The figure, which of its stages are lit (all where none is named), and the shapes that it is made of.
+
+    Boxes and texts stand around their point; a bar begins at its x.
+    """
 
     def __init__(self, named: set[str]) -> None:
         self.named = named
@@ -103,38 +106,31 @@ class _Loop:
         return colour if not self.named or self.named & set(stages) else DIM
 
     def box(self, x: float, y: float, width: float, height: float, radius: float, face: str, **kwargs: object) -> None:
-        """A box with round corners around (x, y)."""
         style = f"round,pad=0,rounding_size={radius}"
         look = {"edgecolor": "none", "zorder": 2} | kwargs
         corner = (x - width / 2, y - height / 2)
         self.axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=face, **look))
 
     def bar(self, x: float, y: float, width: float, height: float, face: str, **kwargs: object) -> None:
-        """A plain rectangle from x on, around the height y."""
         look = {"edgecolor": "none", "zorder": 2} | kwargs
         self.axes.add_patch(Rectangle((x, y - height / 2), width, height, facecolor=face, **look))
 
     def disc(self, x: float, y: float, radius: float, face: str, **kwargs: object) -> None:
-        """A filled circle."""
         self.axes.add_patch(Circle((x, y), radius, facecolor=face, edgecolor="none", **kwargs))
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float], colour: str, head: float, lw: float) -> None:
-        """An arrow whose head has that many points."""
         style = dict(arrowstyle="-|>", mutation_scale=head, color=colour, lw=lw, zorder=1)
         self.axes.add_patch(FancyArrowPatch(start, end, **style))
 
     def text(self, x: float, y: float, text: str, colour: str, size: float, **kwargs: object) -> None:
-        """Words around the height y."""
         self.axes.text(x, y, text, color=colour, fontsize=size, **{"va": "center", "zorder": 3} | kwargs)
 
     def badge(self, x: float, y: float, stage: str) -> None:
-        """A stage's number in a disc."""
         self.disc(x, y, 0.17, self.ink(stage), zorder=4)
         number = str(list(STAGES).index(stage) + 1)
         self.text(x, y - 0.01, number, PAPER, 9.5, ha="center", weight="bold", zorder=5)
 
     def card(self, x: float, y: float, width: float, height: float, words: str, stage: str, **kwargs: object) -> None:
-        """A framed text."""
         self.box(x, y, width, height, 0.08, PAPER, edgecolor=self.ink(stage, colour=GREY), lw=1.1)
         self.text(x, y, words, self.ink(stage), ha="center", **kwargs)
 

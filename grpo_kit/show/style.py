@@ -38,6 +38,7 @@ VARIANT_MARKERS = {"raw": "o", "initial": "s", "trained": "D", "oracle": "^"}
 
 METRIC_NAMES = {
     "gold": "gold check",
+    "kl": "KL from the initial policy",
     "keeps_objects": "keeps the objects",
     "clip_similarity": "CLIP similarity",
     "gain": "gain over the raw prompt",

@@ -38,20 +38,16 @@ def headline(results: Mapping) -> str:
     change = results.get("differences", {}).get("trained-raw")
     if not change:
         return "This run has not been evaluated yet."
-    reward, gold = direction(change.get("reward")), direction(change.get("gold"))
-    if "gold" not in change:
-        gold = reward
-    if reward == gold == RISES:
-        return "The trained policy's prompts are drawn better than the users' own."
-    if reward == RISES:
-        return {
-            FALLS: "The reward rose while the gold check fell: the policy is gaming its reward.",
-            UNCLEAR: "The reward rose; the gold check shows no clear change.",
-        }[gold]
-    return {
-        FALLS: "Training made it worse: the users' own prompts score higher.",
-        UNCLEAR: "No clear difference from the users' own prompts yet.",
-    }[reward]
+    reward = direction(change.get("reward"))
+    gold = direction(change["gold"]) if "gold" in change else reward
+    sentences = {
+        (RISES, RISES): "The trained policy's prompts are drawn better than the users' own.",
+        (RISES, FALLS): "The reward rose while the gold check fell: the policy is gaming its reward.",
+        (RISES, UNCLEAR): "The reward rose; the gold check shows no clear change.",
+        (UNCLEAR, gold): "No clear difference from the users' own prompts yet.",
+        (FALLS, gold): "Training made it worse: the users' own prompts score higher.",
+    }
+    return sentences[reward, gold]
 
 
 def paragraph(record: RunRecord) -> str:
@@ -77,29 +73,23 @@ def _training_sentence(record: RunRecord) -> str:
     if not record.iterations:
         return "No iteration has been logged yet."
     training = record.config.get("training_settings", {})
-    size = ""
+    size = time = ""
     if {"prompts_per_iteration", "group_size"} <= set(training):
         size = f" of {training['prompts_per_iteration']} prompts × {training['group_size']} rewrites"
-    minutes = record.metrics["step_time"].sum() / 60 if "step_time" in record.metrics else None
-    time = f" in {minutes:.1f} minutes" if minutes is not None else ""
+    if "step_time" in record.metrics:
+        time = f" in {record.metrics['step_time'].sum() / 60:.1f} minutes"
     return f"The policy was trained for {record.iterations} iterations{size}{time}."
 
 
 def _sentinel_sentence(sentinel: Mapping) -> str:
-    """Say what the sentinel saw; nothing where no score was held out or it could not have seen anything yet."""
+    """Say whether the reward was gamed; nothing where no score was held out or too few validations were compared."""
     looks, held_out = sentinel.get("looks", 0), sentinel.get("held_out")
     if held_out is None or looks < 3:
         return ""
-    if sentinel["divergence"]:
-        change = sentinel["divergence"]
-        return (
-            f"From iteration {change['since']} to {change['iteration']} the reward rose while the score held out "
-            f"({metric_name(held_out)}) fell: the policy games its reward."
-        )
-    return (
-        f"In none of {looks} validations did the sentinel find that the reward rose while the score held out "
-        f"({metric_name(held_out)}) fell."
-    )
+    found = f"the reward rose while the score held out ({metric_name(held_out)}) fell"
+    if change := sentinel["divergence"]:
+        return f"From iteration {change['since']} to {change['iteration']} {found}: the policy games its reward."
+    return f"In none of {looks} validations did the sentinel find that {found}."
 
 
 def _change_sentence(variants: Mapping, change: Mapping, metric: str) -> str:
@@ -110,8 +100,8 @@ def _change_sentence(variants: Mapping, change: Mapping, metric: str) -> str:
         "reward": "The reward",
         "gold": "The gold check, a program that reads the image and that training never saw,",
     }
-    unit = " points" if metric in SHARES else ""
-    return f"{name[metric]} goes from {start} to {end}: {interval_text(metric, change[metric], signed=True)}{unit}."
+    difference = interval_text(metric, change[metric], signed=True)
+    return f"{name[metric]} goes from {start} to {end}: {difference}{_unit(metric)}."
 
 
 def interval_text(metric: str, value: Interval | None, signed: bool = False) -> str:
@@ -174,34 +164,25 @@ def pooled_table(pooled: Mapping) -> str:
 
 def evaluation_notes(results: Mapping) -> list[str]:
     """Return in sentences what the table does not hold; an older evaluation has none of it."""
-    notes = [_paraphrase_note(results), _suffix_note(results), detectable_note(results)]
-    return [note for note in notes if note]
+    policy = _judged(results)
+    notes = []
+    asked = results.get("paraphrases", {})
+    changes = asked.get("from_originals", {}).get(policy, {})
+    texts = [f"{metric_name(m)} {interval_text(m, changes[m], signed=True)}{_unit(m)}" for m in MAIN if m in changes]
+    if texts:
+        same = f"The same {asked['num_prompts']} requests in other words change"
+        notes.append(f"{same} the {policy} policy's {' and '.join(texts)}.")
+    found = results.get("diversity", {}).get(policy)
+    if found and found["suffix"]:
+        share, ending = percent(found["suffix_share"]), plain_text(found["suffix"], 60)
+        end = f"{share} of the {policy} policy's rewrites end in “{ending}”"
+        notes.append(f"{end}; {percent(found['distinct'])} are distinct.")
+    return [*notes, *filter(None, [detectable_note(results)])]
 
 
 def _judged(results: Mapping) -> str | None:
     """The policy that the notes are about: the trained one, else the first saved one."""
     return next((v for v in ("trained", *results.get("policies", {})) if v in results.get("variants", {})), None)
-
-
-def _paraphrase_note(results: Mapping) -> str:
-    asked, policy = results.get("paraphrases", {}), _judged(results)
-    changes = asked.get("from_originals", {}).get(policy, {})
-    texts = [f"{metric_name(m)} {interval_text(m, changes[m], signed=True)}{_unit(m)}" for m in MAIN if m in changes]
-    if not texts:
-        return ""
-    return (
-        f"The same {asked['num_prompts']} requests in other words change the {policy} policy's {' and '.join(texts)}."
-    )
-
-
-def _suffix_note(results: Mapping) -> str:
-    policy = _judged(results)
-    found = results.get("diversity", {}).get(policy)
-    if not found or not found["suffix"]:
-        return ""
-    share, distinct = percent(found["suffix_share"]), percent(found["distinct"])
-    ending = plain_text(found["suffix"], 60)
-    return f"{share} of the {policy} policy's rewrites end in “{ending}”; {distinct} are distinct."
 
 
 def detectable_note(results: Mapping) -> str:
