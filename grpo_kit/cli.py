@@ -8,12 +8,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     add_completion=False,
@@ -29,7 +26,8 @@ Profile = Annotated[
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; an existing run is continued.")]
 Name = Annotated[str, typer.Option(help="The run's name, a folder in reports/.")]
 Run = Annotated[str, typer.Argument(help="A run: its folder, or its name in reports/.")]
-Overrides = Annotated[list[str] | None, typer.Option("-o", help="section.key=value; may be repeated.")]
+Texts = list[str] | None
+Overrides = Annotated[Texts, typer.Option("-o", help="section.key=value; may be repeated.")]
 _RAY_HELP = (
     "With --grid: run the trials on a Ray cluster: local (several at once on this machine), auto, or host:port. "
     "All its machines must see the grid's folder, and this checkout, at the same path."
@@ -41,10 +39,8 @@ def run(
     context: typer.Context,
     profile: Profile = "tiny",
     notebooks: Annotated[str, typer.Option(help="Which of the series, such as 00,07; all when left out.")] = "",
-    parameter: Annotated[
-        list[str] | None, typer.Option("-p", help="name=value, for the notebooks that have it.")
-    ] = None,
-    override: Annotated[list[str] | None, typer.Option("-o", help="section.key=value of the profile.")] = None,
+    parameter: Annotated[Texts, typer.Option("-p", help="name=value, for the notebooks that have it.")] = None,
+    override: Annotated[Texts, typer.Option("-o", help="section.key=value of the profile.")] = None,
     grid: Annotated[Path | None, typer.Option(help="YAML or JSON, name: [values]; a run for each combination.")] = None,
     run_dir: RunDir = None,
     name: Name = "",
@@ -133,7 +129,7 @@ def evaluate(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN [RUN]...", help="A run, several, or a grid: folders, or names.")
     ],
-    override: Annotated[list[str] | None, typer.Option("-o", help="evaluation_settings.key=value; repeatable.")] = None,
+    override: Annotated[Texts, typer.Option("-o", help="evaluation_settings.key=value; repeatable.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="A folder for what several runs, or another evaluation, gave.")
     ] = None,
@@ -205,7 +201,7 @@ def replay(
         bool, typer.Option("--step-only", help="Only the step, on the recorded rollout; nothing is drawn.")
     ] = False,
     branch: Annotated[bool, typer.Option("--branch", help="Make a new run that goes on from there.")] = False,
-    override: Annotated[list[str] | None, typer.Option("-o", help="section.key=value of the branch.")] = None,
+    override: Annotated[Texts, typer.Option("-o", help="section.key=value of the branch.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The branch's folder.")] = None,
     name: Annotated[str, typer.Option(help="The branch's name, a folder in reports/.")] = "",
 ) -> None:

@@ -124,6 +124,8 @@ def test_saved_configuration_is_the_same_anywhere_and_names_no_path_of_this_mach
         ("model_settings.clip_pretrained", "null", None),
         ("generation_settings.height", "null", None),
         ("generation_settings.height", "64", 64),
+        ("generation_settings.image_batch_size", "8", 8),
+        ("generation_settings.image_batch_size", "auto", "auto"),
         ("reward_settings.weights", '{"a": 1, "b": -0.5}', {"a": 1.0, "b": -0.5}),
         ("reward_settings.monitors", '["gold"]', ["gold"]),
         ("evaluation_settings.gold", "null", None),
@@ -139,6 +141,10 @@ def test_overrides_reach_into_dictionaries_and_absent_sections():
     assert config.reward_settings.weights == {"clip_similarity": 1.0, "mine": 0.5}
     assert config.model_settings.lora.r == 4
     assert load_config("tiny").model_settings.lora is None  # the profile itself is unchanged
+    variables = {f"model_settings.chat_template_kwargs.{name}": name for name in ("true", "2", "words")}
+    assert load_config("tiny", variables).model_settings.chat_template_kwargs == {
+        "enable_thinking": False, "true": True, "2": 2, "words": "words",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -157,6 +163,9 @@ def test_overrides_reach_into_dictionaries_and_absent_sections():
         ("training_settings.loss_type", "gpo", ["found 'gpo', allowed: grpo, bnpo, dr_grpo, dapo"]),
         ("training_settings.delta", 1.1, ["training_settings.delta: found 1.1, allowed: number > 1.2"]),
         ("training_settings.micro_batch_size", 0, ["found 0, allowed: integer >= 1 or null"]),
+        ("training_settings.delta", True, ["found true, allowed: number > 1 or null"]),
+        ("evaluation_settings.num_prompts", 1, ["found 1, allowed: integer >= 2 or null"]),
+        ("model_settings.chat_template_kwargs.x", None, ["kwargs.x: found null, allowed: true or false or integer"]),
         ("training_settings.seed.x", 1, ["'seed' is a single value"]),
         ("generation_settings.temperature", 0, ["allowed: number > 0"]),
         ("generation_settings.height", "3", ["allowed: integer >= 8 or null"]),
