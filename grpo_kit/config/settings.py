@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from grpo_kit.config.errors import nearest, shown
 from grpo_kit.config.paths import change_paths, inside_project
@@ -16,7 +15,7 @@ PROFILES = tuple(sorted(path.stem for path in PROFILE_FOLDER.glob("*.json")))
 
 def _not_a_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise PydanticCustomError("bool_as_number", "a boolean is no number")
+        raise AssertionError("a boolean is no number")  # not a ValueError, whose text would be what is allowed
     return value
 
 
@@ -102,9 +101,7 @@ class GenerationSettings(Section):
     width: Pixels | None = Field(None, description="pixels; null: the generator's own size")
     images_per_prompt: Count = 1
     share_seeds: bool = Field(True, description="the rewrites of one prompt are drawn from the same latents")
-    max_sequence_length: Annotated[int, Field(ge=0), _NUMERIC] | None = Field(
-        None, description="of T5; null: default"
-    )
+    max_sequence_length: Annotated[int, Field(ge=0), _NUMERIC] | None = Field(None, description="of T5; null: default")
     image_batch_size: Count | Literal["auto"] = Field(16, description="images in one call; auto: as many as fit")
     image_memory_gb: Positive | None = Field(None, description="memory for image_batch_size auto; null: what is free")
     scheduler: Name | None = Field(None, description='such as "EulerDiscreteScheduler"; null: the pipeline\'s own')
