@@ -22,7 +22,7 @@ TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 .PHONY: help run test test-slow traps chaos abuse lab bench models format
 
 help: ## list the commands
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 17
 
 run: $(READY) ## train and evaluate on the embedded world through the notebooks, and write the report
 	$(PY) -m grpo_kit.cli run --profile $(PROFILE) $(ARGS)
