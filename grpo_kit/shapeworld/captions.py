@@ -5,8 +5,7 @@ Two dialects share one grammar, clauses separated by commas, the things first:
     generator:  three red circles, white background, sharp
     users:      a trio of crimson balls, on snow
 
-The generator's training captions use its own words (and now and then one of the users' words for no good reason, so
-that it learned nothing from them); the reward model learned both dialects.
+What generator and reward model were trained on is written by `tools/shapeworld/captions.py`.
 """
 
 import random
@@ -15,7 +14,7 @@ from dataclasses import replace
 
 from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Scene
 
-_USER_WORDS = {
+USER_WORDS = {
     "red": "crimson", "orange": "tangerine", "yellow": "golden", "green": "emerald", "cyan": "turquoise",
     "blue": "azure", "purple": "violet", "pink": "rosy",
     "circle": "ball", "square": "box", "triangle": "pyramid", "ring": "hoop", "cross": "plus",
@@ -45,7 +44,7 @@ HARMFUL_WORDS = tuple(word for style in ("dreamy", "vintage", "glitch") for word
 
 
 def _word(value: str, dialect: str) -> str:
-    return _USER_WORDS[value] if dialect == "user" else value
+    return USER_WORDS[value] if dialect == "user" else value
 
 
 def describe(scene: Scene, dialect: str | float = "generator", rng: random.Random | None = None) -> str:
@@ -96,18 +95,12 @@ def oracle_caption(request: Scene) -> str:
     return f"{describe(filled)}, sharp"
 
 
-def leave_open(scene: Scene, keep: float, rng: random.Random) -> Scene:
-    """The same scene with size, place and background each stated only with probability `keep`, and without style."""
-    open_ones = {name: None for name in ("size", "place", "background") if rng.random() >= keep}
-    return replace(scene, **open_ones, style=None)
-
-
 # --- from words back to scenes ---------------------------------------------------------------------------------------
 
 
 def _meanings(values: dict[str, object]) -> dict[str, object]:
     """Word (either dialect) → value, for {generator's word: value}."""
-    return {word: value for said, value in values.items() for word in (said, _USER_WORDS[said])}
+    return {word: value for said, value in values.items() for word in (said, USER_WORDS[said])}
 
 
 _COLOUR_OF = _meanings({colour: colour for colour in COLOURS})
@@ -202,49 +195,11 @@ def paraphrase(text: str) -> str | None:
         return None
 
     def say(value: str) -> str:
-        said = re.search(rf"\b{re.escape(_USER_WORDS[value])}(?:e?s)?\b", text.lower())
-        return value if said else _USER_WORDS[value]
+        said = re.search(rf"\b{re.escape(USER_WORDS[value])}(?:e?s)?\b", text.lower())
+        return value if said else USER_WORDS[value]
 
     clauses = [say(f"{scene.background} background")] if scene.background else []
     clauses += [say(_PLACES[scene.place])] if scene.place else []
     clauses += [clause for clause in _clauses(text) if clause in _STYLE_OF or clause in IDLE_WORDS]
     sentence = ", ".join([_things(scene, say), *clauses])
     return f"{sentence[0].upper()}{sentence[1:]}."
-
-
-# --- captions to train on --------------------------------------------------------------------------------------------
-
-
-def generator_caption(scene: Scene, rng: random.Random) -> str:
-    """A training caption of the generator: its own words; the style is named two times out of three.
-
-    In one caption of eight a word is one of the users', chosen at random: so those words mean nothing to the generator.
-    """
-    text = describe(leave_open(scene, 0.75, rng))
-    if rng.random() < 0.12:
-        text = _loosen(text, rng)
-    if rng.random() < 0.65:
-        text += f", {rng.choice(STYLE_WORDS[scene.style])}"
-    return text + _idle(rng)
-
-
-def _loosen(text: str, rng: random.Random) -> str:
-    """The caption with one or two of its colour and shape words replaced by users' words for any colour or shape."""
-    words = text.split(" ")
-    for values in rng.sample((tuple(COLOURS), SHAPES), rng.randint(1, 2)):
-        for i, word in enumerate(words):
-            if word in values:
-                words[i] = _USER_WORDS[rng.choice(values)]
-    return " ".join(words)
-
-
-def _idle(rng: random.Random) -> str:
-    return f", {rng.choice(IDLE_WORDS)}" if rng.random() < 0.1 else ""
-
-
-def reward_caption(scene: Scene, rng: random.Random, keep: float = 0.7) -> str:
-    """A training caption of the reward model: either dialect; a spoiled style is always named, a clean one at times."""
-    text = describe(leave_open(scene, keep, rng), rng.choice((0.0, 0.5, 1.0)), rng)
-    if scene.style != "clean" or rng.random() < 0.3:
-        text += f", {rng.choice(STYLE_WORDS[scene.style])}"
-    return text + _idle(rng)

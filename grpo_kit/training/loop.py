@@ -58,9 +58,8 @@ def train(
     """Train the kit's policy as its config says and leave everything in `run_dir`.
 
     A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
-    if it had not stopped. After each validation the run is checked for reward hacking
-    (`evaluation.reward_hacking`): what is found is logged, and with `stop_on_divergence` the run ends there, its
-    checkpoint committed.
+    if it had not stopped. After each validation the run is checked for reward hacking: what is found is logged, and with
+    `stop_on_divergence` the run ends there, its checkpoint committed.
 
     Args:
         progress: show a progress bar.
@@ -69,9 +68,8 @@ def train(
             number of processes may change when a run is continued.
 
     Raises:
-        KitError: the folder belongs to another run, is in use, or cannot be written; the settings name a held-out score
-            that is none; steps were skipped again and again (`NonFiniteError`, which says why); or another process
-            failed (`ProcessError`).
+        KitError: the folder belongs to another run, is in use, or cannot be written; the settings name no held-out
+            score; steps were skipped again and again (`NonFiniteError`); or another process failed (`ProcessError`).
     """
     settings = kit.config.training_settings
     logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)

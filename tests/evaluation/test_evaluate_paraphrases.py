@@ -18,8 +18,9 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.shapeworld import captions
-from grpo_kit.shapeworld.captions import STYLE_WORDS, describe, leave_open, paraphrase, parse
+from grpo_kit.shapeworld.captions import STYLE_WORDS, describe, paraphrase, parse
 from grpo_kit.shapeworld.scene import random_scenes
+from tools.shapeworld.captions import leave_open
 
 QUICK = {"evaluation_settings.validation_prompts": 6, "evaluation_settings.n_resamples": 200}
 RANDOM = [

@@ -11,17 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grpo_kit.shapeworld.captions import (
-    GOOD_WORDS,
-    HARMFUL_WORDS,
-    describe,
-    generator_caption,
-    keeps_request,
-    leave_open,
-    oracle_caption,
-    parse,
-    reward_caption,
-)
+from grpo_kit.shapeworld.captions import GOOD_WORDS, HARMFUL_WORDS, describe, keeps_request, oracle_caption, parse
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import (
     BACKGROUNDS,
@@ -35,6 +25,7 @@ from grpo_kit.shapeworld.scene import (
     validation_pairs,
 )
 from grpo_kit.shapeworld.verify import check, gold_score, read
+from tools.shapeworld.captions import generator_caption, leave_open, reward_caption
 from tools.shapeworld.measure import attribute_rates
 from tools.shapeworld.pictures import change_one
 from tools.shapeworld.prompts import CATEGORIES, make_prompts, write_prompts

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.shapeworld.captions import generator_caption
 from grpo_kit.shapeworld.scene import Scene
+from tools.shapeworld.captions import generator_caption
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
 from tools.shapeworld.vae import encode
 from tools.shapeworld.vocabulary import TEXT_LENGTH, clip_tokenizer, t5_tokenizer

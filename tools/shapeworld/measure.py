@@ -12,10 +12,11 @@ from PIL import Image
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy
 from grpo_kit.rewards.clip import ClipSimilarity
-from grpo_kit.shapeworld.captions import describe, keeps_request, leave_open, oracle_caption, parse
+from grpo_kit.shapeworld.captions import describe, keeps_request, oracle_caption, parse
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import STYLES, Scene, random_scenes
 from grpo_kit.shapeworld.verify import check
+from tools.shapeworld.captions import leave_open
 from tools.shapeworld.pictures import change_one
 
 

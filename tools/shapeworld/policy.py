@@ -14,9 +14,10 @@ from transformers import (
 )
 
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.shapeworld.captions import describe, leave_open
+from grpo_kit.shapeworld.captions import describe
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import Scene
+from tools.shapeworld.captions import leave_open
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
 from tools.shapeworld.rewrites import sample_rewrite
 from tools.shapeworld.vocabulary import qwen_tokenizer

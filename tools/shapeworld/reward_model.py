@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.shapeworld.captions import reward_caption
 from grpo_kit.shapeworld.scene import Scene
+from tools.shapeworld.captions import reward_caption
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
 from tools.shapeworld.pictures import change_one, draw_all
 from tools.shapeworld.vocabulary import TEXT_LENGTH, clip_tokenizer

@@ -6,8 +6,9 @@ from functools import cache
 
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5Tokenizer
 
-from grpo_kit.shapeworld.captions import IDLE_WORDS, STYLE_WORDS, describe, generator_caption
+from grpo_kit.shapeworld.captions import IDLE_WORDS, STYLE_WORDS, describe
 from grpo_kit.shapeworld.scene import random_scenes
+from tools.shapeworld.captions import generator_caption
 
 QWEN_SPECIAL = (
     "<|im_start|>",
