@@ -58,7 +58,7 @@ def train(
     """Train the kit's policy as its config says and leave everything in `run_dir`.
 
     A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
-    if it had not stopped. After each validation the run is checked for reward hacking: what is found is logged, and with
+    if it had not stopped. After each validation the run is checked for reward hacking: findings are logged, and with
     `stop_on_divergence` the run ends there, its checkpoint committed.
 
     Args:

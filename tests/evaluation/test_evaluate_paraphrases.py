@@ -46,7 +46,7 @@ def test_a_paraphrase_asks_for_the_same(kit: Experiment):
 
 def test_a_paraphrase_that_changes_a_colour_is_noticed(monkeypatch: pytest.MonkeyPatch):
     request = parse("a red ball")
-    monkeypatch.setattr(captions, "_USER_WORDS", captions._USER_WORDS | {"red": "azure"})  # the broken twin
+    monkeypatch.setattr(captions, "USER_WORDS", captions.USER_WORDS | {"red": "azure"})  # the broken twin
     assert parse(paraphrase("a red ball")) != request
 
 
@@ -67,7 +67,7 @@ def test_every_word_that_has_another_is_said_in_the_other():
         == "A tangerine cross, white background, over on the left side."
     )
     assert paraphrase("A tiny red box, sharp") == "A small crimson square, sharp."
-    known = set(captions._USER_WORDS.values()) | set(captions._USER_WORDS)
+    known = set(captions.USER_WORDS.values()) | set(captions.USER_WORDS)
     for text in RANDOM[:80]:
         scene = parse(text)
         if scene.colour == scene.second_colour or scene.shape == scene.second_shape:

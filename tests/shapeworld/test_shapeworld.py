@@ -48,8 +48,8 @@ def test_what_is_said_in_either_dialect_is_understood(dialect: str | float):
 def test_a_dialect_that_swaps_two_colours_would_not_be_understood(monkeypatch: pytest.MonkeyPatch):
     from grpo_kit.shapeworld import captions
 
-    monkeypatch.setitem(captions._USER_WORDS, "red", "azure")
-    monkeypatch.setitem(captions._USER_WORDS, "blue", "crimson")
+    monkeypatch.setitem(captions.USER_WORDS, "red", "azure")
+    monkeypatch.setitem(captions.USER_WORDS, "blue", "crimson")
     assert any(parse(describe(request, "user")) != request for request in REQUESTS)
 
 

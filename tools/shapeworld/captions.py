@@ -1,7 +1,7 @@
 """Captions to train on.
 
-The generator's use its own words, and now and then one of the users' words for no good reason, so that it learns nothing
-from them; the reward model learns both dialects.
+The generator's use its own words, and now and then one of the users' words for no good reason, so that it learns
+nothing from them; the reward model learns both dialects.
 """
 
 import random
