@@ -92,5 +92,4 @@ def grpo_step(
             batch.step(optimizer)
     skipped, reason = len(batch.non_finite), next(iter(batch.non_finite), None)
     metrics |= batch.metrics() | {"skipped_updates": 0.0} | skip_metrics(skipped, reason)
-    updates = settings.updates_per_rollout - skipped
-    return StepStats(metrics, advantages, updates, skipped, reason, batch.ref_logprobs)
+    return StepStats(metrics, advantages, settings.updates_per_rollout - skipped, skipped, reason, batch.ref_logprobs)
