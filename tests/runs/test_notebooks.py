@@ -1,7 +1,7 @@
 """Every notebook runs as it is committed, and with other parameters; what its checked cells print stays the same.
 
 The quick ones run in every test run: under nbval with their defaults, the quickest with other parameters too.
-`make test ARGS="tests/test_notebooks.py -m slow"` does the same with all of them, and gives each a second set.
+`make test ARGS="tests/runs/test_notebooks.py -m slow"` does the same with all of them, and gives each a second set.
 """
 
 from __future__ import annotations
