@@ -32,14 +32,20 @@ def disk_errors(run_dir: Path, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except KitError:
+    except (KitError, Timeout):
         raise
     except Exception as error:
-        number = _error_number(error)
-        if number is None or isinstance(error, Timeout):
+        # a library in Rust leaves the system's number in its text alone
+        in_text = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+        if number is None:
             raise
+        mend = "make room" if number in _FULL else "allow writing into it" if number in _FORBIDDEN else "mend that"
+        advice = f"{mend}, then give the same command again: it goes on from there"
+        if number not in _FULL and last_commit(run_dir) is None:
+            advice = "choose a folder that can be written to"
         what = f"run folder {run_dir}: {name and name + ': '}{os.strerror(number)}"
-        raise RunError(f"{what} ({commit_status(run_dir)}); {_advice(run_dir, number)}") from error
+        raise RunError(f"{what} ({commit_status(run_dir)}); {advice}") from error
 
 
 def commit_status(run_dir: Path) -> str:
@@ -53,18 +59,3 @@ def last_commit(run_dir: Path) -> int | None:
     with contextlib.suppress(OSError):
         return max(checkpoints_of(run_dir / "checkpoints"), default=None)
     return None
-
-
-def _error_number(error: BaseException) -> int | None:
-    """The operating system's number of an error, also where a library in Rust has only left it in the text."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
-
-
-def _advice(run_dir: Path, number: int) -> str:
-    if number not in _FULL and last_commit(run_dir) is None:
-        return "choose a folder that can be written to"
-    mend = "make room" if number in _FULL else "allow writing into it" if number in _FORBIDDEN else "mend that"
-    return f"{mend}, then give the same command again: it goes on from there"
