@@ -1,5 +1,7 @@
 """A run is a folder: what is written where, and how it is opened again."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json
@@ -7,10 +9,9 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from filelock import FileLock, Timeout
-from PIL import Image
 
 from grpo_kit.config import Config, load_config
 from grpo_kit.config.hardware import computing_machine, library_versions
@@ -19,6 +20,10 @@ from grpo_kit.runs.durable import flush, flush_tree, json_bytes, remove, replace
 from grpo_kit.runs.iterations import files_of_iterations, iteration_of
 from grpo_kit.runs.log_file import log_into
 from grpo_kit.runs.record import metrics_lines, read_metrics, read_validations
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 _THUMBNAIL = 192  # pixels of the longer side, at most
@@ -37,7 +42,7 @@ class RunFolder:
         self._unflushed: set[Path] = set()  # files, and folders whose entries changed, since the last commit
 
     @classmethod
-    def open(cls, path: Path | str, config: Config) -> "RunFolder":
+    def open(cls, path: Path | str, config: Config) -> RunFolder:
         """Create the folder, or find it again with the same settings (more iterations are fine).
 
         Raises:
