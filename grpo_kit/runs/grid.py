@@ -237,12 +237,10 @@ def _identity(trial: PlannedTrial) -> dict[str, object]:
 # --- running them -----------------------------------------------------------------------------------------------------
 
 
-def run_trials(
-    trials: Sequence[PlannedTrial], minutes_per_cell: float = 60.0, starting: Callable[[Planned], None] | None = None
-) -> Iterator[TrialResult]:
+def run_trials(trials: Sequence[PlannedTrial], minutes_per_cell: float = 60.0) -> Iterator[TrialResult]:
     """Run one trial after the other; a failed one ends itself, not the others."""
     for trial in trials:
-        yield run_trial(trial, minutes_per_cell, starting)
+        yield run_trial(trial, minutes_per_cell)
 
 
 def run_trial(

@@ -8,7 +8,7 @@ notebook's second code cell checks them again by `check_parameters(globals())`.
 import ast
 import functools
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,14 @@ class Parameter:
 
     def fits(self, value: object) -> bool:
         """Whether a value is of the type: a whole number is a float, too; true is no number; neither is nan or inf."""
-        exact = type(value) is TYPES.get(self.kind) or (self.kind == "float" and type(value) is int)
-        return exact and not (isinstance(value, float) and not math.isfinite(value))
+        if self.kind == "float" and type(value) in (int, float):
+            return abs(value) <= sys.float_info.max  # false for nan
+        return type(value) is TYPES.get(self.kind)
 
     def refusal(self, name: str, found: object) -> NotebookError:
         """The error that says which values the parameter of that name takes."""
-        allowed = f"{self.kind}, such as {self.default!r:.60}" if self.kind in TYPES else f"one of {', '.join(TYPES)}"
+        allowed = self.kind if self.kind in TYPES else f"one of {', '.join(TYPES)}"
+        allowed += "" if self.default is None else f", such as {self.default!r:.60}"
         return NotebookError(f"parameter {name}: found {found!r:.60}, allowed: {allowed}. Give a value of that type")
 
     def read(self, name: str, given: object) -> object:
