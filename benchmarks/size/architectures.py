@@ -33,7 +33,7 @@ from grpo_kit.config import LoraSettings
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
-from grpo_kit.preflight.plan.architectures import published
+from grpo_kit.preflight.plan.architectures import published_models
 from grpo_kit.rewards.clip import ClipSimilarity
 
 CLIP_WORDS = 49408
@@ -68,8 +68,8 @@ BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("U
 LATENTS = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
 
-POLICY = published("policies", "Qwen/Qwen2.5-VL-3B-Instruct")["config"]
-PIPELINE = published("generators", "stabilityai/stable-diffusion-3-medium-diffusers")["components"]
+POLICY = published_models()["policies"]["Qwen/Qwen2.5-VL-3B-Instruct"]["config"]
+PIPELINE = published_models()["generators"]["stabilityai/stable-diffusion-3-medium-diffusers"]["components"]
 
 FULL = Size(
     text=POLICY["text_config"],

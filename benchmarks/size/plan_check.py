@@ -209,7 +209,7 @@ def build(case: Case, folder: Path) -> dict[str, Any]:
 
 def predicted(settings: Mapping[str, Any]) -> dict[str, float]:
     """MB, seconds and parameters by the planner, with a calibration of its own."""
-    from grpo_kit.preflight.plan.fit import plan
+    from grpo_kit.preflight.plan import plan
     from grpo_kit.preflight.plan.speed import calibrate
 
     started = time.perf_counter()

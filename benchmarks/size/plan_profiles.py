@@ -43,7 +43,7 @@ def main(
     out: Annotated[Path, typer.Option(help="the record, whose other profiles are kept")] = RECORD,
 ) -> None:
     """Write the record and print the table's lines."""
-    from grpo_kit.preflight.plan.fit import plan
+    from grpo_kit.preflight.plan import plan
     from grpo_kit.preflight.plan.table import as_json
 
     records = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_kit.config import Config, KitError, hardware
+from grpo_kit.config import Config, KitError, hardware, one_line
 from grpo_kit.config.prompts import load_prompts
 
 WEIGHTS = ("*.safetensors", "*.bin")
 NEEDED = "torch torchvision transformers diffusers peft open_clip_torch papermill ipykernel ipywidgets".split()
+_RESTORE = "Restore it (git checkout), or train it again: make models"
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,18 @@ class Finding:
 
 def check_machine(config: Config) -> Iterator[Finding]:
     """Look at everything that a run with `config` needs, from the quick things to the loading of the models."""
+    models = config.model_settings
     yield Finding("python", True, f"{platform.python_version()}, {os.cpu_count()} CPU cores")
-    yield _libraries()
+    yield _found("libraries", _libraries)
     yield _found("device", lambda: _device(config))
-    models, data = config.model_settings, (config.training_settings, config.evaluation_settings)
     files = [
         _found("policy", lambda: weights_text(models.vlm_model)),
         _found("generator", lambda: weights_text(models.sd_model)),
         _found("reward model", lambda: _reward_model(models.clip_model)),
     ]
     yield from files
-    yield _found("train prompts", lambda: prompts_text(data[0].train_prompts))
-    yield _found("val prompts", lambda: prompts_text(data[1].val_prompts))
+    yield _found("train prompts", lambda: _prompts(config.training_settings.train_prompts))
+    yield _found("val prompts", lambda: _prompts(config.evaluation_settings.val_prompts))
     if all(finding.ok for finding in files):
         yield _found("models load", lambda: _load(config))
     yield _found("kernel", _kernel)
@@ -55,16 +56,14 @@ def _found(name: str, look: Callable[[], str]) -> Finding:
     except KitError as problem:
         return Finding(name, False, str(problem))
     except Exception as problem:  # a check reports whatever goes wrong
-        lines = str(problem).strip().splitlines() or ["no further text"]
-        return Finding(name, False, f"{type(problem).__name__}: {lines[0]:.300}")
+        return Finding(name, False, f"{type(problem).__name__}: {one_line(problem, 300)}")
 
 
-def _libraries() -> Finding:
+def _libraries() -> str:
     versions = hardware.library_versions()
-    missing = [name for name in NEEDED if name not in versions]
-    if missing:
-        return Finding("libraries", False, f"missing: {', '.join(missing)}. Install them: pip install -e .")
-    return Finding("libraries", True, ", ".join(f"{name} {versions[name]}" for name in NEEDED))
+    if missing := [name for name in NEEDED if name not in versions]:
+        raise KitError(f"missing: {', '.join(missing)}. Install them: pip install -e .")
+    return ", ".join(f"{name} {versions[name]}" for name in NEEDED)
 
 
 def _device(config: Config) -> str:
@@ -87,17 +86,17 @@ def weights_text(where: str) -> str:
     if not folder.is_absolute():
         return _cached(where)
     if not folder.is_dir():
-        raise KitError(f"{folder}: no such folder. Restore it (git checkout), or train it again: make models")
+        raise KitError(f"{folder}: no such folder. {_RESTORE}")
     weights = sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
     card = folder / "card.json"
     sums = json.loads(card.read_text(encoding="utf-8")).get("sha256", {}) if card.exists() else {}
     for name, expected in sums.items():
-        _check_sum(folder / name, expected)
+        _require_sum(folder / name, expected)
     if not weights:
-        raise KitError(f"{folder}: no weight file ({', '.join(WEIGHTS)}). Restore it (git checkout), or: make models")
+        raise KitError(f"{folder}: no weight file ({', '.join(WEIGHTS)}). {_RESTORE}")
     size = sum(path.stat().st_size for path in weights) / 1e6
-    told = f"{len(sums)} files match their card" if sums else "no card to compare with"
-    return f"{where}: {size:.1f} MB of weights, {told}"
+    compared = f"{len(sums)} files match their card" if sums else "no card to compare with"
+    return f"{where}: {size:.1f} MB of weights, {compared}"
 
 
 def _reward_model(where: str) -> str:
@@ -106,16 +105,13 @@ def _reward_model(where: str) -> str:
     return f"{where}: open_clip keeps its weights in its own cache, and fetches them at first use"
 
 
-def _check_sum(path: Path, expected: str) -> None:
+def _require_sum(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise KitError(f"{path}: missing. Restore it (git checkout), or train it again: make models")
+        raise KitError(f"{path}: missing. {_RESTORE}")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise KitError(
-            f"{path}: damaged: sha256 {found[:12]}…, its card says {expected[:12]}…. "
-            "Restore it (git checkout), or train it again: make models"
-        )
+        raise KitError(f"{path}: damaged: sha256 {found[:12]}…, its card says {expected[:12]}…. {_RESTORE}")
 
 
 def _cached(where: str) -> str:
@@ -129,8 +125,7 @@ def _cached(where: str) -> str:
     )
 
 
-def prompts_text(path: str) -> str:
-    """How many prompts of how many categories a file holds; raises `ConfigError` where it is broken."""
+def _prompts(path: str) -> str:
     prompts = load_prompts(path)
     return f"{path}: {len(prompts)} prompts, {len({prompt.category for prompt in prompts})} categories"
 
@@ -146,8 +141,7 @@ def _load(config: Config) -> str:
 def _kernel() -> str:
     from jupyter_client.kernelspec import KernelSpecManager
 
-    found = KernelSpecManager().find_kernel_specs()
-    if "python3" not in found:
+    if "python3" not in KernelSpecManager().find_kernel_specs():
         raise KitError("no Jupyter kernel named python3. Install it: python -m ipykernel install --sys-prefix")
     return f"python3 (ipykernel {importlib.metadata.version('ipykernel')})"
 

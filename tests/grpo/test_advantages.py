@@ -1,6 +1,6 @@
 """Group advantages: the properties that known mistakes violate (CORRECTNESS.md T3, T4, T5, T15, T16); TRL's formula.
 
-The properties are the trap doctor's (grpo_kit/doctor); `group_advantages` has to have them, broken versions may not.
+The properties are those of `grpo-kit doctor` (preflight/loss_checks): these advantages have them, broken ones do not.
 """
 
 import functools

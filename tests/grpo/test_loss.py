@@ -1,6 +1,6 @@
 """The loss: what known mistakes violate (CORRECTNESS.md T1, T2, T6, T7, T10, T14, T17, T21 to T23, T25); TRL as oracle.
 
-The properties are the trap doctor's (grpo_kit/doctor); here `grpo_loss` has to have them and broken versions may not.
+The properties are those of `grpo-kit doctor` (preflight/loss_checks): `grpo_loss` has them, broken versions do not.
 """
 
 import functools
@@ -13,8 +13,8 @@ from support.broken_twins import Known, holding, twins
 
 from grpo_kit.grpo import LOSS_TYPES, LossOutput, completion_mask, grpo_loss, kl_divergence, token_weights
 from grpo_kit.grpo import loss as loss_module
-from grpo_kit.preflight.loss_checks import Subject, kl_properties, properties, subject_of
-from grpo_kit.preflight.loss_checks.specimens import trl_loss
+from grpo_kit.preflight.loss_checks import Subject, loss_properties, subject_of
+from grpo_kit.preflight.loss_checks.examples import trl_loss
 
 Loss = Callable[..., LossOutput]
 LEVELS = ("token", "sequence")
@@ -63,7 +63,7 @@ def its_value_starts_at_zero(subject: Subject) -> None:
 
 def wild_padding_changes_nothing(subject: Subject) -> None:
     """T10: not even padding whose ratio overflows, nor in the last bit."""
-    assert properties.nothing_after_the_end_counts(subject, garbage=(-1e4, 50.0)).endswith("bit for bit")
+    assert loss_properties.nothing_after_the_end_counts(subject, garbage=(-1e4, 50.0)).endswith("bit for bit")
 
 
 def near_ratios_stay_exact(subject: Subject) -> None:
@@ -216,36 +216,36 @@ Property = Callable[[Subject], object]
 PROPERTIES: Known = [
     (
         "T1",
-        properties.ratio_is_one_before_the_first_update,
+        loss_properties.ratio_is_one_before_the_first_update,
         [ratio_against_the_reference, surrogate_without_gradient],
     ),
-    ("T2", properties.reference_is_ignored_without_kl, [ratio_against_the_reference]),
-    ("T6", properties.length_bias_is_the_stated_one, [every_type_a_mean_of_row_means]),
+    ("T2", loss_properties.reference_is_ignored_without_kl, [ratio_against_the_reference]),
+    ("T6", loss_properties.length_bias_is_the_stated_one, [every_type_a_mean_of_row_means]),
     (
         "T7",
-        kl_properties.kl_term_pulls_by_the_gradient_of_a_kl,
+        loss_properties.kl_term_pulls_by_the_gradient_of_a_kl,
         [kl_detached, kl_with_the_sign_turned, kl_a_mean_log_ratio],
     ),
     ("T7", kl_pulls_every_token_towards_the_reference, [kl_detached, kl_with_the_sign_turned]),
-    ("T10", properties.nothing_after_the_end_counts, [padding_included]),
+    ("T10", loss_properties.nothing_after_the_end_counts, [padding_included]),
     ("T10", wild_padding_changes_nothing, [padding_included]),
-    ("T14", properties.parts_add_up_to_the_whole, [parts_weighed_by_themselves]),
+    ("T14", loss_properties.parts_add_up_to_the_whole, [parts_weighed_by_themselves]),
     ("T14", weights_are_those_of_the_whole_batch, [parts_weighed_by_themselves]),
     (
         "T17",
-        properties.logprobs_are_not_clamped,
+        loss_properties.logprobs_are_not_clamped,
         [logprobs_clamped_at_20, probabilities_clamped_at_95_percent, surrogate_without_gradient],
     ),
-    ("T21", properties.a_loss_of_zero_still_learns, [surrogate_without_gradient]),
+    ("T21", loss_properties.a_loss_of_zero_still_learns, [surrogate_without_gradient]),
     ("T21", its_value_starts_at_zero, [surrogate_without_gradient, advantage_with_the_ratio_taken_away]),
     (
         "T22",
-        properties.clip_acts_on_its_active_side_alone,
+        loss_properties.clip_acts_on_its_active_side_alone,
         [clip_without_the_minimum, clip_shares_of_both_sides],
     ),
-    ("T22", properties.delta_bounds_the_negative_side, [delta_ignored, negative_side_always_bounded]),
-    ("T23", properties.flat_groups_give_no_gradient, [entropy_bonus_left_on]),
-    ("T25", properties.far_ratios_stay_finite, [plain_exp]),
+    ("T22", loss_properties.delta_bounds_the_negative_side, [delta_ignored, negative_side_always_bounded]),
+    ("T23", loss_properties.flat_groups_give_no_gradient, [entropy_bonus_left_on]),
+    ("T25", loss_properties.far_ratios_stay_finite, [plain_exp]),
     ("T25", near_ratios_stay_exact, [exp_bounded_at_2]),
 ]
 
@@ -269,9 +269,9 @@ def test_every_loss_type_and_level_is_examined():
 
 def test_this_loss_is_stricter_than_any_correct_one_has_to_be():
     subject = subject_of(grpo_loss)
-    assert properties.reference_is_ignored_without_kl(subject).endswith("bit for bit")
-    assert properties.clip_acts_on_its_active_side_alone(subject).endswith("only there")
-    assert kl_properties.kl_term_pulls_by_the_gradient_of_a_kl(subject) == "k1 0, k2 ∇KL(π‖ref), k3 ∇KL(ref‖π)"
+    assert loss_properties.reference_is_ignored_without_kl(subject).endswith("bit for bit")
+    assert loss_properties.clip_acts_on_its_active_side_alone(subject).endswith("only there")
+    assert loss_properties.kl_term_pulls_by_the_gradient_of_a_kl(subject) == "k1 0, k2 ∇KL(π‖ref), k3 ∇KL(ref‖π)"
 
 
 @pytest.mark.trap("T7", broken="kl_without_importance_weight")
@@ -285,10 +285,10 @@ def test_kl_of_older_samples_needs_the_importance_weight():
         return policy + beta * (token_weights(mask) * weight * kl_divergence(logprobs, ref_logprobs, "k3")).sum()
 
     weighted, unweighted = (subject_of(loss) for loss in (kl_with_importance_weight, kl_without_importance_weight))
-    assert "∇KL(π‖ref)" in kl_properties.kl_term_is_weighted_off_policy(weighted)
-    assert "∇KL(ref‖π)" in kl_properties.kl_term_pulls_by_the_gradient_of_a_kl(unweighted)  # on-policy it is one
+    assert "∇KL(π‖ref)" in loss_properties.kl_term_is_weighted_off_policy(weighted)
+    assert "∇KL(ref‖π)" in loss_properties.kl_term_pulls_by_the_gradient_of_a_kl(unweighted)  # on-policy it is one
     with pytest.raises(AssertionError, match="no importance weight"):
-        kl_properties.kl_term_is_weighted_off_policy(unweighted)
+        loss_properties.kl_term_is_weighted_off_policy(unweighted)
 
 
 # --- for every loss type ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The trap doctor: how it calls foreign functions, what it says of good and bad ones, and its command."""
+"""The checks of a loss: how they call foreign functions, what they say of good and bad ones, and `grpo-kit doctor`."""
 
 import subprocess
 import sys
@@ -16,18 +16,18 @@ from grpo_kit.preflight.loss_checks import (
     FALLS_IN,
     NOT_ASKED,
     OK,
-    QUESTIONS,
-    Finding,
     NotAsked,
     examine,
-    kl_properties,
     load_subject,
-    properties,
+    loss_properties,
     subject_of,
     table,
 )
 from grpo_kit.preflight.loss_checks.cases import at_ratios, drifted, enumerable, on_policy
-from grpo_kit.preflight.loss_checks.specimens import classic_loss, trl_loss
+from grpo_kit.preflight.loss_checks.examine import QUESTIONS, Finding
+from grpo_kit.preflight.loss_checks.examples import classic_loss, trl_loss
+
+HERE = __name__.rpartition(".")[2]  # how the command finds this file
 
 
 def _titles(findings: list[Finding], outcome: str) -> set[str]:
@@ -35,7 +35,7 @@ def _titles(findings: list[Finding], outcome: str) -> set[str]:
 
 
 def _shown(loss: Callable, title: str, advantages: Callable | None = None) -> str:
-    """What the doctor says under a title, after the outcome."""
+    """What is said under a title, after the outcome."""
     question = next(question for question in QUESTIONS if question.title == title)
     finding = examine(subject_of(loss, advantages=advantages), [question])[0]
     return f"{finding.outcome}: {finding.shown}"
@@ -53,8 +53,8 @@ def reinforce(logprobs, advantages, mask):
 
 
 def clipped_with_numbers_as_mask(logprobs, old_logprobs, advantages, mask, epsilon):
-    ratio = _bounded(logprobs - old_logprobs)
-    worse = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)  # advantages: (N, 1)
+    ratio, advantages = _bounded(logprobs - old_logprobs), advantages.unsqueeze(1)
+    worse = torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
     return -(worse * (1 - (1 - mask))).sum() / len(mask)  # a boolean mask cannot be taken from 1
 
 
@@ -82,11 +82,11 @@ class Output:
     loss: torch.Tensor
 
 
-def anything_by_keyword(**given):
-    ratio = _bounded(given["logprobs"] - given["old_logprobs"])
-    kl = ratio * (given["logprobs"] - given["ref_logprobs"])  # k1, right since its weight carries gradient
-    per_token = -ratio * given["advantages"].unsqueeze(1) + given.get("beta", 0.0) * kl
-    return Output((per_token * given["mask"]).sum() / given["mask"].sum())
+def an_object_with_the_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, beta=0.0, **unused):
+    ratio = _bounded(logprobs - old_logprobs)
+    kl = ratio * (logprobs - ref_logprobs)  # k1, right since its weight carries gradient
+    per_token = -ratio * advantages.unsqueeze(1) + beta * kl
+    return Output((per_token * mask).sum() / mask.sum())
 
 
 def fixed_weight_of_the_kl(logprobs, ref_logprobs, advantages, mask):
@@ -108,8 +108,8 @@ def _flat(rewards, group_ids):
     return torch.stack([rewards[group_ids == group].std(correction=0) < 1e-6 for group in group_ids])
 
 
-def advantages_a_token(logprobs, advantages, mask):
-    return -(advantages[mask] * logprobs[mask]).mean()
+def picked_by_a_boolean_mask(logprobs, advantages, mask):
+    return -(advantages[:, None].expand(mask.shape)[mask] * logprobs[mask]).mean()
 
 
 CORRECT = [
@@ -117,9 +117,9 @@ CORRECT = [
     clipped_with_numbers_as_mask,
     sequence_ratio_bounded_on_both_sides,
     leave_one_out_with_squared_kl,
-    anything_by_keyword,
+    an_object_with_the_loss,
     fixed_weight_of_the_kl,
-    advantages_a_token,
+    picked_by_a_boolean_mask,
 ]
 
 
@@ -247,9 +247,9 @@ NO_DELTA = "not asked: takes no delta; at ratio e^5 a bad sample pushes"
         (reinforce, "length bias", "ok: lengths 10 and 100: 1 : 1 (no length bias)"),
         (leave_one_out_with_squared_kl, "length bias", "ok: lengths 10 and 100: 10 : 1 (a mean of row means"),
         (lower_clip_lost, "clip on its active side", "falls in: 2 of 4 samples"),
-        (anything_by_keyword, "clip on its active side", "ok: ratios 0.5 and 1.5: not clipped"),
+        (an_object_with_the_loss, "clip on its active side", "ok: ratios 0.5 and 1.5: not clipped"),
         (delta_taken_and_dropped, "unbounded negative side", "falls in: delta 4: a ratio of e^9 counts 8103"),
-        (anything_by_keyword, "unbounded negative side", f"{NO_DELTA} 148 ×"),
+        (an_object_with_the_loss, "unbounded negative side", f"{NO_DELTA} 148 ×"),
         (sequence_ratio_bounded_on_both_sides, "unbounded negative side", f"{NO_DELTA} 0 ×"),
         (raises_far_away, "overflow", "falls in: raises ArithmeticError: ratio is astronomical"),
         (reinforce, "leakage between groups", "not asked: takes advantages, not rewards"),
@@ -326,19 +326,13 @@ def test_rewards_that_are_only_logged_are_no_advantages():
     assert _shown(loss, "leakage between groups").startswith("not asked")
 
 
-def test_setting_that_reaches_any_keyword_counts_where_it_is_heeded():
-    subject = subject_of(anything_by_keyword)
-    assert "beta" in subject.takes and not subject.takes & {"rewards", "delta", "loss_type", "weights"}
-    assert "beta" not in subject_of(lambda logprobs, advantages, mask, **unused: logprobs.sum()).takes
+def test_only_arguments_that_are_named_are_given():
+    takes = subject_of(an_object_with_the_loss).takes
+    assert takes & {"logprobs", "beta", "rewards", "delta", "loss_type", "weights"} == {"logprobs", "beta"}
 
 
-def test_strict_keywords_of_an_inner_function_are_respected():
-    def outer(**options):
-        return grpo_loss(**options)
-
-    takes = subject_of(outer).takes
-    assert {"beta", "delta", "loss_type", "weights", "kl_estimator", "num_items_in_batch"} <= takes
-    assert not takes & {"rewards", "group_ids"}
+def any_keyword(**given):
+    return grpo_loss(**given)
 
 
 def needs_more(logprobs, advantages, teacher):
@@ -372,9 +366,10 @@ def one_number(rewards):
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
-        (needs_more, "needs 'teacher', which the doctor does not know; allowed, by name: logprobs, "),
+        (needs_more, "needs 'teacher', which is not known; allowed, by name: logprobs, "),
         (by_position_only, "needs 'logprobs', by position only"),
         (no_advantages, "takes logprobs, mask; needs logprobs, and advantages or rewards"),
+        (any_keyword, "takes none of the known arguments; needs logprobs, and advantages or rewards, by name"),
         (a_number, "returned float, allowed: a scalar tensor"),
         (a_value_a_token, "returned a tensor of shape (6, 7), allowed: a scalar tensor"),
         (always_raising, "RuntimeError: no luck"),
@@ -399,7 +394,7 @@ def test_advantage_function_that_cannot_be_examined_is_one_line(advantages: Call
 def test_missing_trl_is_one_line_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "trl.trainer.grpo_trainer", None)
     with pytest.raises(KitError, match="pip install") as error:
-        load_subject("grpo_kit.preflight.loss_checks.specimens:trl_loss")
+        load_subject("grpo_kit.preflight.loss_checks.examples:trl_loss")
     assert "\n" not in str(error.value)
 
 
@@ -446,12 +441,12 @@ def _exit_code(*arguments: str) -> int:
 @pytest.mark.parametrize(
     ("place", "code", "says"),
     [
-        ("test_doctor:reinforce", 0, "8 ok, 0 fallen into, 10 not asked"),
-        ("test_doctor:mean_over_padding_too", 1, "FALLS IN   end of sequence"),
-        ("test_doctor", 2, "grpo-kit: function 'test_doctor': allowed: module:function"),
-        ("test_doctor:nobody", 2, "found no function 'nobody' in test_doctor"),
+        (f"{HERE}:reinforce", 0, "8 ok, 0 fallen into, 10 not asked"),
+        (f"{HERE}:mean_over_padding_too", 1, "FALLS IN   end of sequence"),
+        (HERE, 2, f"grpo-kit: function {HERE!r}: allowed: module:function"),
+        (f"{HERE}:nobody", 2, f"found no function 'nobody' in {HERE}"),
         ("no_such_module:loss", 2, "cannot be imported: ModuleNotFoundError"),
-        ("test_doctor:needs_more", 2, "needs 'teacher'"),
+        (f"{HERE}:needs_more", 2, "needs 'teacher'"),
     ],
 )
 def test_command_says_by_its_exit_code_whether_there_are_traps(
@@ -464,7 +459,7 @@ def test_command_says_by_its_exit_code_whether_there_are_traps(
 
 
 def test_command_asks_an_advantage_function_too(capsys: pytest.CaptureFixture):
-    assert _exit_code("test_doctor:reinforce", "--advantages", "test_doctor:whitened_over_the_batch") == 1
+    assert _exit_code(f"{HERE}:reinforce", "--advantages", f"{HERE}:whitened_over_the_batch") == 1
     assert "move advantages by" in capsys.readouterr().out
 
 
@@ -482,6 +477,6 @@ def test_each_question_has_a_trap_a_title_of_its_own_and_a_source():
 
 
 def test_property_can_be_asked_alone():
-    assert properties.nothing_after_the_end_counts(subject_of(grpo_loss)).startswith("padding changes nothing")
+    assert loss_properties.nothing_after_the_end_counts(subject_of(grpo_loss)).startswith("padding changes nothing")
     with pytest.raises(NotAsked, match="takes no ref_logprobs"):
-        kl_properties.kl_term_pulls_by_the_gradient_of_a_kl(subject_of(reinforce))
+        loss_properties.kl_term_pulls_by_the_gradient_of_a_kl(subject_of(reinforce))

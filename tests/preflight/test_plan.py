@@ -14,10 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from grpo_kit.config import Config, load_config
 from grpo_kit.models.generator import load_generator
 from grpo_kit.models.policy import load_policy
-from grpo_kit.preflight.plan.architectures import component, known_models, language_model, pipeline_shape, reward_model
-from grpo_kit.preflight.plan.fit import Plan, plan
+from grpo_kit.preflight.plan import plan
+from grpo_kit.preflight.plan.architectures import (
+    component,
+    language_model,
+    pipeline_shape,
+    published_models,
+    reward_model,
+)
 from grpo_kit.preflight.plan.generator import plan_generator
-from grpo_kit.preflight.plan.parts import count_parameters, tensors_of
+from grpo_kit.preflight.plan.parts import Plan, count_parameters, tensors_of
 from grpo_kit.preflight.plan.policy import longest_rollout, plan_policy
 from grpo_kit.preflight.plan.reward import plan_reward
 from grpo_kit.preflight.plan.tracing import Trace
@@ -52,16 +58,15 @@ def test_parameters_are_those_of_the_real_models():
 
 
 def test_models_in_the_table_have_as_many_parameters_as_their_owners_say():
-    from grpo_kit.preflight.plan.architectures import _table
-
-    for name in known_models()["policies"]:
-        assert count_parameters(language_model(name, torch.bfloat16)[0]) == _table()["policies"][name]["parameters"]
-    for name in known_models()["generators"]:
-        for part, parameters in _table()["generators"][name]["parameters"].items():
+    table = published_models()
+    for name, entry in table["policies"].items():
+        assert count_parameters(language_model(name, torch.bfloat16)[0]) == entry["parameters"]
+    for name, entry in table["generators"].items():
+        for part, parameters in entry["parameters"].items():
             made = component(*pipeline_shape(name).components[part], torch.bfloat16)
             assert count_parameters(made) == parameters, (name, part)
-    for name in known_models()["rewards"]:
-        assert count_parameters(reward_model(name)[0]) == _table()["rewards"][name]["parameters"]
+    for name, entry in table["rewards"].items():
+        assert count_parameters(reward_model(name)[0]) == entry["parameters"]
 
 
 @pytest.mark.parametrize("changes", [{}, LORA, LOOKING, {"model_settings.gradient_checkpointing": True}], ids=str)

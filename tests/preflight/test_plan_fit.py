@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.size.plan_profiles import MACHINES, RECORD, fingerprint
 from grpo_kit.cli import main
 from grpo_kit.config import KitError, load_config
+from grpo_kit.preflight.plan import plan, planned_again
 from grpo_kit.preflight.plan.advice import DIALS, advice
 from grpo_kit.preflight.plan.architectures import PlanError
-from grpo_kit.preflight.plan.fit import Plan, plan, planned_again
 from grpo_kit.preflight.plan.generator import plan_generator
-from grpo_kit.preflight.plan.parts import Part
+from grpo_kit.preflight.plan.parts import Part, Plan
 from grpo_kit.preflight.plan.policy import longest_rollout
 from grpo_kit.preflight.plan.speed import ACCELERATORS, Speed, at, speed_of
 from grpo_kit.preflight.plan.table import in_words
@@ -52,7 +52,7 @@ def _flops(work: object) -> int:
         ("model_settings__gradient_checkpointing", True, "other"),
     ],
 )
-def test_more_of_a_setting_never_needs_less_memory_of_thepolicy_part(setting: str, other: object, least: str):
+def test_more_of_a_setting_never_needs_less_memory_of_the_policy(setting: str, other: object, least: str):
     usual, changed = _adapted(), policy_part(**LORA, **{setting: other})
     small, large = (usual, changed) if least == "usual" else (changed, usual)
     for before, after in zip(small.phases, large.phases, strict=True):
@@ -94,10 +94,10 @@ def test_parts_add_up():
     assert found.resident == sum(part.resident for part in found.parts)
     assert found.peak == found.resident + max(phase.cost.peak for part in found.parts for phase in part.phases)
     assert found.largest[1].cost.peak == max(part.working for part in found.parts)
-    together, *others = found.homes
+    together, *others = found.placements
     assert together.peak == found.peak
-    assert all(home.peak <= together.peak for home in others)
-    assert all(home.peak >= max(part.resident + part.working for part in found.parts) for home in others)
+    assert all(way.peak <= together.peak for way in others)
+    assert all(way.peak >= max(part.resident + part.working for part in found.parts) for way in others)
     assert found.seconds == pytest.approx(sum(map(found.part_seconds, found.parts)))
 
 

@@ -1,11 +1,13 @@
-"""Random batches on which a loss is examined: valid log-probabilities, unequal lengths, groups of three."""
+"""Random batches on which a loss is examined (valid log-probabilities, unequal lengths), and how far figures differ."""
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
-LENGTHS = (7, 1, 4, 6, 2, 5)  # rows unlike tokens in number, so that a wrong broadcast cannot pass unseen
+LENGTHS = (7, 1, 4, 6, 2, 5)  # other numbers of rows and of tokens, so that a wrong broadcast is an error
 EQUAL = (5,) * 6
+ROUNDING = 1e-5  # relative: cases are float64, but a function may well compute in float32
 _HIGHEST = -1e-3  # the largest log-probability that a case holds
 
 
@@ -27,40 +29,32 @@ class Batch:
 
     def rows(self, keep: torch.Tensor) -> "Batch":
         """Some of the rows, their groups numbered from 0 again."""
-        part = Batch(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
+        part = Batch(**{name: tensor[keep] for name, tensor in vars(self).items()})
         return replace(part, group_ids=part.group_ids.unique(return_inverse=True)[1])
 
     def rewarded(self, rewards: torch.Tensor) -> "Batch":
         """The batch with these rewards (N,), and with the advantages that follow from them."""
-        means = {int(group): rewards[self.group_ids == group].mean() for group in self.group_ids.unique()}
-        baseline = torch.stack([means[int(group)] for group in self.group_ids])
+        baseline = torch.stack([rewards[self.group_ids == group].mean() for group in self.group_ids])
         return replace(self, rewards=rewards, advantages=rewards - baseline)
 
-    def single(self) -> "Batch":
-        """The batch in float32."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
+    def in_float32(self) -> "Batch":
+        """The batch in single precision."""
+        return replace(self, **{name: t.float() for name, t in vars(self).items() if t.is_floating_point()})
 
 
 def drifted(seed: int = 0, drift: float = 0.3, lengths: tuple[int, ...] = LENGTHS) -> Batch:
-    """A batch whose policy has moved by `drift` (nats a token) since it sampled, and whose reference is another."""
+    """Groups of three whose policy has moved by `drift` (nats a token) since it sampled; the reference is another."""
     source = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
 
-    def noise() -> torch.Tensor:
-        return torch.randn(shape, generator=source, dtype=torch.float64)
+    def noise(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=source, dtype=torch.float64)
 
     old = -0.05 - 4 * torch.rand(shape, generator=source, dtype=torch.float64)
-    batch = Batch(
-        logprobs=(old + drift * noise()).clamp(max=_HIGHEST),
-        old_logprobs=old,
-        ref_logprobs=(old + 0.5 * noise()).clamp(max=_HIGHEST),
-        mask=torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1),
-        rewards=old.new_zeros(shape[0]),
-        group_ids=torch.arange(shape[0]) // 3,
-        advantages=old.new_zeros(shape[0]),
-    )
-    return batch.rewarded(torch.randn(shape[0], generator=source, dtype=torch.float64))
+    new, reference = ((old + scale * noise(*shape)).clamp(max=_HIGHEST) for scale in (drift, 0.5))
+    mask = torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)
+    rewards, groups = noise(shape[0]), torch.arange(shape[0]) // 3
+    return Batch(new, old, reference, mask, rewards, groups, rewards).rewarded(rewards)
 
 
 def on_policy(seed: int = 0, lengths: tuple[int, ...] = EQUAL) -> Batch:
@@ -75,23 +69,16 @@ def at_ratios(log_ratios: list[float], advantages: list[float], tokens: int = 3)
     new = torch.linspace(-2.0, -1.0, rows * tokens, dtype=torch.float64).reshape(rows, tokens)
     old = new - torch.tensor(log_ratios, dtype=torch.float64).unsqueeze(1)
     shift = (old.max() - _HIGHEST).clamp(min=0)  # a probability is at most 1
-    batch = Batch(
-        logprobs=new - shift,
-        old_logprobs=old - shift,
-        ref_logprobs=old - shift,
-        mask=torch.ones(rows, tokens, dtype=torch.bool),
-        rewards=new.new_zeros(rows),
-        group_ids=torch.arange(rows) // 2,
-        advantages=new.new_zeros(rows),
-    )
-    return batch.rewarded(torch.tensor(advantages, dtype=torch.float64))
+    mask, rewards = torch.ones(rows, tokens, dtype=torch.bool), torch.tensor(advantages, dtype=torch.float64)
+    groups = torch.arange(rows) // 2
+    return Batch(new - shift, old - shift, old - shift, mask, rewards, groups, rewards).rewarded(rewards)
 
 
 def unlike_groups(seed: int, groups: int = 4, size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards (N,) of groups with unlike levels and spreads, and whom they belong to (N,)."""
+    """Rewards (N,) of groups with unlike means and deviations, and the group that each belongs to (N,)."""
     source = torch.Generator().manual_seed(seed)
-    level, spread = torch.randn(groups, 1, generator=source), torch.rand(groups, 1, generator=source) + 0.1
-    rewards = level + spread * torch.randn(groups, size, generator=source)
+    level, scale = torch.randn(groups, 1, generator=source), torch.rand(groups, 1, generator=source) + 0.1
+    rewards = level + scale * torch.randn(groups, size, generator=source)
     return rewards.double().flatten(), torch.arange(groups).repeat_interleave(size)
 
 
@@ -128,7 +115,37 @@ def enumerable(off_policy: bool = False, seed: int = 0) -> Enumerable:
     moved, reference, rewards = (torch.randn(n, generator=source, dtype=torch.float64) for n in (5, 5, len(actions)))
     logits = (old + off_policy * 0.5 * moved).requires_grad_()
     reference = reference.log_softmax(0)
-    logprobs = logits.detach().log_softmax(0)
-    rows = [values[actions].unsqueeze(1) for values in (logprobs, old, reference)]
+    rows = [values[actions].unsqueeze(1) for values in (logits.detach().log_softmax(0), old, reference)]
     batch = Batch(*rows, torch.ones(16, 1, dtype=torch.bool), rewards, torch.zeros(16, dtype=torch.int64), rewards)
     return Enumerable(logits, reference, actions, batch.rewarded(rewards))
+
+
+# --- how far what was found lies from what was expected ---------------------------------------------------------------
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest expected value; infinite where something is not a number."""
+    if torch.equal(found, expected):
+        return 0.0
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
+    return math.inf if math.isnan(difference) else difference
+
+
+def percent(share: float) -> str:
+    """A relative difference in words."""
+    if not math.isfinite(share):
+        return "nan"
+    if share >= 10:
+        return f"{share:.2g} times its size"
+    return f"{share:.0%}" if share >= 0.005 else f"{100 * share:.1g}%"
+
+
+def exactly(share: float) -> str:
+    """Whether nothing differed at all, as the end of a sentence."""
+    return ", bit for bit" if share == 0 else ""
+
+
+def within(settings: dict[str, object]) -> str:
+    """Under which settings something was found, as the end of a sentence; nothing where there are none."""
+    names = [value for value in settings.values() if isinstance(value, str)]
+    return f" ({', '.join(names)})" if names else ""

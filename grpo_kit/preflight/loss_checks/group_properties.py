@@ -7,11 +7,9 @@ import math
 
 import torch
 
-from grpo_kit.preflight.loss_checks.cases import unlike_groups
-from grpo_kit.preflight.loss_checks.measures import ROUNDING, exactly, off, percent, within
+from grpo_kit.config import one_line
+from grpo_kit.preflight.loss_checks.cases import ROUNDING, exactly, off, percent, unlike_groups, within
 from grpo_kit.preflight.loss_checks.subject import NotAsked, Subject
-
-_SCALES = ("group", "none")  # those that keep groups apart; "batch" shares one deviation by design
 
 
 def groups_do_not_leak(subject: Subject) -> str:
@@ -25,8 +23,7 @@ def groups_do_not_leak(subject: Subject) -> str:
         if moved > ROUNDING and not settings and factor > 0 and off(after, factor * before) <= ROUNDING:
             return f"only the scale that all groups share moves ({factor:.2g} ×: a batch's deviation, a choice)"
         why = "" if subject.knows_groups else " (takes no group_ids: right only for one prompt a call)"
-        found = f"another prompt's rewards move advantages by {percent(moved)}{within(settings)}{why}"
-        assert moved <= ROUNDING, found
+        assert moved <= ROUNDING, f"another prompt's rewards move advantages by {percent(moved)}{within(settings)}{why}"
         most = max(most, moved)
     return f"another prompt's rewards change nothing{exactly(most)}"
 
@@ -47,7 +44,7 @@ def equal_rewards_give_exactly_zero(subject: Subject) -> str:
     largest, dtype_of = 0.0, ""
     for dtype in (torch.float32, torch.float64):
         for size in (2, 3, 7, 11):
-            for rewards, ids in _flat(values.to(dtype), size, subject.knows_groups):
+            for rewards, ids in _equal_rewards(values.to(dtype), size, subject.knows_groups):
                 found = float(subject.weigh(rewards, ids).abs().max())
                 assert math.isfinite(found), f"equal rewards give {found}"
                 if found > largest:
@@ -59,21 +56,23 @@ def equal_rewards_give_exactly_zero(subject: Subject) -> str:
 def scaling_is_the_stated_one(subject: Subject) -> str:
     """T5: a shift of the rewards changes nothing; a factor either nothing (scaled by deviation) or just that factor.
 
-    Both are choices. Scaling makes a gap of a millionth as loud as one of 40: the raw spread has to be shown beside it.
+    Both are choices. Scaling gives a gap of a millionth the same advantages as one of 40: the raw deviation has to be
+    shown beside it.
     """
     rewards, ids = _groups(subject, 2)
     settings = _scalings(subject)
-    kinds = [_scaling(subject, 100 * rewards, ids, given) for given in settings]  # far above any eps
+    scaled = [_is_scaled(subject, 100 * rewards, ids, given) for given in settings]  # far above any eps
     if settings[0]:
-        assert kinds == ["scaled", "plain"], f"scale_rewards 'group' is {kinds[0]}, 'none' is {kinds[1]}"
-    if kinds[0] == "plain":
+        kinds = ["scaled" if each else "plain" for each in scaled]
+        assert scaled == [True, False], f"scale_rewards 'group' is {kinds[0]}, 'none' is {kinds[1]}"
+    if not scaled[0]:
         return "not scaled: a factor on the rewards is one on the advantages (a choice)"
     one_group = torch.zeros(2, dtype=torch.int64)
     pair = [subject.weigh(torch.tensor([0.0, gap]).double(), one_group, **settings[0]) for gap in (100.0, 4000.0)]
     moved = off(pair[0], pair[1])
     assert moved <= 2e-3, f"a pair's advantages change by {percent(moved)} with its gap"
     floor = ", or set noise_floor" if "noise_floor" in subject.advantages_take else ""
-    size = f" ±{float(pair[1][1]):.3f}" if subject.weighs_exactly else " the same"
+    size = " the same" if subject.advantages is None else f" ±{float(pair[1][1]):.3f}"
     return f"scaled by deviation: a pair gets{size} for any gap; show the raw spread beside it{floor}"
 
 
@@ -91,28 +90,30 @@ def unscored_rows_are_as_if_they_were_not_there(subject: Subject) -> str:
     try:
         found = subject.weigh(rewards, ids)
     except (ValueError, RuntimeError) as error:
-        return f"refuses NaN rewards: {str(error).splitlines()[0]:.60}"
-    spread, failed = int(found[scored].isnan().sum()), int((~scored).sum())
-    assert not spread, f"{failed} failed samples make {spread} of {int(scored.sum())} scored ones NaN"
+        return f"refuses NaN rewards: {one_line(error, 60)}"
+    lost, failed = int(found[scored].isnan().sum()), int((~scored).sum())
+    assert not lost, f"{failed} failed samples make {lost} of {int(scored.sum())} scored ones NaN"
     assert not found[~scored].any(), f"failed samples get advantages up to {float(found[~scored].abs().max()):.2g}"
-    factor = 1.0 if subject.weighs_exactly else float((found[scored] / expected)[expected != 0].median())
+    factor = float((found[scored] / expected)[expected != 0].median()) if subject.advantages is None else 1.0
     moved = off(found[scored], factor * expected)
     assert moved <= ROUNDING, f"failed samples move the others' advantages by {percent(moved)}"
     return "failed samples get 0 and leave the statistics"
 
 
-def _scaling(subject: Subject, rewards: torch.Tensor, ids: torch.Tensor, settings: dict[str, object]) -> str:
+def _is_scaled(subject: Subject, rewards: torch.Tensor, ids: torch.Tensor, settings: dict[str, object]) -> bool:
+    """A factor on the rewards is none on the advantages."""
     plain, changed = (subject.weigh(given, ids, **settings) for given in (rewards, 3 * rewards - 5))
     if off(changed, 3 * plain) <= ROUNDING:
-        return "plain"
+        return False
     moved = off(changed, plain)
     assert moved <= 1e-2, f"rewards 3 r - 5 change advantages by {percent(moved)}{within(settings)}"
-    return "scaled"
+    return True
 
 
 def _scalings(subject: Subject) -> list[dict[str, object]]:
+    """The scalings that keep groups apart; "batch" shares one deviation by design."""
     offered = "scale_rewards" in subject.advantages_take
-    return [{"scale_rewards": name} for name in _SCALES] if offered else [{}]
+    return [{"scale_rewards": name} for name in ("group", "none")] if offered else [{}]
 
 
 def _groups(subject: Subject, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,9 +122,9 @@ def _groups(subject: Subject, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return unlike_groups(seed) if subject.knows_groups else unlike_groups(seed, groups=1, size=20)
 
 
-def _flat(values: torch.Tensor, size: int, together: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _equal_rewards(values: torch.Tensor, size: int, in_one_call: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Groups of equal rewards, in one call or one call each."""
     ids = torch.arange(len(values)).repeat_interleave(size)
-    if together:
+    if in_one_call:
         return [(values.repeat_interleave(size), ids)]
     return [(value.repeat(size), ids[:size]) for value in values]

@@ -1,21 +1,42 @@
-"""Somebody's loss function, called by the names of the arguments that it has."""
+"""The function that is examined: found by its name, called by the names of the arguments that it has."""
 
 import contextlib
+import functools
+import importlib
+import inspect
 import itertools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from grpo_kit.preflight.loss_checks.cases import Batch, drifted
+from grpo_kit.config import KitError, one_line
+from grpo_kit.grpo import LOSS_TYPES
+from grpo_kit.preflight.loss_checks.cases import Batch, drifted, unlike_groups
 
 TENSORS = ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "rewards", "group_ids", "mask")
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-LEVELS = ("token", "sequence")
-ADVANTAGE_SHAPES: dict[str, Callable[[Batch], torch.Tensor]] = {
-    "(N,)": lambda batch: batch.advantages,
-    "(N, 1)": lambda batch: batch.advantages.unsqueeze(1),
-    "(N, T)": lambda batch: batch.advantages.unsqueeze(1).expand(batch.mask.shape).clone(),
+SETTINGS: dict[str, object] = {  # with what is passed where a function has no default of its own
+    "beta": 0.0,
+    "epsilon": 0.2,
+    "epsilon_high": 0.2,
+    "delta": None,
+    "loss_type": "grpo",
+    "importance_sampling_level": "token",
+    "kl_estimator": "k3",
+    "use_bias_correction_kl": False,
+    "weights": None,
+    "num_items_in_batch": None,
+    "max_completion_length": None,
+}
+ADVANTAGE_ARGUMENTS = ("rewards", "group_ids")
+ADVANTAGE_SETTINGS: dict[str, object] = {
+    "scale_rewards": "group",
+    "baseline": "mean",
+    "eps": 1e-4,
+    "noise_floor": 0.0,
+    "batch_rewards": None,
 }
 
 
@@ -25,7 +46,7 @@ class NotAsked(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a loss function said to a batch: the loss, its gradient by the log-probabilities (N, T), its metrics."""
+    """What a loss function returned for a batch: loss, its gradient by the log-probabilities (N, T), its metrics."""
 
     loss: torch.Tensor
     gradient: torch.Tensor
@@ -34,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Subject:
-    """A loss function and what is known of how to call it; perhaps an advantage function beside it."""
+    """A loss function with the known arguments that it takes; perhaps an advantage function beside it."""
 
     name: str
     loss: Callable | None
@@ -42,16 +63,18 @@ class Subject:
     advantages: Callable | None = None
     advantages_take: frozenset[str] = frozenset()
     mask_dtype: torch.dtype = torch.bool
-    advantages_shape: str = "(N,)"
 
     def run(self, batch: Batch, **settings: object) -> Answer:
         """Call the loss; beta is 0 unless given, what else is not given is the function's own default."""
         leaf = batch.logprobs.detach().clone().requires_grad_()
+        tokens, length = float(batch.mask.sum()), batch.mask.shape[1]
+        known = vars(batch) | {"logprobs": leaf, "mask": batch.mask.to(self.mask_dtype)}
+        known |= {"beta": 0.0, "num_items_in_batch": tokens, "max_completion_length": length} | settings
         with _default_dtype(leaf.dtype):
-            output = self.loss(**self._arguments(replace(batch, logprobs=leaf), settings))
+            output = self.loss(**{name: value for name, value in known.items() if name in self.takes})
         value = getattr(output, "loss", output)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise TypeError(f"returned {described(value)}, allowed: a scalar tensor, or an object with one in .loss")
+            raise TypeError(f"returned {_described(value)}, allowed: a scalar tensor, or an object with one in .loss")
         gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
         metrics = getattr(output, "metrics", None)
         return Answer(
@@ -59,14 +82,6 @@ class Subject:
             torch.zeros_like(leaf) if gradient is None else gradient,
             metrics if isinstance(metrics, dict) else {},
         )
-
-    def _arguments(self, batch: Batch, settings: dict[str, object]) -> dict[str, object]:
-        known = {name: getattr(batch, name) for name in TENSORS}
-        known["mask"] = batch.mask.to(self.mask_dtype)
-        known["advantages"] = ADVANTAGE_SHAPES[self.advantages_shape](batch)
-        known |= {"beta": 0.0, "num_items_in_batch": float(batch.mask.sum())}
-        known |= {"max_completion_length": batch.mask.shape[1]} | settings
-        return {name: value for name, value in known.items() if name in self.takes}
 
     def weigh(self, rewards: torch.Tensor, group_ids: torch.Tensor, **settings: object) -> torch.Tensor:
         """(N,) what each row is weighed by: its advantage, or, up to a factor, what the loss's gradient implies."""
@@ -79,11 +94,6 @@ class Subject:
         mask = torch.ones(len(rewards), 3, dtype=torch.bool)
         batch = Batch(logprobs, logprobs, logprobs, mask, rewards, group_ids, torch.zeros_like(rewards))
         return -self.run(batch).gradient.sum(dim=1)
-
-    @property
-    def weighs_exactly(self) -> bool:
-        """`weigh` returns advantages themselves, not what a gradient implies."""
-        return self.advantages is not None
 
     @property
     def knows_groups(self) -> bool:
@@ -102,12 +112,10 @@ class Subject:
 
     def has(self, name: str, value: object) -> bool:
         """The function takes this value of a setting without an error."""
-        return name in self.takes and self.works(beta=0.1, **{name: value})
-
-    def works(self, **settings: object) -> bool:
-        """The function takes these settings without an error."""
+        if name not in self.takes:
+            return False
         try:
-            self.run(drifted(), **settings)
+            self.run(drifted(), **{"beta": 0.1, name: value})
         except Exception:  # it does not have such a value: that is the answer
             return False
         return True
@@ -123,8 +131,106 @@ class Subject:
     def variants(self) -> list[dict[str, object]]:
         """The settings that change the form of the loss, in all combinations that the function offers."""
         level = "importance_sampling_level"
-        levels = [{level: name} for name in LEVELS if self.has(level, name)] or [{}]
+        levels = [{level: name} for name in ("token", "sequence") if self.has(level, name)] or [{}]
         return [one | other for one, other in itertools.product(self.forms().values(), levels)]
+
+
+def load_subject(loss: str, advantages: str = "") -> Subject:
+    """The functions at two places of the form module:function; modules are looked for where the command is called too.
+
+    Raises:
+        KitError: a place that names no function, and what `subject_of` raises.
+    """
+    return subject_of(_imported(loss), loss, _imported(advantages) if advantages else None)
+
+
+def subject_of(loss: Callable | None, name: str = "", advantages: Callable | None = None) -> Subject:
+    """Find out by their signatures how a loss function, an advantage function or both are called, and try it once.
+
+    A loss names logprobs (N, T), advantages (N,) or rewards (N,), and what else of `TENSORS` and `SETTINGS` it takes;
+    an advantage function names rewards (N,), group_ids (N,) and what it takes of `ADVANTAGE_SETTINGS`.
+
+    Raises:
+        KitError: a function that needs other arguments, or that fails on an ordinary batch.
+    """
+    subject = Subject(name or getattr(loss or advantages, "__name__", "loss"), None, frozenset())
+    if advantages is not None:
+        subject = _with_advantages(subject, advantages)
+    return subject if loss is None else _with_loss(subject, loss)
+
+
+def _imported(place: str) -> Callable:
+    module, _, attribute = place.partition(":")
+    if not module or not attribute:
+        raise KitError(f"function {place!r:.100}: allowed: module:function, such as grpo_kit.grpo:grpo_loss")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever a foreign module does while it is imported
+        raise KitError(f"module {module!r:.100}: cannot be imported: {_named(error)}") from error
+    function = getattr(found, attribute, None)
+    if not callable(function):
+        raise KitError(f"function {place!r:.100}: found no function {attribute!r:.60} in {module}")
+    return function
+
+
+def _with_loss(subject: Subject, loss: Callable) -> Subject:
+    """The subject with a loss, called with a boolean mask or, where that fails, with one of numbers."""
+    loss, takes = _callable_by_name(loss, subject.name, TENSORS, SETTINGS)
+    if "logprobs" not in takes or not takes & {"advantages", "rewards"}:
+        listed = ", ".join(sorted(takes)) or "none of the known arguments"
+        raise KitError(f"{subject.name}: takes {listed}; needs logprobs, and advantages or rewards, by name")
+    problem: Exception | None = None
+    for dtype in (torch.bool, torch.float64):
+        form = replace(subject, loss=loss, takes=takes, mask_dtype=dtype)
+        try:
+            form.run(drifted())
+            return form
+        except KitError:
+            raise
+        except Exception as error:  # foreign code may raise anything
+            problem = problem or error
+    raise KitError(f"{subject.name}: fails on an ordinary batch (6 rows, 7 tokens): {_named(problem)}") from problem
+
+
+def _with_advantages(subject: Subject, function: Callable) -> Subject:
+    name = getattr(function, "__name__", "advantages")
+    function, takes = _callable_by_name(function, name, ADVANTAGE_ARGUMENTS, ADVANTAGE_SETTINGS)
+    subject = replace(subject, advantages=function, advantages_take=takes)
+    rewards, group_ids = unlike_groups(0)
+    try:
+        found = subject.weigh(rewards, group_ids)
+    except Exception as error:  # foreign code may raise anything
+        raise KitError(f"{name}: raised on ordinary rewards (20 of them): {_named(error)}") from error
+    if not isinstance(found, torch.Tensor) or found.shape != rewards.shape:
+        raise KitError(f"{name}: returned {_described(found)}, allowed: a tensor of the shape of rewards, (N,)")
+    return subject
+
+
+def _callable_by_name(
+    function: Callable, name: str, arguments: Sequence[str], settings: Mapping[str, object]
+) -> tuple[Callable, frozenset[str]]:
+    """The function with a value for each setting that it has no default for, and the known names that it takes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise KitError(f"{name}: its arguments cannot be read ({_named(error)}); wrap it in a function") from error
+    known = (*arguments, *settings)
+    parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p for p in parameters if p.default is p.empty]
+    for parameter in required:
+        by_position = parameter.kind is parameter.POSITIONAL_ONLY
+        if by_position or parameter.name not in known:
+            why = "by position only" if by_position else "which is not known"
+            raise KitError(f"{name}: needs {parameter.name!r}, {why}; allowed, by name: {', '.join(known)}")
+    filled = {p.name: settings[p.name] for p in required if p.name in settings}
+    switches = {
+        p.name for p in parameters if isinstance(p.default, bool) and not isinstance(settings.get(p.name), bool)
+    }
+    taken = frozenset(known) & {p.name for p in parameters} - switches  # an on/off switch of the same name is another
+    return functools.partial(function, **filled), taken
 
 
 @contextlib.contextmanager
@@ -138,6 +244,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def described(value: object) -> str:
-    """What a function returned, in words."""
+def _described(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -1,10 +1,11 @@
 """What to turn down where a plan does not fit: what costs the result nothing first, each with what it saves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from grpo_kit.config import Config, KitError, load_config
-from grpo_kit.preflight.plan.fit import Plan, planned_again
+from grpo_kit.preflight.plan import planned_again
+from grpo_kit.preflight.plan.parts import Plan
 
 _WORTH = 0.01  # of the peak: a change that saves less is left out
 
@@ -15,16 +16,21 @@ class Dial:
 
     Args:
         part: whose memory it takes, and the only one that it changes.
-        value: the setting's next value, from a config; None where there is nothing left to turn down.
+        next: from a config and the setting's value to the next value; None where nothing is left to turn down.
         price: what it costs besides time.
         weights: whether it changes what lies in memory all the time.
     """
 
     setting: str
     part: str
-    value: Callable[[Config], object]
+    next: Callable[[Config, object], object]
     price: str
     weights: bool = False
+
+    def next_value(self, config: Config) -> object:
+        """The setting's next value; None where there is none."""
+        section, name = self.setting.split(".")
+        return self.next(config, getattr(getattr(config, section), name))
 
 
 @dataclass(frozen=True)
@@ -40,100 +46,81 @@ class Step:
     fits: bool
 
 
-def _micro_batch(config: Config) -> int | None:
-    settings = config.training_settings
-    rows = settings.prompts_per_iteration * settings.group_size
-    size = min(settings.micro_batch_size or rows, rows)
+def _rows(config: Config) -> int:
+    return config.training_settings.prompts_per_iteration * config.training_settings.group_size
+
+
+def _quarter(size: int | None, most: int) -> int | None:
+    size = min(size or most, most)
     return max(1, size // 4) if size > 1 else None
 
 
-def _image_batch(config: Config) -> int | None:
-    settings, training = config.generation_settings, config.training_settings
-    if settings.image_batch_size == "auto":  # planned with one
-        return None
-    images = training.prompts_per_iteration * training.group_size * settings.images_per_prompt
-    size = min(settings.image_batch_size, images)
-    return max(1, size // 4) if size > 1 else None
+def _fewer_rows(config: Config, size: int | None) -> int | None:
+    return _quarter(size, _rows(config))
 
 
-def _image_side(name: str) -> Callable[[Config], int | None]:
-    def smaller(config: Config) -> int | None:
-        side = getattr(config.generation_settings, name)
-        return None if side is None or side < 512 else side // 128 * 64
-
-    return smaller
+def _fewer_images(config: Config, size: int | str) -> int | None:
+    images = _rows(config) * config.generation_settings.images_per_prompt
+    return None if size == "auto" else _quarter(size, images)  # auto is planned with one
 
 
+def _on(config: Config, value: bool) -> bool | None:
+    return None if value else True
+
+
+def _smaller(config: Config, side: int | None) -> int | None:
+    return None if side is None or side < 512 else side // 128 * 64
+
+
+def _adapter(config: Config, value: object) -> dict[str, int] | None:
+    return {"r": 16, "alpha": 32} if value is None else None
+
+
+def _base_in_8_bits(config: Config, value: bool) -> bool | None:
+    return True if config.model_settings.lora and not value else None
+
+
+def _t5_in_8_bits(config: Config, value: bool) -> bool | None:
+    return None if config.model_settings.drop_t5 or value else True
+
+
+_SAME_GRADIENT, _SAME_PICTURES = "nothing: the same gradient", "nothing: the same pictures"
+_ADAPTER = "an adapter is trained instead of all weights"
+_BASE_IN_8_BITS = "the weights below the adapter are rounded to 8 bits"
 DIALS = (  # in the order of what they cost
-    Dial("training_settings.micro_batch_size", "policy", _micro_batch, "nothing: the same gradient"),
-    Dial(
-        "model_settings.vae_slicing",
-        "generator",
-        lambda config: None if config.model_settings.vae_slicing else True,
-        "nothing: the same pictures",
-    ),
-    Dial("generation_settings.image_batch_size", "generator", _image_batch, "nothing: the same pictures"),
-    Dial(
-        "model_settings.gradient_checkpointing",
-        "policy",
-        lambda config: None if config.model_settings.gradient_checkpointing else True,
-        "nothing: the same gradient",
-    ),
-    Dial(
-        "model_settings.lora",
-        "policy",
-        lambda config: {"r": 16, "alpha": 32} if config.model_settings.lora is None else None,
-        "an adapter is trained instead of all weights",
-        weights=True,
-    ),
-    Dial(
-        "model_settings.base_8bit",
-        "policy",
-        lambda config: True if config.model_settings.lora and not config.model_settings.base_8bit else None,
-        "the weights below the adapter are rounded to 8 bits",
-        weights=True,
-    ),
-    Dial(
-        "model_settings.t5_8bit",
-        "generator",
-        lambda config: None if config.model_settings.drop_t5 or config.model_settings.t5_8bit else True,
-        "T5's weights are rounded to 8 bits",
-        weights=True,
-    ),
-    Dial(
-        "model_settings.drop_t5",
-        "generator",
-        lambda config: None if config.model_settings.drop_t5 else True,
-        "the generator reads long prompts less well",
-        weights=True,
-    ),
-    Dial("generation_settings.height", "generator", _image_side("height"), "smaller pictures"),
-    Dial("generation_settings.width", "generator", _image_side("width"), "smaller pictures"),
+    Dial("training_settings.micro_batch_size", "policy", _fewer_rows, _SAME_GRADIENT),
+    Dial("model_settings.vae_slicing", "generator", _on, _SAME_PICTURES),
+    Dial("generation_settings.image_batch_size", "generator", _fewer_images, _SAME_PICTURES),
+    Dial("model_settings.gradient_checkpointing", "policy", _on, _SAME_GRADIENT),
+    Dial("model_settings.lora", "policy", _adapter, _ADAPTER, weights=True),
+    Dial("model_settings.base_8bit", "policy", _base_in_8_bits, _BASE_IN_8_BITS, weights=True),
+    Dial("model_settings.t5_8bit", "generator", _t5_in_8_bits, "T5's weights are rounded to 8 bits", weights=True),
+    Dial("model_settings.drop_t5", "generator", _on, "the generator reads long prompts less well", weights=True),
+    Dial("generation_settings.height", "generator", _smaller, "smaller pictures"),
+    Dial("generation_settings.width", "generator", _smaller, "smaller pictures"),
 )
 
 
 def advice(plan: Plan, config: Config) -> list[Step]:
     """Dials turned down one after the other until the plan fits, those left out that would save nothing."""
-    return list(_turned_down(plan, config))
-
-
-def _turned_down(plan: Plan, config: Config) -> Iterator[Step]:
-    while not plan.fits:
-        found = next(_changes(plan, config), None)
-        if found is None:
-            return
+    steps: list[Step] = []
+    while not plan.fits and (found := _next_change(plan, config)):
         dial, value, config, after = found
-        yield Step(dial.setting, value, dial.price, plan.peak - after.peak, after.peak, after.seconds, after.fits)
+        steps.append(
+            Step(dial.setting, value, dial.price, plan.peak - after.peak, after.peak, after.seconds, after.fits)
+        )
         plan = after
+    return steps
 
 
-def _changes(plan: Plan, config: Config) -> Iterator[tuple[Dial, object, Config, Plan]]:
-    """The dials that help this plan when they are turned down once: the value, and the config and the plan with it.
+def _next_change(plan: Plan, config: Config) -> tuple[Dial, object, Config, Plan] | None:
+    """The first dial that helps this plan when it is turned down once: its value, and config and plan with it.
 
-    Only the part that sets the peak can lower it, and weights, which lie there all the time.
+    Only the part that sets the peak can lower it, and weights, which lie there all the time. What helps is what makes a
+    part need less alone, even while another part's phase is as large.
     """
     for dial in DIALS:
-        value = dial.value(config)
+        value = dial.next_value(config)
         if value is None or not (dial.weights or dial.part == plan.largest[0].name):
             continue
         try:
@@ -141,10 +128,7 @@ def _changes(plan: Plan, config: Config) -> Iterator[tuple[Dial, object, Config,
             after = planned_again(plan, changed, dial.part)
         except KitError:  # such as a policy without layers that can be computed again
             continue
-        if _need(plan, dial.part) - _need(after, dial.part) > _WORTH * plan.peak:
-            yield dial, value, changed, after
-
-
-def _need(plan: Plan, name: str) -> int:
-    """What a part needs alone: less of it helps even while another part's phase is as large."""
-    return next(part.resident + part.working for part in plan.parts if part.name == name)
+        (before, now) = (next(p for p in found.parts if p.name == dial.part) for found in (plan, after))
+        if before.resident + before.working - now.resident - now.working > _WORTH * plan.peak:
+            return dial, value, changed, after
+    return None

@@ -24,8 +24,6 @@ from grpo_kit.config import KitError
 from grpo_kit.rewards.clip_models import TransformersClip, is_transformers_clip
 
 OWN = "its own configuration"  # the source of a shape that was read on this machine
-_DENOISERS = ("transformer", "unet")
-_TABLE = Path(__file__).with_name("architectures.json")
 
 
 class PlanError(KitError):
@@ -47,9 +45,8 @@ class PipelineShape:
         Raises:
             PlanError: it is not known for such a pipeline.
         """
-        latent = next(
-            (part[2].get("sample_size") for name, part in self.components.items() if name in _DENOISERS), None
-        )
+        denoiser = next((self.components[name] for name in ("transformer", "unet") if name in self.components), None)
+        latent = denoiser and denoiser[2].get("sample_size")
         halvings = len(self.components["vae"][2].get("block_out_channels", ())) - 1
         if latent is None or halvings < 0:
             raise PlanError(
@@ -65,7 +62,7 @@ def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]
     Raises:
         PlanError: the shape is neither on this machine nor in the table.
     """
-    config, source = _language_config(name)
+    config, source = _transformers_config(name, "policies", "vlm_model")
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with init_empty_weights():
@@ -85,8 +82,8 @@ def pipeline_shape(name: str) -> PipelineShape:
         parts = {key: (*value, _component_config(name, key, *value)) for key, value in named.items()}
         return PipelineShape(index["_class_name"], {key: part for key, part in parts.items() if part[2]}, OWN)
     except OSError:
-        entry = _from_table("generators", name, "sd_model")
-        return PipelineShape(entry["pipeline"], entry["components"], _said(entry))
+        entry, source = _from_table("generators", name, "sd_model")
+        return PipelineShape(entry["pipeline"], entry["components"], source)
 
 
 def component(library: str, kind: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
@@ -108,16 +105,26 @@ def reward_model(name: str) -> tuple[torch.nn.Module, str]:
         PlanError: the shape is neither on this machine, nor open_clip's, nor in the table.
     """
     if is_transformers_clip(name):
-        try:
-            config, source = AutoConfig.from_pretrained(name, local_files_only=True), OWN
-        except (OSError, ValueError):
-            entry = _from_table("rewards", name, "clip_model")
-            config, source = AutoConfig.for_model(**entry["config"]), _said(entry)
+        config, source = _transformers_config(name, "rewards", "clip_model")
         with init_empty_weights():
             return TransformersClip(transformers.CLIPModel(config)).eval(), source
     settings, source = _open_clip_settings(name)
     with init_empty_weights():
         return open_clip.CLIP(**settings).eval(), source
+
+
+@functools.cache
+def published_models() -> dict[str, dict[str, Any]]:
+    """The table: "policies", "generators" and "rewards" → name → configuration, number of parameters, source."""
+    return json.loads(Path(__file__).with_name("architectures.json").read_text(encoding="utf-8"))
+
+
+def _transformers_config(name: str, kind: str, setting: str) -> tuple[PretrainedConfig, str]:
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True), OWN
+    except (OSError, ValueError):
+        entry, source = _from_table(kind, name, setting)
+        return AutoConfig.for_model(**entry["config"]), source
 
 
 def _open_clip_settings(name: str) -> tuple[dict[str, Any], str]:
@@ -129,26 +136,12 @@ def _open_clip_settings(name: str) -> tuple[dict[str, Any], str]:
                 f"model_settings.clip_model: found {name!r}, allowed: a folder, a hub id or an open_clip name"
             )
         return settings, "open_clip's own table"
+    hub, file = name.removeprefix("hf-hub:"), "open_clip_config.json"
     try:
-        hub = name.removeprefix("hf-hub:")
-        file = "open_clip_config.json"
         path = Path(name) / file if Path(name).is_dir() else hf_hub_download(hub, file, local_files_only=True)
         return json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"], OWN
     except (OSError, KeyError, ValueError) as error:
-        raise _unknown("clip_model", name.removeprefix("hf-hub:")) from error
-
-
-def known_models() -> dict[str, list[str]]:
-    """The names in the table, by what they are used for."""
-    return {kind: list(entries) for kind, entries in _table().items()}
-
-
-def _language_config(name: str) -> tuple[PretrainedConfig, str]:
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=True), OWN
-    except (OSError, ValueError):
-        entry = _from_table("policies", name, "vlm_model")
-        return AutoConfig.for_model(**entry["config"]), _said(entry)
+        raise _unknown("clip_model", hub) from error
 
 
 def _component_config(name: str, key: str, library: str, kind: str) -> dict[str, Any]:
@@ -167,29 +160,12 @@ def _tied(model: object) -> object:
     return model
 
 
-def published(kind: str, name: str) -> dict[str, Any]:
-    """The table's entry of a model: configuration, published number of parameters, source.
-
-    Args:
-        kind: "policies", "generators" or "rewards".
-    """
-    return _table()[kind][name]
-
-
-@functools.cache
-def _table() -> dict[str, dict[str, Any]]:
-    return json.loads(_TABLE.read_text(encoding="utf-8"))
-
-
-def _from_table(kind: str, name: str, setting: str) -> dict[str, Any]:
-    entry = _table()[kind].get(name)
+def _from_table(kind: str, name: str, setting: str) -> tuple[dict[str, Any], str]:
+    """The table's entry of a model, and what it was written after."""
+    entry = published_models()[kind].get(name)
     if entry is None or Path(name).exists():
         raise _unknown(setting, name)
-    return entry
-
-
-def _said(entry: dict[str, Any]) -> str:
-    return f"table, after {entry['source']}"
+    return entry, f"table, after {entry['source']}"
 
 
 def _unknown(setting: str, name: str) -> PlanError:

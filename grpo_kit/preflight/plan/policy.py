@@ -1,7 +1,9 @@
 """The policy's part: sampling, and the GRPO step itself, run on a policy without values."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -10,28 +12,17 @@ from transformers import AutoProcessor
 
 from grpo_kit.config import Config
 from grpo_kit.config.prompts import Prompt, load_prompts
-from grpo_kit.grpo.logprobs import token_logprobs
-from grpo_kit.models.decoding import choose_tokens
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
-from grpo_kit.models.rows import continued_rows
-from grpo_kit.models.shared_prefix import Prefix, run_prompts
 from grpo_kit.preflight.plan.architectures import PlanError, language_model, pipeline_shape
-from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, tensors_of, total_bytes
-from grpo_kit.preflight.plan.tracing import Cost, Trace, weightless
+from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, tensors_of
+from grpo_kit.preflight.plan.tracing import Cost, Trace, cost_of, cost_of_repetition, weightless
 from grpo_kit.rollout import Rollout
 from grpo_kit.training.step import grpo_step
 
 _CHARACTERS_A_TOKEN = 4  # of English, with the vocabularies of today's models
 _TEMPLATE_TOKENS = 16  # of a chat template around a system and a user turn
-
-
-@dataclass(frozen=True)
-class _Built:
-    policy: Policy
-    source: str
-    notes: tuple[str, ...]
-    in_8_bits: list[torch.nn.Linear]
+_TOKENS_RUN = 3  # of each completion; what the others cost follows from the second and the third
 
 
 def plan_policy(config: Config, dtype: torch.dtype) -> Part:
@@ -40,22 +31,23 @@ def plan_policy(config: Config, dtype: torch.dtype) -> Part:
     Raises:
         PlanError: the model's shape is not known here, or that of the pictures which it looks at.
     """
-    built = _build(config, dtype)
-    policy, settings = built.policy, config.training_settings
+    policy, piece, source, notes = _build(config, dtype)
+    settings, length = config.training_settings, config.generation_settings.max_new_tokens
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=settings.learning_rate, fused=True)
     rollout = longest_rollout(config)
     moments = _started(policy, optimizer, rollout)
     there = [*tensors_of(policy.model, policy.reference), *moments]
-    trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
-    held = {"optimizer": total_bytes(moments)}
+    held = {"optimizer": sum(moment.nbytes for moment in moments)}
     if policy.reference is not None:
         held["reference"] = Piece.of("reference", policy.reference).weights
+    sampling, update = _sampling(policy, rollout, length, there), _update(policy, optimizer, rollout, config, there)
     phases = (
-        Phase("sampling", _sampling(policy, rollout, settings.group_size, there), "training_settings.group_size"),
-        Phase("update", _update(policy, optimizer, rollout, config, there), "training_settings.micro_batch_size"),
+        Phase("sampling", sampling, "training_settings.group_size"),
+        Phase("update", update, "training_settings.micro_batch_size"),
     )
-    notes = (*built.notes, f"{trained:,} of the policy's parameters are trained")
-    return Part("policy", built.source, (Piece.of("policy", policy.model, built.in_8_bits),), phases, held, notes)
+    trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
+    notes = (*notes, f"{trained:,} of the policy's parameters are trained")
+    return Part("policy", source, (piece,), phases, held, notes)
 
 
 def longest_prompts(config: Config) -> list[Prompt]:
@@ -65,26 +57,17 @@ def longest_prompts(config: Config) -> list[Prompt]:
     return known[-settings.prompts_per_iteration :]
 
 
-def _build(config: Config, dtype: torch.dtype) -> _Built:
-    """The policy as `load_policy` makes it, without values."""
+def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tuple[str, ...]]:
+    """The policy as `load_policy` makes it, without values: with its model, where the shape was read, and notes."""
     settings, generation = config.model_settings, config.generation_settings
-    mode = FakeTensorMode()
+    mode, reference = FakeTensorMode(), None
     model, source = language_model(settings.vlm_model, dtype)
-    reference, in_8_bits = None, linear_layers(model) if settings.base_8bit else []
+    in_8_bits = linear_layers(model) if settings.base_8bit else []
     if settings.lora is None:
         reference = weightless(language_model(settings.vlm_model, dtype)[0].requires_grad_(False), mode).eval()
     else:
         model = add_lora(model, settings.lora, None, config.training_settings.seed)
-    options = {
-        "instruction": settings.instruction,
-        "system_prompt": settings.system_prompt,
-        "temperature": generation.temperature,
-        "max_new_tokens": generation.max_new_tokens,
-        "reference": reference,
-        "chat_template_kwargs": settings.chat_template_kwargs,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-    }
-    model = weightless(model, mode).eval()
+    kind, notes = Policy, ()
     try:
         processor = AutoProcessor.from_pretrained(settings.vlm_model, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -94,11 +77,20 @@ def _build(config: Config, dtype: torch.dtype) -> _Built:
                 "which knows how many tokens a picture becomes; fetch it where there is network, a few kB: "
                 f"hf download {settings.vlm_model} --include '*.json' '*.txt'"
             ) from error
-        policy = _PolicyWithoutWords(model, _NoWords(), **options)
-        return _Built(
-            policy, source, (f"prompt lengths supposed: {_CHARACTERS_A_TOKEN} characters a token",), in_8_bits
-        )
-    return _Built(Policy(model, processor, **options), source, (), in_8_bits)
+        kind, processor = _PolicyWithoutTokenizer, _PlaceholderTokenizer()
+        notes = (f"prompt lengths supposed: {_CHARACTERS_A_TOKEN} characters a token",)
+    policy = kind(
+        weightless(model, mode).eval(),
+        processor,
+        instruction=settings.instruction,
+        system_prompt=settings.system_prompt,
+        temperature=generation.temperature,
+        max_new_tokens=max(generation.max_new_tokens, _TOKENS_RUN + 1),
+        reference=reference,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    return policy, Piece.of("policy", model, in_8_bits), source, notes
 
 
 def _seen(config: Config, count: int) -> list[Image.Image] | None:
@@ -113,13 +105,13 @@ def _seen(config: Config, count: int) -> list[Image.Image] | None:
     return [Image.new("RGB", size)] * count
 
 
-class _NoWords:
+class _PlaceholderTokenizer:
     """In place of a tokenizer that is not on this machine."""
 
     pad_token_id = eos_token_id = 0
 
 
-class _PolicyWithoutWords(Policy):
+class _PolicyWithoutTokenizer(Policy):
     """A policy whose prompts are as long as text of their kind is."""
 
     def encode(self, prompts: Sequence[str], images: object = None) -> dict[str, torch.Tensor]:
@@ -139,74 +131,41 @@ def _started(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout)
     return [moment for moments in optimizer.state.values() for moment in moments.values()]
 
 
-@torch.no_grad()
-def _sampling(policy: Policy, rollout: Rollout, group_size: int, there: list[torch.Tensor]) -> Cost:
-    """G completions of each prompt: the first step and the last are run, those between cost their mean."""
-    count, model, trace = policy.max_new_tokens - 1, policy.model, Trace(there)
-    with trace:
-        texts = [prompt.user_prompt for prompt in rollout.prompts]
-        prefix = run_prompts(model, policy.encode(texts, rollout.prompt_images))
-        continuing = _InRows if policy.not_shared else _BehindPrompts
-        completions = continuing(model, prefix, group_size, policy.max_new_tokens)
-        _choose(prefix.last_logits.repeat_interleave(group_size, dim=0), policy.temperature)
-    prompts_run = trace.cost
-    if count > 0:
-        with trace:
-            _choose(completions.step(0), policy.temperature)
-    if count > 1:
-        with Trace(there):  # what lies between only fills the cache
-            completions.pass_over(count - 2)
-        with trace:
-            _choose(completions.step(count - 1), policy.temperature)
-    steps = trace.cost.less(prompts_run)
-    return prompts_run.then(steps.times(count / 2) if count > 1 else steps)
+def _sampling(policy: Policy, rollout: Rollout, length: int, there: list[torch.Tensor]) -> Cost:
+    """G completions of each prompt: three tokens are sampled; the cost of those between is the mean of first and last.
+
+    The first token comes from the prompts' own run; from one later token to the next all sizes grow by as much.
+    """
+    texts = [prompt.user_prompt for prompt in rollout.prompts]
+    with Trace(there, answer=False) as trace, suppress(_EnoughSampled), _log_of_calls(policy.model, trace) as calls:
+        policy.sample(texts, len(rollout.group_ids) // len(texts), seed=0, images=rollout.prompt_images)
+    _, second, third, end = calls
+    prompts_run = Cost(max(held for _, held in trace.log[:second]), Counter(one for one, _ in trace.log[:second]))
+    if length == 1:
+        return prompts_run
+    steps = [cost_of_repetition(number, trace.log[second:third], trace.log[third:end]) for number in (1, length - 1)]
+    return prompts_run.then(steps[0].then(steps[1]).times((length - 1) / 2))
 
 
-def _choose(logits: torch.Tensor, temperature: float) -> None:
-    """Choose the next tokens as `decode` does."""
-    token_logprobs(logits, choose_tokens(logits, torch.zeros(len(logits)), temperature), temperature)
+class _EnoughSampled(Exception):
+    """Ends the sampling under a trace."""
 
 
-class _BehindPrompts:
-    """Completions laid behind their prompt, as `Policy` continues them."""
+@contextmanager
+def _log_of_calls(model: torch.nn.Module, trace: Trace) -> Iterator[list[int]]:
+    """How many operations were logged when the model was called, call by call; ends before one token too many."""
+    calls: list[int] = []
 
-    def __init__(self, model: torch.nn.Module, prefix: Prefix, group_size: int, length: int) -> None:
-        self.model, self.prefix, self.group_size = model, prefix, group_size
-        self.cache = prefix.room_for(group_size * length)
+    def note(*_: object) -> None:
+        calls.append(len(trace.log))
+        if len(calls) > _TOKENS_RUN:
+            raise _EnoughSampled
 
-    def step(self, place: int) -> torch.Tensor:
-        """Logits (N, V) of one more token of each completion."""
-        P, G = len(self.prefix.mask), self.group_size
-        sees = torch.eye(G, dtype=torch.bool).repeat(1, place + 1).expand(P, -1, -1)
-        steps = torch.full((P, G), place)
-        return self.prefix.extend(self.model, torch.ones_like(steps), steps, sees, self.cache).flatten(0, 1)
-
-    def pass_over(self, steps: int) -> None:
-        """Fill the cache as so many steps do."""
-        shape = list(self.prefix.cache.layers[0].keys.shape)
-        shape[2] = self.group_size * steps
-        for layer in self.cache.layers:
-            layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
-
-
-class _InRows:
-    """Completions in rows of their own."""
-
-    def __init__(self, model: torch.nn.Module, prefix: Prefix, group_size: int, length: int) -> None:
-        self.rows, self.prefix = len(prefix.mask) * group_size, prefix
-        self.next_logits = continued_rows(model, prefix, group_size)
-        self.passed = 0
-
-    def step(self, place: int) -> torch.Tensor:
-        """Logits (N, V) of one more token of each completion."""
-        return self.next_logits(torch.ones(self.rows, dtype=torch.long), place)
-
-    def pass_over(self, steps: int) -> None:
-        """Fill the cache as so many steps do."""
-        for layer in self.prefix.cache.layers:
-            shape = list(layer.keys.shape)
-            shape[2] = steps
-            layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
+    hook = model.register_forward_pre_hook(note)
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def _update(
@@ -215,19 +174,13 @@ def _update(
     """The step on a rollout. Of many micro-batches two are run: each after the first needs and costs the same."""
     rows = len(rollout.rewards)
     size = min(config.training_settings.micro_batch_size or rows, rows)
-    cost = _step_on(policy, optimizer, _rows(rollout, min(2 * size, rows)), config, there)
-    if rows <= 2 * size:
-        return cost
-    one = _step_on(policy, optimizer, _rows(rollout, size), config, there)
-    return cost.then(cost.less(one).times(rows / size - 2))
 
+    def step_on(count: int) -> Cost:
+        part = _rows(rollout, count)
+        return cost_of(lambda: grpo_step(policy, optimizer, part, config), there)
 
-def _step_on(
-    policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, config: Config, there: list[torch.Tensor]
-) -> Cost:
-    with Trace(there) as trace:
-        grpo_step(policy, optimizer, rollout, config)
-    return trace.cost
+    cost = step_on(min(2 * size, rows))
+    return cost if rows <= 2 * size else cost.then(cost.less(step_on(size)).times(rows / size - 2))
 
 
 def longest_rollout(config: Config) -> Rollout:

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from grpo_kit.config import Config
 from grpo_kit.preflight.plan.architectures import reward_model
 from grpo_kit.preflight.plan.parts import Part, Phase, Piece, tensors_of
-from grpo_kit.preflight.plan.tracing import NOTHING, Cost, Trace, weightless
+from grpo_kit.preflight.plan.tracing import Cost, cost_of, weightless
 
 _OF_CLIP = {"clip_similarity", "image_quality", "consistency", "meaning_kept", "safety", "style", "diversity"}
 _OF_CLIP |= {"aesthetic", "gain"}
@@ -42,21 +42,13 @@ def plan_reward(config: Config) -> Part:
 @torch.no_grad()
 def _scoring(model: torch.nn.Module, images: int, texts: int) -> Cost:
     """All pictures in one batch, the texts one by one."""
-    size, length = _sizes(model)
-    weightless(model, FakeTensorMode()).requires_grad_(False)
-    there = tensors_of(model)
-    with Trace(there) as seeing:
-        pixels = torch.empty(images, 3, size, size)
-        model.encode_image(pixels, normalize=True)
-    with Trace(there) as reading:
-        model.encode_text(torch.zeros(1, length, dtype=torch.long), normalize=True)
-    return seeing.cost.then(reading.cost.times(texts)) if texts else seeing.cost.then(NOTHING)
-
-
-def _sizes(model: torch.nn.Module) -> tuple[int, int]:
-    """Pixels of a picture's side, and tokens of a text."""
-    if hasattr(model, "visual"):
-        side = model.visual.image_size
-        return (side[0] if isinstance(side, tuple | list) else side), model.context_length
-    config = model.model.config
-    return config.vision_config.image_size, config.text_config.max_position_embeddings
+    if hasattr(model, "visual"):  # open_clip's
+        side, length = model.visual.image_size, model.context_length
+        side = side[0] if isinstance(side, tuple | list) else side
+    else:
+        sizes = model.model.config
+        side, length = sizes.vision_config.image_size, sizes.text_config.max_position_embeddings
+    there = tensors_of(weightless(model, FakeTensorMode()).requires_grad_(False))
+    seeing = cost_of(lambda: model.encode_image(torch.empty(images, 3, side, side), normalize=True), there)
+    reading = cost_of(lambda: model.encode_text(torch.zeros(1, length, dtype=torch.long), normalize=True), there)
+    return seeing.then(reading.times(texts))

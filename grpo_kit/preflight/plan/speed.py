@@ -10,16 +10,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import psutil
 import torch
+from psutil import virtual_memory
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kit.config.hardware import choose_device, choose_dtype
 from grpo_kit.preflight.plan.architectures import PlanError
-from grpo_kit.preflight.plan.tracing import Cost, Operation, Trace
+from grpo_kit.preflight.plan.tracing import Cost, Operation, cost_of
 
 _SHARE = 0.4  # of a stated speed that whole models reach: a supposition, which the plan says
 _KINDS = ("matmul", "conv", "attention")
@@ -31,9 +32,9 @@ _BYTES = tuple(4**power for power in range(7, 15))  # 16 kB to 268 MB
 _RUNTIME = 700e6  # bytes that CUDA and its libraries take beside the tensors
 _OF_THE_HOST = 1 / 3  # of an Apple computer's memory, which macOS does not give to its GPU
 
-
 Curve = tuple[tuple[float, float], ...]  # (size, speed), sizes growing
 Clock = Callable[[], float]
+Stopwatch = Callable[[Callable[[], object]], float]  # work → seconds of one call
 
 
 def at(curve: Curve, size: float) -> float:
@@ -81,7 +82,9 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class _Stated:
+class DataSheet:
+    """What a maker states of an accelerator."""
+
     memory: float  # GB
     float32: float  # TFLOP/s, dense
     half: float  # TFLOP/s in bfloat16 (in float16 where there is none), dense, sums in float32
@@ -91,15 +94,15 @@ class _Stated:
 
 
 ACCELERATORS = {
-    "t4": _Stated(16, 8.1, 65, 320, bfloat16=False),
-    "l4": _Stated(24, 30.3, 121, 300),
-    "a10": _Stated(24, 31.2, 125, 600),
-    "rtx3090": _Stated(24, 35.6, 71, 936),
-    "rtx4090": _Stated(24, 82.6, 165, 1008),
-    "a100": _Stated(80, 19.5, 312, 2039),
-    "h100": _Stated(80, 67, 989, 3350),
-    "m1": _Stated(16, 2.6, 2.6, 68, bfloat16=False, shares_host=True),
-    "m1-max": _Stated(32, 10.4, 10.4, 400, bfloat16=False, shares_host=True),
+    "t4": DataSheet(16, 8.1, 65, 320, bfloat16=False),
+    "l4": DataSheet(24, 30.3, 121, 300),
+    "a10": DataSheet(24, 31.2, 125, 600),
+    "rtx3090": DataSheet(24, 35.6, 71, 936),
+    "rtx4090": DataSheet(24, 82.6, 165, 1008),
+    "a100": DataSheet(80, 19.5, 312, 2039),
+    "h100": DataSheet(80, 67, 989, 3350),
+    "m1": DataSheet(16, 2.6, 2.6, 68, bfloat16=False, shares_host=True),
+    "m1-max": DataSheet(32, 10.4, 10.4, 400, bfloat16=False, shares_host=True),
 }
 
 
@@ -123,21 +126,20 @@ def speed_of(device: str, dtype: str, memory: float | None = None) -> Speed:
     return calibrate(device, dtype, memory)
 
 
-def _stated(name: str, sheet: _Stated, dtype: str, memory: float | None) -> Speed:
-    half = torch.bfloat16 if sheet.bfloat16 else torch.float16
-    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
-    rates = {torch.float32: sheet.float32, torch.bfloat16: sheet.half, torch.float16: sheet.half}
-    if not sheet.bfloat16:
-        rates[torch.bfloat16] = sheet.float32 / 2  # emulated
+def _stated(name: str, sheet: DataSheet, dtype: str, memory: float | None) -> Speed:
+    chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if sheet.bfloat16 else torch.float32
+    rates = {torch.float32: sheet.float32, torch.float16: sheet.half}
+    rates[torch.bfloat16] = sheet.half if sheet.bfloat16 else sheet.float32 / 2  # emulated
+    memory = memory or sheet.memory * 1e9
     return Speed(
         name=name,
         source=f"stated speed, of which {_SHARE:.0%} is supposed to be reached",
-        dtype=chosen or (half if sheet.bfloat16 else torch.float32),
+        dtype=chosen,
         compute={(kind, t): ((1, _SHARE * rate * 1e12),) for t, rate in rates.items() for kind in _KINDS},
         bandwidth=((1, 2 * _SHARE * sheet.bandwidth * 1e9),),
         start=1e-5,
-        memory=memory or sheet.memory * 1e9,
-        taken=(memory or sheet.memory * 1e9) * _OF_THE_HOST if sheet.shares_host else _RUNTIME,
+        memory=memory,
+        taken=memory * _OF_THE_HOST if sheet.shares_host else _RUNTIME,
         shares_host=sheet.shares_host,
     )
 
@@ -156,90 +158,74 @@ def calibrate(
     """
     chosen, _ = choose_device(device)
     kind, _ = choose_dtype(chosen, dtype)
-    stopwatch = _Stopwatch(chosen, clock)
-    compute = {}
+    seconds = partial(_seconds, chosen, clock)
+    compute: dict[tuple[str, torch.dtype], Curve] = {}
     for floating in {kind, torch.float32}:
-        compute["matmul", floating] = tuple((rows, _matmul(rows, floating, stopwatch)) for rows in _ROWS)
-        compute["conv", floating] = tuple((2 * side**2, _conv(side, floating, stopwatch)) for side in _SIDES)
-        compute["attention", floating] = tuple((tokens, _attention(tokens, floating, stopwatch)) for tokens in _TOKENS)
+        random = partial(_random, chosen, floating)
+        compute["matmul", floating] = tuple((rows, _matmul(rows, random, seconds)) for rows in _ROWS)
+        compute["conv", floating] = tuple((2 * side**2, _conv(side, random, seconds)) for side in _SIDES)
+        compute["attention", floating] = tuple((tokens, _attention(tokens, random, seconds)) for tokens in _TOKENS)
+    bandwidth = tuple((size, _bandwidth(_random(chosen, torch.float32, size // 8), seconds)) for size in _BYTES)
+    own = torch.cuda.get_device_properties(chosen).total_memory if chosen.type == "cuda" else virtual_memory().total
     return Speed(
         name=str(chosen),
         source="measured on this machine",
         dtype=kind,
         compute=compute,
-        bandwidth=tuple((size, _bandwidth(size, stopwatch)) for size in _BYTES),
-        start=_start(stopwatch),
-        memory=memory or _memory(chosen),
+        bandwidth=bandwidth,
+        start=_start(chosen, seconds),
+        memory=memory or own,
         taken=0.0 if chosen.type == "cpu" else _RUNTIME,
         shares_host=chosen.type != "cuda",
     )
 
 
-def _matmul(rows: int, dtype: torch.dtype, stopwatch: "_Stopwatch") -> float:
+def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def _matmul(rows: int, random: Callable[..., torch.Tensor], seconds: Stopwatch) -> float:
     """Floating-point operations a second of so many rows times weights as large as a model's: a cache holds few."""
-    given = torch.randn(rows, 1024, device=stopwatch.device).to(dtype)
-    weights = [torch.randn(2048, 1024, device=stopwatch.device).to(dtype) for _ in range(32)]
-    seconds = stopwatch(lambda: [functional.linear(given, weight) for weight in weights])
-    return 2 * rows * 1024 * 2048 * len(weights) / seconds
+    given, weights = random(rows, 1024), [random(2048, 1024) for _ in range(32)]
+    return 2 * rows * 1024 * 2048 * 32 / seconds(lambda: [functional.linear(given, weight) for weight in weights])
 
 
-def _conv(side: int, dtype: torch.dtype, stopwatch: "_Stopwatch") -> float:
+def _conv(side: int, random: Callable[..., torch.Tensor], seconds: Stopwatch) -> float:
     """Floating-point operations a second of a convolution of two square maps."""
-    pixels = torch.randn(2, 256, side, side, device=stopwatch.device).to(dtype)
-    kernels = [torch.randn(256, 256, 3, 3, device=stopwatch.device).to(dtype) for _ in range(4)]
-    seconds = stopwatch(lambda: [functional.conv2d(pixels, kernel, padding=1) for kernel in kernels])
-    return 2 * 2 * side**2 * 256**2 * 9 * len(kernels) / seconds
+    pixels, kernels = random(2, 256, side, side), [random(256, 256, 3, 3) for _ in range(4)]
+    took = seconds(lambda: [functional.conv2d(pixels, kernel, padding=1) for kernel in kernels])
+    return 2 * 2 * side**2 * 256**2 * 9 * 4 / took
 
 
-def _attention(tokens: int, dtype: torch.dtype, stopwatch: "_Stopwatch") -> float:
+def _attention(tokens: int, random: Callable[..., torch.Tensor], seconds: Stopwatch) -> float:
     """Floating-point operations a second of so many queries that look at as many keys, or at 64."""
-    queries, keys = (
-        torch.randn(8, 8, count, 64, device=stopwatch.device).to(dtype) for count in (tokens, max(tokens, 64))
-    )
-    seconds = stopwatch(lambda: functional.scaled_dot_product_attention(queries, keys, keys))
-    return 4 * queries.numel() * keys.shape[-2] / seconds
+    queries, keys = (random(8, 8, count, 64) for count in (tokens, max(tokens, 64)))
+    took = seconds(lambda: functional.scaled_dot_product_attention(queries, keys, keys))
+    return 4 * queries.numel() * keys.shape[-2] / took
 
 
-def _bandwidth(size: int, stopwatch: "_Stopwatch") -> float:
-    """Bytes a second of a function of every value, which reads and writes `size` bytes in all."""
-    values = torch.randn(size // 8, device=stopwatch.device)
+def _bandwidth(values: torch.Tensor, seconds: Stopwatch) -> float:
+    """Bytes a second of a function of every value, which reads and writes each."""
     out = torch.empty_like(values)
-    return size / stopwatch(lambda: torch.ops.aten.silu.out(values, out=out))
+    return 2 * values.nbytes / seconds(lambda: torch.ops.aten.silu.out(values, out=out))
 
 
-def _start(stopwatch: "_Stopwatch") -> float:
+def _start(device: torch.device, seconds: Stopwatch) -> float:
     """Seconds for which an operation of a model's code occupies the program; this one computes next to nothing."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(stopwatch.device).eval()
-    ids = torch.ones(1, 1, dtype=torch.long, device=stopwatch.device)
-    with Trace() as trace:
-        model(ids)
-    return stopwatch(lambda: model(ids)) / sum(trace.cost.operations.values())
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(device).eval()
+    ids = torch.ones(1, 1, dtype=torch.long, device=device)
+    operations = cost_of(lambda: model(ids)).operations
+    return seconds(lambda: model(ids)) / sum(operations.values())
 
 
-@dataclass(frozen=True)
-class _Stopwatch:
-    """Seconds of one call, the median of several."""
-
-    device: torch.device
-    clock: Clock
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        self._once(work)
-        seconds: list[float] = []
-        while sum(seconds) < _SECONDS or len(seconds) < 3:
-            seconds.append(self._once(work))
-        return statistics.median(seconds)
-
-    def _once(self, work: Callable[[], object]) -> float:
-        started = self.clock()
+def _seconds(device: torch.device, clock: Clock, work: Callable[[], object]) -> float:
+    """Seconds of one call, the median of several; the first only warms up."""
+    taken: list[float] = []
+    while sum(taken[1:]) < _SECONDS or len(taken) < 4:
+        started = clock()
         work()
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return self.clock() - started
-
-
-def _memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        taken.append(clock() - started)
+    return statistics.median(taken[1:])

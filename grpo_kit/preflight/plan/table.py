@@ -1,58 +1,54 @@
 """A plan as text for a terminal, and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from grpo_kit.preflight.plan.advice import Step
-from grpo_kit.preflight.plan.fit import Plan
-from grpo_kit.preflight.plan.parts import Part
-
-_COLUMNS = "{:<12} {:<16} {:>12} {:>11} {:>11} {:>11}"
+from grpo_kit.preflight.plan.parts import Part, Plan
 
 
 def in_words(plan: Plan, steps: Sequence[Step]) -> str:
     """The plan as lines of text."""
-    speed = plan.speed
+    speed, room = plan.speed, _size(plan.room)
     kind = str(speed.dtype).removeprefix("torch.")
-    lines = [f"device: {speed.name}, {_size(speed.memory)}, {kind}; {speed.source}", ""]
-    lines.append(_COLUMNS.format("part", "", "parameters", "in memory", "adds most", "s/iteration"))
-    for part in plan.parts:
-        lines += _of_part(plan, part)
     part, phase = plan.largest
-    lines += [
+    lines = [
+        f"device: {speed.name}, {_size(speed.memory)}, {kind}; {speed.source}",
+        "",
+        _row("part", "", "parameters", "in memory", "adds most", "s/iteration"),
+        *(line for each in plan.parts for line in _part_rows(plan, each)),
         "",
         f"peak: {_size(plan.peak)} = {_size(plan.resident)} all the time + {_size(phase.cost.peak)} in {part.name}, "
         f"{phase.name}",
         f"      (turned down by {phase.turned_down_by})",
-        f"{'fits' if plan.fits else 'does not fit'}: of {_size(speed.memory)} tensors may take {_size(plan.room)}",
+        f"{'fits' if plan.fits else 'does not fit'}: of {_size(speed.memory)} tensors may take {room}",
         f"time: {plan.seconds:.3g} s an iteration, {_minutes(plan.minutes)} for {plan.iterations} iterations, "
         "validations not counted",
         "",
         "where each part may live:",
+        *(f"  {_size(way.peak):>9}  {'fits' if way.fits else '-':<5} {way.name}" for way in plan.placements),
+        *([] if plan.fits else ["", *_of_steps(steps)]),
+        "",
+        *(f"{each.name}: shape from {each.source}" for each in plan.parts),
+        *(f"{each.name}: {note}" for each in plan.parts for note in each.notes),
     ]
-    lines += [f"  {_size(home.peak):>9}  {'fits' if home.fits else '-':<5} {home.name}" for home in plan.homes]
-    lines += [] if plan.fits else ["", *_of_steps(steps)]
-    lines += ["", *(f"{part.name}: shape from {part.source}" for part in plan.parts)]
-    lines += [f"{part.name}: {note}" for part in plan.parts for note in part.notes]
     return "\n".join(lines)
 
 
-def _of_part(plan: Plan, part: Part) -> list[str]:
+def _row(*cells: str) -> str:
+    return "{:<12} {:<16} {:>12} {:>11} {:>11} {:>11}".format(*cells, *[""] * (6 - len(cells))).rstrip()
+
+
+def _part_rows(plan: Plan, part: Part) -> Iterator[str]:
     """One line for the part, one for each model in it, each thing that it holds, and each phase."""
     seconds = f"{plan.part_seconds(part):.3g}"
-    lines = [
-        _COLUMNS.format(
-            part.name, "", _count(part.parameters), _size(part.resident), _size(part.working), seconds
-        ).rstrip()
-    ]
+    yield _row(part.name, "", _count(part.parameters), _size(part.resident), _size(part.working), seconds)
     for piece in part.pieces if len(part.pieces) > 1 else ():
-        lines.append(_COLUMNS.format("", piece.name, _count(piece.parameters), _size(piece.weights), "", "").rstrip())
+        yield _row("", piece.name, _count(piece.parameters), _size(piece.weights))
     for name, held in part.held.items():
-        lines.append(_COLUMNS.format("", name, "", _size(held), "", "").rstrip())
+        yield _row("", name, "", _size(held))
     for phase in part.phases:
-        took = f"{plan.speed.seconds(phase.cost):.3g}"
-        lines.append(_COLUMNS.format("", phase.name, "", "", _size(phase.cost.peak), took))
-    return lines
+        yield _row("", phase.name, "", "", _size(phase.cost.peak), f"{plan.speed.seconds(phase.cost):.3g}")
 
 
 def _of_steps(steps: Sequence[Step]) -> list[str]:
@@ -80,7 +76,7 @@ def as_json(plan: Plan, steps: Sequence[Step]) -> dict[str, object]:
         "fits": plan.fits,
         "seconds_per_iteration": plan.seconds,
         "minutes": plan.minutes,
-        "homes": [asdict(home) for home in plan.homes],
+        "homes": [asdict(way) for way in plan.placements],
         "turn_down": [asdict(step) for step in steps],
     }
 

@@ -8,8 +8,8 @@ runs as it does in training. A number that only weights could tell is answered w
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-_ASKED = {torch.bool: True}  # answers by dtype; every other dtype's is 1
 _KINDS = {"convolution": "conv", "scaled_dot_product": "attention", "mm": "matmul"}
 _LOOK_UP = ("embedding", "index", "gather", "scatter")  # these touch what they give, not the table they read from
 
@@ -32,6 +31,9 @@ class Operation:
     flops: int
     moved: int
     rows: int = 0  # of a product's smaller side, queries of an attention, places of a convolution: few are slow
+
+
+Log = list[tuple[Operation, int]]  # operations in their order, each with the bytes that are held while it runs
 
 
 @dataclass(frozen=True)
@@ -61,37 +63,63 @@ class Cost:
         return Cost(max(self.peak, other.peak), Counter(self.operations) + Counter(other.operations))
 
 
-NOTHING = Cost(0, {})
+def cost_of(work: Callable[[], object], there: Iterable[torch.Tensor] = ()) -> Cost:
+    """What a call needs, beyond the tensors that are `there` already."""
+    with Trace(there) as trace:
+        work()
+    return trace.cost
+
+
+def cost_of_repetition(number: int, first: Log, second: Log) -> Cost:
+    """What the `number`th repetition of some code needs, whose sizes all grow by as much from each to the next.
+
+    Args:
+        first, second: what its first and its second repetition did, operation by operation.
+    """
+    peak, operations = 0, Counter()
+    for (one, held), (other, held_later) in zip(first, second, strict=True):
+        flops, moved, rows, held = (
+            a + (number - 1) * (b - a)
+            for a, b in ((one.flops, other.flops), (one.moved, other.moved), (one.rows, other.rows), (held, held_later))
+        )
+        peak = max(peak, held)
+        operations[replace(one, flops=flops, moved=moved, rows=rows)] += 1
+    return Cost(peak, operations)
 
 
 class Trace(TorchDispatchMode):
-    """`with Trace(weights) as trace: work()`, then `trace.cost`.
+    """`with Trace(weights) as trace: work()`, then `trace.cost`; `trace.log` has its operations in their order.
 
     Args:
         weights: tensors that are there already, and are not counted.
+        answer: what a truth value that only weights could tell is taken for.
     """
 
-    def __init__(self, weights: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, weights: Iterable[torch.Tensor] = (), answer: bool = True) -> None:
         super().__init__()
+        self.log: Log = []
         self._held: dict[int, weakref.finalize] = {}
         self._live = self._peak = 0
-        self._operations: Counter[Operation] = Counter()
+        self._answer = answer
         self._there = [tensor.untyped_storage() for tensor in weights]
         self._known = {storage._cdata for storage in self._there}
 
     @property
     def cost(self) -> Cost:
         """What was needed so far."""
-        return Cost(self._peak, dict(self._operations))
+        return Cost(self._peak, Counter(operation for operation, _ in self.log))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "prim":  # asks what a tensor is, and computes nothing
-            return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks what a tensor is, and computes nothing
+            return func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         fakes = [tensor for tensor in given if isinstance(tensor, FakeTensor)]
-        if fakes and func in (aten._local_scalar_dense.default, aten.equal.default):
-            return _answer(fakes[0].dtype if func is aten._local_scalar_dense.default else torch.bool)
+        if fakes and func is aten.equal.default:
+            return self._answer
+        if fakes and func is aten._local_scalar_dense.default:
+            dtype = fakes[0].dtype
+            return self._answer if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if 0 < len(fakes) < len(given):
             args, kwargs = _lifted(func, args, kwargs, fakes[0].fake_mode)
         result = func(*args, **kwargs)
@@ -100,9 +128,9 @@ class Trace(TorchDispatchMode):
             self._hold(tensor.untyped_storage())
         if made and not func.is_view:
             operation = _operation(func, args, kwargs, result, given, made)
-            self._operations[operation] += 1
-            if operation.kind == "conv":  # it lays its input out anew, for as long as it runs
-                self._peak = max(self._peak, self._live + _bytes(given[0]))
+            copied = given[0].nbytes if operation.kind == "conv" else 0  # its input is laid out anew while it runs
+            self._peak = max(self._peak, self._live + copied)
+            self.log.append((operation, self._live + copied))
         return result
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -126,25 +154,18 @@ def _operation(
     """What an operation costs, from the tensors that went in and came out."""
     name = func._overloadpacket.__name__
     touched = made * 2 if name.startswith(_LOOK_UP) else given + made
-    moved = sum(map(_bytes, touched))
     formula = flop_registry.get(func._overloadpacket)
     flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
     kind = next((kind for part, kind in _KINDS.items() if part in name), "other") if flops else "other"
-    floating = next((tensor.dtype for tensor in made if tensor.dtype.is_floating_point), torch.float32)
-    return Operation(kind, floating, flops, moved, _rows(kind, given, made))
-
-
-def _rows(kind: str, given: list[torch.Tensor], made: list[torch.Tensor]) -> int:
-    """What the speed of a product goes by."""
+    rows = 0  # what the speed of a product goes by
     if kind == "matmul":
-        return min(math.prod(tensor.shape[-2:-1]) for tensor in given if tensor.dim() >= 2)
-    if kind == "attention":
-        return given[0].shape[-2]
-    return made[0].numel() // made[0].shape[1] if kind == "conv" else 0
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        rows = min(math.prod(tensor.shape[-2:-1]) for tensor in given if tensor.dim() >= 2)
+    elif kind == "attention":
+        rows = given[0].shape[-2]
+    elif kind == "conv":
+        rows = made[0].numel() // made[0].shape[1]
+    dtype = next((tensor.dtype for tensor in made if tensor.dtype.is_floating_point), torch.float32)
+    return Operation(kind, dtype, flops, sum(tensor.nbytes for tensor in touched), rows)
 
 
 def weightless(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
@@ -152,22 +173,14 @@ def weightless(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
     made: dict[int, torch.nn.Parameter] = {}
     with mode:
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = made.setdefault(id(parameter), _empty(parameter))
+            for name, old in module._parameters.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    values = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    made[id(old)] = torch.nn.Parameter(values, requires_grad=old.requires_grad)
+                module._parameters[name] = made[id(old)]
     return model
-
-
-def _empty(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-    return torch.nn.Parameter(values, requires_grad=parameter.requires_grad)
-
-
-def _answer(dtype: torch.dtype) -> bool | int | float:
-    """What a number that is not known is taken for: true, 1."""
-    if dtype is torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
 
 
 def _lifted(func, args: tuple, kwargs: dict, mode: FakeTensorMode) -> tuple[tuple, dict]:

@@ -1,4 +1,4 @@
-"""Loss functions to examine: TRL's own, and the formula that many small VLM-GRPO trainers share."""
+"""Examples of losses to examine: TRL's own, and the formula that many small VLM-GRPO trainers share."""
 
 import importlib
 from collections import defaultdict
@@ -41,7 +41,11 @@ def trl_loss(
     Raises:
         KitError: TRL is not installed.
     """
-    trainer = object.__new__(_trl_trainer())
+    try:
+        trainer_class = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer  # an optional library
+    except ImportError as error:
+        raise KitError(f"trl: cannot be imported ({error}). Install it: pip install 'trl>=1.16,<2'") from error
+    trainer = object.__new__(trainer_class)
     trainer.args = SimpleNamespace(
         delta=delta, use_bias_correction_kl=use_bias_correction_kl,
         sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
@@ -49,7 +53,9 @@ def trl_loss(
         vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg,
     )  # fmt: skip
     trainer.model = SimpleNamespace(training=False)  # TRL's name for: not divided by the accumulation steps
-    trainer.accelerator = SimpleNamespace(num_processes=1, gather=_alone, reduce=_alone)
+    trainer.accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda values: values, reduce=lambda values, reduction: values
+    )
     trainer.loss_type, trainer.importance_sampling_level = loss_type, importance_sampling_level
     trainer.epsilon_low, trainer.epsilon_high = epsilon, epsilon if epsilon_high is None else epsilon_high
     trainer.beta, trainer.max_completion_length = beta, max_completion_length or mask.shape[1]
@@ -58,10 +64,8 @@ def trl_loss(
     trainer._metrics = {"eval": defaultdict(list)}
     scored = (logprobs, torch.zeros_like(logprobs), None)
     trainer._get_per_token_logps_and_entropies = lambda *args, **options: scored
-    ids, tokens = (
-        torch.zeros(mask.shape, dtype=torch.int64),
-        mask.sum() if num_items_in_batch is None else num_items_in_batch,
-    )
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
     inputs = {
         "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask.long(),
         "advantages": advantages, "old_per_token_logps": old_logprobs, "ref_per_token_logps": ref_logprobs,
@@ -87,15 +91,3 @@ def classic_loss(
     log_ratio = logprobs - ref_logprobs
     advantages = rewards - rewards.mean()
     return -(log_ratio.exp() * advantages.unsqueeze(1)).mean() + beta * log_ratio.mean()
-
-
-def _trl_trainer() -> type:
-    try:
-        return importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer  # an optional library
-    except ImportError as error:
-        raise KitError(f"trl: cannot be imported ({error}). Install it: pip install 'trl>=1.16,<2'") from error
-
-
-def _alone(values: torch.Tensor, reduction: str = "") -> torch.Tensor:
-    """What gathering and reducing give where there is one process."""
-    return values
