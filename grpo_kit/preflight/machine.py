@@ -152,7 +152,7 @@ def _wandb(mode: str) -> str:
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
-    if mode == "online" and not wandb.login(prompt=False, verify=False):  # looks for a key, calls nobody
+    if mode == "online" and not wandb.login(prompt=False, verify=False):  # looks for a key, contacts no server
         raise KitError(
             "online, but no key on this machine. Log in (wandb login), or set tracking_settings.wandb=offline"
         )

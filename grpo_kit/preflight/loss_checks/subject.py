@@ -1,12 +1,11 @@
 """The function that is examined: found by its name, called by the names of the arguments that it has."""
 
-import contextlib
 import functools
 import importlib
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,8 +69,7 @@ class Subject:
         tokens, length = float(batch.mask.sum()), batch.mask.shape[1]
         known = vars(batch) | {"logprobs": leaf, "mask": batch.mask.to(self.mask_dtype)}
         known |= {"beta": 0.0, "num_items_in_batch": tokens, "max_completion_length": length} | settings
-        with _default_dtype(leaf.dtype):
-            output = self.loss(**{name: value for name, value in known.items() if name in self.takes})
+        output = _called(self.loss, self.takes, known, leaf.dtype)
         value = getattr(output, "loss", output)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             raise TypeError(f"returned {_described(value)}, allowed: a scalar tensor, or an object with one in .loss")
@@ -86,9 +84,8 @@ class Subject:
     def weigh(self, rewards: torch.Tensor, group_ids: torch.Tensor, **settings: object) -> torch.Tensor:
         """(N,) what each row is weighed by: its advantage, or, up to a factor, what the loss's gradient implies."""
         if self.advantages is not None:
-            given = {"rewards": rewards, "group_ids": group_ids} | settings
-            with _default_dtype(rewards.dtype):
-                return self.advantages(**{name: value for name, value in given.items() if name in self.advantages_take})
+            known = {"rewards": rewards, "group_ids": group_ids} | settings
+            return _called(self.advantages, self.advantages_take, known, rewards.dtype)
         self.need_rewards()
         logprobs = torch.linspace(-2, -1, 3 * len(rewards), dtype=rewards.dtype).reshape(-1, 3)
         mask = torch.ones(len(rewards), 3, dtype=torch.bool)
@@ -233,13 +230,12 @@ def _callable_by_name(
     return functools.partial(function, **filled), taken
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Tensors that a function makes by itself are of the batch's type, as they are in training."""
+def _called(function: Callable, takes: frozenset[str], known: Mapping[str, object], dtype: torch.dtype) -> object:
+    """What a function returns; tensors that it makes by itself are of the batch's dtype, as they are in training."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        return function(**{name: value for name, value in known.items() if name in takes})
     finally:
         torch.set_default_dtype(before)
 

@@ -1,9 +1,9 @@
 """The policy's part: sampling, and the GRPO step itself, run on a policy without values."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from PIL import Image
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoProcessor
 
 from grpo_kit.config import Config
-from grpo_kit.config.prompts import Prompt, load_prompts
+from grpo_kit.config.prompts import load_prompts
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
 from grpo_kit.preflight.plan.architectures import PlanError, language_model, pipeline_shape
@@ -22,7 +22,7 @@ from grpo_kit.training.step import grpo_step
 
 _CHARACTERS_A_TOKEN = 4  # of English, with the vocabularies of today's models
 _TEMPLATE_TOKENS = 16  # of a chat template around a system and a user turn
-_TOKENS_RUN = 3  # of each completion; what the others cost follows from the second and the third
+_TOKENS_RUN = 4  # of each completion; what the others cost follows from the third and the fourth
 
 
 def plan_policy(config: Config, dtype: torch.dtype) -> Part:
@@ -34,27 +34,22 @@ def plan_policy(config: Config, dtype: torch.dtype) -> Part:
     policy, piece, source, notes = _build(config, dtype)
     settings, length = config.training_settings, config.generation_settings.max_new_tokens
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=settings.learning_rate, fused=True)
-    rollout = longest_rollout(config)
-    moments = _started(policy, optimizer, rollout)
+    with Trace():  # the first step, in which the optimizer makes its moments
+        grpo_step(policy, optimizer, longest_rollout(config, 2), config)
+    moments = [moment for state in optimizer.state.values() for moment in state.values()]
     there = [*tensors_of(policy.model, policy.reference), *moments]
     held = {"optimizer": sum(moment.nbytes for moment in moments)}
     if policy.reference is not None:
         held["reference"] = Piece.of("reference", policy.reference).weights
-    sampling, update = _sampling(policy, rollout, length, there), _update(policy, optimizer, rollout, config, there)
+    rollout = longest_rollout(config)
+    update = _update(policy, optimizer, config, len(rollout.rewards), there)
     phases = (
-        Phase("sampling", sampling, "training_settings.group_size"),
+        Phase("sampling", _sampling(policy, rollout, length, there), "training_settings.group_size"),
         Phase("update", update, "training_settings.micro_batch_size"),
     )
     trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
     notes = (*notes, f"{trained:,} of the policy's parameters are trained")
     return Part("policy", source, (piece,), phases, held, notes)
-
-
-def longest_prompts(config: Config) -> list[Prompt]:
-    """An iteration's prompts, the longest that there are."""
-    settings = config.training_settings
-    known = sorted(load_prompts(settings.train_prompts), key=lambda prompt: len(prompt.user_prompt))
-    return known[-settings.prompts_per_iteration :]
 
 
 def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tuple[str, ...]]:
@@ -93,18 +88,6 @@ def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tupl
     return policy, Piece.of("policy", model, in_8_bits), source, notes
 
 
-def _seen(config: Config, count: int) -> list[Image.Image] | None:
-    """The pictures that the policy looks at, one a prompt, in the size in which the generator draws them."""
-    if not config.model_settings.use_image:
-        return None
-    settings = config.generation_settings
-    size = (settings.width, settings.height)
-    if None in size:
-        side = pipeline_shape(config.model_settings.sd_model).side
-        size = (settings.width or side, settings.height or side)
-    return [Image.new("RGB", size)] * count
-
-
 class _PlaceholderTokenizer:
     """In place of a tokenizer that is not on this machine."""
 
@@ -122,75 +105,68 @@ class _PolicyWithoutTokenizer(Policy):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _started(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout) -> list[torch.Tensor]:
-    """Let the optimizer make its moments, as in the first step, of what gradients reach; returns them."""
-    with Trace():
-        rollout.score(policy, torch.zeros(1, dtype=torch.long)).logprobs.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return [moment for moments in optimizer.state.values() for moment in moments.values()]
-
-
 def _sampling(policy: Policy, rollout: Rollout, length: int, there: list[torch.Tensor]) -> Cost:
-    """G completions of each prompt: three tokens are sampled; the cost of those between is the mean of first and last.
+    """G completions of each prompt, of which four tokens are sampled.
 
-    The first token comes from the prompts' own run; from one later token to the next all sizes grow by as much.
+    The first token comes from the prompts' own run. From one later token to the next all sizes grow by as much, so the
+    cost of each follows from the third and the fourth, and the mean is that of the second and the last.
     """
-    texts = [prompt.user_prompt for prompt in rollout.prompts]
-    with Trace(there, answer=False) as trace, suppress(_EnoughSampled), _log_of_calls(policy.model, trace) as calls:
-        policy.sample(texts, len(rollout.group_ids) // len(texts), seed=0, images=rollout.prompt_images)
-    _, second, third, end = calls
-    prompts_run = Cost(max(held for _, held in trace.log[:second]), Counter(one for one, _ in trace.log[:second]))
-    if length == 1:
-        return prompts_run
-    steps = [cost_of_repetition(number, trace.log[second:third], trace.log[third:end]) for number in (1, length - 1)]
-    return prompts_run.then(steps[0].then(steps[1]).times((length - 1) / 2))
+    texts, calls = [prompt.user_prompt for prompt in rollout.prompts], []
 
-
-class _EnoughSampled(Exception):
-    """Ends the sampling under a trace."""
-
-
-@contextmanager
-def _log_of_calls(model: torch.nn.Module, trace: Trace) -> Iterator[list[int]]:
-    """How many operations were logged when the model was called, call by call; ends before one token too many."""
-    calls: list[int] = []
-
-    def note(*_: object) -> None:
+    def note_call(*_: object) -> None:
         calls.append(len(trace.log))
         if len(calls) > _TOKENS_RUN:
             raise _EnoughSampled
 
-    hook = model.register_forward_pre_hook(note)
-    try:
-        yield calls
-    finally:
-        hook.remove()
+    hook = policy.model.register_forward_pre_hook(note_call)
+    with Trace(there, answer=False) as trace, suppress(_EnoughSampled):  # the answer: no completion has ended
+        policy.sample(texts, len(rollout.group_ids) // len(texts), seed=0, images=rollout.prompt_images)
+    hook.remove()
+    prompts_run, _, third, fourth = (trace.log[start:end] for start, end in itertools.pairwise([0, *calls[1:]]))
+    cost = Cost(max(held for _, held in prompts_run), Counter(operation for operation, _ in prompts_run))
+    if length == 1:
+        return cost
+    second, last = (cost_of_repetition(number, third, fourth) for number in (0, length - 2))
+    return cost.then(second.then(last).times((length - 1) / 2))
+
+
+class _EnoughSampled(Exception):
+    """Ends the sampling."""
 
 
 def _update(
-    policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, config: Config, there: list[torch.Tensor]
+    policy: Policy, optimizer: torch.optim.Optimizer, config: Config, rows: int, there: list[torch.Tensor]
 ) -> Cost:
     """The step on a rollout. Of many micro-batches two are run: each after the first needs and costs the same."""
-    rows = len(rollout.rewards)
     size = min(config.training_settings.micro_batch_size or rows, rows)
 
     def step_on(count: int) -> Cost:
-        part = _rows(rollout, count)
-        return cost_of(lambda: grpo_step(policy, optimizer, part, config), there)
+        rollout = longest_rollout(config, count)
+        return cost_of(lambda: grpo_step(policy, optimizer, rollout, config), there)
 
     cost = step_on(min(2 * size, rows))
-    return cost if rows <= 2 * size else cost.then(cost.less(step_on(size)).times(rows / size - 2))
+    if rows <= 2 * size:
+        return cost
+    further = cost.then(step_on(size).times(-1))
+    return cost.then(further.times(rows / size - 2))
 
 
-def longest_rollout(config: Config) -> Rollout:
-    """A rollout of the longest prompts, with completions that are all at their longest, and rewards that differ."""
-    prompts, length = longest_prompts(config), config.generation_settings.max_new_tokens
-    P, G = len(prompts), config.training_settings.group_size
-    N = P * G
+def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
+    """A rollout of the longest prompts, with completions that are all at their longest, and rewards that differ.
+
+    Args:
+        rows: how many, from the first; None is an iteration's.
+    """
+    settings, length = config.training_settings, config.generation_settings.max_new_tokens
+    P, G = settings.prompts_per_iteration, settings.group_size
+    groups = torch.arange(P).repeat_interleave(G)[:rows]
+    N = len(groups)
+    known = sorted(load_prompts(settings.train_prompts), key=lambda prompt: len(prompt.user_prompt))
+    prompts = known[-P:][: int(groups.max()) + 1]
+    seen = [Image.new("RGB", _picture_size(config))] * len(prompts) if config.model_settings.use_image else None
     return Rollout(
         prompts=prompts,
-        group_ids=torch.arange(P).repeat_interleave(G),
+        group_ids=groups,
         completion_ids=torch.ones(N, length, dtype=torch.long),
         completion_mask=torch.ones(N, length, dtype=torch.bool),
         enhanced_prompts=[""] * N,
@@ -200,15 +176,14 @@ def longest_rollout(config: Config) -> Rollout:
         rewards=torch.linspace(0, 1, N),
         old_logprobs=torch.zeros(N, length),
         truncated=torch.zeros(N, dtype=torch.bool),
-        prompt_images=_seen(config, P),
+        prompt_images=seen,
     )
 
 
-def _rows(rollout: Rollout, count: int) -> Rollout:
-    """Its first rows."""
-    groups = rollout.group_ids[:count]
-    columns = {name: value[:count] for name, value in vars(rollout).items() if torch.is_tensor(value)}
-    lists = {"enhanced_prompts": rollout.enhanced_prompts[:count], "images": rollout.images[:count]}
-    prompts = int(groups.max()) + 1
-    seen = None if rollout.prompt_images is None else rollout.prompt_images[:prompts]
-    return replace(rollout, prompts=rollout.prompts[:prompts], prompt_images=seen, **columns, **lists)
+def _picture_size(config: Config) -> tuple[int, int]:
+    """Width and height of what the generator draws."""
+    settings = config.generation_settings
+    if settings.width and settings.height:
+        return settings.width, settings.height
+    side = pipeline_shape(config.model_settings.sd_model).side
+    return settings.width or side, settings.height or side

@@ -52,14 +52,8 @@ class Cost:
         """The same, `count` times one after the other."""
         return Cost(self.peak, {operation: times * count for operation, times in self.operations.items()})
 
-    def less(self, other: "Cost") -> "Cost":
-        """Without the operations of what came before."""
-        rest = Counter(self.operations)
-        rest.subtract(other.operations)
-        return Cost(self.peak, +rest)
-
     def then(self, other: "Cost") -> "Cost":
-        """This and then the other."""
+        """This and then the other; without the other's operations where it was taken `times(-1)`."""
         return Cost(max(self.peak, other.peak), Counter(self.operations) + Counter(other.operations))
 
 
