@@ -114,19 +114,11 @@ PROPERTIES: Known = [
     ("T3", group_properties.groups_do_not_leak, [one_group_of_all]),
     ("T4", group_properties.order_does_not_matter, [discounted_returns]),
     ("T4", group_properties.equal_rewards_give_exactly_zero, [rounding_error_divided_by_eps]),
-    (
-        "T5",
-        group_properties.scaling_is_the_stated_one,
-        [not_scaled, scaled_by_the_square, mean_not_taken_away],
-    ),
+    ("T5", group_properties.scaling_is_the_stated_one, [not_scaled, scaled_by_the_square, mean_not_taken_away]),
     ("T5", a_pair_gets_the_same_for_any_gap, [biased_deviation]),
-    (
-        "T5",
-        a_spread_under_the_noise_floor_teaches_nothing,
-        [noise_floor_ignored, noise_floor_of_the_whole_batch],
-    ),
+    ("T5", a_spread_under_the_noise_floor_teaches_nothing, [noise_floor_ignored, noise_floor_of_the_whole_batch]),
     ("T16", a_failed_sample_does_not_widen_a_spread, [noise_floor_ignored]),
-    ("T16", group_properties.unscored_rows_are_as_if_they_were_not_there, [failure_counts_as_zero_reward]),
+    ("T16", group_properties.unscored_rows_change_nothing, [failure_counts_as_zero_reward]),
 ]
 
 
@@ -164,7 +156,7 @@ def test_settings_share_order_equality_and_failed_samples(scale: str, baseline: 
     subject = subject_of(None, advantages=advantages)
     group_properties.order_does_not_matter(subject)
     group_properties.equal_rewards_give_exactly_zero(subject)
-    group_properties.unscored_rows_are_as_if_they_were_not_there(subject)
+    group_properties.unscored_rows_change_nothing(subject)
     leakage = group_properties.groups_do_not_leak(subject)
     assert (
         "only the scale" if scale == "batch" else "bit for bit"

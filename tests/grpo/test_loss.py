@@ -214,16 +214,12 @@ def entropy_bonus_left_on(logprobs: torch.Tensor, *args: object, **options: obje
 
 Property = Callable[[Subject], object]
 PROPERTIES: Known = [
-    (
-        "T1",
-        loss_properties.ratio_is_one_before_the_first_update,
-        [ratio_against_the_reference, surrogate_without_gradient],
-    ),
+    ("T1", loss_properties.ratio_starts_at_one, [ratio_against_the_reference, surrogate_without_gradient]),
     ("T2", loss_properties.reference_is_ignored_without_kl, [ratio_against_the_reference]),
     ("T6", loss_properties.length_bias_is_the_stated_one, [every_type_a_mean_of_row_means]),
     (
         "T7",
-        loss_properties.kl_term_pulls_by_the_gradient_of_a_kl,
+        loss_properties.kl_term_has_the_gradient_of_a_kl,
         [kl_detached, kl_with_the_sign_turned, kl_a_mean_log_ratio],
     ),
     ("T7", kl_pulls_every_token_towards_the_reference, [kl_detached, kl_with_the_sign_turned]),
@@ -238,11 +234,7 @@ PROPERTIES: Known = [
     ),
     ("T21", loss_properties.a_loss_of_zero_still_learns, [surrogate_without_gradient]),
     ("T21", its_value_starts_at_zero, [surrogate_without_gradient, advantage_with_the_ratio_taken_away]),
-    (
-        "T22",
-        loss_properties.clip_acts_on_its_active_side_alone,
-        [clip_without_the_minimum, clip_shares_of_both_sides],
-    ),
+    ("T22", loss_properties.clip_acts_on_its_active_side_alone, [clip_without_the_minimum, clip_shares_of_both_sides]),
     ("T22", loss_properties.delta_bounds_the_negative_side, [delta_ignored, negative_side_always_bounded]),
     ("T23", loss_properties.flat_groups_give_no_gradient, [entropy_bonus_left_on]),
     ("T25", loss_properties.far_ratios_stay_finite, [plain_exp]),
@@ -271,7 +263,7 @@ def test_this_loss_is_stricter_than_any_correct_one_has_to_be():
     subject = subject_of(grpo_loss)
     assert loss_properties.reference_is_ignored_without_kl(subject).endswith("bit for bit")
     assert loss_properties.clip_acts_on_its_active_side_alone(subject).endswith("only there")
-    assert loss_properties.kl_term_pulls_by_the_gradient_of_a_kl(subject) == "k1 0, k2 ∇KL(π‖ref), k3 ∇KL(ref‖π)"
+    assert loss_properties.kl_term_has_the_gradient_of_a_kl(subject) == "k1 0, k2 ∇KL(π‖ref), k3 ∇KL(ref‖π)"
 
 
 @pytest.mark.trap("T7", broken="kl_without_importance_weight")
@@ -286,7 +278,7 @@ def test_kl_of_older_samples_needs_the_importance_weight():
 
     weighted, unweighted = (subject_of(loss) for loss in (kl_with_importance_weight, kl_without_importance_weight))
     assert "∇KL(π‖ref)" in loss_properties.kl_term_is_weighted_off_policy(weighted)
-    assert "∇KL(ref‖π)" in loss_properties.kl_term_pulls_by_the_gradient_of_a_kl(unweighted)  # on-policy it is one
+    assert "∇KL(ref‖π)" in loss_properties.kl_term_has_the_gradient_of_a_kl(unweighted)  # on-policy it is one
     with pytest.raises(AssertionError, match="no importance weight"):
         loss_properties.kl_term_is_weighted_off_policy(unweighted)
 

@@ -479,4 +479,4 @@ def test_each_question_has_a_trap_a_title_of_its_own_and_a_source():
 def test_property_can_be_asked_alone():
     assert loss_properties.nothing_after_the_end_counts(subject_of(grpo_loss)).startswith("padding changes nothing")
     with pytest.raises(NotAsked, match="takes no ref_logprobs"):
-        loss_properties.kl_term_pulls_by_the_gradient_of_a_kl(subject_of(reinforce))
+        loss_properties.kl_term_has_the_gradient_of_a_kl(subject_of(reinforce))

@@ -76,7 +76,7 @@ def scaling_is_the_stated_one(subject: Subject) -> str:
     return f"scaled by deviation: a pair gets{size} for any gap; show the raw spread beside it{floor}"
 
 
-def unscored_rows_are_as_if_they_were_not_there(subject: Subject) -> str:
+def unscored_rows_change_nothing(subject: Subject) -> str:
     """T16: a NaN reward gets no weight and leaves the statistics; so does a group of nothing else."""
     rewards, ids = _groups(subject, 3)
     rewards[[0, 7, 8, 14]] = torch.nan
@@ -117,7 +117,7 @@ def _scalings(subject: Subject) -> list[dict[str, object]]:
 
 
 def _groups(subject: Subject, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Several groups, or one where the subject cannot be told of groups."""
+    """Several groups, or one where the subject takes no groups."""
     subject.need_rewards()
     return unlike_groups(seed) if subject.knows_groups else unlike_groups(seed, groups=1, size=20)
 

@@ -35,7 +35,7 @@ STATED_LENGTH_SHARE = {name: 10.0 if name in ("grpo", "sapo") else 1.0 for name 
 _LENGTH_SHARES = {"10 : 1": " (a mean of row means, as GRPO states)", "1 : 1": " (no length bias)"}
 
 
-def ratio_is_one_before_the_first_update(subject: Subject) -> str:
+def ratio_starts_at_one(subject: Subject) -> str:
     """T1: where the policy is the one that sampled, the gradient is that of -Σ w A log π, and nothing is clipped."""
     batch, though = on_policy(), "though the policy is the one that sampled"
     for variant in subject.variants():
@@ -95,7 +95,7 @@ def length_bias_is_the_stated_one(subject: Subject) -> str:
     return f"lengths 10 and 100: {'; '.join(found)}"
 
 
-def kl_term_pulls_by_the_gradient_of_a_kl(subject: Subject) -> str:
+def kl_term_has_the_gradient_of_a_kl(subject: Subject) -> str:
     """T7, on-policy, in exact expectation: k1 as a loss gives 0, k2 ∇KL(π‖ref), k3 ∇KL(ref‖π); k3 is never negative.
 
     A term with the value of a KL need not have its gradient: what trains is the mean of the term's gradient (arXiv
@@ -150,7 +150,7 @@ def nothing_after_the_end_counts(subject: Subject, garbage: tuple[float, ...] = 
 
 
 def parts_add_up_to_the_whole(subject: Subject) -> str:
-    """T14: micro-batches, cut along groups and told the whole batch's weights where possible, give its gradient."""
+    """T14: micro-batches, cut along groups and given the whole batch's weights where possible, give its gradient."""
     batch = drifted(4, lengths=(*LENGTHS, 3, 5))
     batch = replace(batch, group_ids=torch.arange(8) // 2).rewarded(batch.rewards)
     weights = None
@@ -162,7 +162,7 @@ def parts_add_up_to_the_whole(subject: Subject) -> str:
         rule, name = _adding_rule(subject, batch, settings, weights), variant.get("loss_type", "")
         fitting[rule] += [name] * (name not in fitting[rule])
     if weights is not None:
-        return "parts told the whole batch's weights add up to its gradient"
+        return "parts given the whole batch's weights add up to its gradient"
     listed = "; ".join(f"{' '.join(names)} {rule}".strip() for rule, names in fitting.items())
     return f"takes no weights; parts add up: {listed}"
 
@@ -297,8 +297,8 @@ def _adding_rule(subject: Subject, batch: Batch, settings: dict[str, object], we
         if worst[rule] <= 10 * ROUNDING:  # sums of differently many terms
             return rule
     kind = f"{settings['loss_type']}: " if "loss_type" in settings else ""
-    told = "told the whole batch's weights " if weights is not None else ""
-    raise AssertionError(f"{kind}micro-batches {told}miss the whole's gradient by {percent(min(worst.values()))}")
+    given = "given the whole batch's weights " if weights is not None else ""
+    raise AssertionError(f"{kind}micro-batches {given}miss the whole's gradient by {percent(min(worst.values()))}")
 
 
 def _settings_of_clip_and_delta(subject: Subject) -> dict[str, object]:

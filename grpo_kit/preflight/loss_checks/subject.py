@@ -94,7 +94,7 @@ class Subject:
 
     @property
     def knows_groups(self) -> bool:
-        """What weighs the rows is told which belong together."""
+        """What weighs the rows is given their groups."""
         return "group_ids" in (self.takes if self.advantages is None else self.advantages_take)
 
     def need(self, name: str, why: str = "") -> None:

@@ -29,10 +29,10 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
         PlanError: the pipeline's shape is not known here, or the planner does not know how it is called.
     """
     diffusers_logging.set_verbosity_error()
-    settings, training, wanted = config.generation_settings, config.training_settings, config.model_settings
-    shape = pipeline_shape(wanted.sd_model)
-    if wanted.generator_dtype not in (None, "auto"):
-        dtype, _ = choose_dtype("cpu", wanted.generator_dtype)
+    settings, training, models = config.generation_settings, config.training_settings, config.model_settings
+    shape = pipeline_shape(models.sd_model)
+    if models.generator_dtype not in (None, "auto"):
+        dtype, _ = choose_dtype("cpu", models.generator_dtype)
     pipeline, pieces = _build(shape, config, dtype)
     there = tensors_of(*_models(pipeline.components).values())
     texts = training.prompts_per_iteration * training.group_size
@@ -47,17 +47,18 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     step, latents = _denoising(pipeline, config, embeddings, batch, there)
     steps = _steps(pipeline, settings.num_inference_steps)
     denoising, decoding = step.times(steps * calls), _decoding(pipeline, latents, there).times(calls)
-    if seen := training.prompts_per_iteration * wanted.use_image:  # drawn before the others, one by one
+    raw = training.prompts_per_iteration * models.use_image  # what the policy looks at: drawn before, one by one
+    if raw:
         step, latent = _denoising(pipeline, config, embeddings, 1, there)
-        denoising = denoising.then(step.times(steps * seen))
-        decoding = decoding.then(_decoding(pipeline, latent, there).times(seen))
+        denoising = denoising.then(step.times(steps * raw))
+        decoding = decoding.then(_decoding(pipeline, latent, there).times(raw))
     phases = (
         Phase("texts", reading, "model_settings.drop_t5"),
         Phase("denoising", denoising, _SETTING),
         Phase("decoding", decoding, _SETTING),
     )
     notes = () if at_once == settings.image_batch_size else ("one image a call; auto takes as many as then fit",)
-    pictures = (images + seen) * 3 * latents.shape[-2] * latents.shape[-1] * pipeline.vae_scale_factor**2
+    pictures = (images + raw) * 3 * latents.shape[-2] * latents.shape[-1] * pipeline.vae_scale_factor**2
     return Part("generator", shape.source, pieces, phases, {"kept texts": kept}, notes, pictures)
 
 
@@ -148,11 +149,11 @@ def _denoising(
     return trace.cost, output.images
 
 
-def _steps(pipeline: DiffusionPipeline, wanted: int) -> int:
+def _steps(pipeline: DiffusionPipeline, asked: int) -> int:
     """How often the model is asked for so many steps of the settings: some schedulers begin one twice."""
     scheduler = pipeline.scheduler
     shifted = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
-    scheduler.set_timesteps(wanted, **shifted)
+    scheduler.set_timesteps(asked, **shifted)
     return len(scheduler.timesteps)
 
 

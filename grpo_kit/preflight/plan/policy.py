@@ -14,6 +14,7 @@ from grpo_kit.config import Config
 from grpo_kit.config.prompts import load_prompts
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
+from grpo_kit.models.prompt_format import EncodedPrompts
 from grpo_kit.preflight.plan.architectures import PlanError, language_model, pipeline_shape
 from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, tensors_of
 from grpo_kit.preflight.plan.tracing import Cost, Trace, cost_of, cost_of_repetition, weightless
@@ -97,12 +98,12 @@ class _PlaceholderTokenizer:
 class _PolicyWithoutTokenizer(Policy):
     """A policy whose prompts are as long as text of their kind is."""
 
-    def encode(self, prompts: Sequence[str], images: object = None) -> dict[str, torch.Tensor]:
+    def encode(self, prompts: Sequence[str], images: object = None) -> EncodedPrompts:
         """Ids and mask (P, length) of no meaning, as long as the longest prompt is supposed to be."""
         texts = [f"{self.system_prompt}{self.instruction.replace('{prompt}', prompt)}" for prompt in prompts]
         length = max(map(len, texts)) // _CHARACTERS_A_TOKEN + _TEMPLATE_TOKENS
         ids = torch.ones(len(prompts), length, dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return EncodedPrompts(list(prompts), None, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
 
 
 def _sampling(policy: Policy, rollout: Rollout, length: int, there: list[torch.Tensor]) -> Cost:
@@ -137,18 +138,19 @@ class _EnoughSampled(Exception):
 def _update(
     policy: Policy, optimizer: torch.optim.Optimizer, config: Config, rows: int, there: list[torch.Tensor]
 ) -> Cost:
-    """The step on a rollout. Of many micro-batches two are run: each after the first needs and costs the same."""
+    """The step on a rollout. Of many micro-batches two or three are run: each later one needs and costs the same."""
     size = min(config.training_settings.micro_batch_size or rows, rows)
+    run = min(max(2 * size, 3), rows)  # a row alone has no advantage, and nothing would be updated
 
     def step_on(count: int) -> Cost:
         rollout = longest_rollout(config, count)
         return cost_of(lambda: grpo_step(policy, optimizer, rollout, config), there)
 
-    cost = step_on(min(2 * size, rows))
-    if rows <= 2 * size:
+    cost = step_on(run)
+    if run == rows:
         return cost
-    further = cost.then(step_on(size).times(-1))
-    return cost.then(further.times(rows / size - 2))
+    last = cost.then(step_on(run - size).times(-1))
+    return cost.then(last.times((rows - run) / size))
 
 
 def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
@@ -163,7 +165,8 @@ def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
     N = len(groups)
     known = sorted(load_prompts(settings.train_prompts), key=lambda prompt: len(prompt.user_prompt))
     prompts = known[-P:][: int(groups.max()) + 1]
-    seen = [Image.new("RGB", _picture_size(config))] * len(prompts) if config.model_settings.use_image else None
+    use_image = config.model_settings.use_image
+    pictures = [Image.new("RGB", _picture_size(config))] * len(prompts) if use_image else None
     return Rollout(
         prompts=prompts,
         group_ids=groups,
@@ -176,7 +179,7 @@ def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
         rewards=torch.linspace(0, 1, N),
         old_logprobs=torch.zeros(N, length),
         truncated=torch.zeros(N, dtype=torch.bool),
-        prompt_images=seen,
+        prompt_images=pictures,
     )
 
 

@@ -29,8 +29,8 @@ def plan_reward(config: Config) -> Part:
     images = rows * config.generation_settings.images_per_prompt
     texts = training.prompts_per_iteration + (rows if named & _READ_REWRITES else 0)
     pieces, phases, sources = [], [], []
-    for name, wanted in models.items():
-        model, source = reward_model(wanted)
+    for name, architecture in models.items():
+        model, source = reward_model(architecture)
         pieces.append(Piece.of(name, model))
         sources.append(source)
         phases.append(Phase(name, _scoring(model, images, texts), "training_settings.group_size"))
