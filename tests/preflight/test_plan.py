@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kit.config import Config, load_config
 from grpo_kit.models.generator import load_generator
-from grpo_kit.models.policy import load_policy
+from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.preflight.plan import plan
 from grpo_kit.preflight.plan.architectures import (
     component,
@@ -88,13 +88,18 @@ def test_update_is_planned_with_the_operations_and_the_memory_of_the_real_one(ch
 
 @pytest.mark.parametrize("use_image", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_sampling_is_planned_with_the_operations_of_the_real_one(
+def test_sampling_is_planned_with_the_operations_and_the_memory_of_the_real_one(
     shared: bool, use_image: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if not shared:
         monkeypatch.setattr("grpo_kit.models.policy.reason_not_to_share", lambda model: "for this test")
     config = small_config(model_settings__use_image=use_image)
-    assert phase_cost(plan_policy(config, torch.float32), "sampling").flops == _sampled(config)
+    planned = phase_cost(plan_policy(config, torch.float32), "sampling")
+    policy, sample = _sampling(config)
+    assert planned.flops == _flops(sample)
+    with Trace(tensors_of(policy.model, policy.reference)) as real:
+        sample()
+    assert planned.peak == real.cost.peak
 
 
 def _updated(config: Config) -> int:
@@ -104,14 +109,14 @@ def _updated(config: Config) -> int:
     return _flops(lambda: grpo_step(policy, optimizer, longest_rollout(config), config))
 
 
-def _sampled(config: Config) -> int:
-    """Operations of real sampling."""
+def _sampling(config: Config) -> tuple[Policy, Callable[[], object]]:
+    """A real policy, and how an iteration is sampled from it."""
     policy = load_policy(config)
     policy.eos_token_ids = [10**6]  # no completion ends before the limit
     rollout = longest_rollout(config)
     texts = [prompt.user_prompt for prompt in rollout.prompts]
     group_size = config.training_settings.group_size
-    return _flops(lambda: policy.sample(texts, group_size, seed=0, images=rollout.prompt_images))
+    return policy, lambda: policy.sample(texts, group_size, seed=0, images=rollout.prompt_images)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_a_policy_of_each_family_is_planned_with_its_operations(family: Family, 
         model_settings__use_image=use_image,
     )
     planned = plan_policy(config, torch.float32)
-    assert phase_cost(planned, "sampling").flops == _sampled(config)
+    assert phase_cost(planned, "sampling").flops == _flops(_sampling(config)[1])
     assert phase_cost(planned, "update").flops == _updated(config)
 
 
