@@ -251,10 +251,9 @@ def plan(
 ) -> None:
     """What a config needs, before anything is downloaded: parameters, memory, time, and what to turn down."""
     from grpo_kit.config import load_config, settings_from_texts
-    from grpo_kit.preflight.plan.advice import advice
     from grpo_kit.preflight.plan import plan as planned
-    from grpo_kit.preflight.plan.size import bytes_of
-    from grpo_kit.preflight.plan.table import as_json, in_words
+    from grpo_kit.preflight.plan.advice import advice
+    from grpo_kit.preflight.plan.table import as_json, bytes_of, in_words
 
     config = load_config(profile, settings_from_texts(override or []))
     found = planned(config, device or None, bytes_of(memory) if memory else None)

@@ -41,11 +41,7 @@ def trl_loss(
     Raises:
         KitError: TRL is not installed.
     """
-    try:
-        trainer_class = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer  # an optional library
-    except ImportError as error:
-        raise KitError(f"trl: cannot be imported ({error}). Install it: pip install 'trl>=1.16,<2'") from error
-    trainer = object.__new__(trainer_class)
+    trainer = object.__new__(_trl_trainer())
     trainer.args = SimpleNamespace(
         delta=delta, use_bias_correction_kl=use_bias_correction_kl,
         sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
@@ -91,3 +87,10 @@ def classic_loss(
     log_ratio = logprobs - ref_logprobs
     advantages = rewards - rewards.mean()
     return -(log_ratio.exp() * advantages.unsqueeze(1)).mean() + beta * log_ratio.mean()
+
+
+def _trl_trainer() -> type:
+    try:
+        return importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer  # an optional library
+    except ImportError as error:
+        raise KitError(f"trl: cannot be imported ({error}). Install it: pip install 'trl>=1.16,<2'") from error

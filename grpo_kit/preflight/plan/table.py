@@ -1,8 +1,10 @@
-"""A plan as text for a terminal, and as JSON."""
+"""A plan as text for a terminal, and as JSON; sizes of memory as people write them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from grpo_kit.config import KitError
 from grpo_kit.preflight.plan.advice import Step
 from grpo_kit.preflight.plan.parts import Part, Plan
 
@@ -94,6 +96,19 @@ def _part_as_json(plan: Plan, part: Part) -> dict[str, object]:
     models = {piece.name: {"parameters": piece.parameters, "weights": piece.weights} for piece in part.pieces}
     held = {"held": dict(part.held), "resident": part.resident, "pictures": part.pictures}
     return {"source": part.source, "models": models, **held, "phases": phases, "notes": list(part.notes)}
+
+
+def bytes_of(text: str) -> float:
+    """A size such as 24GB or 24GiB in bytes.
+
+    Raises:
+        KitError: it is no such size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])(i?)B?", text.strip(), flags=re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise KitError(f"--memory: found {text!r:.60}, allowed: a size such as 24GB, 15.6GiB or 500MB")
+    kilo = 1024 if found[3] else 1000
+    return float(found[1]) * kilo ** (3 if found[2].upper() == "G" else 2)
 
 
 def _size(count: float) -> str:
