@@ -8,7 +8,7 @@ size, so they are measured at several.
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,9 +25,6 @@ from grpo_kit.preflight.plan.tracing import Cost, Operation, cost_of
 _SHARE = 0.4  # of a stated speed that whole models reach: a supposition, which the plan says
 _KINDS = ("matmul", "conv", "attention")
 _SECONDS = 0.1  # that one speed is measured for
-_ROWS = (1, 4, 16, 64, 256, 1024)
-_TOKENS = (1, 8, 64, 256, 1024)
-_SIDES = (3, 6, 12, 24, 48, 96)
 _BYTES = tuple(4**power for power in range(7, 15))  # 16 kB to 268 MB
 _RUNTIME = 700e6  # bytes that CUDA and its libraries take beside the tensors
 _OF_THE_HOST = 1 / 3  # of an Apple computer's memory, which macOS does not give to its GPU
@@ -161,10 +158,8 @@ def calibrate(
     seconds = partial(_seconds, chosen, clock)
     compute: dict[tuple[str, torch.dtype], Curve] = {}
     for floating in {kind, torch.float32}:
-        random = partial(_random, chosen, floating)
-        compute["matmul", floating] = tuple((rows, _matmul(rows, random, seconds)) for rows in _ROWS)
-        compute["conv", floating] = tuple((2 * side**2, _conv(side, random, seconds)) for side in _SIDES)
-        compute["attention", floating] = tuple((tokens, _attention(tokens, random, seconds)) for tokens in _TOKENS)
+        for name, size, flops, work in _timed_work(partial(_random, chosen, floating)):
+            compute[name, floating] = (*compute.get((name, floating), ()), (size, flops / seconds(work)))
     bandwidth = tuple((size, _bandwidth(_random(chosen, torch.float32, size // 8), seconds)) for size in _BYTES)
     own = torch.cuda.get_device_properties(chosen).total_memory if chosen.type == "cuda" else virtual_memory().total
     return Speed(
@@ -184,24 +179,25 @@ def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tens
     return torch.randn(shape, device=device).to(dtype)
 
 
-def _matmul(rows: int, random: Callable[..., torch.Tensor], seconds: Stopwatch) -> float:
-    """Floating-point operations a second of so many rows times weights as large as a model's: a cache holds few."""
-    given, weights = random(rows, 1024), [random(2048, 1024) for _ in range(32)]
-    return 2 * rows * 1024 * 2048 * 32 / seconds(lambda: [functional.linear(given, weight) for weight in weights])
+def _timed_work(random: Callable[..., torch.Tensor]) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
+    """What is timed: its kind, its size as in `Speed.compute`, its floating-point operations, and the call."""
+    weights = [random(2048, 1024) for _ in range(32)]  # as large as a model's: a cache holds few of them
+    for rows in (1, 4, 16, 64, 256, 1024):
+        given = random(rows, 1024)
+        work = partial(_each, functional.linear, given, weights)
+        yield "matmul", rows, 2 * rows * 1024 * 2048 * len(weights), work
+    kernels = [random(256, 256, 3, 3) for _ in range(4)]
+    for side in (3, 6, 12, 24, 48, 96):
+        work = partial(_each, partial(functional.conv2d, padding=1), random(2, 256, side, side), kernels)
+        yield "conv", 2 * side**2, 2 * 2 * side**2 * 256**2 * 9 * len(kernels), work
+    for tokens in (1, 8, 64, 256, 1024):
+        queries, keys = (random(8, 8, count, 64) for count in (tokens, max(tokens, 64)))
+        work = partial(functional.scaled_dot_product_attention, queries, keys, keys)
+        yield "attention", tokens, 4 * queries.numel() * keys.shape[-2], work
 
 
-def _conv(side: int, random: Callable[..., torch.Tensor], seconds: Stopwatch) -> float:
-    """Floating-point operations a second of a convolution of two square maps."""
-    pixels, kernels = random(2, 256, side, side), [random(256, 256, 3, 3) for _ in range(4)]
-    took = seconds(lambda: [functional.conv2d(pixels, kernel, padding=1) for kernel in kernels])
-    return 2 * 2 * side**2 * 256**2 * 9 * 4 / took
-
-
-def _attention(tokens: int, random: Callable[..., torch.Tensor], seconds: Stopwatch) -> float:
-    """Floating-point operations a second of so many queries that look at as many keys, or at 64."""
-    queries, keys = (random(8, 8, count, 64) for count in (tokens, max(tokens, 64)))
-    took = seconds(lambda: functional.scaled_dot_product_attention(queries, keys, keys))
-    return 4 * queries.numel() * keys.shape[-2] / took
+def _each(function: Callable, given: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [function(given, weight) for weight in weights]
 
 
 def _bandwidth(values: torch.Tensor, seconds: Stopwatch) -> float:
