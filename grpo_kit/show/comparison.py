@@ -1,13 +1,26 @@
-"""The tables of a comparison of runs: settings that differ, final figures, and what a reader must know of both."""
+"""The comparison of several runs: its tables as text, its figures, and one page, offline, in which nothing runs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
 
-from grpo_kit.evaluation.intervals import Interval
-from grpo_kit.evaluation.pools import METRICS, Pool, against_first, differing_settings, setting_texts, value_text
+from grpo_kit.evaluation.pools import (
+    METRICS,
+    Pool,
+    against_first,
+    curves_table,
+    differing_settings,
+    setting_texts,
+    value_text,
+)
 from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, aligned, metric_name, number_text, plain_text
+from grpo_kit.show.curves import seeds_figure
+from grpo_kit.show.intervals import interval_figure
+from grpo_kit.show.pages import figure_uri, write_page
+from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, Drawing, aligned, metric_name, number_text, plain_text
 from grpo_kit.show.summary import interval_text
 
 Row = tuple[str, list[str]]
@@ -61,22 +74,33 @@ def _intervals_over(pool: Pool) -> str:
     return f"{count} seeds, intervals over seeds" if pool.over_seeds else "1 run, intervals over prompts"
 
 
+def against_rows(pools: Sequence[Pool]) -> list[Row]:
+    """Return each later pool's trained policy minus the first pool's as a table, a column a metric."""
+    found = {metric: against_first(pools, metric) for metric in METRICS}
+    labels = dict.fromkeys(label for values in found.values() for label in values)
+    return [
+        (label, [interval_text(metric, values.get(label), signed=True) for metric, values in found.items()])
+        for label in labels
+    ]
+
+
 def cautions(pools: Sequence[Pool]) -> list[str]:
     """Return what a reader must know before believing the comparison; empty where there is nothing."""
+    runs = [run for pool in pools for run in pool.runs]
+    judged = {(run.results.get("num_prompts"), run.results.get("seeds_per_prompt")) for run in runs if run.results}
     found = []
-    evaluated = [run for pool in pools for run in pool.runs if run.results]
-    judged = {(run.results.get("num_prompts"), run.results.get("seeds_per_prompt")) for run in evaluated}
     if len(judged) > 1:
         texts = sorted(f"{prompts} prompts × {seeds} images" for prompts, seeds in judged)
         found.append(f"The runs were not judged alike ({'; '.join(texts)}): compare their final figures with care.")
-    short = [run.path.resolve().name for pool in pools for run in pool.runs if _is_unfinished(run)]
-    if short:
-        found.append(f"Not trained to the end: {plain_text(', '.join(short), 200)}.")
-    missing = [run.path.resolve().name for pool in pools for run in pool.runs if not run.results]
-    if missing:
-        found.append(f"Not evaluated: {plain_text(', '.join(missing), 200)}.")
-    versions = {repr(sorted(run.config.get("versions", {}).items())) for pool in pools for run in pool.runs}
-    if len(versions) > 1:
+    lacking = {
+        "Not trained to the end": [run for run in runs if _is_unfinished(run)],
+        "Not evaluated": [run for run in runs if not run.results],
+    }
+    for words, some in lacking.items():
+        if some:
+            names = plain_text(", ".join(run.path.resolve().name for run in some), 200)
+            found.append(f"{words}: {names}.")
+    if len({repr(sorted(run.config.get("versions", {}).items())) for run in runs}) > 1:
         found.append("The runs were made with different versions of Python or of a library.")
     return found
 
@@ -90,38 +114,80 @@ def runs_text(pools: Sequence[Pool]) -> str:
     """Return the whole comparison as plain text for a terminal."""
     header, rows = settings_rows(pools)
     wide = len(differing_settings(pools))  # those columns stand in the labels, or in lines of their own
-    blocks = ["\n".join(_settings_lines(pools))] if wide else []
-    blocks.append("\n".join(aligned([["", *header[wide:]], *([label, *cells[wide:]] for label, cells in rows)])))
+    blocks = [_setting_lines(pools)] if wide else []
+    blocks.append(aligned([["", *header[wide:]], *([label, *cells[wide:]] for label, cells in rows)]))
     metrics, body = final_rows(pools)
     lines = [[f"  {name}", *cells] for _, block in body for name, cells in block]
     if lines:
-        table = aligned([["mean [95 % interval]", *metrics], *lines])
-        blocks.append("\n".join(_with_titles(table, body)))
-    differences = {metric: against_first(pools, metric) for metric in METRICS}
-    labels = dict.fromkeys(label for values in differences.values() for label in values)
-    if labels:
-        title = f"trained policy, minus {pools[0].label}"
-        cells = [[label, *(_signed(m, values.get(label)) for m, values in differences.items())] for label in labels]
-        table = aligned([[title, *map(metric_name, differences)], *cells])
-        blocks.append("\n".join([*table, "(paired by seed, interval over seeds)"]))
-    return "\n\n".join([*blocks, *cautions(pools)])
+        heading, *rest = aligned([["mean [95 % interval]", *metrics], *lines])
+        blocks.append([heading])
+        for title, block in body:
+            blocks[-1] += [title, *rest[: len(block)]]
+            rest = rest[len(block) :]
+    against = against_rows(pools)
+    if against:
+        table = [[f"trained policy, minus {pools[0].label}", *map(metric_name, METRICS)]]
+        table += [[label, *cells] for label, cells in against]
+        blocks.append([*aligned(table), "(paired by seed, interval over seeds)"])
+    return "\n\n".join(["\n".join(block) for block in blocks] + cautions(pools))
 
 
-def _settings_lines(pools: Sequence[Pool]) -> list[str]:
-    """The settings that differ: of the first pool, and of all where their labels do not say them."""
+def _setting_lines(pools: Sequence[Pool]) -> list[str]:
+    """The settings that differ: of the first pool, and of all where their labels do not name them."""
     differing = differing_settings(pools)
     texts = setting_texts(differing)
-    told = [pool.label for pool in pools] in (texts, setting_texts(differing, changes_only=True))
-    return [f"{pool.label}: {text}" for pool, text in zip(pools, texts, strict=True)][: 1 if told else None]
+    named = [pool.label for pool in pools] in (texts, setting_texts(differing, changes_only=True))
+    return [f"{pool.label}: {text}" for pool, text in zip(pools, texts, strict=True)][: 1 if named else None]
 
 
-def _signed(metric: str, value: Interval | None) -> str:
-    return interval_text(metric, value, signed=True)
+def finals_figure(pools: Sequence[Pool]) -> Drawing:
+    """Draw each pool's trained policy on the held-out prompts with its interval, a panel a metric.
+
+    Raises:
+        KitError: no pool was evaluated.
+    """
+    panels = {}
+    for metric in METRICS:
+        found = {pool.label: pool.final("variants", "trained", metric) for pool in pools}
+        if any(found.values()):
+            rows = {label: value for label, value in found.items() if value}
+            panels[f"{metric_name(metric)}, trained policy"] = {"": rows}
+    return interval_figure(panels)
 
 
-def _with_titles(table: list[str], body: Sequence[tuple[str, list[Row]]]) -> list[str]:
-    """Put each pool's title above its lines."""
-    lines, rest = [table[0]], iter(table[1:])
-    for title, block in body:
-        lines += [title, *(next(rest) for _ in block)]
-    return lines
+def write_comparison(pools: Sequence[Pool], path: Path) -> Path:
+    """Write the comparison as a page, each run with a link to its own page where it has one.
+
+    Args:
+        pools: from `pool_runs`.
+        path: the page's file.
+
+    Returns:
+        The path of the page.
+    """
+    metrics, final = final_rows(pools)
+    header, settings = settings_rows(pools)
+    evaluated = any(run.results.get("variants") for pool in pools for run in pool.runs)
+    curves = curves_table(pools)
+    return write_page(
+        path,
+        "comparison.html.j2",
+        title=f"{sum(len(pool.runs) for pool in pools)} runs of {len(pools)} settings",
+        cautions=cautions(pools),
+        settings={"header": header, "rows": settings},
+        final={"metrics": metrics, "pools": final},
+        against={"first": pools[0].label, "metrics": [*map(metric_name, METRICS)], "rows": against_rows(pools)},
+        charts={
+            "finals": figure_uri(finals_figure(pools)) if evaluated else "",
+            "curves": figure_uri(seeds_figure(curves)) if len(curves) else "",
+        },
+        runs={pool.label: [_run_link(run, path.parent) for run in pool.runs] for pool in pools},
+    )
+
+
+def _run_link(run: RunRecord, folder: Path) -> dict[str, str | None]:
+    """A run's name, and where its page lies as seen from the folder of this one."""
+    page = run.path.resolve() / "index.html"
+    address = Path(os.path.relpath(page, folder.resolve())).as_posix()
+    link = f"./{quote(address)}"  # with ./, so that no name can be read as javascript: or a host
+    return {"name": plain_text(run.path.resolve().name, 100), "link": link if page.is_file() else None}

@@ -7,8 +7,7 @@ from pathlib import Path
 from grpo_kit.config import KitError
 from grpo_kit.evaluation.pools import pool_runs, read_runs, write_tables
 from grpo_kit.runs.notebooks import Executed
-from grpo_kit.show.comparison import runs_text
-from grpo_kit.show.comparison_page import write_comparison
+from grpo_kit.show.comparison import runs_text, write_comparison
 from grpo_kit.show.report import write_report
 from grpo_kit.show.summary import comparison_table, pooled_table
 

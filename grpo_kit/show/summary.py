@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from grpo_kit.runs.record import RunRecord
+from grpo_kit.show.intervals import Interval
 from grpo_kit.show.style import (
     SHARES,
     VARIANT_NAMES,
@@ -22,7 +23,6 @@ from grpo_kit.show.style import (
 RISES, FALLS, UNCLEAR = "rises", "falls", "unclear"
 MAIN = ("reward", "gold")
 NO_BREAK = "\N{NO-BREAK SPACE}"
-Interval = Mapping[str, float]
 Case = tuple[int, int]  # (prompt_id, seed)
 
 

@@ -20,7 +20,7 @@ from grpo_kit.config import PROJECT_ROOT, KitError
 from grpo_kit.evaluation.pools import pool_runs, read_runs
 from grpo_kit.runs.checkpoint import sha256
 from grpo_kit.show import write_report
-from grpo_kit.show.comparison_page import write_comparison
+from grpo_kit.show.comparison import write_comparison
 from grpo_kit.show.share import share_pages, without_places
 
 REFERENCE = PROJECT_ROOT / "reports" / "reference"

@@ -26,8 +26,7 @@ from grpo_kit.evaluation.pools import (
     write_tables,
 )
 from grpo_kit.show import write_report
-from grpo_kit.show.comparison import cautions, final_rows, runs_text
-from grpo_kit.show.comparison_page import write_comparison
+from grpo_kit.show.comparison import cautions, final_rows, runs_text, write_comparison
 from grpo_kit.show.curves import seeds_figure
 from grpo_kit.show.style import MOST_SERIES, series_look
 
