@@ -1,6 +1,6 @@
 """The one picture of the kit: how a prompt becomes a better prompt, in six numbered stages.
 
-Every notebook shows it re-lit at its own stage, and the code's comments carry the same numbers:
+Every notebook shows it with its own stage highlighted, and the code's comments carry the same numbers:
 
     1 prompts → 2 rewrites → 3 images → 4 rewards → 5 advantages → 6 step → (back to 2)
 
@@ -40,7 +40,7 @@ COLUMNS = {
     "rewards": (7.77, 8.75, 9.73),
     "advantages": (9.77, 10.75, 11.73),
 }
-# first and last x of an arrow in every lane → the stages that light it
+# first and last x of an arrow in every lane → the stages that it belongs to
 ARROWS = {
     (2.64, 2.94): ("rewrites",),
     (4.93, 5.3): ("rewrites", "images"),
@@ -51,16 +51,16 @@ ARROWS = {
 BACK = -0.55  # the height of the way back
 POLICY, GENERATOR, ZERO = 2.32, 5.62, COLUMNS["advantages"][1]  # their x
 RED = "#c8102e"
-DIM = "#aeb6bf"  # text and lines of the stages that are not lit
-LIT = "#e8f1f8"  # behind the stages that are
+DIM = "#aeb6bf"  # text and lines of the stages that are not highlighted
+GROUND = "#e8f1f8"  # behind the stages that are
 
 
 @styled
 def loop_figure(highlight: str | int | Sequence[str | int] | None = None) -> Drawing:
-    """Draw the loop, with some stages lit.
+    """Draw the loop, with some stages highlighted.
 
     Args:
-        highlight: a stage by name or by number from 1, or several; None lights them all.
+        highlight: a stage by name or by number from 1, or several; None shows all of them in full colour.
 
     Raises:
         KitError: there is no such stage.
@@ -90,7 +90,7 @@ def toy_advantages(eps: float = 1e-4) -> np.ndarray:
 
 
 class _Loop:
-    """The figure, which of its stages are lit (all where none is named), and the shapes that it is made of.
+    """The figure, which of its stages are highlighted (all where none is named), and the shapes that it is made of.
 
     Boxes and texts stand around their point; a bar begins at its x.
     """
@@ -102,7 +102,7 @@ class _Loop:
         self.axes.set(xlim=(0.05, 11.95), ylim=(-1.05, 4.75))
 
     def ink(self, *stages: str, colour: str = INK) -> str:
-        """The colour of what belongs to these stages: dim where none of them is lit."""
+        """The colour of what belongs to these stages: dim where none of them is highlighted."""
         return colour if not self.named or self.named & set(stages) else DIM
 
     def box(self, x: float, y: float, width: float, height: float, radius: float, face: str, **kwargs: object) -> None:
@@ -135,10 +135,10 @@ class _Loop:
         self.text(x, y, words, self.ink(stage), ha="center", **kwargs)
 
     def draw_columns(self) -> None:
-        """Each stage's number, name and words, on a light ground where it is lit; the prompt below the first."""
+        """Each stage's number, name and words, on a coloured ground where highlighted; the prompt below the first."""
         for stage, (left, x, right) in COLUMNS.items():
             if stage in self.named:
-                self.box((left + right) / 2, 2.45, right - left, 4.5, 0.12, LIT, zorder=0)
+                self.box((left + right) / 2, 2.45, right - left, 4.5, 0.12, GROUND, zorder=0)
             self.badge(x - 0.56, 4.45, stage)
             self.text(x - 0.31, 4.44, stage, self.ink(stage), 11, weight="bold")
             self.text(x - 0.73, 4.2, STAGES[stage], self.ink(stage), 8.8, va="top", linespacing=1.25)
@@ -184,13 +184,13 @@ class _Loop:
 
     def draw_way_back(self) -> None:
         """The step: from the advantages, below everything, up into the policy."""
-        lit, colour = "step" in self.named, self.ink("step", colour=BLUE)
+        named, colour = "step" in self.named, self.ink("step", colour=BLUE)
         line = dict(color=colour, lw=1.8, solid_capstyle="round", zorder=1)
         self.axes.plot([ZERO, ZERO, POLICY], [0.14, BACK, BACK], **line)
         self.arrow((POLICY, BACK), (POLICY, 0.36), colour, 15, 1.8)
-        if lit:
-            self.box(6.6, BACK, 8.0, 0.8, 0.12, LIT, zorder=1)
-        ground = dict(boxstyle="round,pad=0.35", facecolor=LIT if lit else PAPER, edgecolor="none")
+        if named:
+            self.box(6.6, BACK, 8.0, 0.8, 0.12, GROUND, zorder=1)
+        ground = dict(boxstyle="round,pad=0.35", facecolor=GROUND if named else PAPER, edgecolor="none")
         self.text((POLICY + ZERO) / 2 + 0.55, BACK, STAGES["step"], self.ink("step"), 9.5, ha="center", bbox=ground)
         self.text(3.2, BACK, "GRPO step", self.ink("step"), 11, weight="bold", bbox=ground)
         self.badge(2.95, BACK, "step")

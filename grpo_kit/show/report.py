@@ -85,7 +85,7 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
 
 
 def _warning(record: RunRecord) -> str:
-    """Return a caution where the sentinel or the evaluation asks for one."""
+    """Return a caution where training or the evaluation gives reason to doubt the reward; else an empty text."""
     differences, divergence = record.results.get("differences", {}), record.sentinel.get("divergence")
     if divergence:
         return f"The sentinel, {divergence['text']}. Look at the gallery before you believe the reward."

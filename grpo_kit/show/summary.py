@@ -52,7 +52,7 @@ def headline(results: Mapping) -> str:
 
 def paragraph(record: RunRecord) -> str:
     """Return the run in a few sentences whose figures come from its files."""
-    sentences = [_training_sentence(record), _sentinel_sentence(record.sentinel)]
+    sentences = [_training_sentence(record), _reward_hacking_sentence(record.sentinel)]
     results = record.results
     variants, changes = results.get("variants", {}), results.get("differences", {})
     if "trained-raw" in changes:
@@ -81,7 +81,7 @@ def _training_sentence(record: RunRecord) -> str:
     return f"The policy was trained for {record.iterations} iterations{size}{time}."
 
 
-def _sentinel_sentence(sentinel: Mapping) -> str:
+def _reward_hacking_sentence(sentinel: Mapping) -> str:
     """Say whether the reward was gamed; nothing where no score was held out or too few validations were compared."""
     looks, held_out = sentinel.get("looks", 0), sentinel.get("held_out")
     if held_out is None or looks < 3:
