@@ -34,6 +34,8 @@ from grpo_kit.show.style import (
     wrap,
 )
 
+SMOOTH_FROM = 128  # pixels across; smaller pictures show their pixels
+
 
 def show_image(
     axes: Axes, image: Image.Image | None, edge: str = FAINT, width: float = 1.0, line: object = "-"
@@ -44,7 +46,7 @@ def show_image(
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.text(0.5, 0.5, "no picture", ha="center", va="center", color=GREY)
     else:
-        axes.imshow(image, interpolation="nearest" if image.width < 128 else "antialiased")
+        axes.imshow(image, interpolation="nearest" if image.width < SMOOTH_FROM else "antialiased")
     axes.spines[:].set(visible=True, color=edge, linewidth=width, capstyle="butt", linestyle=line)
 
 

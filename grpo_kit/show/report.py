@@ -11,6 +11,7 @@ import pandas as pd
 from grpo_kit.config import KitError
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.curves import CURVES, training_curves
+from grpo_kit.show.images import SMOOTH_FROM
 from grpo_kit.show.intervals import category_plot, comparison_plot
 from grpo_kit.show.loop import loop_figure
 from grpo_kit.show.pages import NotebookPage, figure_uri, image_uri, write_notebook_pages, write_page
@@ -30,7 +31,6 @@ from grpo_kit.show.summary import (
 )
 
 CASES, LOSSES = 8, 3
-SMOOTH_FROM = 128  # pixels across
 
 
 def write_report(run_dir: Path) -> Path:

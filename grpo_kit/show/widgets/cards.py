@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from grpo_kit.show.frame import Frame, frame_of
+from grpo_kit.show.images import SMOOTH_FROM
 from grpo_kit.show.style import FAINT, GREY, INK, Drawing, bare, plain_text, styled, wrap
 from grpo_kit.show.widgets.tokens import Token
 
@@ -18,7 +19,6 @@ HEAD, TITLE, LINE, NOTE = 0.75, 0.36, 0.2, 0.175
 LARGEST = 2.05  # inches of a picture's longer side
 GAP = 0.12
 LETTER, LETTER_SIZE = 0.08, 9.57  # inches that a letter of a token takes, and its size in points: whole pixels
-SMOOTH_FROM = 128  # pixels across; smaller pictures show their pixels
 
 
 @dataclass(frozen=True)
