@@ -20,16 +20,10 @@ class ModelError(KitError):
 
 
 def require_weights(missing: Collection[str], setting: str, name: str, part: str = "model") -> None:
-    """Refuse a model that lacks weights: the libraries only warn, and initialise them at random.
-
-    Args:
-        missing: the names of the weights that are in no file.
-        setting: the dotted setting that names the model.
-        name: the model's folder or hub id.
-        part: which part of it lacks them.
+    """Raise where weights of a model are in no file: the libraries only warn, and initialise them at random.
 
     Raises:
-        ModelError: `missing` is not empty.
+        ModelError: `missing`, the names of such weights, is not empty; the line names the dotted `setting`.
     """
     if missing:
         raise ModelError(
@@ -44,8 +38,6 @@ def load_failure(setting: str, name: str, error: Exception, repository: str | No
 
     Args:
         setting: the dotted setting that names the model.
-        name: the model's folder or hub id.
-        error: what the library raised.
         repository: the model's repository on the hub, where `name` does not say it.
     """
     advice = _advice(setting, repository or name, error)

@@ -48,7 +48,8 @@ def save_with_card(
     policy.save_pretrained(folder, state)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():  # peft writes the base model's path on this machine
-        content = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": _base_model(config)}
+        base = _public_name(config.to_dict()["model_settings"]["vlm_model"])
+        content = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
         adapter.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(policy, config, iteration, num_prompts), encoding="utf-8")
 
@@ -61,15 +62,10 @@ def model_card(policy: "Policy", config: Config, iteration: int, num_prompts: in
     Args: as for `save_with_card`.
     """
     settings, data = config.model_settings, config.to_dict()
-    sections = [data[f"{name}_settings"] for name in ("model", "reward", "training", "evaluation")]
-    models, rewards, training, evaluation = sections
     is_local = Path(settings.vlm_model).is_absolute()
-    model, processor = (
-        ("AutoModelForImageTextToText", "AutoProcessor") if policy.sees else ("AutoModelForCausalLM", "AutoTokenizer")
-    )
     card = ModelCard.from_template(
         ModelCardData(
-            base_model=None if is_local else _base_model(config),  # the hub refuses a name that it does not have
+            base_model=None if is_local else settings.vlm_model,  # the hub refuses a name that it does not have
             library_name="peft" if settings.lora else "transformers",
             pipeline_tag="image-text-to-text" if policy.sees else "text-generation",
             tags=["grpo", "prompt-enhancement", "text-to-image"],
@@ -77,31 +73,20 @@ def model_card(policy: "Policy", config: Config, iteration: int, num_prompts: in
         ),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         policy=policy,
-        base=_base_model(config),
+        dtype=str(policy.model.dtype).removeprefix("torch."),
         is_local=is_local,
-        generator=_public_name(models["sd_model"]),
-        clip=_public_name(models["clip_model"]),
-        model=model,
-        processor=processor,
-        classes=[model, processor, "GenerationConfig", *(["TorchAoConfig"] if settings.base_8bit else [])],
-        dtype=repr(str(policy.model.dtype).removeprefix("torch.")),
-        lora=settings.lora,
-        quantised=settings.base_8bit,
-        with_image=settings.use_image,
+        settings=settings,
+        models={name: _public_name(data["model_settings"][name]) for name in ("vlm_model", "sd_model", "clip_model")},
+        weights={_public_name(name): weight for name, weight in data["reward_settings"]["weights"].items()},
+        monitors=[_public_name(name) for name in data["reward_settings"]["monitors"]],
+        train_prompts=_public_name(data["training_settings"]["train_prompts"]),
+        val_prompts=_public_name(data["evaluation_settings"]["val_prompts"]),
         num_prompts=num_prompts,
-        train_prompts=_public_name(training["train_prompts"]),
-        val_prompts=_public_name(evaluation["val_prompts"]),
-        rewards=[f"{weight:g} · {_public_name(name)}" for name, weight in rewards["weights"].items()],
-        monitors=[_public_name(name) for name in rewards["monitors"]],
-        training=[f"{name} {training[name]}" for name in _SIGNIFICANT],
-        versions=[f"{name} {version}" for name, version in library_versions().items()],
+        training={name: data["training_settings"][name] for name in _SIGNIFICANT},
+        versions=library_versions(),
         repr=repr,
     )
     return card.content + "\n"
-
-
-def _base_model(config: Config) -> str:
-    return _public_name(config.to_dict()["model_settings"]["vlm_model"])
 
 
 def _public_name(name: str) -> str:

@@ -53,7 +53,8 @@ def memory_of(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    _require_cpu(device)
+    if device.type != "cpu":
+        raise _no_figure(device.type)
     give_back_memory()
     try:
         _RESET.write_text("5")  # the process's peak becomes what it holds now
@@ -73,13 +74,9 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    _require_cpu(device)
-    return min(psutil.virtual_memory().available, _container_headroom(Path("/sys/fs/cgroup")))
-
-
-def _require_cpu(device: torch.device) -> None:
     if device.type != "cpu":
         raise _no_figure(device.type)
+    return min(psutil.virtual_memory().available, _container_headroom(Path("/sys/fs/cgroup")))
 
 
 def _no_figure(device: str) -> ModelError:

@@ -9,7 +9,7 @@ from grpo_kit.grpo.finite import non_finite_weight
 
 
 def save_weights(model: torch.nn.Module, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a model, or of a model with an adapter the adapter alone.
+    """Write a model, or its adapter alone where it has one.
 
     Args:
         state: the model's full state dict, where each process holds only parts of the tensors.

@@ -175,13 +175,11 @@ class Rewards:
         images: Sequence[Image.Image | None],
         prompts: Sequence[str],
         enhanced_prompts: Sequence[str] | None = None,
-        *,
-        group_ids: torch.Tensor | None = None,
-        image_seeds: torch.Tensor | None = None,
+        **context: torch.Tensor | None,
     ) -> torch.Tensor:
-        """(N,) totals of images drawn for users' prompts."""
+        """(N,) totals of images drawn for users' prompts; `context` is what `score` takes by keyword."""
         rewrites = prompts if enhanced_prompts is None else enhanced_prompts
-        return self.total(self.score(images, prompts, rewrites, group_ids=group_ids, image_seeds=image_seeds))
+        return self.total(self.score(images, prompts, rewrites, **context))
 
     def calculate_reward(self, image: Image.Image, prompt: str, enhanced_prompt: str | None = None) -> float:
         """The total of one image for one user's prompt."""

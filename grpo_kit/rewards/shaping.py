@@ -19,7 +19,7 @@ class Shaping:
         normalize: "none"; "running": less the mean of all values seen so far, over their deviation; "group": less the
             mean of the values of the same prompt, over their deviation.
         clip: lowest and highest value, in the reward's own units; None is no bound.
-        scale: a factor; a normalised reward hardly sees it.
+        scale: a factor, with almost no effect on a normalised reward.
 
     Raises:
         RewardError: an impossible setting.
@@ -80,5 +80,5 @@ class RunningMoments:
         return torch.tensor([self.count, self.mean, self.squares], dtype=torch.float64)
 
     def load(self, state: torch.Tensor) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` gave."""
         self.count, self.mean, self.squares = state.tolist()
