@@ -12,10 +12,6 @@ from grpo_kit.models.card import CARD
 from grpo_kit.runs.iterations import checkpoints_of, iteration_name
 
 
-class PushError(KitError):
-    """A policy that cannot be uploaded; the message says what to do."""
-
-
 @dataclass(frozen=True)
 class Upload:
     """What would be uploaded, and where to."""
@@ -51,19 +47,17 @@ def plan_upload(run: Path, repo_id: str, checkpoint: int | None = None, *, priva
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise PushError(
-            f"repository {repo_id!r:.100}: allowed: owner/name, of letters, digits, '-', '_', '.'"
-        ) from None
+        raise KitError(f"repository {repo_id!r:.100}: allowed: owner/name, of letters, digits, '-', '_', '.'") from None
     policy = run / "best" if checkpoint is None else run / "checkpoints" / iteration_name(checkpoint)
     if not policy.is_dir():
         others = ", ".join(map(str, checkpoints_of(run / "checkpoints"))) or "none"
-        raise PushError(f"{policy}: no policy there; checkpoints: {others}. Name another --checkpoint, or train one")
+        raise KitError(f"{policy}: no policy there; checkpoints: {others}. Name another --checkpoint, or train one")
     if checkpoint is not None:
         from grpo_kit.runs.checkpoint import load_checkpoint  # here, since it loads torch
 
         policy = load_checkpoint(policy).policy
     if not (policy / CARD).is_file():
-        raise PushError(
+        raise KitError(
             f"{policy}: has no model card ({CARD}), as an earlier version of the kit left it. Write one, or train anew"
         )
     files = sorted(file for file in policy.rglob("*") if file.is_file())
@@ -75,12 +69,12 @@ def push_policy(upload: Upload) -> str:
     """Create the repository if need be and upload; returns its address.
 
     Raises:
-        PushError: offline, not logged in, not allowed, or the hub cannot be reached or refuses the files.
+        KitError: offline, not logged in, not allowed, or the hub cannot be reached or refuses the files.
     """
     if constants.HF_HUB_OFFLINE:
-        raise PushError("push: HF_HUB_OFFLINE is set, so nothing is uploaded. Unset it to go on")
+        raise KitError("push: HF_HUB_OFFLINE is set, so nothing is uploaded. Unset it to go on")
     if get_token() is None:
-        raise PushError("push: no token on this machine. Log in with `hf auth login`, or set HF_TOKEN")
+        raise KitError("push: no token on this machine. Log in with `hf auth login`, or set HF_TOKEN")
     hub = HfApi()
     try:
         address = hub.create_repo(upload.repo_id, private=upload.private, exist_ok=True)
@@ -91,7 +85,7 @@ def push_policy(upload: Upload) -> str:
             commit_message="Policy trained with grpo_kit",
         )
     except Exception as error:  # the client's own, and those of the HTTP library below it
-        raise PushError(f"push: not uploaded to {upload.repo_id}: {_failure(error)}") from error
+        raise KitError(f"push: not uploaded to {upload.repo_id}: {_failure(error)}") from error
     return str(address)
 
 

@@ -8,7 +8,13 @@ from PIL import Image
 from pydantic import Field
 
 from grpo_kit.config import Name, Number, one_line
-from grpo_kit.rewards.clip_models import ClipEncoder, load_clip
+from grpo_kit.rewards.clip_models import (
+    ClipEncoder,
+    as_open_clip,
+    is_transformers_clip,
+    load_clip_model,
+    load_open_clip,
+)
 from grpo_kit.rewards.protocol import Images, RewardError, Texts
 
 Pair = Annotated[tuple[Name, Name], Field(description="[good, bad], two texts")]
@@ -31,8 +37,17 @@ class ClipSimilarity(ClipEncoder):
 
 
 def load_clip_similarity(name: str, pretrained: str | None, device: torch.device) -> ClipSimilarity:
-    """A CLIP by folder or hub id, or by open_clip's name and weights; see `load_clip`."""
-    return ClipSimilarity(*load_clip(name, pretrained), device)
+    """A CLIP by folder or hub id, or by open_clip's name and weights.
+
+    A folder is in open_clip's form or in transformers'; a hub id that begins with "hf-hub:" is in open_clip's.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    setting = "model_settings.clip_model"
+    if is_transformers_clip(name):
+        return ClipSimilarity(*as_open_clip(load_clip_model(name, setting), name, setting), device)
+    return ClipSimilarity(*load_open_clip(name, pretrained, setting), device)
 
 
 class ImageQuality:

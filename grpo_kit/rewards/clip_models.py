@@ -99,35 +99,29 @@ def _fingerprint(images: Images) -> bytes:
     return digest.digest()
 
 
-def load_clip(name: str, pretrained: str | None, setting: str = "model_settings.clip_model") -> Loaded:
-    """Model, preprocessing and tokenizer of a CLIP, by folder or hub id, or by open_clip's name and weights.
-
-    Args:
-        name: a folder is in open_clip's form or in transformers'; a hub id that begins with "hf-hub:" in open_clip's.
-        pretrained: open_clip's tag of the weights, or their file.
-        setting: the dotted setting that names the model, for errors.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    if is_transformers_clip(name):
-        return as_open_clip(load_clip_model(name, setting), name, setting)
-    return load_open_clip(name, pretrained, setting)
-
-
 # --- open_clip's form -------------------------------------------------------------------------------------------------
 
 
 def load_open_clip(name: str, pretrained: str | None, setting: str, **options: object) -> Loaded:
-    """`load_clip` for open_clip's form; `options` are those of its `create_model_from_pretrained`."""
+    """Model, preprocessing and tokenizer in open_clip's form, by folder, hub id ("hf-hub:…"), or name and weights.
+
+    Args:
+        pretrained: open_clip's tag of the weights, or their file.
+        setting: the dotted setting that names the model, for errors.
+        options: of open_clip's `create_model_from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     if Path(name).is_dir():
         name, pretrained = f"local-dir:{name}", None
     tag = (open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None) or {}  # what open_clip knows of it
     is_file = bool(pretrained) and Path(pretrained).is_file()
     try:
-        options |= (
-            _openai_options(pretrained) if is_file else {"force_quick_gelu": True} if tag.get("quick_gelu") else {}
-        )
+        if is_file:
+            options |= _openai_options(pretrained)
+        elif tag.get("quick_gelu"):
+            options["force_quick_gelu"] = True
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, **options)
         return model, preprocess, open_clip.get_tokenizer(name)
     except Exception as error:  # the libraries raise a dozen kinds

@@ -130,10 +130,12 @@ class _Builder:
 
     @cached_property
     def device(self) -> torch.device:
+        """Where the reward models run."""
         return placement(self.config.model_settings)["reward_device"][0]
 
     @cached_property
     def clip(self) -> ClipSimilarity:
+        """The CLIP that the rewards share."""
         settings = self.config.model_settings
         return load_clip_similarity(settings.clip_model, settings.clip_pretrained, self.device)
 

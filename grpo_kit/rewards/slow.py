@@ -73,32 +73,22 @@ def started(function: Callable[..., object], *args: object, **options: object) -
 
     Gradients and autocast, which torch keeps for each thread, are on or off as they are for the caller.
     """
-    future, enter_modes = Future(), _torch_modes()
+    future, gradients = Future(), torch.is_grad_enabled()
+    autocast = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in autocast}
 
     def run() -> None:
         try:
             with ExitStack() as stack:
-                enter_modes(stack)
+                stack.enter_context(torch.set_grad_enabled(gradients))
+                for kind, dtype in dtypes.items():
+                    stack.enter_context(torch.autocast(kind, dtype))
                 future.set_result(function(*args, **options))
         except BaseException as error:  # an interrupt too is raised where the result is asked for
             future.set_exception(error)
 
     threading.Thread(target=run, name="reward", daemon=True).start()
     return future
-
-
-def _torch_modes() -> Callable[[ExitStack], None]:
-    """A function that sets another thread to this thread's modes, until its stack is closed."""
-    gradients = torch.is_grad_enabled()
-    kinds = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
-    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
-
-    def enter(stack: ExitStack) -> None:
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        for kind, dtype in dtypes.items():
-            stack.enter_context(torch.autocast(kind, dtype))
-
-    return enter
 
 
 def _parts(count: int, workers: int, context: dict[str, torch.Tensor | None]) -> Iterator[list[int]]:

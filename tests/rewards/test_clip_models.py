@@ -19,7 +19,6 @@ from grpo_kit.config import load_config
 from grpo_kit.config.hub import ModelError
 from grpo_kit.rewards import load_pickscore
 from grpo_kit.rewards.clip import load_clip_similarity
-from grpo_kit.rewards.clip_models import load_clip
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import random_scenes
 
@@ -133,7 +132,7 @@ def test_weights_that_are_not_here_are_one_line_that_says_which_and_how_to_get_t
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError) as error:
-        load_clip(name, pretrained)
+        load_clip_similarity(name, pretrained, CPU)
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
