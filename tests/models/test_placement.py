@@ -154,9 +154,10 @@ def test_releasing_a_kit_gives_back_policy_generator_and_rewards(kit: Experiment
     rewards = load_rewards(load_config(kit.config, wrapped), kit.generator)
     moved = _released(kit.with_rewards(rewards), monkeypatch)
     pipeline = kit.generator.pipeline
-    wanted = [kit.policy.model, pipeline.transformer, pipeline.vae, pipeline.text_encoder]
+    wanted = [kit.policy.model, kit.policy.reference, pipeline.transformer, pipeline.vae, pipeline.text_encoder]
     wanted.append(rewards.parts["gain"].__wrapped__.reward.__wrapped__.model)  # a time limit, a gain, threads, a CLIP
-    assert all(any(model is one for one in moved) for model in wanted)
+    held = {id(part) for one in moved for part in one.modules()}
+    assert all(id(model) in held for model in wanted)
 
 
 _needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
