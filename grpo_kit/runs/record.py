@@ -158,7 +158,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
 
 
 def metrics_lines(run_dir: Path) -> list[bytes]:
-    """The lines of metrics.jsonl without their ends; a last one that has no end was cut, or is being written."""
+    """The lines of metrics.jsonl but for a last one without an end, which was cut or is being written."""
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 

@@ -17,8 +17,9 @@ from grpo_kit.runs.durable import flush, flush_tree
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.iterations import files_of_iterations, iteration_of
 from grpo_kit.runs.origin import Origin, write_origin
+from grpo_kit.runs.record import metrics_lines
 from grpo_kit.training.loop import best_iteration, commit, make_optimizer
-from grpo_kit.training.replay import advance, recorded_lines
+from grpo_kit.training.replay import advance
 from grpo_kit.training.restore import own_experiment, require_iteration, restore_newest
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def branch(
         KitError: no such iteration, a setting that cannot change, or a folder that is in use.
     """
     run, new = RunFolder(Path(run_dir)), Path(new_dir)
-    lines = recorded_lines(run.path)
+    lines = metrics_lines(run.path)
     require_iteration(run.path, iteration, len(lines))
     old = load_config(run.path)
     config = load_config(old, changes)
@@ -155,7 +156,7 @@ def _with_own_rates(kit: Experiment, optimizer: torch.optim.Optimizer) -> torch.
 
 def _copy_history(run: RunFolder, folder: RunFolder, iteration: int) -> None:
     """Copy what the run wrote up to an iteration: lines, validations, rollouts and their pictures."""
-    lines = recorded_lines(run.path)[:iteration]
+    lines = metrics_lines(run.path)[:iteration]
     folder.metrics_file.write_bytes(b"".join(line + b"\n" for line in lines))
     for place in files_of_iterations(run.path):
         if iteration_of(place) > iteration:

@@ -22,6 +22,7 @@ from grpo_kit.rollout import Rollout
 from grpo_kit.runs.checkpoint import CheckpointError, load_checkpoint
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.iterations import iteration_name, rollouts_of
+from grpo_kit.runs.record import metrics_lines
 from grpo_kit.training.difference import (
     Comparison,
     Digits,
@@ -125,7 +126,7 @@ def replay(
     Raises:
         KitError: no such run or iteration, another experiment than the run's, or no rollout to make the step on.
     """
-    run, lines = RunFolder(Path(run_dir)), recorded_lines(Path(run_dir))
+    run, lines = RunFolder(Path(run_dir)), metrics_lines(Path(run_dir))
     require_iteration(run.path, iteration, len(lines))
     place = rollout_file(run.path, iteration)
     if step_only and not place.is_file():
@@ -149,12 +150,6 @@ def replay(
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
-
-
-def recorded_lines(run_dir: Path) -> list[bytes]:
-    """The lines of metrics.jsonl that were written to their end; the n-th is iteration n's."""
-    place = run_dir / "metrics.jsonl"
-    return place.read_bytes().split(b"\n")[:-1] if place.is_file() else []
 
 
 def rollout_file(run_dir: Path, iteration: int) -> Path:
