@@ -296,23 +296,27 @@ def test_a_failing_cell_a_widget_without_a_view_and_the_console_are_noticed(open
 @notebook("explorer")
 def test_the_explorer_is_stepped_through(opened: Notebook) -> None:
     opened.run()
-    sync_api.expect(opened.find(".widget-html img")).to_have_count(8)
     opened.sees("iteration 20, 8 rewrites")
-    opened.sees("change of log-probability")
+    picture, image = opened.picture(), opened.find("img.widget-image").first
     opened.keep("explorer")
     opened.click("KL")
-    opened.sees("KL from the reference (k3)")
+    picture = opened.changes(picture)
+    opened.find(".widget-accordion").get_by_text("as text", exact=True).click()
+    opened.sees("KL from the reference (k3) of its tokens")
     opened.click("ratio")
-    opened.sees("ratio, after / before the step")
+    picture = opened.changes(picture)
+    opened.sees("ratio, after / before the step of its tokens")  # what was unfolded stays so
     opened.keep("explorer-ratio")
-    title = opened.find(".widget-html-content b").first
-    before = opened.find(".widget-html").first.inner_text()
+    height, before = image.bounding_box()["height"], opened.find(".widget-html").first.inner_text()
     opened.click("next ›")
+    picture = opened.changes(picture)
     sync_api.expect(opened.find(".widget-html").first).not_to_have_text(before)
+    assert image.bounding_box()["height"] == height  # nothing below moves
     opened.choose("iteration", "120")
     opened.sees("iteration 120, 8 rewrites")
+    picture = opened.changes(picture)
     opened.click("as sampled")
-    sync_api.expect(title).to_be_visible()
+    opened.changes(picture)
     opened.keep("explorer-120")
 
 
@@ -372,23 +376,28 @@ def test_the_loss_follows_its_sliders_and_a_recorded_step_its_settings(opened: N
 @notebook("compare")
 def test_prompts_are_compared(opened: Notebook) -> None:
     opened.run()
-    sync_api.expect(opened.find(".widget-html img")).to_have_count(4)
-    opened.sees("trained policy")
+    picture = opened.picture()
+    opened.find(".widget-accordion").get_by_text("as text", exact=True).click()
+    opened.sees("trained policy, reward")
     opened.keep("compare")
     before = opened.find(".widget-html").first.inner_text()
     opened.click("next ›")
+    opened.changes(picture)
     sync_api.expect(opened.find(".widget-html").first).not_to_have_text(before)
 
 
 @notebook("reward")
 def test_images_are_ranked_by_clicking(opened: Notebook) -> None:
     opened.run()
-    sync_api.expect(opened.find(".widget-html img")).to_have_count(8)
-    buttons = opened.find(".widget-vbox .widget-vbox button")
+    sync_api.expect(opened.find("img.widget-image")).to_have_count(2)
+    buttons = opened.find(".widget-hbox button")
     sync_api.expect(buttons).to_have_count(8)
+    first, second = opened.picture(0), opened.picture(1)
     for number in (3, 1, 0, 2):
         buttons.nth(number).click()
     opened.sees("4 of 8 are ranked")
+    opened.changes(first, 0)
+    assert opened.picture(1) == second  # nobody was clicked there
     opened.keep("reward-half")
     opened.click("start again")
     opened.sees("0 of 8 are ranked")
@@ -411,8 +420,7 @@ def test_training_is_watched_interrupted_and_goes_on(opened: Notebook) -> None:
     opened.page.wait_for_function(FINISHED)  # until then the kernel still drops what it is asked
     opened.run()
     opened.sees("iteration 40 of 40")
-    sync_api.expect(opened.find(".widget-html img")).to_have_count(4)
-    sync_api.expect(opened.find("img.widget-image")).to_have_count(1)
+    sync_api.expect(opened.find("img.widget-image")).to_have_count(2)
     opened.keep("live")
 
 
@@ -430,7 +438,7 @@ def present(name: str) -> pytest.MarkDecorator:
 def test_the_notebook_on_groups_runs_and_its_explorer_moves(opened: Notebook) -> None:
     opened.run()
     explorer = opened.find(".widget-vbox").first
-    sync_api.expect(explorer.locator("img")).to_have_count(8)
+    sync_api.expect(explorer.locator("img.widget-image")).to_have_count(1)
     before = explorer.inner_text()
     explorer.get_by_role("button", name="next ›", exact=True).click()
     sync_api.expect(explorer).not_to_have_text(before)

@@ -32,7 +32,7 @@ from grpo_kit.show.frame import frame_of, signed
 from grpo_kit.show.one_token import TokenSettings, loss_and_push
 from grpo_kit.show.pages import write_notebook_pages
 from grpo_kit.show.style import plain_text
-from grpo_kit.show.widgets import advantage_bars, advantage_playground, live_training, picture_box
+from grpo_kit.show.widgets import advantage_playground, live_training, picture_box
 from grpo_kit.show.widgets.picture_box import BUDGET, PictureBox, encode, escape
 from grpo_kit.show.widgets.recorded_step import recompute
 from grpo_kit.show.widgets.tokens import tinted, token_values
@@ -529,7 +529,7 @@ def test_a_run_without_rollouts_or_evaluation_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rewards", [*advantage_playground.PRESETS.values(), (0.1, 0.95, 0.3, 0.3, 0.62)])
 def test_the_playground_has_the_advantages_of_their_definitions(rewards: tuple) -> None:
-    values, second = np.array(rewards), np.array(advantage_bars.SECOND_GROUP)
+    values, second = np.array(rewards), np.array(advantage_playground.SECOND_GROUP)
     centred, other = values - values.mean(), second - second.mean()
     everyone = np.concatenate([values, second])
     expected = {
@@ -585,7 +585,7 @@ def test_bars_never_leave_their_axes() -> None:
     for size in range(2, 9):
         for rewards in [rng.integers(0, 2, size).astype(float) for _ in range(40)]:
             for values in advantage_playground.advantages_of(rewards).values():
-                assert max(map(abs, values)) < advantage_bars.HIGHEST
+                assert max(map(abs, values)) < advantage_playground.HIGHEST
 
 
 @pytest.mark.parametrize("rewards", [(), (0.5,), (0.1,) * 9, (0.1, float("nan")), (0.1, float("inf"))])
@@ -654,6 +654,8 @@ def test_the_words_of_the_curves_follow_the_point() -> None:
     assert playground.push == 0 and "The bound holds" in markup(playground)
     playground.ratio.value = 1.0
     assert playground.push == pytest.approx(1.0) and "nothing is held back" in markup(playground)
+    playground.ratio.value = 1.1
+    assert playground.push == pytest.approx(1.1, abs=1e-12) and "nothing is held back" in markup(playground)
     playground.advantage.value = 0.0
     assert "the advantage is 0" in markup(playground)
 

@@ -1,28 +1,37 @@
 """The advantage playground: drag a group's rewards and see what each definition of the advantage makes of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial
 
 import ipywidgets
 import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from grpo_kit.config import KitError
 from grpo_kit.grpo import group_advantages
 from grpo_kit.show.frame import signed
-from grpo_kit.show.widgets.advantage_bars import SECOND_GROUP, draw_bars, empty_figure
+from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, styled
 from grpo_kit.show.widgets.controls import button, on_change, row, slider
-from grpo_kit.show.widgets.live_figure import LiveFigure
-from grpo_kit.show.widgets.picture_box import PictureBox
+from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox
 
 MOST = 8  # rewards of a group
-DEFINITIONS = {
-    "group": dict(scale_rewards="group"),
-    "batch": dict(scale_rewards="batch"),
-    "none": dict(scale_rewards="none"),
-    "leave_one_out": dict(scale_rewards="none", baseline="leave_one_out"),
+SECOND_GROUP = (0.90, 0.70, 0.30, 0.10)
+WIDTH, GAP, SECOND_STEP = 8, 1, 1.5  # columns of the first group, between the groups, of a bar of the second one
+LAST = WIDTH + GAP + len(SECOND_GROUP) * SECOND_STEP
+THIN = 0.02  # a bar that would be nothing but its edge
+ROOMY = 1.7  # columns a bar, below which its label stands upright
+HIGHEST = 2.8  # of the advantages' axes; nothing of at most 8 rewards in 0..1 is higher
+DEFINITIONS = {  # of the advantage: title, what says the same in the config, settings
+    "group": ("÷ the group's standard deviation", 'GRPO: scale_rewards "group"', dict(scale_rewards="group")),
+    "batch": ("÷ the batch's standard deviation", 'scale_rewards "batch"', dict(scale_rewards="batch")),
+    "none": ("not divided", 'Dr. GRPO: scale_rewards "none"', dict(scale_rewards="none")),
+    "leave_one_out": (
+        "minus the mean of the others",
+        'RLOO: baseline "leave_one_out", "none"',
+        dict(scale_rewards="none", baseline="leave_one_out"),
+    ),
 }
 PRESETS = {
     "toy group": (0.80, 0.60, 0.40, 0.20),
@@ -55,7 +64,7 @@ class AdvantagePlayground(PictureBox):
                 f"rewards: found {rewards!r:.80}, allowed: 2 to {MOST} finite numbers. Pass one group's rewards."
             )
         low, high = min(0.0, math.floor(min(rewards))), max(1.0, math.ceil(max(rewards)))
-        self._live = LiveFigure(empty_figure(low, high))
+        self._live = LiveFigure(_empty_figure(low, high))
         look = dict(step=0.001, orientation="vertical", readout_format=".3f", layout=dict(height="170px", width="70px"))
         starts = enumerate([*rewards, *[0.5] * (MOST - len(rewards))], start=1)
         self.sliders = [slider(f"r{number}", value, low, high, **look) for number, value in starts]
@@ -88,7 +97,7 @@ class AdvantagePlayground(PictureBox):
         for number, control in enumerate(self.sliders):
             control.layout.display = None if number < self.size.value else "none"
         with self._live.redrawn() as panels:
-            draw_bars(panels, self.rewards, list(advantages_of(self.rewards).values()))
+            _draw_bars(panels, self.rewards)
         return [self._live]
 
     def reading(self) -> list[str]:
@@ -100,7 +109,7 @@ def advantages_of(rewards: Sequence[float]) -> dict[str, list[float]]:
     """Return both groups' advantages, the given group's before the second's, under each definition."""
     both = torch.tensor([*rewards, *SECOND_GROUP], dtype=torch.float64)
     groups = torch.tensor([0] * len(rewards) + [1] * len(SECOND_GROUP))
-    return {name: group_advantages(both, groups, **settings).tolist() for name, settings in DEFINITIONS.items()}
+    return {name: group_advantages(both, groups, **how).tolist() for name, (_, _, how) in DEFINITIONS.items()}
 
 
 def reading(rewards: Sequence[float]) -> str:
@@ -125,3 +134,55 @@ def reading(rewards: Sequence[float]) -> str:
 def _strongest(values: Sequence[float]) -> float:
     """Return the value furthest from 0, of two equally far ones the positive."""
     return max(values, key=lambda value: (round(abs(value), 9), value))
+
+
+@styled
+def _empty_figure(low: float, high: float) -> Drawing:
+    """Return the axes: rewards from `low` to `high` on the left, four definitions of the advantage beside them."""
+    figure = Drawing(figsize=(11.4, 4.9))
+    grid = figure.add_gridspec(2, 3, width_ratios=(1.1, 1, 1), left=0.04, right=0.995, top=0.87, bottom=0.07)
+    grid.update(wspace=0.11, hspace=0.45)
+    rewards = figure.add_subplot(grid[:, 0])
+    _frame(rewards, "rewards", "dashed: the group's mean, its baseline", low, high * 1.06)
+    for place, (title, note, _) in enumerate(DEFINITIONS.values()):
+        axes = figure.add_subplot(grid[place // 2, 1 + place % 2])
+        _frame(axes, title, note, -HIGHEST, HIGHEST)
+        axes.axhline(0, color=INK, lw=0.8)
+    return figure
+
+
+def _frame(axes: Axes, title: str, note: str, low: float, high: float) -> None:
+    axes.set(xlim=(-0.2, LAST + 0.2), ylim=(low, high))
+    axes.set_xticks([WIDTH / 2, (WIDTH + GAP + LAST) / 2], ["your group", "second group"])
+    axes.tick_params(axis="x", length=0)
+    axes.axvline(WIDTH + GAP / 2, color=FAINT, lw=0.8)
+    axes.set_title(title, pad=19)
+    axes.text(0, 1.025 if low >= 0 else 1.05, note, transform=axes.transAxes, color=GREY, fontsize=9)
+
+
+def _draw_bars(panels: Sequence[Axes], rewards: Sequence[float]) -> None:
+    """Draw rewards and their advantages into the axes of `_empty_figure`, the second group's behind the first's."""
+    count = len(rewards)
+    panels[0].plot([0, WIDTH], [sum(rewards) / count] * 2, color=INK, lw=1.2, ls="--", zorder=4)
+    for axes, values in zip(panels, ([*rewards, *SECOND_GROUP], *advantages_of(rewards).values()), strict=True):
+        for place, value in enumerate(values):
+            _draw_bar(axes, place, count, value, with_sign=axes is not panels[0])
+
+
+def _draw_bar(axes: Axes, place: int, count: int, value: float, with_sign: bool) -> None:
+    """Draw a bar with its value: the first `count` share the first group's width, the others are grey."""
+    first, below, step = place < count, with_sign and value < 0, WIDTH / count
+    if first:
+        centre, width, digits = (place + 0.5) * step, min(0.8 * step, 1.2), 2 if with_sign else 3
+        colour = GREY if not with_sign else VERMILION if below else BLUE
+    else:
+        centre, width, digits, colour = WIDTH + GAP + (place - count + 0.5) * SECOND_STEP, 1.0, 1, FAINT
+    edge = ("white" if abs(value) > THIN else "none") if first else GREY
+    look = dict(facecolor=colour, edgecolor=edge, hatch="////" if below else None, linewidth=0.6, zorder=2)
+    axes.add_patch(Rectangle((centre - width / 2, 0), width, value, **look))
+    text = signed(value, digits) if with_sign else f"{value:.{digits}f}"
+    height, side = (0.1, "bottom") if below else (-0.12, "top")  # across the zero line from its bar, hiding nothing
+    if not with_sign:
+        height, side = value + 0.012, "bottom"
+    turned = 90 if first and step < ROOMY else 0
+    axes.text(centre, height, text, ha="center", va=side, rotation=turned, fontsize=9 if first else 8.5)

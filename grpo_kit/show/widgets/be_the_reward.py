@@ -1,7 +1,5 @@
 """Be the reward: order the images of a group by clicking, and your ranking is what the next step learns from."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -54,20 +52,15 @@ class BeTheReward(PictureBox):
             raise KitError("default: found a reward that is not finite, allowed: numbers. Leave that sample out.")
         self._columns = 5 if count % 5 == 0 and count % 4 else 4
         self.order: list[int] = []  # of the samples, best first
-        self.buttons = [button("", partial(self._click, number)) for number in range(count)]
+        width = f"{100 / self._columns - 2:.1f}%"
+        self.buttons = [button("", partial(self._click, number), width) for number in range(count)]
         self.reset_button = button("start again", self.reset)
         super().__init__(pictures=-(-count // self._columns))
-        self.children = [*self._rows(), self.reset_button, self.words, self.folded]
-
-    def _rows(self) -> list[ipywidgets.Widget]:
-        """Return the pictures, a row of cards each, with a button below each card."""
-        rows: list[ipywidgets.Widget] = []
+        rows: list[ipywidgets.Widget] = []  # of cards, each card with its button below
         for number, picture in enumerate(self.pictures):
             buttons = self.buttons[self._columns * number : self._columns * (number + 1)]
-            for each in buttons:
-                each.layout = dict(width=f"{100 / self._columns - 2:.1f}%", margin="2px 1%")
             rows += [picture, ipywidgets.HBox(buttons, layout=dict(width="100%", max_width="1140px"))]
-        return rows
+        self.children = [*rows, self.reset_button, self.words, self.folded]
 
     def _click(self, number: int) -> None:
         if number in self.order:

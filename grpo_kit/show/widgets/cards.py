@@ -1,7 +1,5 @@
 """Cards: pictures, each with its numbers above and its text below, in rows on one sheet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

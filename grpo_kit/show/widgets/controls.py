@@ -1,7 +1,5 @@
 """The controls of the widgets, each with the width and the label that it has everywhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import ipywidgets
@@ -16,7 +14,7 @@ def row(children: Iterable[ipywidgets.Widget]) -> ipywidgets.HBox:
 
 def button(text: str, action: Callable[[], object], width: str = "auto") -> ipywidgets.Button:
     """Return a button that calls `action`."""
-    made = ipywidgets.Button(description=text, layout=dict(width=width))
+    made = ipywidgets.Button(description=text, layout=dict(width=width, margin="2px 1%"))
     made.on_click(lambda _: action())
     return made
 

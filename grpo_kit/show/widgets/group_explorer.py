@@ -1,7 +1,5 @@
 """The group explorer: which rewrites of a prompt did better than the others, and what the step made of them."""
 
-from __future__ import annotations
-
 import ipywidgets
 import numpy as np
 import pandas as pd

@@ -1,8 +1,5 @@
 """Image compare: one held-out prompt drawn raw, by the initial and by the trained policy, from the same noise."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +30,16 @@ class ImageCompare(PictureBox):
         KitError: the run has not been evaluated, or has no such prompt.
     """
 
-    def __init__(self, run: RunRecord | Path | str | EvalResult, prompt_id: int | None = None) -> None:
-        self._rows, self._images = _evaluation(run)
+    def __init__(self, run: "RunRecord | Path | str | EvalResult", prompt_id: int | None = None) -> None:
+        if isinstance(run, (RunRecord, Path, str)):
+            run = open_run(run)
+            if run.evaluation.empty:
+                raise KitError(
+                    f"run {run.path}: found no evaluation. Evaluate it first: gk.evaluate(kit, run_dir=...)."
+                )
+            self._rows, self._images = run.evaluation, run.evaluation_images()
+        else:
+            self._rows, self._images = run.rows, run.images
         ids = [int(i) for i in sorted(self._rows["prompt_id"].unique())]
         if prompt_id is not None and prompt_id not in ids:
             raise KitError(f"prompt_id: found {prompt_id}, allowed: {ids[0]} to {ids[-1]}. Choose an evaluated prompt.")
@@ -93,13 +98,3 @@ class ImageCompare(PictureBox):
             mean = f"reward {format_metric('reward', rows['reward'].mean())}, mean of {len(rows)} seeds"
             texts.append(f"{VARIANT_NAMES[variant]}, {mean}: {rows['text'].iloc[0]}")
         return texts
-
-
-def _evaluation(run: RunRecord | Path | str | EvalResult) -> tuple[pd.DataFrame, Mapping]:
-    """Return an evaluation's rows and pictures."""
-    if isinstance(run, (RunRecord, Path, str)):
-        record = open_run(run)
-        if record.evaluation.empty:
-            raise KitError(f"run {record.path}: found no evaluation. Evaluate it first: gk.evaluate(kit, run_dir=...).")
-        return record.evaluation, record.evaluation_images()
-    return run.rows, run.images

@@ -1,7 +1,5 @@
 """The groups of a run's kept rollouts: a widget that shows one, and what rows of a rollout say in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,13 +1,10 @@
 """The live training view: curves and the newest group of a run while `train` goes on in the same notebook."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import ipywidgets
-import pandas as pd
 from IPython.display import DisplayHandle
 
 from grpo_kit.runs.record import RunRecord, read_run
@@ -16,8 +13,7 @@ from grpo_kit.show.frame import signed
 from grpo_kit.show.style import GREY, Drawing, format_metric, new_figure, styled
 from grpo_kit.show.widgets.cards import Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import open_image, range_text
-from grpo_kit.show.widgets.live_figure import DPI
-from grpo_kit.show.widgets.picture_box import PictureBox, paragraphs
+from grpo_kit.show.widgets.picture_box import DPI, PictureBox, paragraphs
 
 PANELS = ("reward", "rewards/gold/mean", "kl")
 PAUSE = 2.0  # seconds between two pictures, at least
@@ -55,10 +51,7 @@ class LiveTraining(PictureBox):
     @property
     def planned(self) -> int:
         """The iterations that the run's config asks for; 0 while there is none."""
-        return int(self._training_settings().get("num_iterations", 0))
-
-    def _training_settings(self) -> Mapping[str, object]:
-        return self._record.config.get("training_settings", {}) if self._record else {}
+        return int(self._settings.get("num_iterations", 0))
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Follow one finished iteration.
@@ -83,33 +76,32 @@ class LiveTraining(PictureBox):
     def redraw(self) -> None:
         """Read the run folder and draw what it holds now; the group only when a newer one was kept."""
         started = time.monotonic()
-        self._record: RunRecord | None = read_run(self._path) if self._path.is_dir() else None
-        rows = self._rows()
-        self._follow(dict(rows.iloc[-1]) if len(rows) else {})
+        there = self._path.is_dir()
+        self._record = read_run(self._path) if there else RunRecord(self._path, {}, [], [], {})
+        self._settings: Mapping[str, object] = self._record.config.get("training_settings", {})
         curves, group = self.pictures
         curves.value = self._draw_curves().to_png(DPI)
-        if self._kept() != self._group_of or not group.value:
-            group.value, self._group_of = self._draw_group().to_png(DPI), self._kept()
+        kept = max(self._record.rollout_iterations, default=None)
+        if kept != self._group_of or not group.value:
+            self._group_of = kept
+            group.value = self._draw_group().to_png(DPI)
         self.write(self.reading())
+        self._follow(self._newest())
         ended = time.monotonic()
-        pause = max(PAUSE, (ended - started) / SHARE) if len(rows) > 1 else 0.0  # the first ones come at once
+        pause = max(PAUSE, (ended - started) / SHARE) if self._record.iterations > 1 else 0.0  # the first come at once
         self._due = ended + pause
 
-    def _rows(self) -> pd.DataFrame:
-        return self._record.metrics if self._record else pd.DataFrame()
-
-    def _kept(self) -> int | None:
-        """Return the newest iteration whose rollout was kept."""
-        return max(self._record.rollout_iterations, default=None) if self._record else None
+    def _newest(self) -> Mapping[str, float]:
+        return self._record.lines[-1] if self._record.lines else {}
 
     def _is_stopped(self) -> bool:
         """Say whether the check for reward hacking has ended the run."""
-        stops = self._training_settings().get("stop_on_divergence")
+        stops = self._settings.get("stop_on_divergence")
         return bool(stops and read_run(self._path).sentinel.get("divergence"))
 
     @styled
     def _draw_curves(self) -> Drawing:
-        rows = self._rows()
+        rows = self._record.metrics
         if len(rows) < 2 or not set(PANELS) & set(rows):  # a line needs two points
             figure = new_figure(11.1, 2.6)
             figure.text(0.5, 0.5, "the curves begin with the second iteration", ha="center", color=GREY, fontsize=12)
@@ -119,26 +111,20 @@ class LiveTraining(PictureBox):
     def _draw_group(self) -> Drawing:
         """Return the newest group's pictures with their advantages, best first; an empty sheet while there is none."""
         title, note, rows = self._group()
-        cards = [
-            Card(
-                open_image(self._record, row["thumbnail"]),
-                title=signed(row["advantage"]),
-                text=row["enhanced_prompt"],
-                advantage=row["advantage"],
-            )
-            for row in rows.to_dict("records")
-        ]
-        size = max(len(cards), int(self._training_settings().get("group_size", 1)))
+        cards = []
+        for row in rows:
+            image, advantage = open_image(self._record, row["thumbnail"]), row["advantage"]
+            cards.append(Card(image, signed(advantage), text=row["enhanced_prompt"], advantage=advantage))
+        size = max(len(cards), int(self._settings.get("group_size", 1)))
         return card_sheet(cards, COLUMNS, [LINES] * -(-size // COLUMNS), title, note)
 
-    def _group(self) -> tuple[str, str, pd.DataFrame]:
+    def _group(self) -> tuple[str, str, list[Mapping[str, object]]]:
         """Return the title, the note and the rows of the newest kept rollout's group whose rewards differ most."""
-        iteration = self._kept()
-        if iteration is None:
-            return "no group has been kept yet", "the newest one appears here, best first", pd.DataFrame()
-        rows = self._record.widest_group(iteration)
-        note = f"iteration {iteration}, the group whose rewards differ most: {range_text(rows['reward'])}"
-        return f"“{rows['user_prompt'].iloc[0]}”", f"{note}; above each picture its advantage", rows
+        if self._group_of is None:
+            return "no group has been kept yet", "the newest one appears here, best first", []
+        rows = self._record.widest_group(self._group_of)
+        note = f"iteration {self._group_of}, the group whose rewards differ most: {range_text(rows['reward'])}"
+        return f"“{rows['user_prompt'].iloc[0]}”", f"{note}; above each picture its advantage", rows.to_dict("records")
 
     def _ipython_display_(self) -> None:
         """Show the widget, and remember where, so that its picture can be brought up to date at the end."""
@@ -154,9 +140,9 @@ class LiveTraining(PictureBox):
 
     def reading(self) -> list[str]:
         """Return how far the run is, and the newest group."""
-        rows, (title, note, group) = self._rows(), self._group()
-        samples = [f"{signed(row['advantage'])}: {row['enhanced_prompt']}" for row in group.to_dict("records")]
-        return [_progress(dict(rows.iloc[-1]) if len(rows) else {}, self.planned), f"{title}, {note}", *samples]
+        title, note, rows = self._group()
+        samples = [f"{signed(row['advantage'])}: {row['enhanced_prompt']}" for row in rows]
+        return [_progress(self._newest(), self.planned), f"{title}, {note}", *samples]
 
 
 def _progress(metrics: Mapping[str, float], planned: int) -> str:

@@ -1,22 +1,29 @@
 """The loss playground: one token's loss and gradient over the ratio, and a recorded step under other settings."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from pathlib import Path
 
 import ipywidgets
+import numpy as np
+import torch
+from matplotlib.axes import Axes
 
 from grpo_kit.grpo import CLIPPED_LOSS_TYPES, LOSS_TYPES
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.frame import signed
-from grpo_kit.show.one_token import TokenSettings
+from grpo_kit.show.one_token import TokenSettings, loss_and_push
+from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, styled
 from grpo_kit.show.widgets.controls import dropdown, on_change, row, slider
-from grpo_kit.show.widgets.live_figure import LiveFigure
-from grpo_kit.show.widgets.loss_curves import HIGHEST_RATIO, draw_curves, empty_figure
-from grpo_kit.show.widgets.picture_box import PictureBox
+from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox
 from grpo_kit.show.widgets.what_if import CISPO_CAP, WhatIf
 
 NO_PUSH = 1e-9
+HIGHEST_RATIO, HIGHEST = 3.0, 3.2  # of the axes
+STEPS = 241
+PANELS = {
+    "loss of one token": "dashed: −ratio × advantage, with nothing held back; grey: between the bounds",
+    "push on its log-probability": "minus the gradient: above 0 more likely, below 0 less likely, at 0 nothing",
+}
 
 
 class LossPlayground(PictureBox):
@@ -43,7 +50,7 @@ class LossPlayground(PictureBox):
         self.epsilon_high = slider("epsilon_high", 0.2, 0.01, CISPO_CAP)
         self.bounded = ipywidgets.Checkbox(description="delta", indent=False, layout=dict(width="70px"))
         self.delta = slider("", 2.0, 1.05, HIGHEST_RATIO, disabled=True, layout=dict(width="220px"))
-        self._live = LiveFigure(empty_figure())
+        self._live = LiveFigure(_empty_figure())
         bounds = row([self.epsilon, self.epsilon_high, self.bounded, self.delta])
         super().__init__([row([self.loss_type, self.ratio, self.advantage]), bounds])
         if self.what_if is not None:
@@ -70,8 +77,7 @@ class LossPlayground(PictureBox):
         """Return the curves with the point where the sliders stand, whose `loss` and `push` are kept."""
         self.delta.disabled = self.bounded.disabled or not self.bounded.value
         with self._live.redrawn() as panels:
-            drawn = draw_curves(panels, self.ratio.value, self.advantage.value, self.settings)
-        self.loss, self.push = drawn
+            self.loss, self.push = _draw_curves(panels, self.ratio.value, self.advantage.value, self.settings)
         return [self._live]
 
     def reading(self) -> list[str]:
@@ -87,3 +93,41 @@ class LossPlayground(PictureBox):
         else:
             effect = f"the push is {signed(self.push)}, {self.push / plain:.0%} of ratio × advantage ({signed(plain)})."
         return [f"{self.loss_type.value}, ratio {ratio:.2f}, advantage {signed(advantage)}: {effect}"]
+
+
+@styled
+def _empty_figure() -> Drawing:
+    """Return the axes: loss and push over the ratio."""
+    figure = Drawing(figsize=(11.4, 3.7))
+    places = dict(left=0.045, right=0.985, top=0.83, bottom=0.15, wspace=0.12)
+    panels = figure.subplots(1, 2, gridspec_kw=places)
+    for axes, (title, note) in zip(panels, PANELS.items(), strict=True):
+        axes.set(xlim=(0, HIGHEST_RATIO), ylim=(-HIGHEST, HIGHEST), xlabel="ratio, new / old probability of the token")
+        axes.axhline(0, color=INK, lw=0.8)
+        axes.axvline(1, color=GREY, lw=0.8)
+        axes.set_title(title, pad=19)
+        axes.text(0, 1.03, note, transform=axes.transAxes, color=GREY, fontsize=9)
+    return figure
+
+
+def _draw_curves(panels: Sequence[Axes], ratio: float, advantage: float, settings: TokenSettings) -> list[float]:
+    """Draw curve, line without a bound, range between the bounds and marked point; return the point's loss and push.
+
+    A point beyond the axes is drawn at their edge; the value beside it stays true.
+    """
+    ratios = torch.tensor([*np.linspace(0.01, HIGHEST_RATIO, STEPS), ratio], dtype=torch.float64)
+    curves = [values.tolist() for values in loss_and_push(ratios, advantage, settings)]
+    low, high = settings.open_range
+    right = ratio < 0.8 * HIGHEST_RATIO
+    for axes, (*curve, value), sign in zip(panels, curves, (-1, 1), strict=True):
+        places, height = ratios[:-1].tolist(), max(-HIGHEST, min(HIGHEST, value))
+        axes.axvspan(low, min(high, HIGHEST_RATIO), facecolor=FAINT, alpha=0.45, lw=0)
+        axes.plot(places, [sign * advantage * place for place in places], color=GREY, lw=1.2, ls=(0, (4, 3)))
+        axes.plot(places, curve, color=BLUE, lw=2.6)
+        axes.plot([ratio, ratio], [0, height], color=VERMILION, lw=1, ls=":")
+        axes.plot(ratio, height, marker="o", ms=9, color=VERMILION, mec="white", mew=1.2)
+        box = dict(facecolor="white", edgecolor="none", pad=1.5, alpha=0.85)
+        words = dict(color=VERMILION, weight="bold", fontsize=12, bbox=box, ha="left" if right else "right")
+        place = ratio + (0.08 if right else -0.08), height + (0.3 if height < 2.6 else -0.5)
+        axes.text(*place, signed(value), **words)
+    return [curve[-1] for curve in curves]

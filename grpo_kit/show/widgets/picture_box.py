@@ -5,8 +5,6 @@ widget, all others the static twin, which is the same pictures. nbconvert prefer
 notebook holds its state; the committed notebooks and the report hold no state.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -14,14 +12,61 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ipywidgets
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from grpo_kit.show.style import INK, PAPER, Drawing, plain_text
-from grpo_kit.show.widgets.live_figure import DPI, LiveFigure
+from grpo_kit.show.style import INK, PAPER, STYLE, Drawing, plain_text
 
+DPI = 150  # of a live picture: sharp on a projector; its twin has 100
 BUDGET = 110_000  # bytes of a static twin, 147 kB as base64: a notebook with several widgets stays small
 QUALITIES = (90, 80, 70, 60, 50, 40, 30)
 MOST_WORDS = 2000  # characters of a paragraph and of an alt text
+
+
+class LiveFigure:
+    """A figure that follows a slider: its axes are drawn once, their content again and again by `redrawn`.
+
+    Drawing a whole figure takes some hundred milliseconds, too slow to drag by; what changes alone takes a tenth.
+
+    Args:
+        figure: with fixed limits, and everything that stays.
+    """
+
+    def __init__(self, figure: Drawing) -> None:
+        self.figure = figure
+        self._changing: list[Artist] = []
+        self._canvas = FigureCanvasAgg(figure)
+        figure.set_dpi(DPI)
+        with mpl.rc_context(STYLE):
+            self._canvas.draw()
+        self._frame = self._canvas.copy_from_bbox(figure.bbox)
+
+    @contextmanager
+    def redrawn(self) -> Iterator[Sequence[Axes]]:
+        """Take away what was drawn the last time, and hand over the axes to be drawn into, within their limits."""
+        for artist in self._changing:
+            artist.remove()
+        staying = {artist for axes in self.figure.axes for artist in axes.get_children()}
+        with mpl.rc_context(STYLE):
+            yield self.figure.axes
+        drawn = [artist for axes in self.figure.axes for artist in axes.get_children() if artist not in staying]
+        self._changing = sorted(drawn, key=lambda artist: artist.zorder)
+
+    def to_png(self, dpi: int = 100) -> bytes:
+        """Return the figure as PNG bytes; quick at `DPI`, drawn whole at any other."""
+        if dpi != DPI:
+            return self.figure.to_png(dpi)
+        self._canvas.restore_region(self._frame)
+        with mpl.rc_context(STYLE):
+            for artist in self._changing:
+                self.figure.draw_artist(artist)
+        pixels, stream = np.asarray(self._canvas.buffer_rgba())[..., :3], io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
+        return stream.getvalue()
 
 
 class PictureBox(ipywidgets.VBox):

@@ -1,7 +1,5 @@
 """What would the step have done under other settings? A recorded rollout put through advantages and loss again."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

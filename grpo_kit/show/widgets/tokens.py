@@ -1,7 +1,5 @@
 """What a step did to each token of a group: the change of its log-probability, its ratio, its KL from the reference."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A recorded step under other settings, as a widget: "what would Dr. GRPO have done with this step?"."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import ipywidgets
