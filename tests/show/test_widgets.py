@@ -908,7 +908,19 @@ def test_seeds_without_pictures_are_left_out_but_counted(demo: show.RunRecord) -
     compare = show.ImageCompare(demo)
     assert compare.seeds == [0] and "no picture" not in drawn(compare)
     mean = compare.rows.query("variant == 'trained'")["reward"].mean()
-    assert f"{mean:.3f}, mean of 4 seeds" in markup(compare)
+    assert f"mean {mean:.3f}" in drawn(compare) and "of 4 seeds" in drawn(compare)
+    assert f"trained policy {mean:.3f}" in markup(compare) and "of 4 seeds" in markup(compare)
+
+
+def test_a_comparison_without_an_oracle_keeps_its_columns(synthetic_run: Path) -> None:
+    record = show.read_run(synthetic_run)
+
+    class Result:
+        rows, images = record.evaluation.query("variant != 'oracle'"), record.evaluation_images()
+
+    compare = show.ImageCompare(Result())
+    titles = [text for text in compare.figures()[0].findobj(Text) if text.get_text() == "trained policy"]
+    assert len(titles) == 2 and len({text.get_position()[0] for text in titles}) == 1
 
 
 def test_image_compare_refuses_a_prompt_that_was_not_evaluated(synthetic_run: Path) -> None:

@@ -17,6 +17,7 @@ HEAD, TITLE, LINE, NOTE = 0.75, 0.36, 0.2, 0.175
 LARGEST = 2.05  # inches of a picture's longer side
 GAP = 0.12
 LETTER, LETTER_SIZE = 0.08, 9.57  # inches that a letter of a token takes, and its size in points: whole pixels
+DEEPEST = 0.55  # opacity of the strongest tint: dark text stays readable on it
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def draw_tokens(axes: Axes, tokens: Sequence[Token], left: float, top: float, ch
 
 def _draw_token(axes: Axes, token: Token, text: str, left: float, top: float) -> None:
     width, edge = LETTER * len(text), INK if token.clipped else "none"
-    if token.clipped or token.opacity > 0.02:
-        box = dict(facecolor=(token.colour, token.opacity), edgecolor=edge, linewidth=0.9)
+    if token.clipped or abs(token.tint) > 0.04:
+        box = dict(facecolor=(token.colour, DEEPEST * abs(token.tint)), edgecolor=edge, linewidth=0.9)
         axes.add_patch(Rectangle((left, top + 0.02), width, LINE - 0.03, **box))
         line = dict(color=token.colour, alpha=min(1.0, 1.6 * abs(token.tint)), linewidth=1.3)
         ends = [left + 0.01, left + width - 0.01], [top + LINE - 0.015] * 2

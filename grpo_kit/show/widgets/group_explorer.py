@@ -8,10 +8,10 @@ from matplotlib.colors import to_rgba
 
 from grpo_kit.show.frame import signed
 from grpo_kit.show.style import GREY, VERMILION, Drawing, format_metric, styled
-from grpo_kit.show.widgets.cards import GAP, WIDTH, Card, card_sheet
+from grpo_kit.show.widgets.cards import DEEPEST, GAP, WIDTH, Card, card_sheet
 from grpo_kit.show.widgets.controls import button, on_change, row
 from grpo_kit.show.widgets.kept_groups import GroupBox, open_image, parts_text, range_text
-from grpo_kit.show.widgets.tokens import DEEPEST, MEASURES, Token, ends_of_scale, measures_of, tinted
+from grpo_kit.show.widgets.tokens import MEASURES, Token, tinted
 
 COLUMNS, LINES, NOTE_LINES = 4, 4, 3
 
@@ -40,7 +40,8 @@ class GroupExplorer(GroupBox):
         style = {"button_width": "auto"}
         orders = [("best first", "reward"), ("as sampled", "sample")]
         self.order = ipywidgets.ToggleButtons(options=orders, style=style)
-        tints = [(MEASURES[name].short, name) for name in measures_of(self.rollout)]
+        columns = set(self.rollout)
+        tints = [(m.short, name) for name, m in MEASURES.items() if {"tokens", *m.columns} <= columns]
         self.tint = ipywidgets.ToggleButtons(options=[*tints, ("none", None)], style=style)
         on_change([self.order, self.tint], self.redraw)
         previous, following = button("‹ previous", lambda: self._step(-1)), button("next ›", lambda: self._step(1))
@@ -101,7 +102,7 @@ class GroupExplorer(GroupBox):
         return [figure]
 
     def _note(self, group: pd.DataFrame) -> str:
-        """Return the raw spread beside the advantages that were made of it."""
+        """Return the rewards' range and deviation beside the advantages that were made of them."""
         rewards, advantages = group["reward"], group["advantage"]
         where = f"iteration {self.iteration.value}, {len(group)} rewrites"
         scaled = f"advantages from {signed(advantages.min())} to {signed(advantages.max())}"
@@ -122,15 +123,16 @@ class GroupExplorer(GroupBox):
 @styled
 def _draw_scale(axes: Axes, measure: str, full: float, clip: tuple[float, float]) -> None:
     """Draw how to read the tints in the sheet's foot: the scale, and what underlines and outlines mean."""
-    middle, (low, high) = axes.get_ylim()[0] - 0.2, ends_of_scale(measure, full)
+    middle, low, high = axes.get_ylim()[0] - 0.2, signed(-full), signed(full)
+    words = "dashed underline: less likely than before; solid: more likely"
+    if measure == "kl":
+        low, high, words = "0", f"{full:.3f}", "darker: further from the reference"
+    if measure == "ratio":
+        low, high = (f"{np.exp(size):.2f}" for size in (-full, full))
+        words = f"dashed: less likely; solid: more likely; outlined: outside the clip, {clip[0]:g} to {clip[1]:g}"
     tints = np.linspace(0 if measure == "kl" else -1, 1, 64)
     scale = [to_rgba(VERMILION if tint < 0 else MEASURES[measure].above, DEEPEST * abs(tint)) for tint in tints]
     axes.imshow([scale], extent=(3.4, 4.9, middle + 0.08, middle - 0.08), aspect="auto", interpolation="bilinear")
-    words = "darker: further from the reference"
-    if measure != "kl":
-        words = "dashed underline: less likely than before; solid: more likely"
-    if measure == "ratio":
-        words = f"dashed: less likely; solid: more likely; outlined: outside the clip, {clip[0]:g} to {clip[1]:g}"
     axes.text(GAP, middle, MEASURES[measure].name, va="center", weight="bold", fontsize=10.5)
     axes.text(3.35, middle, low, va="center", ha="right", fontsize=10.5)
     axes.text(4.95, middle, high, va="center", fontsize=10.5)

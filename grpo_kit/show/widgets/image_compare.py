@@ -73,28 +73,28 @@ class ImageCompare(PictureBox):
 
     def figures(self) -> list[Drawing]:
         """Return a sheet of cards, as high as the prompt with the most pictures needs."""
-        table = self.rows.set_index(["seed", "variant"])
-        variants = self.variants
-        cards = [self._card(table, seed, variant) for seed in self.seeds for variant in variants]
+        table, first = self.rows.set_index(["seed", "variant"]), self.rows.iloc[0]
+        cards = []
+        for seed in self.seeds:
+            for variant in self.variants:
+                shown = table.loc[(seed, variant)] if (seed, variant) in table.index else None
+                image = self._images.get((int(self.prompt.value), variant, seed))
+                words = {} if shown is None else dict(text=shown["text"], note=score_text(shown))
+                words |= dict(beside=f"mean {self._mean(variant)}") if seed == self.seeds[0] else {}
+                cards.append(Card(image, VARIANT_NAMES[variant], colour=VARIANT_COLOURS[variant], **words))
         most = min(MOST_SEEDS, len({seed for _, _, seed in self._images}) or self._rows["seed"].nunique())
-        first = self.rows.iloc[0]
-        note = f"{first['category']}, {first['difficulty']} · each row starts from the same noise"
+        note = f"{first['category']}, {first['difficulty']} · each row starts from the same noise · "
+        note += f"mean: of the rewards of {table.index.get_level_values('seed').nunique()} seeds"
         lines = [LINES] + [0] * (most - 1)  # the texts stand below the first row
-        return [card_sheet(cards, max(4, len(variants)), lines, f"“{first['user_prompt']}”", note, note_lines=1)]
+        return [card_sheet(cards, len(self.variants), lines, f"“{first['user_prompt']}”", note, note_lines=1)]
 
-    def _card(self, table: pd.DataFrame, seed: int, variant: str) -> Card:
-        title = dict(title=VARIANT_NAMES[variant], colour=VARIANT_COLOURS[variant])
-        if (seed, variant) not in table.index:
-            return Card(None, **title)
-        shown = table.loc[(seed, variant)]
-        image = self._images.get((int(self.prompt.value), variant, int(seed)))
-        return Card(image, **title, text=shown["text"], note=score_text(shown))
+    def _mean(self, variant: str) -> str:
+        """Return a variant's mean reward over all its seeds."""
+        return format_metric("reward", self.rows.loc[self.rows["variant"] == variant, "reward"].mean())
 
     def reading(self) -> list[str]:
-        """Return the prompt, then each variant with its mean reward over all seeds and its text."""
-        texts = [f"“{self.rows['user_prompt'].iloc[0]}” in {len(self.variants)} variants."]
-        for variant in self.variants:
-            rows = self.rows[self.rows["variant"] == variant]
-            mean = f"reward {format_metric('reward', rows['reward'].mean())}, mean of {len(rows)} seeds"
-            texts.append(f"{VARIANT_NAMES[variant]}, {mean}: {rows['text'].iloc[0]}")
-        return texts
+        """Return the prompt with each variant's mean reward over all seeds, then each variant's text."""
+        texts = self.rows.drop_duplicates("variant").set_index("variant")["text"]
+        means = ", ".join(f"{VARIANT_NAMES[variant]} {self._mean(variant)}" for variant in self.variants)
+        first = f"“{self.rows['user_prompt'].iloc[0]}”, mean reward of {self.rows['seed'].nunique()} seeds: {means}."
+        return [first, *(f"{VARIANT_NAMES[variant]}: {texts[variant]}" for variant in self.variants)]

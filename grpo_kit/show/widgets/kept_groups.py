@@ -46,7 +46,7 @@ class GroupBox(PictureBox):
             raise KitError(
                 f"group: found {group}, allowed: {groups[0]} to {groups[-1]}. Choose a prompt of this iteration."
             )
-        group = int(spreads(self.rollout).idxmax()) if group is None else group
+        group = int(ranges(self.rollout).idxmax()) if group is None else group
         self.iteration = dropdown("iteration", kept, iteration, 160)
         self.prompt = dropdown("prompt", self._prompts(), group, 540)
         super().__init__(self.controls())
@@ -58,7 +58,7 @@ class GroupBox(PictureBox):
         raise NotImplementedError
 
     def _prompts(self) -> list[tuple[str, int]]:
-        apart = spreads(self.rollout)
+        apart = ranges(self.rollout)
         return [(f"{self.name_of(g, 60)}   (rewards {apart[g]:.3f} apart)", int(g)) for g in apart.index]
 
     def _open(self) -> None:
@@ -66,7 +66,7 @@ class GroupBox(PictureBox):
         self.rollout = self.record.rollout(self.iteration.value).reset_index(drop=True)
         with self.drawn_once():
             self.prompt.options = self._prompts()
-            self.prompt.value = int(spreads(self.rollout).idxmax())
+            self.prompt.value = int(ranges(self.rollout).idxmax())
 
     def name_of(self, group: int, limit: int = 400) -> str:
         """Return what the user asked for in a group, as plain text."""
@@ -78,7 +78,7 @@ def open_run(run: RunRecord | Path | str) -> RunRecord:
     return run if isinstance(run, RunRecord) else read_run(run)
 
 
-def spreads(rollout: pd.DataFrame) -> pd.Series:
+def ranges(rollout: pd.DataFrame) -> pd.Series:
     """Return each group's highest less lowest reward, by group id; 0 where fewer than two were scored."""
     rewards = rollout.groupby("group_id")["reward"]
     return (rewards.max() - rewards.min()).fillna(0.0)
@@ -92,9 +92,9 @@ def parts_text(row: Mapping[str, object]) -> str:
 
 
 def range_text(rewards: pd.Series) -> str:
-    """Return the range and the spread of rewards: `rewards from 0.082 to 0.882, standard deviation 0.258`."""
-    low, high, spread = (format_metric("reward", v) for v in (rewards.min(), rewards.max(), rewards.std()))
-    return f"rewards from {low} to {high}, standard deviation {spread}"
+    """Return the range and the deviation of rewards: `rewards from 0.082 to 0.882, standard deviation 0.258`."""
+    low, high, deviation = (format_metric("reward", v) for v in (rewards.min(), rewards.max(), rewards.std()))
+    return f"rewards from {low} to {high}, standard deviation {deviation}"
 
 
 def open_image(record: RunRecord, thumbnail: object) -> Image.Image | None:

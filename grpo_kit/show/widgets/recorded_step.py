@@ -1,6 +1,7 @@
 """What would the step have done under other settings? A recorded rollout put through advantages and loss again."""
 
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -11,16 +12,7 @@ from grpo_kit.grpo import group_advantages, grpo_loss, token_weights
 from grpo_kit.rewards.usable import usable_rewards
 
 NEEDED = ("completion_ids", "old_logprobs", "ref_logprobs", "new_logprobs")
-LOSS_SETTINGS = (
-    "loss_type",
-    "importance_sampling_level",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "beta",
-    "kl_estimator",
-    "use_bias_correction_kl",
-)
+LOSS_SETTINGS = [name for name in signature(grpo_loss).parameters if name in TrainingSettings.model_fields]
 
 
 @dataclass(frozen=True)

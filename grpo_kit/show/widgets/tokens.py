@@ -7,10 +7,8 @@ import pandas as pd
 import torch
 
 from grpo_kit.grpo import kl_divergence
-from grpo_kit.show.frame import signed
 from grpo_kit.show.style import BLUE, PURPLE, VERMILION, plain_text
 
-DEEPEST = 0.55  # opacity of the strongest tint: dark text stays readable on it
 QUANTILE = 0.95  # of the sizes in a group: one outlier does not pale all the others
 
 
@@ -42,16 +40,6 @@ class Token:
     tint: float
     colour: str
 
-    @property
-    def opacity(self) -> float:
-        """The tint's strength, at most `DEEPEST`."""
-        return DEEPEST * abs(self.tint)
-
-
-def measures_of(rollout: pd.DataFrame) -> list[str]:
-    """Return which measures a rollout has the columns for."""
-    return [name for name, m in MEASURES.items() if {"tokens", *m.columns} <= set(rollout.columns)]
-
 
 def token_values(group: pd.DataFrame, measure: str) -> list[np.ndarray]:
     """Return each sample's values, one a token.
@@ -76,7 +64,7 @@ def tinted(
 
     Args:
         group: rows of a rollout.
-        measure: one of `measures_of(group)`. A ratio's size is that of its logarithm.
+        measure: one of `MEASURES` whose columns the group has. A ratio's size is that of its logarithm.
         clip: the lowest and highest ratio that is not clipped; only "ratio" marks what lies outside.
     """
     values = token_values(group, measure)
@@ -92,10 +80,3 @@ def tinted(
         columns = zip(texts, row.tolist(), outside.tolist(), tints.tolist(), colours.tolist(), strict=True)
         rows.append([Token(plain_text(text, 60), *rest) for text, *rest in columns])
     return rows, full
-
-
-def ends_of_scale(measure: str, full: float) -> tuple[str, str]:
-    """Return what stands at the lower and the upper end of the tints' scale; KL begins at 0."""
-    if measure == "ratio":
-        return f"{np.exp(-full):.2f}", f"{np.exp(full):.2f}"
-    return ("0", f"{full:.3f}") if measure == "kl" else (signed(-full), signed(full))

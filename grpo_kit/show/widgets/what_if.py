@@ -1,6 +1,7 @@
 """A recorded step under other settings, as a widget: "what would Dr. GRPO have done with this step?"."""
 
 from functools import partial
+from typing import get_args
 
 import ipywidgets
 import numpy as np
@@ -8,10 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from grpo_kit.config import TrainingSettings
-from grpo_kit.grpo import LOSS_TYPES
 from grpo_kit.show.style import BLUE, GREY, INK, VERMILION, Drawing, styled
 from grpo_kit.show.widgets.controls import WHOLE_LABEL, button, dropdown, on_change, row
-from grpo_kit.show.widgets.kept_groups import GroupBox, spreads
+from grpo_kit.show.widgets.kept_groups import GroupBox, ranges
 from grpo_kit.show.widgets.recorded_step import Pushes, recompute
 
 CISPO_CAP = 5.0  # its authors' bound of the ratio; the other types' epsilon_high means 1 + that
@@ -23,12 +23,7 @@ PRESETS = {
     "DAPO": {"loss_type": "dapo"},
 }
 OPENING = PRESETS["Dr. GRPO"]  # what it opens with, so that its picture in a report compares something
-CHOICES = {
-    "loss_type": LOSS_TYPES,
-    "scale_rewards": ("group", "batch", "none"),
-    "baseline": ("mean", "leave_one_out"),
-    "importance_sampling_level": ("token", "sequence"),
-}
+CHOICES = ("loss_type", "scale_rewards", "baseline", "importance_sampling_level")
 SCALES = {"epsilon": (0.05, 0.1, 0.2, 0.3, 0.5), "beta": (0.0, 0.01, 0.04, 0.1, 0.5, 1.0)}
 LEGEND = "outline: as recorded · filled: with these settings · below each rewrite its reward and its tokens"
 
@@ -48,7 +43,8 @@ class WhatIf(GroupBox):
         moments = [("before the step: all ratios are 1", False), ("after the recorded step", True)]
         self.moment = dropdown("policy", moments, False, 340)
         self.choices: dict[str, ipywidgets.Widget] = {}
-        for name, options in CHOICES.items():
+        for name in CHOICES:
+            options = get_args(TrainingSettings.model_fields[name].annotation)
             value = OPENING.get(name, getattr(self.recorded, name))
             self.choices[name] = dropdown(name.replace("importance_sampling_", ""), options, value, 250)
         for name, options in SCALES.items():
@@ -78,10 +74,7 @@ class WhatIf(GroupBox):
     def pushes(self) -> tuple[Pushes, Pushes]:
         """What the step did, and what it would have done, for every row of the rollout."""
         longest = self.record.config.get("generation_settings", {}).get("max_new_tokens")
-        both = (
-            recompute(self.rollout, settings, longest, self.moment.value) for settings in (self.recorded, self.settings)
-        )
-        return tuple(both)
+        return tuple(recompute(self.rollout, s, longest, self.moment.value) for s in (self.recorded, self.settings))
 
     def reading(self) -> list[str]:
         """Say what changed, in numbers of this step."""
@@ -95,7 +88,7 @@ class WhatIf(GroupBox):
         return [
             f"The whole push would have been {other.total / recorded.total:.2f} times the recorded one (Adam divides "
             f"such a factor out again). Among the prompts, “{self.name_of(prompt, 60)}”, whose rewards lie "
-            f"{spreads(self.rollout)[prompt]:.3f} apart, changes most: from {before[prompt]:.0%} to "
+            f"{ranges(self.rollout)[prompt]:.3f} apart, changes most: from {before[prompt]:.0%} to "
             f"{after[prompt]:.0%} of the step."
         ]
 
