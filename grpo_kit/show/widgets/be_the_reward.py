@@ -54,7 +54,7 @@ class BeTheReward(PictureBox):
         self.order: list[int] = []  # of the samples, best first
         width = f"{100 / self._columns - 2:.1f}%"
         self.buttons = [button("", partial(self._click, number), width) for number in range(count)]
-        self.reset_button = button("start again", self.reset)
+        self.reset_button = button("start again", self.reset, "120px")
         super().__init__(pictures=-(-count // self._columns))
         rows: list[ipywidgets.Widget] = []  # of cards, each card with its button below
         for number, picture in enumerate(self.pictures):

@@ -115,8 +115,8 @@ class GroupExplorer(GroupBox):
         for sample, tokens in zip(group.to_dict("records"), self._tokens(group)[0], strict=True):
             scores = f"reward {format_metric('reward', sample['reward'])}, advantage {signed(sample['advantage'])}"
             values = " ".join(f"{token.text.strip()} ({token.value:.3f})" for token in tokens)
-            measured = f" {MEASURES[self.tint.value].name} of its tokens: {values}" if values else ""
-            texts.append(f"{scores}, {parts_text(sample)}: {sample['enhanced_prompt']}{measured}")
+            measured = f"; {MEASURES[self.tint.value].name} of its tokens: {values}" if values else ""
+            texts.append(f"{scores}, {parts_text(sample)}: “{sample['enhanced_prompt']}”{measured}")
         return texts
 
 
