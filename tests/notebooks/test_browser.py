@@ -392,12 +392,9 @@ def test_images_are_ranked_by_clicking(opened: Notebook) -> None:
     sync_api.expect(opened.find("img.widget-image")).to_have_count(2)
     buttons = opened.find(".widget-hbox button")
     sync_api.expect(buttons).to_have_count(8)
-    first, second = opened.picture(0), opened.picture(1)
     for number in (3, 1, 0, 2):
         buttons.nth(number).click()
     opened.sees("4 of 8 are ranked")
-    opened.changes(first, 0)
-    assert opened.picture(1) == second  # nobody was clicked there
     opened.keep("reward-half")
     opened.click("start again")
     opened.sees("0 of 8 are ranked")

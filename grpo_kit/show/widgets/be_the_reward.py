@@ -74,12 +74,14 @@ class BeTheReward(PictureBox):
         self.order.clear()
         self.redraw()
 
-    def redraw(self) -> None:
-        """Show each image's place on its card and on its button."""
+    def draw(self) -> None:
+        """Show each image's place on its button; the pictures are drawn once, so that quick clicks keep their order."""
         for number, each in enumerate(self.buttons):
             each.description = self._place(number) or "choose"
             each.button_style = "primary" if number in self.order else ""
-        super().redraw()
+        if not self.pictures[0].value:
+            super().draw()
+        self.write(self.reading())
 
     def _place(self, number: int) -> str:
         """Return an image's place in the order: `1 (best)`, `2`, …, `8 (worst)`; nothing where it has none."""
@@ -109,11 +111,11 @@ class BeTheReward(PictureBox):
         raise KitError(f"rewards: found {found}, allowed: all. Click the others, or pass default= to go on without.")
 
     def figures(self) -> list[Drawing]:
-        """Return the images in rows, each with its place in the order."""
-        cards = [
-            Card(image, self._place(i) or "not ranked", text=self._texts[i], colour=BLUE if i in self.order else GREY)
-            for i, image in enumerate(self._images)
-        ]
+        """Return the images in rows, each with its place in the order, or with its number."""
+        cards = []
+        for number, (image, text) in enumerate(zip(self._images, self._texts, strict=True)):
+            colour = BLUE if number in self.order else GREY
+            cards.append(Card(image, self._place(number) or f"image {number + 1}", text=text, colour=colour))
         starts = range(0, len(cards), self._columns)
         title, note = f"“{self._prompt}”", "Which image shows it best? Click that one first."
         return [
@@ -128,4 +130,4 @@ class BeTheReward(PictureBox):
         else:
             state = f"{len(self.order)} of {len(self._images)} are ranked. Click the best of those that are left."
             state += " Until then the default rewards count." if self._default is not None else ""
-        return [state, f"“{self._prompt}”", *(f"{i}: {text}" for i, text in enumerate(self._texts, start=1))]
+        return [state, f"“{self._prompt}”", *(f"image {i}: {text}" for i, text in enumerate(self._texts, start=1))]

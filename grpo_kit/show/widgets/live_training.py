@@ -73,7 +73,7 @@ class LiveTraining(PictureBox):
         self.progress.max, self.progress.value = max(self.planned, 1), int(metrics.get("iteration", 0))
         self.words.value = paragraphs([_progress(metrics, self.planned)])
 
-    def redraw(self) -> None:
+    def draw(self) -> None:
         """Read the run folder and draw what it holds now; the group only when a newer one was kept."""
         started = time.monotonic()
         there = self._path.is_dir()

@@ -8,6 +8,7 @@ notebook holds its state; the committed notebooks and the report hold no state.
 import base64
 import html
 import io
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +26,7 @@ DPI = 150  # of a live picture: sharp on a projector; its twin has 100
 BUDGET = 110_000  # bytes of a static twin, 147 kB as base64: a notebook with several widgets stays small
 QUALITIES = (90, 80, 70, 60, 50, 40, 30)
 MOST_WORDS = 2000  # characters of a paragraph and of an alt text
+DRAWING = threading.RLock()  # matplotlib's settings are shared by all threads
 
 
 class LiveFigure:
@@ -73,6 +75,7 @@ class PictureBox(ipywidgets.VBox):
     """Controls, the pictures that they change, and below them what the pictures show in words.
 
     A subclass says what is drawn (`figures`) and what that shows (`reading`), and calls `redraw` after a change.
+    JupyterLab may call a widget from two threads at once, one of which draws while the other waits.
 
     Args:
         controls: what stands above the pictures.
@@ -99,9 +102,13 @@ class PictureBox(ipywidgets.VBox):
         raise NotImplementedError
 
     def redraw(self) -> None:
+        """Show the present state."""
+        if not self._on_hold:
+            with DRAWING:
+                self.draw()
+
+    def draw(self) -> None:
         """Draw the pictures and write the words for the present state."""
-        if self._on_hold:
-            return
         for picture, figure in zip(self.pictures, self.figures(), strict=True):
             picture.value = figure.to_png(DPI)
         self.write(self.reading())
@@ -124,7 +131,8 @@ class PictureBox(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
         """Return the live widget, its static twin and its words, and the twin's alt text as metadata."""
         boxes = [self, *(child for child in self.children if isinstance(child, PictureBox))]
-        kind, content = encode([figure for box in boxes for figure in box.figures()])
+        with DRAWING:
+            kind, content = encode([figure for box in boxes for figure in box.figures()])
         readings = [box.reading() for box in boxes]
         line = f"{type(self).__name__}: {' '.join(first for first, *_ in readings)}"
         alt = " · ".join(text for texts in readings for text in texts)
