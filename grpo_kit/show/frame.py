@@ -1,7 +1,5 @@
 """How a picture is framed: the sign and size of its advantage, readable in colour and in black and white."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from grpo_kit.show.style import BLUE, GREY, VERMILION, number_text

@@ -1,7 +1,5 @@
 """The loss of a single token, as `grpo_loss` and autograd have it: what the figures of the loss draw."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,4 +1,4 @@
-"""Widgets that read a run folder; each is also a picture for readers without a kernel (see `twin`)."""
+"""Widgets that read a run folder; each is also a picture for readers without a kernel (`picture_box`)."""
 
 from grpo_kit.show.widgets.advantage_playground import AdvantagePlayground
 from grpo_kit.show.widgets.be_the_reward import BeTheReward
