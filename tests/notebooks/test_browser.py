@@ -378,7 +378,7 @@ def test_prompts_are_compared(opened: Notebook) -> None:
     opened.run()
     picture = opened.picture()
     opened.find(".widget-accordion").get_by_text("as text", exact=True).click()
-    opened.sees("trained policy, reward")
+    opened.sees("trained policy: ")
     opened.keep("compare")
     before = opened.find(".widget-html").first.inner_text()
     opened.click("next ›")
