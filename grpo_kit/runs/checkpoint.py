@@ -107,29 +107,42 @@ def _drop(place: Path) -> None:
     remove(aside)
 
 
-def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> Checkpoint | None:
-    """The newest checkpoint that verifies, None where there is none yet; the log says what was skipped and why.
+def newest_checkpoint(
+    folder: Path, up_to: int | None = None, settings: Mapping[str, object] | None = None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, None where there is none; and why newer ones were skipped.
 
     Args:
+        up_to: the last iteration that counts; None is the last that there is.
         settings: the run's; a checkpoint that was written under others is another run's.
+    """
+    skipped: list[str] = []
+    for number, place in reversed(checkpoints_of(folder).items()):
+        if up_to is not None and number > up_to:
+            continue
+        try:
+            checkpoint = load_checkpoint(place)
+            _require_same_run(checkpoint, settings or {}, place.name)
+            return checkpoint, skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> Checkpoint | None:
+    """As `newest_checkpoint`; the log says what was skipped and why.
 
     Raises:
         CheckpointError: there are checkpoints, and none verifies: starting afresh would write over the run.
     """
-    places, reasons = list(checkpoints_of(folder).values()), []
-    for place in reversed(places):
-        try:
-            checkpoint = load_checkpoint(place)
-            _require_same_run(checkpoint, settings or {}, place.name)
-            return checkpoint
-        except CheckpointError as error:
-            reasons.append(str(error))
-            logger.warning("skipped: %s", error)
-    if reasons:
+    checkpoint, skipped = newest_checkpoint(folder, settings=settings)
+    for reason in skipped:
+        logger.warning("skipped: %s", reason)
+    if checkpoint is None and skipped:
         raise CheckpointError(
-            f"{reasons[0]}; none of {len(places)} verifies. Restore one from a copy, or choose a new folder"
+            f"{skipped[0]}; none of {len(skipped)} verifies. Restore one from a copy, or choose a new folder"
         )
-    return None
+    return checkpoint
 
 
 def _require_same_run(checkpoint: Checkpoint, settings: Mapping[str, object], name: str) -> None:

@@ -1,11 +1,10 @@
 """Where a branch comes from: the run, the iteration, and the settings that it changed there."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_kit.config import KitError
-from grpo_kit.runs.durable import json_bytes, replace_file
 from grpo_kit.runs.record import RecordError, read_json
 
 FILE = "branch.json"
@@ -20,13 +19,6 @@ class Origin:
     settings: dict[str, list[Any]]  # dotted key → [the parent's value, the branch's], in the order of the config
     best_from_parent: bool  # whether the parent had chosen its best/ by then
     differs: str | None = None  # how the state that was computed again differs from the parent's record, if it does
-
-
-def write_origin(run_dir: Path, origin: Origin) -> Path:
-    """Write `branch.json` into a branch's folder."""
-    place = run_dir / FILE
-    replace_file(place, json_bytes(asdict(origin)))
-    return place
 
 
 def read_origin(run_dir: Path) -> Origin | None:

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +16,10 @@ from grpo_kit.rewards.loading import check_reward_settings
 from grpo_kit.runs.durable import flush, flush_tree
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.iterations import files_of_iterations, iteration_of
-from grpo_kit.runs.origin import Origin, write_origin
+from grpo_kit.runs.origin import FILE, Origin
 from grpo_kit.runs.record import metrics_lines
 from grpo_kit.training.loop import best_iteration, commit, make_optimizer
-from grpo_kit.training.replay import advance
-from grpo_kit.training.restore import own_experiment, require_iteration, restore_newest
+from grpo_kit.training.restore import own_experiment, require_iteration, restore_after
 
 logger = logging.getLogger(__name__)
 # what the weights and the optimizer's state at the branch's start belong to
@@ -51,23 +50,22 @@ def branch(
         KitError: no such iteration, a setting that cannot change, or a folder that is in use.
     """
     run, new = RunFolder(Path(run_dir)), Path(new_dir)
-    lines = metrics_lines(run.path)
-    require_iteration(run.path, iteration, len(lines))
+    require_iteration(run.path, iteration)
     old = load_config(run.path)
     config = load_config(old, changes)
     settings = changed_settings(old, config)
     _require_possible(old, config, settings, iteration)
-    _require_free(new)
+    if new.exists() and (not new.is_dir() or any(new.iterdir())):
+        raise RunError(f"run folder {new}: not empty, and a branch is a new run. Name another folder")
     kit = own_experiment(run.path, kit)
     optimizer = make_optimizer(kit, old)
-    start, skipped = restore_newest(kit, optimizer, run.path, iteration)
+    _, skipped, computed = restore_after(kit, optimizer, run.path, iteration, progress=progress)
     for reason in skipped:
-        logger.warning("passed over: %s", reason)
-    computed = advance(kit, optimizer, lines, start, iteration, progress)
+        logger.warning("skipped: %s", reason)
     differs = next((one.difference for one in computed if not one.equal), None)
     best = best_iteration(kit, run)
-    kept = best is not None and best <= iteration and run.best.is_dir()
-    origin = Origin(run.path.resolve().name, iteration, settings, kept, differs)
+    has_best = best is not None and best <= iteration and run.best.is_dir()
+    origin = Origin(run.path.resolve().name, iteration, settings, has_best, differs)
     _write(_with_settings(kit, config), optimizer, run, new, origin)
     return origin
 
@@ -111,13 +109,8 @@ def _require_possible(old: Config, new: Config, settings: Mapping[str, list], it
         load_prompts(prompts)
 
 
-def _require_free(new: Path) -> None:
-    if new.exists() and (not new.is_dir() or any(new.iterdir())):
-        raise RunError(f"run folder {new}: not empty, and a branch is a new run. Name another folder")
-
-
 def _with_settings(kit: Experiment, config: Config) -> Experiment:
-    """The experiment under the branch's settings, as far as its checkpoint goes: which statistics its rewards keep."""
+    """The experiment under the branch's settings; rewards that these no longer normalise lose their statistics."""
     before, after = (
         {name for name, shaping in one.reward_settings.shaping.items() if shaping.normalize == "running"}
         for one in (kit.config, config)
@@ -126,20 +119,22 @@ def _with_settings(kit: Experiment, config: Config) -> Experiment:
     return replace(kit, config=config, rewards=replace(kit.rewards, shaping=shaping))
 
 
-# --- the folder -------------------------------------------------------------------------------------------------------
-
-
 def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, new: Path, origin: Origin) -> None:
     """Write the branch aside and rename it into place, so that a half-made one is never trained on."""
     aside = new.with_name(f".writing-{new.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder = RunFolder.open(aside, kit.config)
     folder.write_config(kit.config)
-    _copy_history(run, folder, origin.iteration)
+    folder.metrics_file.write_bytes(b"".join(line + b"\n" for line in metrics_lines(run.path)[: origin.iteration]))
+    for place in files_of_iterations(run.path):
+        if iteration_of(place) <= origin.iteration:
+            copied = aside / place.relative_to(run.path)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(place, copied)
     if origin.best_from_parent:
         shutil.copytree(run.best, folder.best)
     commit(kit, _with_own_rates(kit, optimizer), folder, origin.iteration)
-    write_origin(aside, origin)
+    folder.write_json(FILE, asdict(origin))
     flush_tree(aside)
     if new.is_dir():
         new.rmdir()
@@ -152,15 +147,3 @@ def _with_own_rates(kit: Experiment, optimizer: torch.optim.Optimizer) -> torch.
     own = make_optimizer(kit, kit.config)
     own.load_state_dict({"state": optimizer.state_dict()["state"], "param_groups": own.state_dict()["param_groups"]})
     return own
-
-
-def _copy_history(run: RunFolder, folder: RunFolder, iteration: int) -> None:
-    """Copy what the run wrote up to an iteration: lines, validations, rollouts and their pictures."""
-    lines = metrics_lines(run.path)[:iteration]
-    folder.metrics_file.write_bytes(b"".join(line + b"\n" for line in lines))
-    for place in files_of_iterations(run.path):
-        if iteration_of(place) > iteration:
-            continue
-        target = folder.path / place.relative_to(run.path)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(place, target)

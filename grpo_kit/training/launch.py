@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from grpo_kit.config import Config, KitError
 from grpo_kit.runs.disk_errors import commit_status
 from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, require_sharable
 
-_PATIENCE = timedelta(days=7)  # of a collective
+_LONGEST_COLLECTIVE = timedelta(days=7)
 _LOOK_EVERY = 0.5  # seconds between two looks at the other processes
-_TO_UNWIND = 5.0  # seconds that a process has to end by itself once another one is gone
-_TOLD_BY_LAUNCHER = "GRPO_KIT_LAUNCHER"  # set where `launch` started the processes and tells of a lost one itself
+_TO_UNWIND = 5.0  # seconds that a process has to end by itself once another one has ended
+_LAUNCHER = "GRPO_KIT_LAUNCHER"  # set where `launch` started the processes and says itself which of them was killed
 
 
 # --- in each process --------------------------------------------------------------------------------------------------
@@ -51,7 +51,6 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a vision tower
     settings = config.model_settings
     for setting in ("device", "generator_device", "reward_device"):
         if (named := getattr(settings, setting) or "").startswith("cuda:"):
@@ -59,7 +58,8 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
                 f"model_settings.{setting}: found {named}, which several processes cannot share. Set auto"
             )
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    handlers = [InitProcessGroupKwargs(timeout=_PATIENCE), unused]
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a vision tower
+    handlers = [InitProcessGroupKwargs(timeout=_LONGEST_COLLECTIVE), unused]
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
     processes = Launched(accelerator)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # by which the launcher ends what is left
@@ -83,112 +83,71 @@ def _warn_only(rank: int) -> None:
 
 
 class _Peers:
-    """The other processes of a run: which of them are gone, and what to say of it."""
+    """The other processes of a run on this machine: which of them have ended, and who says so."""
 
     def __init__(self, processes: Processes, run_dir: Path) -> None:
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        self.rank, self.count, self.run_dir = processes.rank, processes.count, run_dir
-        self.notes = _get_default_store().clone()  # of its own connection, so that a waiting collective is no matter
+        self.rank, self.count, self.run_dir, self.launcher = processes.rank, processes.count, run_dir, os.getppid()
         own = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
-        self.others = {  # those of this machine
-            rank: psutil.Process(pid)
-            for rank, (host, pid, born) in enumerate(processes.gather(lambda: own))
-            if rank != self.rank and host == own[0] and _born(pid) == born
-        }
-        self.launcher = os.getppid()
+        self.others: dict[int, psutil.Process] = {}
+        for rank, (host, pid, created) in enumerate(processes.gather(lambda: own)):
+            with suppress(psutil.Error):  # another container of the same name has ids that are not known here
+                if rank != self.rank and host == own[0] and psutil.Process(pid).create_time() == created:
+                    self.others[rank] = psutil.Process(pid)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Look at the others meanwhile; an error that one of them caused becomes one line, told once."""
+        """Watch them meanwhile; an error that one of them caused becomes one line, which one process says."""
         done = threading.Event()
         threading.Thread(target=self._watch, args=(done,), daemon=True, name="peers").start()
         try:
             yield
         except BaseException as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already; the launcher may ask for it once more
-            self._leave_note(error)
-            self._end(error)
+            self._raise_instead(error)
             raise
         finally:
             done.set()
 
-    def _leave_note(self, error: BaseException) -> None:
-        """Let the others know that this process ended by itself."""
-        try:
-            self.notes.set(f"ended/{self.rank}", str(error) if isinstance(error, KitError) else type(error).__name__)
-        except RuntimeError:  # the store's own process is gone
-            return
-
-    def _note(self, rank: int) -> str | None:
-        try:
-            key = f"ended/{rank}"
-            return self.notes.get(key).decode() if self.notes.check([key]) else None
-        except RuntimeError:
-            return None
-
-    def _end(self, error: BaseException) -> None:
-        """Raise what is to be told instead of an error that another process is the cause of."""
-        if isinstance(error, KitError):
-            if self.rank and self._also_main_says(str(error)):
+    def _raise_instead(self, error: BaseException) -> None:
+        """Raise the line about another process, or end silently, where an error is that one's; else do nothing."""
+        if isinstance(error, KitError):  # such as weights that all of them miss: the main process says it
+            if self.rank and (isinstance(error, ProcessError) or 0 in self._ended(wait=_TO_UNWIND)):
                 raise SystemExit(2) from error
             return
-        asked_to = isinstance(error, SystemExit | KeyboardInterrupt)
-        gone = self._gone(wait=0.0 if asked_to else 2.0)
-        lost = [rank for rank in gone if self._note(rank) is None]
-        if lost or (gone and not asked_to):
-            self._tell((lost or gone)[0], gone, error)
-        if asked_to and (self.rank or os.environ.get(_TOLD_BY_LAUNCHER)):
-            raise SystemExit(1) from error  # all were asked, and one of them says so
-
-    def _also_main_says(self, text: str) -> bool:
-        """Whether the main process ends with the same words, which need not be said twice."""
-        until = time.monotonic() + _TO_UNWIND
-        while (note := self._note(0)) is None and time.monotonic() < until:
-            time.sleep(0.1)
-        return note == text
-
-    def _gone(self, wait: float = 0.0) -> list[int]:
-        """The processes of this machine that have ended; looked for until there is one, `wait` seconds at most."""
-        until = time.monotonic() + wait
-        while True:
-            gone = [rank for rank, process in self.others.items() if not _is_alive(process)]
-            if gone or time.monotonic() >= until:
-                return gone
-            time.sleep(0.05)
-
-    def _tell(self, first: int, gone: Sequence[int], error: BaseException | None) -> None:
-        """Raise the line about a process that is gone, in the first process that is left; the others end silently."""
-        left = min(rank for rank in range(self.count) if rank not in gone)
-        if self.rank != left or os.environ.get(_TOLD_BY_LAUNCHER):
+        asked = isinstance(error, SystemExit | KeyboardInterrupt)
+        broken = isinstance(error, SystemExit | RuntimeError)  # SIGTERM, or a collective without one of the processes
+        if broken and (ended := self._ended(wait=0.0 if asked else 2.0)):
+            if self._reports(ended):
+                raise ProcessError(lost_text(f"process {ended[0]} of {self.count}", self.run_dir)) from error
+            time.sleep(1.0)  # the one that says it must not take this process for the first that ended
             raise SystemExit(1) from error
-        raise ProcessError(lost_text(f"process {first} of {self.count}", self._note(first), self.run_dir)) from error
+        if asked and (self.rank or _LAUNCHER in os.environ):  # all were asked, and one of them says so
+            raise SystemExit(1) from error
+
+    def _ended(self, wait: float = 0.0) -> list[int]:
+        """The ranks of those that have ended; looked for until there is one, `wait` seconds at most."""
+        until = time.monotonic() + wait
+        while not (found := [rank for rank, process in self.others.items() if not _is_alive(process)]):
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.05)
+        return found
+
+    def _reports(self, ended: Sequence[int]) -> bool:
+        """Whether this process says which have ended: the first that is left does, unless `launch` does."""
+        left = min(rank for rank in range(self.count) if rank not in ended)
+        return self.rank == left and _LAUNCHER not in os.environ
 
     def _watch(self, done: threading.Event) -> None:
-        """End this process where its main thread hangs in a collective that will not come about."""
+        """End this process where its main thread waits in a collective that the others have left."""
         while not done.wait(_LOOK_EVERY):
-            orphaned = os.getppid() != self.launcher
-            gone = self._gone()
-            if not (gone or orphaned) or done.wait(_TO_UNWIND):
+            ended, orphaned = self._ended(), os.getppid() != self.launcher
+            if not (ended or orphaned) or done.wait(_TO_UNWIND):
                 continue
-            try:
-                if gone:
-                    self._tell(gone[0], gone, None)
-                elif self.rank == 0:
-                    print(f"grpo-kit: {lost_text('the launcher', None, self.run_dir)}", file=sys.stderr, flush=True)
-            except ProcessError as error:
-                print(f"grpo-kit: {error}", file=sys.stderr, flush=True)
-            except SystemExit:
-                pass
+            if self._reports(ended) or (orphaned and self.rank == 0):
+                who = f"process {ended[0]} of {self.count}" if ended else "the launcher"
+                print(f"grpo-kit: {lost_text(who, self.run_dir)}", file=sys.stderr, flush=True)
             os._exit(1)
-
-
-def _born(pid: int) -> float | None:
-    """When a process started; None where its id is not known here, as in another container of the same name."""
-    try:
-        return psutil.Process(pid).create_time()
-    except psutil.Error:
-        return None
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -198,17 +157,16 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def lost_text(who: str, note: str | None, run_dir: Path) -> str:
-    """One line: which process ended and how, what is committed, how to go on."""
-    how = "was killed or crashed" if note is None else f"ended ({' '.join(note.split())[:300]})"
-    return f"{who} {how}; {commit_status(run_dir)}. The same command with --run-dir {run_dir} goes on from there"
+def lost_text(who: str, run_dir: Path) -> str:
+    """One line: which process ended, what is committed, how to go on."""
+    return f"{who} ended early; {commit_status(run_dir)}. The same command with --run-dir {run_dir} goes on from there"
 
 
 # --- starting them ----------------------------------------------------------------------------------------------------
 
 
 def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) -> int:
-    """Run `python -m grpo_kit.cli train` with these arguments in `count` processes, by accelerate.
+    """Run `grpo-kit train` with these arguments in `count` processes, by accelerate; returns the exit code.
 
     Where a process is killed, one line says so.
 
@@ -220,19 +178,18 @@ def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count)
     options = {
         "num_processes": count,
         "num_machines": 1,
-        "num_cpu_threads_per_process": threads,
+        "num_cpu_threads_per_process": os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count),
         "main_process_port": 0,  # any that is free
         "mixed_precision": "no",  # the profile's dtype holds
         "dynamo_backend": "no",
     }
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     given = [f"--{name}={value}" for name, value in options.items()]
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     given += ["--use_fsdp", "--fsdp_version=2"] if sharded else ["--multi_gpu"]  # accelerate's name for several
-    os.environ[_TOLD_BY_LAUNCHER] = str(os.getpid())
+    os.environ[_LAUNCHER] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(launch_command_parser().parse_args([*given, "--module", "grpo_kit.cli", "train", *arguments]))
@@ -244,8 +201,8 @@ def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) 
         if codes[first] >= 0:  # an error, which that process has told
             return codes[first]
         who = f"process {first} of {count} ({signal.Signals(-codes[first]).name})"
-        print(f"\ngrpo-kit: {lost_text(who, None, run_dir)}", file=sys.stderr)  # below a bar that was left as it was
+        print(f"\ngrpo-kit: {lost_text(who, run_dir)}", file=sys.stderr)  # below a bar that was left as it was
         return 1
     finally:
-        del os.environ[_TOLD_BY_LAUNCHER]
+        del os.environ[_LAUNCHER]
     return 0

@@ -29,7 +29,7 @@ from grpo_kit.runs.iterations import iteration_name
 from grpo_kit.runs.origin import first_own_validation, refuse_branch_without_checkpoint
 from grpo_kit.runs.tracking import Tracker, validation_line
 from grpo_kit.training.accumulation import micro_batches
-from grpo_kit.training.nonfinite import guard
+from grpo_kit.training.nonfinite import warn_or_end
 from grpo_kit.training.processes import ALONE, ProcessError, Processes, collect_shared_rollout, require_sharable
 from grpo_kit.training.step import StepStats, grpo_step
 
@@ -94,7 +94,7 @@ def train(
             metrics, non_finite = _iterate(kit, optimizer, folder, iteration, processes)
             processes.on_main(partial(_log, folder, tracker, metrics))
             if non_finite is not None:
-                processes.on_main(partial(guard, folder, iteration, non_finite, settings.updates_per_rollout))
+                processes.on_main(partial(warn_or_end, folder, iteration, non_finite, settings.updates_per_rollout))
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
             if iteration == last or iteration % settings.validate_every == 0:
                 _validate(kit, folder, tracker, iteration, processes)

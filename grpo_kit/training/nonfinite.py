@@ -1,11 +1,11 @@
-"""The guard: ends a run whose steps are skipped again and again, with a diagnosis in one line."""
+"""End a run whose updates are skipped again and again, since something is not finite: why, and what to try."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from grpo_kit.config import KitError
 from grpo_kit.grpo.finite import NonFinite
-from grpo_kit.runs.disk_errors import last_commit
+from grpo_kit.runs.disk_errors import commit_status
 from grpo_kit.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -30,18 +30,8 @@ class NonFiniteError(KitError):
     """A run that cannot go on, since its steps have numbers that are not finite."""
 
 
-def without_update(metrics: Sequence[Mapping], updates_per_rollout: int) -> list[int]:
-    """The last iterations in a row of which all updates were skipped, the newest last."""
-    found: list[int] = []
-    for row in reversed(metrics):
-        if (row.get("skipped_updates") or 0) < updates_per_rollout:
-            break
-        found.insert(0, int(row["iteration"]))
-    return found
-
-
-def guard(folder: RunFolder, iteration: int, trouble: NonFinite, updates_per_rollout: int) -> None:
-    """Log that an iteration had skipped updates; end the run where nothing else happens any more.
+def warn_or_end(folder: RunFolder, iteration: int, cause: NonFinite, updates_per_rollout: int) -> None:
+    """Log that an iteration had skipped updates; end the run where the last iterations made none.
 
     It reads what the folder holds, so that a continued run ends where the uninterrupted one would.
 
@@ -49,13 +39,14 @@ def guard(folder: RunFolder, iteration: int, trouble: NonFinite, updates_per_rol
         NonFiniteError: the last `PATIENCE` iterations made no update. It says what was not finite first, since when,
             which iteration is committed, and what to try.
     """
-    stuck = without_update(folder.metrics(), updates_per_rollout)
+    newest_first = reversed(folder.metrics())
+    stuck = list(takewhile(lambda row: (row.get("skipped_updates") or 0) >= updates_per_rollout, newest_first))
     if len(stuck) < PATIENCE:
-        logger.warning("iteration %d: update skipped, not finite: %s", iteration, trouble.detail)
+        logger.warning("iteration %d: update skipped, not finite: %s", iteration, cause.detail)
         return
-    committed = last_commit(folder.path) or 0
+    since = stuck[-1]["iteration"]
     raise NonFiniteError(
-        f"training: no update in {len(stuck)} iterations in a row, since iteration {stuck[0]}; not finite: "
-        f"{trouble.detail}. Nothing of it was saved: iteration {committed} is committed, best/ is as it was. Try, in a "
-        f"new folder: {ADVICE[trouble.part]}"
+        f"training: no update in {len(stuck)} iterations in a row, since iteration {since}; not finite: "
+        f"{cause.detail}. Nothing of it was saved: {commit_status(folder.path)}, best/ is as it was. Try, in a new "
+        f"folder: {ADVICE[cause.part]}"
     )

@@ -13,36 +13,26 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from grpo_kit.config import load_config
 from grpo_kit.config.hardware import computing_machine, library_versions
 from grpo_kit.experiment import Experiment
 from grpo_kit.rollout import Rollout
-from grpo_kit.runs.checkpoint import CheckpointError, load_checkpoint
+from grpo_kit.runs.checkpoint import CheckpointError, load_checkpoint, sha256
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.iterations import iteration_name, rollouts_of
 from grpo_kit.runs.record import metrics_lines
-from grpo_kit.training.difference import (
-    Comparison,
-    Digits,
-    compare_files,
-    compare_metrics,
-    compare_settings,
-    compare_tables,
-    compare_tensors,
-    together,
-    unreadable,
-)
+from grpo_kit.training.difference import Comparison, compare, compare_each, compare_line, unreadable
 from grpo_kit.training.loop import keep_rollout, log_line, make_optimizer, restore, run_iteration
 from grpo_kit.training.restore import (
     ReplayError,
-    State,
+    copied_state,
     own_experiment,
+    put_back,
     read_rollout,
     recorded_rollout,
     require_iteration,
-    restore_newest,
+    restore_after,
 )
 from grpo_kit.training.step import StepStats, grpo_step
 
@@ -61,7 +51,7 @@ class Replay:
     started_from: str  # the checkpoint's name, or "the config's own models"
     sources: dict[str, str]  # part → what it took from the record, and what it computed
     comparisons: list[Comparison] = field(repr=False)
-    skipped: list[str] = field(default_factory=list)  # checkpoints that were passed over, and why
+    skipped: list[str] = field(default_factory=list)  # damaged checkpoints, and how
     changed: dict[str, tuple[str, str]] = field(default_factory=dict)  # version or machine → (recorded, here)
 
     @property
@@ -71,14 +61,14 @@ class Replay:
 
     @property
     def first_difference(self) -> str | None:
-        """Where the record and the replay first part; None where they do not."""
+        """The first place where record and replay differ; None where they are equal."""
         return next((one.difference for one in self.comparisons if not one.equal), None)
 
     @property
     def table(self) -> pd.DataFrame:
         """A row for each thing that was compared: part, what, recorded, replayed, equal."""
-        names = ("part", "what", "recorded", "replayed", "equal")
-        return pd.DataFrame([{name: getattr(one, name) for name in names} for one in self.comparisons])
+        names = ["part", "what", "recorded", "replayed", "equal"]
+        return pd.DataFrame([[getattr(one, name) for name in names] for one in self.comparisons], columns=names)
 
     @property
     def verdict(self) -> str:
@@ -91,17 +81,17 @@ class Replay:
         return f"{text}. The likely reason: {changes}" if changes else text
 
     def __str__(self) -> str:
+        lines = [f"{self.run_dir.resolve().name}, iteration {self.iteration}, from {self.started_from}"]
+        lines += [f"skipped: {reason}" for reason in self.skipped]
+        lines += [f"{part}: {source}" for part, source in self.sources.items()]
         shown = self.table.assign(equal=["yes" if one.equal else "NO" for one in self.comparisons])
-        return "\n".join([*self._head(), "", _left_aligned(shown), "", self.verdict])
+        rows = [list(shown), *shown.to_numpy().tolist()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+        return "\n".join([*lines, "", *("  ".join(row).rstrip() for row in cells), "", self.verdict])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<p>{escape(line)}</p>" for line in self._head())
-        return f"{head}{self.table.to_html(index=False)}<p><b>{escape(self.verdict)}</b></p>"
-
-    def _head(self) -> list[str]:
-        lines = [f"{self.run_dir.resolve().name}, iteration {self.iteration}, from {self.started_from}"]
-        lines += [f"passed over: {reason}" for reason in self.skipped]
-        return lines + [f"{part}: {source}" for part, source in self.sources.items()]
+        return f"<pre>{escape(str(self), quote=False)}</pre>"
 
 
 def replay(
@@ -126,35 +116,26 @@ def replay(
     Raises:
         KitError: no such run or iteration, another experiment than the run's, or no rollout to make the step on.
     """
-    run, lines = RunFolder(Path(run_dir)), metrics_lines(Path(run_dir))
-    require_iteration(run.path, iteration, len(lines))
-    place = rollout_file(run.path, iteration)
-    if step_only and not place.is_file():
-        kept = ", ".join(map(str, rollouts_of(run.path))) or "none"
-        raise ReplayError(f"rollout of iteration {iteration}: not kept, allowed: {kept}. Leave out --step-only")
-    kit = own_experiment(run.path, kit)
+    run = Path(run_dir)
+    require_iteration(run, iteration)
+    kept = rollouts_of(run)
+    if step_only and iteration not in kept:
+        allowed = ", ".join(map(str, kept)) or "none"
+        raise ReplayError(f"rollout of iteration {iteration}: not kept, allowed: {allowed}. Leave out --step-only")
+    kit = own_experiment(run, kit)
     optimizer = make_optimizer(kit, kit.config)
-    start, skipped = restore_newest(kit, optimizer, run.path, iteration - 1)
-    found = advance(kit, optimizer, lines, start, iteration - 1, progress)
-    recorded = _Recorded(run, iteration, lines[iteration - 1], changed_since(run.path))
-    before, sources = State.of(kit, optimizer), {}
-    if place.is_file():
-        sources[STEP], compared = _step_alone(kit, optimizer, recorded)
+    start, skipped, found = restore_after(kit, optimizer, run, iteration - 1, progress=progress)
+    record, sources = _Record(run, iteration, changed_since(run)), {}
+    if iteration in kept:
+        before = copied_state(kit, optimizer)
+        sources[STEP], compared = _step_alone(record, kit, optimizer)
         found += compared
-        before.put_back(kit, optimizer)
+        put_back(kit, optimizer, before)
     if not step_only:
         sources[WHOLE] = f"all of it computed, from the state after iteration {iteration - 1}"
-        found += recorded.beside(WHOLE, kit, optimizer, *run_iteration(kit, optimizer, iteration))
-    origin = "the config's own models" if start is None else f"checkpoint {iteration_name(start)}"
-    return Replay(run.path, iteration, origin, sources, found, skipped, recorded.changed)
-
-
-# --- the record -------------------------------------------------------------------------------------------------------
-
-
-def rollout_file(run_dir: Path, iteration: int) -> Path:
-    """Where an iteration's rollout lies, if it was kept."""
-    return run_dir / "rollouts" / f"{iteration_name(iteration)}.parquet"
+        found += record.compared(WHOLE, kit, optimizer, *run_iteration(kit, optimizer, iteration))
+    started_from = "the config's own models" if start is None else f"checkpoint {iteration_name(start)}"
+    return Replay(run, iteration, started_from, sources, found, skipped, record.changed)
 
 
 def changed_since(run_dir: Path) -> dict[str, tuple[str, str]]:
@@ -167,131 +148,80 @@ def changed_since(run_dir: Path) -> dict[str, tuple[str, str]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-# --- the iterations before it -----------------------------------------------------------------------------------------
-
-
-def advance(
-    kit: Experiment, optimizer: torch.optim.Optimizer, lines: list[bytes], start: int | None, end: int, progress: bool
-) -> list[Comparison]:
-    """Run the iterations after `start` up to `end` in memory; each one's line is compared with the recorded one."""
-    between = range((start or 0) + 1, end + 1)
-    found = []
-    for iteration in tqdm(between, desc="replay", unit="it", disable=not progress or not between):
-        rollout, stats = run_iteration(kit, optimizer, iteration)
-        found += _one_line(kit, iteration, rollout, stats, lines[iteration - 1])
-    return found
-
-
-def _one_line(kit: Experiment, iteration: int, rollout: Rollout, stats: StepStats, line: bytes) -> list[Comparison]:
-    """A line as one comparison: the first of its numbers that differs, or all of them."""
-    found = _compare_line(f"iteration {iteration}", line, log_line(kit, iteration, rollout, stats))
-    return [next((one for one in found if not one.equal), together(found, "metrics"))]
-
-
-def _compare_line(part: str, line: bytes, metrics: dict[str, float]) -> list[Comparison]:
-    """Each number of an iteration's line.
-
-    The KL that a kept rollout adds where the loss needs none counts only where the replay has computed it too.
-    """
-    place = f"metrics.jsonl line {metrics['iteration']}"
-    try:
-        recorded = dict(json.loads(line, parse_float=Digits))
-    except (ValueError, TypeError) as error:
-        return [unreadable(part, place, error)]
-    if "kl" not in metrics:
-        recorded.pop("kl", None)
-    return compare_metrics(part, place, recorded, metrics)
-
-
-# --- the iteration ----------------------------------------------------------------------------------------------------
-
-
-def _step_alone(
-    kit: Experiment, optimizer: torch.optim.Optimizer, recorded: "_Recorded"
-) -> tuple[str, list[Comparison]]:
+def _step_alone(record: "_Record", kit: Experiment, optimizer: torch.optim.Optimizer) -> tuple[str, list[Comparison]]:
     """The step on the recorded rollout: what it took from the record and what it computed, and the comparisons."""
-    place = rollout_file(recorded.run.path, recorded.iteration)
     try:
-        rollout = recorded_rollout(kit, read_rollout(place), recorded.iteration)
-    except (ReplayError, ValueError, TypeError) as error:
-        return "nothing, since the rollout cannot be read", [unreadable(STEP, f"rollouts/{place.name}", error)]
+        rollout = recorded_rollout(kit, read_rollout(record.run / record.rollout), record.iteration)
+    except (ValueError, TypeError) as error:
+        return "nothing, since the rollout cannot be read", [unreadable(STEP, record.rollout, error)]
     stats = grpo_step(kit.policy, optimizer, rollout, kit.config)
     drawn = "; what the policy looked at was drawn again" if rollout.prompt_images else ""
     source = (
-        f"prompts, tokens, scores and the sampler's log-probabilities from rollouts/{place.name}; "
+        f"prompts, tokens, scores and the sampler's log-probabilities from {record.rollout}; "
         f"rewards, advantages, the other log-probabilities and the step computed{drawn}"
     )
-    return source, recorded.beside(STEP, kit, optimizer, rollout, stats)
+    return source, record.compared(STEP, kit, optimizer, rollout, stats)
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _Record:
     """What a run wrote down of an iteration."""
 
-    run: RunFolder
+    run: Path
     iteration: int
-    line: bytes  # of metrics.jsonl
     changed: dict[str, tuple[str, str]]  # versions and machine, since then
 
-    def beside(
+    @property
+    def rollout(self) -> str:
+        """The file of its rollout, inside the run."""
+        return f"rollouts/{iteration_name(self.iteration)}.parquet"
+
+    def compared(
         self, part: str, kit: Experiment, optimizer: torch.optim.Optimizer, rollout: Rollout, stats: StepStats
     ) -> list[Comparison]:
         """The record beside what a step leaves now: its line, rollout and pictures, and the state that the kit is in.
 
         Where the iteration has a checkpoint, the kit stands at that one afterwards.
         """
-        metrics, tables = log_line(kit, self.iteration, rollout, stats), []
-        if rollout_file(self.run.path, self.iteration).is_file():
+        metrics, kept = log_line(kit, self.iteration, rollout, stats), []
+        if (self.run / self.rollout).is_file():
             with TemporaryDirectory() as scratch:
                 kl = keep_rollout(kit, RunFolder(Path(scratch)), self.iteration, rollout, stats)
                 metrics.setdefault("kl", kl)
-                tables = self._rollouts(part, Path(scratch))
-        return _compare_line(part, self.line, metrics) + tables + self._checkpoints(part, kit, optimizer)
+                kept = self.compared_rollout(part, Path(scratch))
+        line = metrics_lines(self.run)[self.iteration - 1]
+        return compare_line(part, line, metrics) + kept + self._compared_checkpoint(part, kit, optimizer)
 
-    def _rollouts(self, part: str, scratch: Path) -> list[Comparison]:
-        """A kept rollout: its columns, its pictures, and the file itself where the same libraries write it."""
-        place, again = (rollout_file(folder, self.iteration) for folder in (self.run.path, scratch))
-        name = f"rollouts/{place.name}"
+    def compared_rollout(self, part: str, again: Path) -> list[Comparison]:
+        """The kept rollout beside that of another folder: columns, pictures, and the file itself if it can be equal."""
         try:
-            tables = [read_rollout(file) for file in (place, again)]
+            columns = [read_rollout(folder / self.rollout) for folder in (self.run, again)]
         except ReplayError as error:
-            return [unreadable(part, name, error)]
+            return [unreadable(part, self.rollout, error)]
         if part == STEP:
-            return compare_tables(part, name, *(table.filter(COMPUTED_BY_THE_STEP) for table in tables))
-        found = compare_tables(part, name, *tables)
-        pictures = [str(picture) for picture in tables[1]["thumbnail"] if picture is not None]
-        found.append(compare_files(part, f"pictures ({len(pictures)} files)", pictures, self.run.path, scratch))
+            columns = [{name: side[name] for name in side if name in COMPUTED_BY_THE_STEP} for side in columns]
+            return compare_each(part, "rollout", self.rollout, *columns)
+        pictures = [name for name in columns[1]["thumbnail"] if name is not None]
+        found = compare_each(part, "rollout", self.rollout, *columns)
+        found.append(self._compared_files(f"pictures ({len(pictures)} files)", pictures, again))
         if not {"pandas", "pyarrow"} & self.changed.keys():
-            found.append(compare_files(part, "rollout: its file", [name], self.run.path, scratch))
+            found.append(self._compared_files("rollout: its file", [self.rollout], again))
         return found
 
-    def _checkpoints(self, part: str, kit: Experiment, optimizer: torch.optim.Optimizer) -> list[Comparison]:
-        place = self.run.checkpoints / iteration_name(self.iteration)
-        if not place.is_dir():
+    def _compared_files(self, what: str, names: list[str], again: Path) -> Comparison:
+        digests = (
+            {name: sha256(folder / name) for name in names if (folder / name).is_file()} for folder in (self.run, again)
+        )
+        return compare(WHOLE, what, "files", *digests)
+
+    def _compared_checkpoint(self, part: str, kit: Experiment, optimizer: torch.optim.Optimizer) -> list[Comparison]:
+        """The kit's state beside the iteration's checkpoint, where there is one."""
+        name = f"checkpoints/{iteration_name(self.iteration)}"
+        if not (self.run / name).is_dir():
             return []
-        state = State.of(kit, optimizer)
+        replayed = copied_state(kit, optimizer)
         try:
-            restore(kit, optimizer, load_checkpoint(place))
+            restore(kit, optimizer, load_checkpoint(self.run / name))
         except CheckpointError as error:
-            return [unreadable(part, f"checkpoints/{place.name}", error)]
-        return _compare_states(part, f"checkpoints/{place.name}", State.of(kit, optimizer), state)
-
-
-def _compare_states(part: str, place: str, recorded: State, replayed: State) -> list[Comparison]:
-    """Weights, the optimizer's state and settings, and the rewards' statistics where there are any."""
-    settings = [state.optimizer["param_groups"] for state in (recorded, replayed)]
-    found = [
-        compare_tensors(part, f"{place}: weights", recorded.weights, replayed.weights),
-        compare_tensors(part, f"{place}: optimizer", recorded.moments, replayed.moments),
-        compare_settings(part, f"{place}: optimizer's settings", *settings),
-    ]
-    if recorded.rewards or replayed.rewards:
-        found.append(compare_tensors(part, f"{place}: rewards' statistics", recorded.rewards, replayed.rewards))
-    return found
-
-
-def _left_aligned(table: pd.DataFrame) -> str:
-    rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+            return [unreadable(part, name, error)]
+        return compare_each(part, name, name, copied_state(kit, optimizer), replayed)

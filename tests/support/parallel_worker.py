@@ -39,8 +39,8 @@ SETTINGS = {
     "training_settings.group_size": 4,
     "training_settings.validate_every": 1,
     "training_settings.save_every": 2,
-    "generation_settings.num_inference_steps": 2,
-    "evaluation_settings.validation_prompts": 3,
+    "generation_settings.num_inference_steps": 1,
+    "evaluation_settings.validation_prompts": 1,
     "evaluation_settings.paraphrases": False,
 }
 NAN = float("nan")
@@ -160,22 +160,39 @@ def far(found: tuple, expected: tuple) -> dict[str, float]:
     }
 
 
+LOST = {"some lost": {"loss_type": "dapo", "micro_batch_size": 5}, "a share lost": {"micro_batch_size": 1}}
+TWIN = {"loss_type": "dapo", "scale_rewards": "batch"}
+Found = tuple[torch.Tensor, torch.Tensor, dict[str, float]]  # advantages, gradient, metrics
+
+
+def steps_of_one(kit: Experiment, rollout: Rollout, processes: Processes, everything: bool) -> dict[str, Found]:
+    """What one process finds for each case and its rewards; every process computes some of them, and all get all."""
+    own = dataclasses.replace(kit, policy=copy.deepcopy(kit.policy))
+    asked = [(case, "all") for case in (*cases(everything), TWIN)] + [(case, name) for name, case in LOST.items()]
+    watched = Watched(own.policy)
+    shares = processes.gather(
+        lambda: {
+            f"{case}, {name}": gradient(own, drifted(rollout, REWARDS[name]), case, watched, ALONE)
+            for case, name in asked[processes.rank :: processes.count]
+        }
+    )
+    return {name: found for share in shares for name, found in share.items()}
+
+
 def compare_steps(
-    kit: Experiment, rollout: Rollout, processes: Processes, everything: bool
+    kit: Experiment, rollout: Rollout, processes: Processes, everything: bool, expected: dict[str, Found]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Steps of all processes against those of one, for each case; and the same for each broken version."""
-    one, several = (dataclasses.replace(kit, policy=copy.deepcopy(kit.policy)) for _ in range(2))
-    watched, watched_alone = Watched(several.policy), Watched(one.policy)
+    several = dataclasses.replace(kit, policy=copy.deepcopy(kit.policy))
+    watched = Watched(several.policy)
     processes.prepare(several.policy, watched)
 
-    def distance(case: dict[str, object], rewards: str = "all") -> dict[str, float]:
-        given = drifted(rollout, REWARDS[rewards])
-        found = gradient(several, given, case, watched, processes)
-        return far(found, gradient(one, given, case, watched_alone, ALONE))
+    def distance(case: dict[str, object], name: str = "all") -> dict[str, float]:
+        found = gradient(several, drifted(rollout, REWARDS[name]), case, watched, processes)
+        return far(found, expected[f"{case}, {name}"])
 
     steps = {str(case): distance(case) for case in cases(everything)}
-    lost = {"some lost": {"loss_type": "dapo", "micro_batch_size": 5}, "a share lost": {"micro_batch_size": 1}}
-    steps |= {f"{case}, {name}": distance(case, name) for name, case in lost.items()}
+    steps |= {f"{case}, {name}": distance(case, name) for name, case in LOST.items()}
     twins: dict[str, Callable] = {
         "weights": weights_of_the_local_batch,
         "mean": mean_over_processes,
@@ -184,7 +201,7 @@ def compare_steps(
     broken = {}
     for name, version in twins.items():
         with version():
-            broken[name] = distance({"loss_type": "dapo", "scale_rewards": "batch"})
+            broken[name] = distance(TWIN)
     return steps, broken
 
 
@@ -237,22 +254,26 @@ def hang(scratch: Path) -> None:
 
 
 def main(scratch: Path, everything: bool) -> None:
-    """Compare, then train two iterations into `from_two` and go on with the run of one process in `from_one`."""
+    """Compare steps in every setting; or in some, rollouts too, and train.
+
+    Two iterations go into `from_two`; the run of one process in `from_one` goes on.
+    """
     half, whole = settings()
     with joined(half, scratch / "from_two") as processes:
         kit = load_experiment(half)
-        rollouts = compare_rollouts(kit, processes)
         rollout = collect_shared_rollout(processes, kit.policy, kit.generator, kit.rewards, kit.train_prompts[:3], 4, 0)
         spread = Launched(processes.accelerator)
         spread.sharded = True
-        own = failures(processes)
-        heard = processes.gather(lambda: own)
-        found = {"rollouts": rollouts, "processes": processes.count, "heard": heard}
+        found = {} if everything else {"rollouts": compare_rollouts(kit, processes), "processes": processes.count}
+        expected = steps_of_one(kit, rollout, processes, everything)
         for name, workers in {"ddp": processes, "fsdp": spread}.items():
-            steps, broken = compare_steps(kit, rollout, workers, everything)
+            steps, broken = compare_steps(kit, rollout, workers, everything, expected)
             found[name] = {"steps": steps, "broken": broken}
-        train(load_experiment(half), scratch / "from_two", progress=False, processes=processes)
-        train(load_experiment(whole), scratch / "from_one", progress=False, processes=spread)
+        if not everything:
+            own = failures(processes)
+            found["heard"] = processes.gather(lambda: own)
+            train(load_experiment(half), scratch / "from_two", progress=False, processes=processes)
+            train(load_experiment(whole), scratch / "from_one", progress=False, processes=spread)
         if processes.is_main:
             (scratch / "found.json").write_text(json.dumps(found))
 

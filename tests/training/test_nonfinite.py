@@ -19,9 +19,10 @@ from grpo_kit.models import generator as generator_file
 from grpo_kit.models.decoding import choose_tokens
 from grpo_kit.models.policy import Policy
 from grpo_kit.rollout import Rollout
+from grpo_kit.runs.folder import RunFolder
 from grpo_kit.training import accumulation as accumulation_file
 from grpo_kit.training.loop import train
-from grpo_kit.training.nonfinite import PATIENCE, without_update
+from grpo_kit.training.nonfinite import PATIENCE, NonFiniteError, warn_or_end
 from grpo_kit.training.step import grpo_step
 from tests.chaos.nonfinite import PARTS, QUICK, STOPS, problems, spoilt_run
 
@@ -87,7 +88,7 @@ BROKEN = (
 
 
 @pytest.mark.parametrize("break_it", broken_versions(dict.fromkeys(BROKEN, "T25")))
-def test_guard_that_is_missing_would_be_noticed(
+def test_check_that_is_missing_would_be_noticed(
     kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: Callable
 ):
     assert _problems(kit, break_it(monkeypatch), tmp_path / "run")
@@ -130,7 +131,7 @@ def test_of_two_updates_the_one_that_is_spoilt_is_skipped(own_policy: Policy, ro
     stats = _step(own_policy, rollout, kit, optimizer, updates_per_rollout=2)
     assert (stats.updates, stats.skipped, stats.non_finite.part) == (1, 1, "gradient")
     assert _weights(own_policy).isfinite().all() and not torch.equal(_weights(own_policy), before)
-    assert without_update([{"iteration": 1} | stats.metrics], 2) == []  # it still learns
+    assert stats.metrics["skipped_updates"] == 1  # of 2: it still learns
 
 
 def test_weight_that_is_not_finite_is_named(own_policy: Policy, rollout: Rollout, kit: Experiment):
@@ -233,12 +234,19 @@ def test_logits_that_are_no_distribution_give_an_id_that_exists(bad: float):
 
 
 @pytest.mark.parametrize(
-    ("skipped", "expected"),
-    [([], []), ([0, 2], [2]), ([2, 2, 1], []), ([2, 0, 2, 2], [3, 4]), ([None, 2, 2, 2], [2, 3, 4])],
+    ("skipped", "since"),
+    [([0, 0, 2], None), ([2, 2, 2, 1], None), ([2, 2, 0, 2, 2], None), ([2, 0, 2, 2, 2], 3), ([None, 2, 2, 2, 2], 2)],
 )
-def test_iterations_without_an_update_are_counted_from_the_end(skipped: list, expected: list[int]):
-    rows = [{"iteration": i} | ({} if n is None else {"skipped_updates": n}) for i, n in enumerate(skipped, start=1)]
-    assert without_update(rows, 2) == expected
+def test_run_ends_where_its_last_iterations_made_no_update(tmp_path: Path, skipped: list, since: int | None):
+    folder, cause = RunFolder(tmp_path), finite.NonFinite("loss", "the loss (nan)")
+    for iteration, number in enumerate(skipped, start=1):
+        folder.append_metrics({"iteration": iteration} | ({} if number is None else {"skipped_updates": number}))
+    if since is None:
+        warn_or_end(folder, len(skipped), cause, 2)
+        return
+    count = len(skipped) - since + 1
+    with pytest.raises(NonFiniteError, match=f"no update in {count} iterations in a row, since iteration {since}; "):
+        warn_or_end(folder, len(skipped), cause, 2)
 
 
 # --- what is never saved ----------------------------------------------------------------------------------------------

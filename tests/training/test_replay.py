@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.policy_forms import LORA
 
-import grpo_kit.training.restore
+import grpo_kit.runs.checkpoint
 from grpo_kit import cli
 from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.config.hardware import library_versions
@@ -23,11 +23,10 @@ from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.shaping import Shaping
-from grpo_kit.runs.folder import RunFolder
-from grpo_kit.training.difference import compare_metrics, compare_tables, compare_tensors
+from grpo_kit.training.difference import ABSENT, Comparison, compare, compare_line
 from grpo_kit.training.loop import make_optimizer, run_iteration, train
-from grpo_kit.training.replay import COMPUTED_BY_THE_STEP, STEP, WHOLE, Replay, _compare_line, _Recorded, replay
-from grpo_kit.training.restore import State, recorded_rollout, restore_newest
+from grpo_kit.training.replay import COMPUTED_BY_THE_STEP, STEP, WHOLE, Replay, _Record, replay
+from grpo_kit.training.restore import copied_state, put_back, read_rollout, recorded_rollout, restore_after
 
 SETTINGS = {
     "training_settings.num_iterations": 3,
@@ -123,7 +122,7 @@ def _require_compared(found: Replay, kept: bool, checkpoint: str | None, form: s
             columns = ("completion_ids", "tokens", "enhanced_prompt", "reward", "old_logprobs", "its file")
             assert {"pictures (8 files)", *(f"rollout: {column}" for column in columns)} <= names
         if checkpoint:
-            stated = {name.split(" (")[0] for name in names if name.startswith(checkpoint)}
+            stated = {name for name in names if name.startswith(checkpoint)}
             expected = ["weights", "optimizer", "optimizer's settings"]
             expected += ["rewards' statistics"] if form == "running statistics" else []
             assert stated == {f"{checkpoint}: {name}" for name in expected}
@@ -144,8 +143,8 @@ def test_step_alone_samples_draws_and_scores_nothing(
 def test_rollout_from_its_table_is_the_one_that_was_sampled(runs: dict[str, Path], kit: Experiment):
     own = _fresh(kit, "running statistics")
     sampled, _ = run_iteration(own, make_optimizer(own, own.config), 1)
-    table = pd.read_parquet(runs["running statistics"] / "rollouts" / "iter_000001.parquet")
-    read = recorded_rollout(_fresh(kit, "running statistics"), table, 1)
+    columns = read_rollout(runs["running statistics"] / "rollouts" / "iter_000001.parquet")
+    read = recorded_rollout(_fresh(kit, "running statistics"), columns, 1)
     names = ["group_ids", "completion_mask", "rewards", "old_logprobs", "truncated", "totals", "image_seeds"]
     assert all(torch.equal(getattr(read, name), getattr(sampled, name)) for name in names)
     assert torch.equal(read.completion_ids[read.completion_mask], sampled.completion_ids[sampled.completion_mask])
@@ -194,24 +193,23 @@ def test_changed_cell_of_a_rollout_is_named(run: Path, kit: Experiment):
     for row, column in enumerate([*numbers, "enhanced_prompt"]):
         named = [one for one in found.comparisons if one.what == f"rollout: {column}"]
         assert len(named) == (2 if column in COMPUTED_BY_THE_STEP else 1)
-        text = f"rollouts/iter_000003.parquet, {column}, row {row}"
+        text = f"rollouts/iter_000003.parquet, {column}[{row}]"
         assert all(one.difference.startswith(text) for one in named), named
     assert found.table.query("what == 'rollout: tokens'")["equal"].all()
 
 
 def test_flipped_bit_of_a_rollout_or_a_picture_is_found(runs: dict[str, Path], tmp_path: Path):
-    whole, damaged = runs["all weights"], RunFolder(tmp_path / "run")
-    shutil.copytree(whole, damaged.path)
+    whole, damaged = runs["all weights"], Path(shutil.copytree(runs["all weights"], tmp_path / "run"))
     source = random.Random(0)
     picture = sorted((whole / "thumbnails").glob("iter_000003_*.jpg"))[2]
     for name in ["rollouts/iter_000003.parquet"] * 60 + [picture.relative_to(whole).as_posix()] * 10:
         content = bytearray((whole / name).read_bytes())
         content[source.randrange(len(content))] ^= 1 << source.randrange(8)
-        (damaged.path / name).write_bytes(content)
-        found = _Recorded(damaged, 3, b"", {})._rollouts(WHOLE, whole)
+        (damaged / name).write_bytes(content)
+        found = _Record(damaged, 3, {}).compared_rollout(WHOLE, whole)
         assert any(name in (one.difference or "") for one in found)
-        shutil.copyfile(whole / name, damaged.path / name)
-    assert all(one.equal for one in _Recorded(damaged, 3, b"", {})._rollouts(WHOLE, whole))
+        shutil.copyfile(whole / name, damaged / name)
+    assert all(one.equal for one in _Record(damaged, 3, {}).compared_rollout(WHOLE, whole))
 
 
 def _flip(place: Path) -> None:
@@ -251,41 +249,53 @@ def test_notebook_shows_the_table_with_its_texts_escaped(runs: dict[str, Path], 
     assert "<script>" not in page and found.verdict in page and "metrics: reward" in page
 
 
+def _compared(recorded: dict, replayed: dict) -> list[Comparison]:
+    """A line of metrics.jsonl, as JSON has it, beside metrics."""
+    return compare_line("p", json.dumps({"iteration": 1} | recorded).encode(), {"iteration": 1} | replayed)
+
+
 @pytest.mark.parametrize(
     ("recorded", "replayed"),
     [({"a": 0.0}, {"a": -0.0}), ({"a": 1.0}, {}), ({}, {"a": 1.0}), ({"a": None}, {"a": 0.0}), ({"a": 1}, {"a": 1.0})],
 )
 def test_numbers_that_only_look_alike_differ(recorded: dict, replayed: dict):
-    assert not compare_metrics("p", "line", recorded, replayed)[0].equal
-    assert all(one.equal for one in compare_metrics("p", "line", replayed, replayed))
+    assert [one.equal for one in _compared(recorded, replayed)] == [True, False]
+    assert all(one.equal for one in _compared(replayed, replayed))
+    assert not compare_line("p", json.dumps(recorded).encode(), {"iteration": 1} | replayed, as_one=True)[0].equal
 
 
 def test_flipped_bit_of_a_line_is_found_wherever_no_seconds_stand():
     line = b'{"iteration": 4, "loss": -0.029126213863492012, "kl": 1e-05, "clip_ratio/low_mean": null}'
     metrics = {"iteration": 4, "loss": -0.029126213863492012, "kl": 1e-05, "clip_ratio/low_mean": float("nan")}
-    assert all(one.equal for one in _compare_line(WHOLE, line, metrics))
+    assert all(one.equal for one in compare_line(WHOLE, line, metrics))
     for place in range(len(line)):
         for bit in range(8):
             damaged = bytearray(line)
             damaged[place] ^= 1 << bit
-            assert not all(one.equal for one in _compare_line(WHOLE, bytes(damaged), metrics)), bytes(damaged)
+            assert not all(one.equal for one in compare_line(WHOLE, bytes(damaged), metrics)), bytes(damaged)
 
 
 def test_nan_is_what_metrics_has_null_for_and_seconds_are_left_out():
-    found = compare_metrics("p", "line", {"a": None, "step_time": 1.0}, {"a": float("nan"), "time/images": 2.0})
-    assert [one.what for one in found] == ["metrics: a"] and found[0].equal
+    found = _compared({"a": None, "step_time": 1.0}, {"a": float("nan"), "time/images": 2.0})
+    assert [one.what for one in found] == ["metrics: iteration", "metrics: a"] and all(one.equal for one in found)
 
 
 def test_tables_and_tensors_of_other_shapes_differ():
+    def differ(recorded: object, replayed: object) -> bool:
+        found = compare("p", "w", "w", recorded, replayed)
+        assert found.equal == (found.recorded == found.replayed) and "\n" not in (found.difference or "")
+        return not found.equal
+
     table = pd.DataFrame({"a": [1.0, 2.0]})
     for other in (table[:1], table.rename(columns={"a": "b"}), table.astype("int64")):
-        assert not all(one.equal for one in compare_tables("p", "t", table, other))
-    one = torch.zeros(2, 3)
-    for other in (-one, one.T, one.double(), one[:1]):
-        assert not compare_tensors("p", "w", {"x": one}, {"x": other}).equal
-    assert (
-        not compare_tensors("p", "w", {"x": one}, {}).equal and compare_tensors("p", "w", {"x": one}, {"x": one}).equal
-    )
+        assert differ(table.to_dict("list"), other.to_dict("list"))
+    one = torch.zeros(2000, 3)
+    spoilt = one.clone()
+    spoilt[1000, 1] = 1e-30
+    for other in (-one, one.T, one.double(), one[:1], one.flatten(), spoilt, ABSENT):
+        assert differ({"x": one}, {"x": other})
+    assert differ({"x": one}, {}) and not differ({"x": one}, {"x": one.clone()})
+    assert "x[3001]: recorded 0.0, replayed 1.0" in compare("p", "w", "w", {"x": one}, {"x": spoilt}).difference
 
 
 # --- a replay that forgets something would be noticed -----------------------------------------------------------------
@@ -293,8 +303,8 @@ def test_tables_and_tensors_of_other_shapes_differ():
 
 def wrong_checkpoint(patch: pytest.MonkeyPatch) -> None:
     """It starts from the checkpoint after the one that it means."""
-    load = grpo_kit.training.restore.load_checkpoint
-    patch.setattr(grpo_kit.training.restore, "load_checkpoint", lambda place: load(place.with_name("iter_000003")))
+    load = grpo_kit.runs.checkpoint.load_checkpoint
+    patch.setattr(grpo_kit.runs.checkpoint, "load_checkpoint", lambda place: load(place.with_name("iter_000003")))
 
 
 def momentum_left_out(patch: pytest.MonkeyPatch) -> None:
@@ -309,7 +319,7 @@ def statistics_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def state_not_put_back(patch: pytest.MonkeyPatch) -> None:
     """The whole iteration begins where its step alone ended."""
-    patch.setattr(State, "put_back", lambda self, kit, optimizer: None)
+    patch.setattr(sys.modules[replay.__module__], "put_back", lambda kit, optimizer, state: None)
 
 
 def iteration_before(patch: pytest.MonkeyPatch) -> None:
@@ -339,13 +349,13 @@ def test_replay_that_forgets_something_is_not_equal(
 def test_restored_state_is_the_checkpoints(runs: dict[str, Path], kit: Experiment):
     own = _fresh(kit)
     optimizer = make_optimizer(own, own.config)
-    untrained = State.of(own, optimizer)
-    assert restore_newest(own, optimizer, runs["all weights"], 3) == (3, [])
-    trained = State.of(own, optimizer)
-    assert not compare_tensors("p", "w", untrained.weights, trained.weights).equal
-    untrained.put_back(own, optimizer)
-    assert compare_tensors("p", "w", untrained.weights, State.of(own, optimizer).weights).equal
-    assert not State.of(own, optimizer).moments and trained.moments
+    untrained = copied_state(own, optimizer)
+    assert restore_after(own, optimizer, runs["all weights"], 3) == (3, [], [])
+    trained = copied_state(own, optimizer)
+    assert not compare("p", "w", "w", untrained["weights"], trained["weights"]).equal
+    put_back(own, optimizer, untrained)
+    assert compare("p", "w", "w", untrained, copied_state(own, optimizer)).equal
+    assert not untrained["optimizer"] and trained["optimizer"]
 
 
 # --- what is refused, and the command ---------------------------------------------------------------------------------
