@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import platform
@@ -151,6 +152,7 @@ def computing_machine(settings: "ModelSettings") -> dict[str, str]:
     return {**kept, "threads": str(torch.get_num_threads())}
 
 
+@functools.cache  # each is read from a file, and every checkpoint has them
 def library_versions() -> dict[str, str]:
     """Python's version and those of the libraries that a result depends on; what is not installed is left out."""
     versions = {"python": platform.python_version()}

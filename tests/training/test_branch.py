@@ -196,7 +196,7 @@ def test_running_statistics_end_where_the_branch_does_not_normalise_by_them(
         ({"training_settings.num_iterations": 2}, "training_settings.num_iterations: found 2, allowed in a branch at"),
         ({"training_settings.bta": 2}, "training_settings.bta: unknown key"),
         ({"reward_settings.weights": {"clip_similarty": 1.0}}, "clip_similarty"),
-        ({"training_settings.train_prompts": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"training_settings.train_prompts": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read: No such file"),
     ],
 )
 def test_setting_that_cannot_change_is_one_line_and_leaves_nothing(

@@ -17,6 +17,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.grpo import finite
 from grpo_kit.models import generator as generator_file
 from grpo_kit.models.decoding import choose_tokens
+from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy
 from grpo_kit.rollout import Rollout
 from grpo_kit.runs.folder import RunFolder
@@ -28,6 +29,13 @@ from tests.chaos.nonfinite import PARTS, QUICK, STOPS, problems, spoilt_run
 
 NAN, INF = math.nan, math.inf
 ALWAYS = ("optimizer-momentum",)  # of the spoilt parts; `make chaos` in its short form has more, the slow tests all
+
+
+@pytest.fixture(scope="module")
+def quick(kit: Experiment) -> Experiment:
+    """The embedded world, drawing in the one step that `QUICK` says."""
+    generator = Generator(kit.generator.pipeline, num_inference_steps=1, guidance_scale=1.0, batch_size=24)
+    return dataclasses.replace(kit, generator=generator)
 
 
 def _problems(kit: Experiment, name: str, folder: Path) -> list[str]:
@@ -42,9 +50,9 @@ def _problems(kit: Experiment, name: str, folder: Path) -> list[str]:
     "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in PARTS]
 )
 def test_spoilt_step_leaves_no_trace_and_several_end_the_run_with_a_diagnosis(
-    kit: Experiment, tmp_path: Path, name: str
+    quick: Experiment, tmp_path: Path, name: str
 ):
-    assert not _problems(kit, name, tmp_path / "run")
+    assert not _problems(quick, name, tmp_path / "run")
 
 
 def result_is_not_looked_at(patch: pytest.MonkeyPatch) -> str:
@@ -89,16 +97,16 @@ BROKEN = (
 
 @pytest.mark.parametrize("break_it", broken_versions(dict.fromkeys(BROKEN, "T25")))
 def test_check_that_is_missing_would_be_noticed(
-    kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: Callable
+    quick: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: Callable
 ):
-    assert _problems(kit, break_it(monkeypatch), tmp_path / "run")
+    assert _problems(quick, break_it(monkeypatch), tmp_path / "run")
 
 
-def test_run_that_was_ended_says_the_same_again_and_can_be_looked_at(kit: Experiment, tmp_path: Path):
+def test_run_that_was_ended_says_the_same_again_and_can_be_looked_at(quick: Experiment, tmp_path: Path):
     from grpo_kit.show.report import write_report
 
-    first = spoilt_run(kit, PARTS["scoring-nan"], tmp_path / "run")
-    again = spoilt_run(kit, PARTS["scoring-nan"], tmp_path / "run", starts=STOPS)
+    first = spoilt_run(quick, PARTS["scoring-nan"], tmp_path / "run")
+    again = spoilt_run(quick, PARTS["scoring-nan"], tmp_path / "run", starts=STOPS)
     assert again.error == first.error and again.rows == first.rows
     for part in (f"no update in {PATIENCE} iterations in a row", "since iteration 4", f"iteration {STOPS - 1} is comm"):
         assert part in first.error

@@ -24,8 +24,9 @@ from grpo_kit.config import PROJECT_ROOT, Config, load_config
 from grpo_kit.experiment import load_experiment
 from grpo_kit.runs.disk_errors import last_commit
 from grpo_kit.runs.folder import RunFolder
+from grpo_kit.training.launch import joined
 from grpo_kit.training.loop import make_optimizer, resume, train
-from grpo_kit.training.processes import ProcessError, Processes, require_enough, require_sharable
+from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_enough, require_sharable
 
 TOLERANCE = 1e-6
 WORKER = PROJECT_ROOT / "tests" / "support" / "parallel_worker.py"
@@ -157,10 +158,11 @@ def test_weights_in_8_bits_are_not_shared():
         require_sharable(config, 2)
 
 
-def test_one_process_loads_no_accelerate():
-    code = "import sys, grpo_kit.training.processes, grpo_kit.training.launch; print('accelerate' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_one_process_needs_no_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: pytest.fail("not needed"))
+    with joined(load_config("tiny"), tmp_path) as processes:
+        assert processes is ALONE
 
 
 # --- the end of one of them -------------------------------------------------------------------------------------------
