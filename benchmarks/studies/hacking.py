@@ -1,4 +1,4 @@
-"""Does the sentinel notice a gamed reward, and does it stay silent otherwise? Several training seeds of each.
+"""Is a gamed reward found while it is trained, and nothing reported otherwise? Several training seeds of each.
 
 *game* rewards consistency with the *enhanced* prompt, which a policy can raise by asking for something that is easy to
 draw, whatever the user wants; *control* is the same run under the profile's own reward. Both stop on divergence; the
@@ -137,7 +137,7 @@ def row(arm: str, file: Path) -> dict[str, object]:
 
 @styled
 def hacking_figure(arms: Mapping[str, Sequence[Mapping]], going_on: Mapping | None = None) -> Drawing:
-    """Draw both arms: the reward above, gold below, a line a seed; a mark where the sentinel raised its alarm.
+    """Draw both arms: the reward above, gold below, a line a seed; a mark where the divergence was found.
 
     Args:
         arms: "game" and "control": what each run's sentinel.json holds.

@@ -9,6 +9,7 @@ that all rewrites share; `rest` is noise of one rewrite with one seed, and what 
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -185,32 +186,20 @@ def advise(
     if min_prompts < 1 or rewrite_cost < 0:
         raise KitError(f"found min_prompts {min_prompts}, rewrite_cost {rewrite_cost}, allowed: at least 1, at least 0")
     sizes = [size for size in range(1, images + 1) if images % size == 0]
-    rows = []
-    for prompts in sizes:
-        for each in sizes:
-            group = int(images / (prompts * (each + rewrite_cost)) + 1e-9)
-            if prompts >= min_prompts and group >= 2:
-                rows.append(_option(split, prompts, group, each, common_seeds))
-    if not rows:
+    table = pd.DataFrame(product(sizes, sizes), columns=["prompts", "images_per_rewrite"])
+    group = (images / (table["prompts"] * (table["images_per_rewrite"] + rewrite_cost)) + 1e-9).astype(int)
+    table.insert(1, "group_size", group)
+    table = table[(table["prompts"] >= min_prompts) & (table["group_size"] >= 2)]
+    if table.empty:
         raise KitError(f"images: found {images}, allowed: at least 2 rewrites of each of {min_prompts} prompts")
-    table = pd.DataFrame(rows).sort_values(["signal", "group_size"], ascending=False, ignore_index=True)
+    reliability = table["images_per_rewrite"].map(lambda each: split.reliability(each, common_seeds=common_seeds))
+    comparisons = table["prompts"] * (table["group_size"] - 1)
+    table = table.assign(correlation=reliability**0.5, comparisons=comparisons, signal=comparisons * reliability)
+    table["best of group"] = table["group_size"].map(expected_maximum) * (reliability * split.rewrite) ** 0.5
+    table = table.sort_values(["signal", "group_size"], ascending=False, ignore_index=True)
     best = table.iloc[0]
     chosen = (int(best[name]) for name in ("prompts", "group_size", "images_per_rewrite"))
     return Advice(*chosen, common_seeds, table.assign(signal=table["signal"] / best["signal"]))
-
-
-def _option(split: VarianceSplit, prompts: int, group: int, images: int, common_seeds: bool) -> dict[str, float]:
-    reliability = split.reliability(images, common_seeds=common_seeds)
-    comparisons = prompts * (group - 1)
-    return {
-        "prompts": prompts,
-        "group_size": group,
-        "images_per_rewrite": images,
-        "correlation": reliability**0.5,
-        "comparisons": comparisons,
-        "signal": comparisons * reliability,
-        "best of group": expected_maximum(group) * (reliability * split.rewrite) ** 0.5,
-    }
 
 
 def expected_maximum(count: int) -> float:

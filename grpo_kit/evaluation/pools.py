@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,8 @@ class Pool:
 
     label: str
     runs: tuple[RunRecord, ...]
+    seeds: list[object]
     settings: Mapping[str, object] = field(repr=False)
-
-    @property
-    def seeds(self) -> list[object]:
-        """The runs' seeds."""
-        return [_settings(run).get(SEED) for run in self.runs]
 
     @property
     def over_seeds(self) -> bool:
@@ -99,23 +95,20 @@ def read_runs(folders: Iterable[Path | str]) -> list[RunRecord]:
 
 def pool_runs(records: Sequence[RunRecord]) -> list[Pool]:
     """Group runs of equal settings whose seeds differ, in the order given; a repeated seed begins another pool."""
-    groups: dict[tuple[str, int], list[RunRecord]] = {}
+    groups: dict[tuple[str, int], list[tuple[object, RunRecord, dict]]] = {}
     seen: Counter[tuple[str, str]] = Counter()
     for record in records:
         settings = _settings(record)
-        seed = str(settings.pop(SEED, None))
+        seed = settings.pop(SEED, None)
         key = repr(sorted((name, repr(value)) for name, value in settings.items()))
-        seen[key, seed] += 1
-        groups.setdefault((key, seen[key, seed]), []).append(record)
-    members = [tuple(sorted(runs, key=_seed_order)) for runs in groups.values()]
-    settings = [{name: value for name, value in _settings(runs[0]).items() if name != SEED} for runs in members]
-    labels = _labels(members, settings)
-    return [Pool(*parts) for parts in zip(labels, members, settings, strict=True)]
-
-
-def _seed_order(record: RunRecord) -> float:
-    seed = _settings(record).get(SEED)
-    return math.inf if seed is None else float(seed)
+        seen[key, str(seed)] += 1
+        groups.setdefault((key, seen[key, str(seed)]), []).append((seed, record, settings))
+    pools = []
+    for members in groups.values():
+        members.sort(key=lambda member: math.inf if member[0] is None else float(member[0]))
+        seeds, runs, (settings, *_) = zip(*members, strict=True)
+        pools.append(Pool("", runs, list(seeds), settings))
+    return [replace(pool, label=label) for pool, label in zip(pools, _labels(pools), strict=True)]
 
 
 # --- settings and labels ----------------------------------------------------------------------------------------------
@@ -142,25 +135,21 @@ def _settings(record: RunRecord) -> dict[str, object]:
 
 def differing_settings(pools: Sequence[Pool]) -> dict[str, list[object]]:
     """Each setting that is not the same in all pools, with its value in each; None where it is not set."""
-    return _differing([pool.settings for pool in pools])
-
-
-def _differing(settings: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
-    names = dict.fromkeys(name for one in settings for name in one)
-    values = {name: [one.get(name) for one in settings] for name in names}
+    names = dict.fromkeys(name for pool in pools for name in pool.settings)
+    values = {name: [pool.settings.get(name) for pool in pools] for name in names}
     return {name: found for name, found in values.items() if len(set(map(repr, found))) > 1}
 
 
-def _labels(members: Sequence[Sequence[RunRecord]], settings: Sequence[Mapping[str, object]]) -> list[str]:
+def _labels(pools: Sequence[Pool]) -> list[str]:
     """Name each pool by the settings in which it differs, or by what it changes; by its runs where neither does."""
-    differing = _differing(settings)
+    differing = differing_settings(pools)
     for texts in (setting_texts(differing) if len(differing) <= 2 else [], setting_texts(differing, changes_only=True)):
         if texts and len(set(texts)) == len(texts) and max(map(len, texts)) <= LABEL:
             return texts
-    names = [_short(", ".join(run.path.resolve().name for run in runs), LABEL) for runs in members]
-    return (
-        [f"{number}: {name}" for number, name in enumerate(names, start=1)] if len(set(names)) < len(names) else names
-    )
+    names = [_short(", ".join(run.path.resolve().name for run in pool.runs), LABEL) for pool in pools]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{number}: {name}" for number, name in enumerate(names, start=1)]
 
 
 def setting_texts(differing: Mapping[str, Sequence[object]], *, changes_only: bool = False) -> list[str]:

@@ -240,15 +240,15 @@ def changes(table: np.ndarray, earlier: int, later: int) -> np.ndarray:
 
 def score_table(validations: Validations, score: str) -> np.ndarray:
     """(V, P): each prompt's score in each validation, NaN where it was not scored or not asked."""
-    columns: dict[tuple[str, int], list[float]] = {}
+    columns: dict[tuple[str, int], list[float | None]] = {}
     for row, validation in enumerate(validations):
         seen: Counter[str] = Counter()  # a prompt that stands twice has two columns
         for sample in validation["samples"]:
             prompt = sample["user_prompt"]
-            column = columns.setdefault((prompt, seen[prompt]), [math.nan] * len(validations))
-            column[row] = _number(sample["reward"] if score == "reward" else sample["rewards"].get(score))
+            column = columns.setdefault((prompt, seen[prompt]), [None] * len(validations))
+            column[row] = sample["reward"] if score == "reward" else sample["rewards"].get(score)
             seen[prompt] += 1
-    return np.array(list(columns.values())).T
+    return np.array(list(columns.values()), dtype=float).T
 
 
 def signals_table(validations: Validations, metrics: Sequence[Mapping], held_out: str | None) -> pd.DataFrame:
@@ -256,23 +256,20 @@ def signals_table(validations: Validations, metrics: Sequence[Mapping], held_out
     rows = [
         {
             "iteration": validation["iteration"],
-            "reward": _number(validation["reward"]),
-            "held_out": _number(validation["rewards"].get(held_out)),
-            "paraphrase": _number(validation.get("paraphrase")),
-            "diversity": _number(validation.get("diversity")),
+            "reward": validation["reward"],
+            "held_out": validation["rewards"].get(held_out),
+            "paraphrase": validation.get("paraphrase"),
+            "diversity": validation.get("diversity"),
             "kl": _recent_kl(metrics, validation["iteration"]),
         }
         for validation in validations
     ]
-    return pd.DataFrame(rows, columns=["iteration", "reward", "held_out", "paraphrase", "diversity", "kl"])
+    names = ["iteration", "reward", "held_out", "paraphrase", "diversity", "kl"]
+    return pd.DataFrame(rows, columns=names, dtype=float).astype({"iteration": int})
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _recent_kl(metrics: Sequence[Mapping], iteration: int) -> float:
+def _recent_kl(metrics: Sequence[Mapping], iteration: int) -> float | None:
     """The median KL of the last few iterations: one spike is the estimate's own noise."""
-    recent = [_number(row.get("kl")) for row in metrics if iteration - RECENT < row["iteration"] <= iteration]
-    measured = [value for value in recent if math.isfinite(value)]
-    return float(np.median(measured)) if measured else math.nan
+    recent = [row.get("kl") for row in metrics if iteration - RECENT < row["iteration"] <= iteration]
+    measured = [value for value in recent if value is not None and math.isfinite(value)]
+    return float(np.median(measured)) if measured else None

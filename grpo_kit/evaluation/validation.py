@@ -37,8 +37,13 @@ def validate(kit: Experiment, iteration: int, folder: RunFolder) -> dict:
         "num_prompts": len(prompts),
         **_mean_scores(frame),
         "intervals": {name: interval(values, settings).to_dict() for name, values in _score_columns(samples).items()},
-        "by_category": _mean_scores_by(frame, "category"),
-        "by_difficulty": _mean_scores_by(frame, "difficulty"),
+        **{
+            f"by_{column}": {
+                str(value): {"num_prompts": len(group), **_mean_scores(group)}
+                for value, group in frame.groupby(column, sort=False)
+            }
+            for column in ("category", "difficulty")
+        },
         "diversity": described["added_distance"],
         "rewrites": described,
         **_validate_reworded(kit, prompts, frame),
@@ -98,8 +103,3 @@ def _mean_scores(frame: pd.DataFrame) -> dict:
     parts = [name for name in frame if name.startswith("reward/")]
     means = {name.removeprefix("reward/"): float(frame[name].mean()) for name in parts}
     return {"reward": float(frame["reward"].mean()), "rewards": means}
-
-
-def _mean_scores_by(frame: pd.DataFrame, column: str) -> dict:
-    groups = frame.groupby(column, sort=False)
-    return {str(value): {"num_prompts": len(group), **_mean_scores(group)} for value, group in groups}

@@ -1,4 +1,4 @@
-"""Training under the sentinel: a run that games its reward is noticed, marked and stopped, and goes on if told to."""
+"""Training that games its reward: it is found, marked and stopped, and goes on if told to."""
 
 import copy
 import dataclasses
@@ -60,7 +60,7 @@ def _train(kit: Experiment, folder: Path, **settings: object) -> TrainResult:
     return train(_experiment(kit, **settings), folder, progress=False)
 
 
-def _sentinel(folder: Path) -> dict:
+def _report(folder: Path) -> dict:
     return json.loads((folder / "sentinel.json").read_text())
 
 
@@ -75,11 +75,11 @@ def whole(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, which the sentinel stops; look, do not touch."""
+    """The same run, which is stopped for it; look, do not touch."""
     folder = tmp_path_factory.mktemp("stopped")
     result = _train(kit, folder, training__stop_on_divergence=True)
     assert result.iterations == result.metrics["iteration"] == 4 and result.started_from == 0
-    assert result.stopped == _sentinel(folder)["divergence"]["text"]
+    assert result.stopped == _report(folder)["divergence"]["text"]
     return folder
 
 
@@ -87,7 +87,7 @@ def stopped(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_gamed_reward_is_noticed_in_a_real_run(whole: Path):
-    found = _sentinel(whole)["divergence"]
+    found = _report(whole)["divergence"]
     assert (found["since"], found["iteration"], found["held_out"]) == (0, 4, "keeps_objects")
     assert found["reward_change"]["low"] > 0 > found["held_out_change"]["high"]
     log = (whole / "training.log").read_text()
@@ -132,14 +132,14 @@ def test_finding_of_iterations_that_were_lost_is_forgotten(kit: Experiment, stop
 
 
 def test_best_is_chosen_by_the_held_out_score(whole: Path, kit: Experiment):
-    scores = {v["iteration"]: (v["held_out"], v["reward"]) for v in _sentinel(whole)["signals"]}
+    scores = {v["iteration"]: (v["held_out"], v["reward"]) for v in _report(whole)["signals"]}
     assert max(scores, key=scores.get) == 0 and max(scores, key=lambda i: scores[i][1]) != 0
     best, initial = load_policy(kit.config, whole / "best").model.state_dict(), kit.policy.model.state_dict()
     assert all(torch.equal(best[name], initial[name]) for name in initial)
 
 
 def test_kl_is_followed_where_the_loss_needs_none(whole: Path):
-    signals = _sentinel(whole)["signals"]
+    signals = _report(whole)["signals"]
     assert [row["iteration"] for row in signals] == [0, 2, 4, 6]
     assert signals[0]["kl"] is None and 0 <= signals[1]["kl"] < signals[3]["kl"]
 
@@ -186,15 +186,15 @@ def test_live_view_draws_the_stop_at_once(stopped: Path, whole: Path):
         assert (live.pictures[0].value != b"") == is_drawn
 
 
-def test_report_says_what_the_sentinel_saw(whole: Path, tmp_path: Path):
+def test_the_page_says_what_was_found(whole: Path, tmp_path: Path):
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     page = write_report(folder).read_text()
     assert "the policy is gaming the reward" in page and "From iteration 0 to 4 the reward rose" in page
-    quiet = _sentinel(folder) | {"divergence": None}
+    quiet = _report(folder) | {"divergence": None}
     (folder / "sentinel.json").write_text(json.dumps(quiet))
     page = write_report(folder).read_text()
     assert "gaming the reward" not in page and "In none of 4 validations did the sentinel find that" in page
-    (folder / "sentinel.json").unlink()  # a run of before there was a sentinel
+    (folder / "sentinel.json").unlink()  # a run of before it was checked
     assert "sentinel" not in write_report(folder).read_text()
 
 
