@@ -87,17 +87,17 @@ def audit(
     samples["group"] = pd.factorize(np.asarray(prompts if group_ids is None else group_ids))[0]
     if image_seeds is not None:
         samples["seed"] = np.asarray(image_seeds)
-    truth = _scored("gold", gold, samples) if callable(gold) else gold
-    if truth is not None and np.shape(truth) != (len(images),):
-        raise KitError(f"gold: found shape {np.shape(truth)}, allowed: ({len(images)},), one number an image")
+    gold = _scored("gold", gold, samples) if callable(gold) else gold
+    if gold is not None and np.shape(gold) != (len(images),):
+        raise KitError(f"gold: found shape {np.shape(gold)}, allowed: ({len(images)},), one number an image")
     named = reward if isinstance(reward, Mapping) else {getattr(reward, "__name__", type(reward).__name__): reward}
-    truth = None if truth is None else np.asarray(truth, float)
+    gold = None if gold is None else np.asarray(gold, float)
     scores, rows = {}, {}
     for name, one in named.items():
         scores[name] = _scored(name, one, samples)
         if not np.isfinite(scores[name]).any():
             raise KitError(f"reward {name!r}: found no sample that it can score, allowed: at least one")
-        rows[name] = _statistics(scores[name], truth, samples, confidence, n_resamples)
+        rows[name] = _statistics(scores[name], gold, samples, confidence, n_resamples)
         rows[name] |= _reactions(name, one, scores[name], samples, idle_words)
     return Audit(scores, rows)
 

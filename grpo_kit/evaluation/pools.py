@@ -5,7 +5,6 @@ evaluation, over prompts; a pool of several has t-intervals over its runs' means
 would have changed.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,9 +54,10 @@ class Pool:
         """
         found = [run.results.get(kind, {}).get(name, {}).get(metric) for run in self.runs]
         found = [value for value in found if value is not None and value["mean"] is not None]
-        if len(found) > 1:
-            return t_interval([value["mean"] for value in found])
-        return Interval(*(math.nan if end is None else end for end in found[0].values())) if found else None
+        if len(found) != 1:
+            return t_interval([value["mean"] for value in found]) if found else None
+        ends = (found[0][end] for end in ("mean", "low", "high"))
+        return Interval(*(math.nan if end is None else end for end in ends))
 
     def trained_means(self, metric: str) -> dict[object, float]:
         """Seed → the mean of its trained policy in the evaluation, where it was evaluated."""
@@ -286,28 +286,3 @@ def pool_evaluations(
         "variants": {v: {m: interval(values(v, m)) for m in metrics} for v in variants},
         "differences": {f"{a}-{b}": {m: interval(values(a, m) - values(b, m)) for m in metrics} for a, b in pairs},
     }
-
-
-def add_pools(folders: Sequence[Path], place: Path) -> None:
-    """Add to an evaluation of several runs what those show together that differ only in their training seed.
-
-    Args:
-        folders: the runs that were evaluated.
-        place: the folder of their evaluation; its `final_results.json` gets the key `pooled`.
-    """
-    from grpo_kit.runs.folder import RunFolder
-
-    results = json.loads((place / "final_results.json").read_text(encoding="utf-8"))
-    rows = pd.read_parquet(place / "evaluation" / "rows.parquet")
-    names = {path: name for name, path in results["policies"].items()}
-    pooled = {}
-    for pool in pool_runs(read_runs(folder for folder in folders if (folder / "best").is_dir())):
-        if len(pool.runs) < 2:
-            continue
-        own = [names[str(run.path)] for run in pool.runs]
-        tables = [
-            rows[rows["variant"].isin(["raw", "initial", name])].replace({"variant": {name: "trained"}}) for name in own
-        ]
-        pooled[pool.label] = {"policies": own, **pool_evaluations(tables, confidence=results["confidence"])}
-    if pooled:
-        RunFolder(place).write_json("final_results.json", results | {"pooled": pooled})

@@ -122,8 +122,8 @@ def find_divergence(validations: Validations, held_out: str = "gold", alpha: flo
         held_out: the score among each sample's `rewards` that training never sees.
         alpha: the share of runs with a false report, at most.
     """
-    reward, truth = score_table(validations, "reward"), score_table(validations, held_out)
-    fall = first_fall(truth, reward, alpha)
+    reward, judged = score_table(validations, "reward"), score_table(validations, held_out)
+    fall = first_fall(judged, reward, alpha)
     if fall is None:
         return None
     return Divergence(
@@ -131,8 +131,8 @@ def find_divergence(validations: Validations, held_out: str = "gold", alpha: flo
         since=validations[fall.base]["iteration"],
         held_out=held_out,
         reward_change=t_interval(changes(reward, fall.base, fall.place)),
-        held_out_change=t_interval(changes(truth, fall.base, fall.place)),
-        num_prompts=len(changes(truth, fall.base, fall.place)),
+        held_out_change=t_interval(changes(judged, fall.base, fall.place)),
+        num_prompts=len(changes(judged, fall.base, fall.place)),
         p_value=fall.p_value,
         level=level_at(fall.place, alpha),
         reward_p_value=rise_p_value_of_both(reward, fall.base, fall.place),
@@ -143,8 +143,8 @@ def find_cautions(validations: Validations, signals: pd.DataFrame, held_out: str
     """Each kind of caution once, where it first appears."""
     found = []
     if held_out is not None:
-        truth, meaning = score_table(validations, held_out), "training takes away what is not rewarded"
-        found += _fall_caution("decline", held_out, meaning, validations, truth)
+        judged, meaning = score_table(validations, held_out), "training takes away what is not rewarded"
+        found += _fall_caution("decline", held_out, meaning, validations, judged)
     if all(validation.get("paraphrases") for validation in validations):
         reworded = score_table([validation["paraphrases"] for validation in validations], "reward")
         what, meaning = "on reworded prompts the reward", "the policy learns wordings"

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_kit.config import Config, KitError
-from grpo_kit.evaluation.evaluate import evaluate
-from grpo_kit.evaluation.pools import add_pools
+from grpo_kit.evaluation.evaluate import EvalResult, evaluate
+from grpo_kit.evaluation.pools import pool_evaluations, pool_runs, read_runs
 from grpo_kit.experiment import load_experiment
+from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.places import dated_report
 
 
@@ -32,7 +33,22 @@ def evaluate_runs(config: Config, folders: Sequence[Path], out: Path | None = No
     policies = map(str, folders) if several else ["trained"]
     oracle = ["oracle"] if config.evaluation_settings.gold else []
     kit = load_experiment(config, trained=None if several else folders[0] / "best")
-    evaluate(kit, compare=("raw", "initial", *policies, *oracle), run_dir=place)
-    if several:
-        add_pools(folders, place)
+    result = evaluate(kit, compare=("raw", "initial", *policies, *oracle), run_dir=place)
+    pooled = _pooled(result, folders) if several else {}
+    if pooled:
+        RunFolder(place).write_json("final_results.json", result.results | {"pooled": pooled})
     return place
+
+
+def _pooled(result: EvalResult, folders: Sequence[Path]) -> dict[str, dict]:
+    """What runs of one setting with several training seeds show together, by the pool's label."""
+    rows, names = result.rows, {path: name for name, path in result.results["policies"].items()}
+    pooled = {}
+    for pool in pool_runs(read_runs(folder for folder in folders if (folder / "best").is_dir())):
+        if len(pool.runs) > 1:
+            own = [names[str(run.path)] for run in pool.runs]
+            kept = [rows[rows["variant"].isin(["raw", "initial", name])] for name in own]
+            tables = [t.replace({"variant": {name: "trained"}}) for t, name in zip(kept, own, strict=True)]
+            found = pool_evaluations(tables, confidence=result.results["confidence"])
+            pooled[pool.label] = {"policies": own, **found}
+    return pooled
