@@ -1,7 +1,5 @@
 """The comparison of several runs: its tables as text, its figures, and one page, offline, in which nothing runs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

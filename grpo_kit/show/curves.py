@@ -3,8 +3,6 @@
 Single measurements are faint, what sums them up is strong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import pandas as pd

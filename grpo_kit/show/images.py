@@ -3,8 +3,6 @@
 User text is laid out as text, never as mathematics.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Figures with a row for each thing that is measured: means with their intervals, differences, categories."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -8,8 +8,6 @@ The four rewards are the hand-made toy of notebook 00, and the advantages are co
 The README's copy is drawn by `loop_figure().save(Path("notebooks/images/loop.png"), dpi=140)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ every request.
 (nbconvert's own `sanitize_html` is not used: its list lacks headings, paragraphs and lists.)
 """
 
-from __future__ import annotations
-
 import base64
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write a run as one page that a person can open, project or send: offline, self-contained, nothing in it runs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

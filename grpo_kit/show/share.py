@@ -1,7 +1,5 @@
 """A small copy of a run's pages, to send or to commit: the same pages, smaller pictures, without the run's data."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

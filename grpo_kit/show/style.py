@@ -5,8 +5,6 @@ so that a black-and-white print stays readable. Figures are built with matplotli
 pyplot's registry: nothing leaks over a long session, and no backend has to be chosen.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 import unicodedata

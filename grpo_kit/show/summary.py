@@ -1,7 +1,5 @@
 """What a run's numbers say: a headline, a paragraph, tables, and which cases to look at; all of it computed."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 

@@ -3,8 +3,6 @@
 Those on clip, KL and token weights draw what the kit's own functions return: the picture cannot differ from the code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The figure of the lesson on scaling up (notebook 10): what lies in memory in each phase of an iteration."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

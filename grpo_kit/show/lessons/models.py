@@ -1,7 +1,5 @@
 """Figures of the lessons on prompts, policy and generator (notebooks 01 to 03)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
