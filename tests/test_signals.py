@@ -27,9 +27,9 @@ from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.runs import interrupts, places
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.tracking import Tracker
+from grpo_kit.training import accumulation
 from grpo_kit.training import launch as launch_file
 from grpo_kit.training import start as start_file
-from grpo_kit.training import step as step_file
 from grpo_kit.training.loop import train
 from tests.chaos import signals as r4
 from tests.chaos.nonfinite import LORA
@@ -276,7 +276,7 @@ def test_gradient_left_by_an_interrupt_would_be_added_if_a_step_did_not_start_cl
             patch.setattr(torch.optim.Optimizer, "zero_grad", lambda self, set_to_none=True: None)
             patch.setattr(Policy, "recover", lambda self: None)
         with patch.context() as interrupted, pytest.raises(KeyboardInterrupt):
-            interrupted.setattr(step_file, "step_or_restore", step_stopped)
+            interrupted.setattr(accumulation, "step_or_restore", step_stopped)
             train(own, tmp_path / "run", progress=False)
         assert any(p.grad is not None for p in own.policy.trainable_parameters()) != clean
         train(own, tmp_path / "run", progress=False)
