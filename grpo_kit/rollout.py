@@ -200,12 +200,9 @@ def latent_seeds(
     seed: int, group_ids: torch.Tensor, num_generations: int, images_per_prompt: int, share_seeds: bool
 ) -> torch.Tensor:
     """(N, M) seeds from (seed, prompt, image), and from the sample too where a group does not share them."""
-
-    def one(row: int, image: int) -> int:
-        sample = "shared" if share_seeds else row % num_generations
-        return derive_seed(seed, "latents", int(group_ids[row]), sample, image)
-
-    return torch.tensor([[one(row, image) for image in range(images_per_prompt)] for row in range(len(group_ids))])
+    rows = [(group, "shared" if share_seeds else row % num_generations) for row, group in enumerate(group_ids.tolist())]
+    images = range(images_per_prompt)
+    return torch.tensor([[derive_seed(seed, "latents", *row, image) for image in images] for row in rows])
 
 
 def picture_prompts(

@@ -38,7 +38,7 @@ def group_advantages(
     total, count = _sum_by(group, rewards.where(scored, 0.0)), _sum_by(group, scored.to(rewards.dtype))
     centred = rewards - (total / count.clamp(min=1))[group]
     # equal rewards give exactly 0, not a rounding error divided by eps
-    flat = (_spread(rewards, group) <= noise_floor)[group]
+    flat = (group_spread(rewards, group) <= noise_floor)[group]
     centred = torch.where(scored & ~flat & (count[group] > 1), centred, 0.0)
     if baseline == "leave_one_out":
         advantages = centred * (count / (count - 1).clamp(min=1))[group]
@@ -61,16 +61,13 @@ def group_advantages(
 
 def group_spread(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     """(G,) highest less lowest scored reward of each group, in the order of the sorted ids."""
-    return _spread(rewards, group_ids.unique(return_inverse=True)[1])
-
-
-def _sum_by(group: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return values.new_zeros(int(group.max()) + 1 if group.numel() else 0).index_add_(0, group, values)
-
-
-def _spread(rewards: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    group = group_ids.unique(return_inverse=True)[1]
     empty = rewards.new_zeros(int(group.max()) + 1 if group.numel() else 0)
     scored = ~rewards.isnan()
     highest = (empty - torch.inf).scatter_reduce(0, group, rewards.where(scored, -torch.inf), "amax")
     lowest = (empty + torch.inf).scatter_reduce(0, group, rewards.where(scored, torch.inf), "amin")
     return (highest - lowest).clamp(min=0)
+
+
+def _sum_by(group: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return values.new_zeros(int(group.max()) + 1 if group.numel() else 0).index_add_(0, group, values)

@@ -140,10 +140,7 @@ def _clipped(
 
 
 def _soft_gated(
-    ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
+    ratio: torch.Tensor, advantages: torch.Tensor, sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05
 ) -> torch.Tensor:
     """A smooth gate 4 σ(τ (ρ - 1)) / τ instead of a clip (SAPO, arXiv 2511.20347)."""
     temperature = torch.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)

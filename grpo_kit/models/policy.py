@@ -158,10 +158,8 @@ class Policy(PromptFormat, torch.nn.Module):
                 part = encoded.take(range(start, min(start + size, len(encoded))))
                 rows = None if uniforms is None else uniforms[start * G : (start + len(part)) * G]
                 calls.append(self._decoded(model, part, G, rows))
-        ids, logprobs = (
-            stacked(columns, fill)
-            for columns, fill in zip(zip(*calls, strict=True), (self.tokenizer.pad_token_id, 0.0), strict=True)
-        )
+        ids, logprobs = zip(*calls, strict=True)
+        ids, logprobs = stacked(ids, self.tokenizer.pad_token_id), stacked(logprobs, 0.0)
         mask = completion_mask(ids, self.eos_token_ids)
         truncated = is_truncated(ids, mask, self.eos_token_ids)
         return Completions(ids, mask, logprobs.where(mask, 0.0), self.decode(ids, mask), truncated)
@@ -181,7 +179,12 @@ class Policy(PromptFormat, torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and log-probabilities (N, T) of one call of the decoder."""
         inputs = encoded.on(self.device)
-        self._check_room(inputs["input_ids"].shape[1])
+        length = inputs["input_ids"].shape[1]
+        if self._longest is not None and length + self.max_new_tokens > self._longest:
+            raise ModelError(
+                f"user_prompt: found {length} tokens with its instruction, allowed: {self._longest} positions of this "
+                f"model less {self.max_new_tokens} of generation_settings.max_new_tokens; shorten one of them"
+            )
         prefix = run_prompts(model, inputs)
         if self.not_shared:
             next_logits = continued_rows(model, prefix, G)
@@ -196,14 +199,6 @@ class Policy(PromptFormat, torch.nn.Module):
             temperature=self.temperature,
             uniforms=uniforms,
         )
-
-    def _check_room(self, length: int) -> None:
-        """Raise where a prompt of that many tokens leaves no positions for the longest completion."""
-        if self._longest is not None and length + self.max_new_tokens > self._longest:
-            raise ModelError(
-                f"user_prompt: found {length} tokens with its instruction, allowed: {self._longest} positions of this "
-                f"model less {self.max_new_tokens} of generation_settings.max_new_tokens; shorten one of them"
-            )
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 

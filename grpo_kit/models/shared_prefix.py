@@ -102,7 +102,9 @@ def run_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Pref
             f"vlm_model: found {type(model).__name__}, which gives no cache to go on from, allowed: models that do; "
             "take another one"
         )
-    deltas = _rope_deltas(model) if "pixel_values" in inputs else None
+    deltas = None
+    if "pixel_values" in inputs:  # models with multimodal rotary positions (Qwen-VL): pictures moved the text's
+        deltas = next((m.rope_deltas for m in model.modules() if getattr(m, "rope_deltas", None) is not None), None)
     shift = 0 if deltas is None else deltas.reshape(-1).to(mask.device)
     position = mask.sum(dim=1) + shift
     return Prefix(output.past_key_values, output.logits[:, -1], mask.bool(), position, deltas is not None)
@@ -147,11 +149,6 @@ def reason_not_to_share(model: torch.nn.Module) -> str | None:
     if kinds:
         return f"some of its layers keep less than the whole past ({', '.join(sorted(kinds))})"
     return None
-
-
-def _rope_deltas(model: torch.nn.Module) -> torch.Tensor | None:
-    """How far pictures moved the text's positions, in models with multimodal rotary positions (Qwen-VL)."""
-    return next((m.rope_deltas for m in model.modules() if getattr(m, "rope_deltas", None) is not None), None)
 
 
 @dataclass(frozen=True)

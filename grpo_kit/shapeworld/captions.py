@@ -43,10 +43,6 @@ GOOD_WORDS = STYLE_WORDS["clean"]
 HARMFUL_WORDS = tuple(word for style in ("dreamy", "vintage", "glitch") for word in STYLE_WORDS[style])
 
 
-def _word(value: str, dialect: str) -> str:
-    return USER_WORDS[value] if dialect == "user" else value
-
-
 def describe(scene: Scene, dialect: str | float = "generator", rng: random.Random | None = None) -> str:
     """The caption of what a scene states, without its style.
 
@@ -54,9 +50,8 @@ def describe(scene: Scene, dialect: str | float = "generator", rng: random.Rando
     """
 
     def say(value: str) -> str:
-        if isinstance(dialect, str):
-            return _word(value, dialect)
-        return _word(value, "user" if rng.random() < dialect else "generator")
+        is_users = dialect == "user" if isinstance(dialect, str) else rng.random() < dialect
+        return USER_WORDS[value] if is_users else value
 
     clauses = [_things(scene, say)]
     if scene.place:
@@ -73,8 +68,7 @@ def _things(scene: Scene, say) -> str:
         return f"{_article(first)} {say(scene.relation) if scene.relation else 'and'} {_article(second)}"
     if scene.kind == "counted":
         return f"{say(_COUNTS[scene.count])} {say(scene.colour)} {_plural(say(scene.shape))}"
-    words = ([say(scene.size)] if scene.size else []) + [say(scene.colour), say(scene.shape)]
-    return _article(words)
+    return _article([say(word) for word in (scene.size, scene.colour, scene.shape) if word])
 
 
 def _article(words) -> str:

@@ -48,7 +48,10 @@ class Reading:
 
 def read(image: Image.Image) -> Reading:
     """Read a picture of any size (it is brought to 32 x 32)."""
-    pixels = _pixels(image)
+    image = image.convert("RGB")
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    pixels = np.asarray(image, dtype=np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
     background = _nearest(ground, BACKGROUNDS)
@@ -73,10 +76,11 @@ def check(image: Image.Image, scene: Scene) -> dict[str, bool]:
         "shape": _names_match(reading, scene, "shape"),
         "count": len(reading.objects) == (2 if scene.kind == "pair" else scene.count),
     }
+    only = reading.objects[0] if len(reading.objects) == 1 else None
     if scene.size:
-        result["size"] = len(reading.objects) == 1 and _size(reading.objects[0]) == scene.size
+        result["size"] = only is not None and scene.size == ("large" if only.side >= _LARGE_FROM else "small")
     if scene.place:
-        result["place"] = len(reading.objects) == 1 and _place(reading.objects[0]) == scene.place
+        result["place"] = only is not None and _place(only) == scene.place
     if scene.relation:
         result["relation"] = _relation_holds(reading, scene)
     if scene.background:
@@ -89,13 +93,6 @@ def gold_score(image: Image.Image, scene: Scene) -> float:
     """Share of the checked attributes that hold, from 0 to 1."""
     result = check(image, scene)
     return sum(result.values()) / len(result)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    image = image.convert("RGB")
-    if image.size != (SIZE, SIZE):
-        image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
-    return np.asarray(image, dtype=np.float64)
 
 
 def _nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
@@ -111,8 +108,13 @@ def _read_object(
     colour = _nearest(np.median(pixels[core], axis=0), COLOURS)
     coverage = np.clip(np.where(ndimage.binary_dilation(region), distance, 0.0) / np.median(distance[core]), 0.0, 1.0)
     (left, right), (top, bottom) = _edges(coverage.max(axis=0)), _edges(coverage.max(axis=1))
-    side = max(right - left, bottom - top)
-    return Found(colour, _read_shape(coverage[box]), (left + right) / 2, (top + bottom) / 2, side)
+    square = _to_square(coverage[box])
+    overlap = {
+        name: max(np.minimum(square, t).sum() / np.maximum(square, t).sum() for t in templates)
+        for name, templates in _templates().items()
+    }
+    shape, side = max(overlap, key=overlap.get), max(right - left, bottom - top)
+    return Found(colour, shape, (left + right) / 2, (top + bottom) / 2, side)
 
 
 def _edges(profile: np.ndarray) -> tuple[float, float]:
@@ -120,16 +122,6 @@ def _edges(profile: np.ndarray) -> tuple[float, float]:
     inside = np.nonzero(profile > 0.5)[0]
     first, last = inside[0], inside[-1] + 1
     return first + (1 - profile[first]) - profile[:first].sum(), last - (1 - profile[last - 1]) + profile[last:].sum()
-
-
-def _read_shape(coverage: np.ndarray) -> str:
-    square = _to_square(coverage)
-    overlap = {name: max(_soft_iou(square, t) for t in templates) for name, templates in _templates().items()}
-    return max(overlap, key=overlap.get)
-
-
-def _soft_iou(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
 
 
 def _to_square(coverage: np.ndarray) -> np.ndarray:
@@ -182,10 +174,6 @@ def _distance(image: Image.Image, pixels: np.ndarray) -> float:
 
 def _radius(found: Found) -> float:
     return found.side / 2 / (0.86 if found.shape == "square" else 1.0)
-
-
-def _size(found: Found) -> str:
-    return "large" if found.side >= _LARGE_FROM else "small"
 
 
 def _place(found: Found) -> str:

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import TracebackType
 
 import torch
 
@@ -87,7 +86,10 @@ class Accumulation:
         ).map(lambda tensor: tensor.to(policy.device))
         if self.settings.beta != 0:
             if self.ref_logprobs is None:
-                self.ref_logprobs = self._reference(columns)
+                parts, own = self._divided(columns)
+                with torch.no_grad():
+                    scores = [score_rows(self.module, rollout, part.rows, reference=True).logprobs for part in parts]
+                self.ref_logprobs = self._whole_column(scores[:own])
             columns = replace(columns, ref_logprobs=self.ref_logprobs.to(policy.device))
         kept = self._kept.to(policy.device)
         batch = columns.map(lambda tensor: tensor[kept])
@@ -96,9 +98,7 @@ class Accumulation:
         self._once["time/reference"] = time.perf_counter() - started
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
     # --- one update ---------------------------------------------------------------------------------------------------
@@ -119,9 +119,12 @@ class Accumulation:
         }
         self._scored = self._whole_column(self._logprobs[:own])
         if not self._updates:
-            self._once |= _disagreement(self._scored, self._batch)
-            old_logprobs = _old_up_to_rounding(self._scored, self._batch.old_logprobs, self.policy)
-            self._batch = replace(self._batch, old_logprobs=old_logprobs)
+            scored, recorded, mask = self._scored, self._batch.old_logprobs, self._batch.mask
+            # the first scoring and the sampler's record differ by rounding, or training and rollout disagree
+            gap = torch.zeros_like(scored) if recorded is None else (scored - recorded).abs()
+            difference = "sampling/sampling_logp_difference"
+            self._once |= {f"{difference}/mean": float(gap[mask].mean()), f"{difference}/max": float(gap.max())}
+            self._batch = replace(self._batch, old_logprobs=_old_up_to_rounding(scored, recorded, self.policy))
 
     def old_logprobs(self, part: Part, scores: Scores) -> torch.Tensor:
         """(rows, T) under the policy that sampled; before the first update its record up to rounding."""
@@ -136,8 +139,10 @@ class Accumulation:
         value = loss.loss * nan_unless_finite(scores.logprobs, part.old_logprobs, part.ref_logprobs)
         self.processes.backward(value)
         self._logprobs.append(scores.logprobs.detach())
-        by_row = self.settings.importance_sampling_level == "sequence"
-        measured = _shares(loss.metrics, part, batch, by_row) | {
+        by_tokens, by_rows = float(part.mask.sum() / batch.mask.sum()), len(part.rows) / len(batch.rows)
+        of_ratios = by_rows if self.settings.importance_sampling_level == "sequence" else by_tokens  # one ratio a row
+        measured = {n: v * (of_ratios if n.startswith("clip_ratio") else by_tokens) for n, v in loss.metrics.items()}
+        measured |= {
             "loss": float(value.detach()),
             "entropy": float((scores.entropy * part.mask).sum() / batch.mask.sum()),
             "time/scoring": scored - self._started,
@@ -200,13 +205,6 @@ class Accumulation:
         idle = replace(first, mask=torch.zeros_like(first.mask), weights=weights)
         return own + [idle] * (max(map(len, divided)) - len(own)), len(own)
 
-    def _reference(self, columns: Part) -> torch.Tensor:
-        """(N, T) log-probabilities of all rows under the reference."""
-        parts, own = self._divided(columns)
-        with torch.no_grad():
-            scores = [score_rows(self.module, self.rollout, part.rows, reference=True).logprobs for part in parts]
-        return self._whole_column(scores[:own])
-
     def _whole_column(self, own: list[torch.Tensor]) -> torch.Tensor:
         """(rows, T) values of all processes' rows: the shards are in the batch's order."""
         if self.processes.count == 1:
@@ -242,21 +240,6 @@ def _old_up_to_rounding(scored: torch.Tensor, recorded: torch.Tensor | None, pol
     rounding = torch.finfo(policy.model.dtype).eps ** (2 / 3)  # 2e-5 in float32; what is seen is a tenth of it
     agrees = (scored - recorded).abs().amax(dim=1, keepdim=True) <= rounding
     return torch.where(agrees, scored, recorded)
-
-
-def _disagreement(scored: torch.Tensor, batch: Part) -> dict[str, float]:
-    """How far the first scoring lies from the sampler's record: rounding, or training and rollout disagree."""
-    gap = torch.zeros_like(scored) if batch.old_logprobs is None else (scored - batch.old_logprobs).abs()
-    means = {"mean": gap[batch.mask].mean(), "max": gap.max()}
-    return {f"sampling/sampling_logp_difference/{name}": float(value) for name, value in means.items()}
-
-
-def _shares(metrics: dict[str, float], part: Part, batch: Part, by_row: bool) -> dict[str, float]:
-    """A micro-batch's means as shares of the whole batch's: by tokens, or by rows where a row has a single ratio."""
-    rows, tokens = len(part.rows) / len(batch.rows), float(part.mask.sum() / batch.mask.sum())
-    return {
-        name: value * (rows if by_row and name.startswith("clip_ratio") else tokens) for name, value in metrics.items()
-    }
 
 
 # --- steps that are left out ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +79,8 @@ def train(
     kit.policy.recover()
     optimizer = make_optimizer(kit, kit.config)
     with ExitStack() as stack:
-        tracker = processes.only_main(lambda: _open(folder, kit.config, stack))
+        processes.only_main(lambda: folder.hold(stack))  # as its writer, until the stack is closed
+        tracker = processes.only_main(lambda: stack.enter_context(Tracker(kit.config, folder.path)))
         committed = resume(kit, optimizer, folder, processes)
         start = iteration = committed or 0
         processes.only_main(lambda: tracker.go_on(start))
@@ -89,12 +90,11 @@ def train(
             commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
         stopped = processes.on_main(lambda: _check_for_reward_hacking(kit, folder, announce=False))
         last = start if stopped else settings.num_iterations
-        bar = _bar(start, last, shown=progress and processes.is_main)
+        numbers, hidden = range(start + 1, last + 1), not (progress and processes.is_main)
+        bar = tqdm(numbers, "GRPO", last, initial=start, unit="it", mininterval=1.0, disable=hidden)
         for iteration in bar:
             metrics, non_finite = _iterate(kit, optimizer, folder, iteration, processes)
-            processes.on_main(partial(_log, folder, tracker, metrics))
-            if non_finite is not None:
-                processes.on_main(partial(warn_or_end, folder, iteration, non_finite, settings.updates_per_rollout))
+            processes.on_main(partial(_log, folder, tracker, metrics, non_finite, settings.updates_per_rollout))
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
             if iteration == last or iteration % settings.validate_every == 0:
                 _validate(kit, folder, tracker, iteration, processes)
@@ -105,25 +105,16 @@ def train(
                 processes.only_main(partial(on_iteration, metrics))
             if stopped:
                 break
-    logged = folder.metrics()
-    return TrainResult(folder.path, iteration, start, logged[-1] if logged else {}, stopped)
+    return TrainResult(folder.path, iteration, start, next(reversed(folder.metrics()), {}), stopped)
 
 
-def _bar(start: int, last: int, *, shown: bool) -> tqdm:
-    """The iterations after `start`, with their progress."""
-    numbers = range(start + 1, last + 1)
-    return tqdm(numbers, initial=start, total=last, desc="GRPO", unit="it", disable=not shown, mininterval=1.0)
-
-
-def _open(folder: RunFolder, config: Config, stack: ExitStack) -> Tracker:
-    """Hold the folder as its writer, and mirror it, until the stack is closed."""
-    folder.hold(stack)
-    return stack.enter_context(Tracker(config, folder.path))
-
-
-def _log(folder: RunFolder, tracker: Tracker, metrics: dict[str, float]) -> None:
+def _log(
+    folder: RunFolder, tracker: Tracker, metrics: dict[str, float], non_finite: NonFinite | None, updates: int
+) -> None:
     folder.append_metrics(metrics)
     tracker.log(metrics)
+    if non_finite is not None:
+        warn_or_end(folder, metrics["iteration"], non_finite, updates)
 
 
 def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
@@ -150,19 +141,18 @@ def resume(
             f"run folder {folder.path}: its newest checkpoint is iteration {min(seen)} for one process and {max(seen)} "
             "for another. Give a folder that all of them see"
         )
-    processes.on_main(lambda: _tidy(kit, folder, iteration))
+
+    def tidy() -> None:  # drop what is later, and checkpoints that a crash came before the removal of
+        folder.forget_after(iteration)
+        with folder.file_errors("checkpoints"):
+            keep_newest(folder.checkpoints, kit.config.training_settings.keep_checkpoints, iteration)
+
+    processes.on_main(tidy)
     restore(kit, optimizer, checkpoint)
     if checkpoint is None:
         return None
     logger.info("continuing after iteration %d", iteration)
     return iteration
-
-
-def _tidy(kit: Experiment, folder: RunFolder, iteration: int) -> None:
-    """Drop what is later than the committed iteration, and checkpoints that a crash came before the removal of."""
-    folder.forget_after(iteration)
-    with folder.file_errors("checkpoints"):
-        keep_newest(folder.checkpoints, kit.config.training_settings.keep_checkpoints, iteration)
 
 
 def restore(kit: Experiment, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> None:
@@ -246,20 +236,16 @@ def keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Ro
 
 
 def commit(
-    kit: Experiment,
-    optimizer: torch.optim.Optimizer,
-    folder: RunFolder,
-    iteration: int,
-    processes: Processes = ALONE,
+    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes = ALONE
 ) -> None:
     """Put everything that the next iteration depends on into a checkpoint, once what it vouches for is on the disk."""
-    weights, state = _shared_weights(kit, processes), processes.full(optimizer.state_dict())
+    policy, state = _saving(kit, iteration, processes), processes.full(optimizer.state_dict())
 
     def save() -> None:
         save_checkpoint(
             folder.checkpoints,
             iteration,
-            _saving(kit, iteration, weights),
+            policy,
             state,
             kit.config.training_settings.keep_checkpoints,
             rewards=kit.rewards.state_dict(),
@@ -270,59 +256,47 @@ def commit(
     processes.on_main(lambda: folder.commit(save))
 
 
-def _saving(kit: Experiment, iteration: int, weights: dict[str, torch.Tensor] | None) -> Callable[[Path], None]:
-    """What writes the policy, as it is then, into the folder that it is given."""
+def _saving(kit: Experiment, iteration: int, processes: Processes) -> Callable[[Path], None]:
+    """What writes the policy into the folder that it is given; weights that are spread are gathered here, by all."""
+    weights = processes.full(kit.policy.trainable_state()) if processes.sharded else None
     count = len(kit.train_prompts)
     return lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights, num_prompts=count)
-
-
-def _shared_weights(kit: Experiment, processes: Processes) -> dict[str, torch.Tensor] | None:
-    """The policy's whole weights where each process holds only a part of them."""
-    return processes.full(kit.policy.trainable_state()) if processes.sharded else None
 
 
 def _validate(
     kit: Experiment, folder: RunFolder, tracker: Tracker | None, iteration: int, processes: Processes
 ) -> None:
     """Validate, and keep the policy in `best/` when no validation before scored as high; the main process does it."""
+
+    def is_best_so_far() -> bool:
+        result = validate(kit, iteration, folder)
+        tracker.log(validation_line(result), prefix="eval")
+        tracker.log_samples(iteration)
+        logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
+        return best_iteration(kit, folder) == iteration
+
     with processes.whole_policy():
-        is_best = processes.on_main(lambda: _is_best_so_far(kit, folder, tracker, iteration))
+        is_best = processes.on_main(is_best_so_far)
     if is_best:
-        weights = _shared_weights(kit, processes)
-        processes.on_main(lambda: folder.save_best(_saving(kit, iteration, weights)))
-
-
-def _is_best_so_far(kit: Experiment, folder: RunFolder, tracker: Tracker, iteration: int) -> bool:
-    """Validate; whether no validation before scored as high."""
-    since = first_own_validation(folder.path)  # a branch may have none of the policies that its parent validated
-    earlier = [_rank(v, _held_out(kit)) for v in folder.validations() if since <= v["iteration"] < iteration]
-    result = validate(kit, iteration, folder)
-    tracker.log(validation_line(result), prefix="eval")
-    tracker.log_samples(iteration)
-    logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
-    return not earlier or _rank(result, _held_out(kit)) > max(earlier)
+        saving = _saving(kit, iteration, processes)
+        processes.on_main(lambda: folder.save_best(saving))
 
 
 def best_iteration(kit: Experiment, folder: RunFolder) -> int | None:
     """The iteration whose policy `best/` holds: the first of those that were validated best; None before any was."""
-    since = first_own_validation(folder.path)
-    own = [validation for validation in folder.validations() if validation["iteration"] >= since]
-    best = max(own, key=lambda validation: _rank(validation, _held_out(kit)), default=None)
+    since = first_own_validation(folder.path)  # a branch may have none of the policies that its parent validated
+    own, held_out = [found for found in folder.validations() if found["iteration"] >= since], _held_out(kit)
+
+    def rank(validation: dict) -> tuple[float, float]:  # by the reward where the held-out score is equal, or is none
+        scores = (0.0 if held_out is None else validation["rewards"].get(held_out), validation["reward"])
+        return tuple(-math.inf if score is None or math.isnan(score) else score for score in scores)
+
+    best = max(own, key=rank, default=None)
     return None if best is None else best["iteration"]
 
 
-def _rank(validation: Mapping, held_out: str | None) -> tuple[float, float]:
-    """What `best/` is chosen by: the held-out score, and the reward where that is equal or nothing is held out."""
-    scores = (0.0 if held_out is None else validation["rewards"].get(held_out), validation["reward"])
-    return tuple(-math.inf if score is None or math.isnan(score) else score for score in scores)
-
-
 def _held_out(kit: Experiment) -> str | None:
-    """The monitor that this experiment is judged by.
-
-    Raises:
-        KitError: the name is no monitor's, or the run shall stop on a divergence that nothing could show.
-    """
+    """The monitor that this experiment is judged by; raises where the settings need one that is not there."""
     held_out = held_out_score(kit.rewards.monitors, kit.config.evaluation_settings.held_out)
     if held_out is None and kit.config.training_settings.stop_on_divergence:
         raise KitError(
@@ -333,18 +307,13 @@ def _held_out(kit: Experiment) -> str | None:
 
 
 def _check_for_reward_hacking(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str | None:
-    """Look for reward hacking in the validations and record what is found; returns why the run ends, if it does.
-
-    Args:
-        announce: log what the newest validation is the first to show; a continued run has logged it before.
-    """
+    """Look for reward hacking in the validations and record what is found; returns why the run ends, if it does."""
     validations, metrics, held_out = folder.validations(), folder.metrics(), _held_out(kit)
     seen = check_for_reward_hacking(validations, metrics, held_out)
     folder.write_json("sentinel.json", seen.to_dict())
-    before = check_for_reward_hacking(validations[:-1], metrics, held_out) if announce else seen
-    known = before.findings()
-    for finding in seen.findings():
-        if finding not in known:
+    if announce:  # what the newest validation is the first to show; a continued run has logged it before
+        known = check_for_reward_hacking(validations[:-1], metrics, held_out).findings()
+        for finding in (finding for finding in seen.findings() if finding not in known):
             logger.warning("%s", finding)
     if seen.divergence is None or not kit.config.training_settings.stop_on_divergence:
         return None

@@ -143,9 +143,9 @@ class Launched(Processes):
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
         """As `Processes.gather`; results travel pickled, an error as its text."""
-        result, error = _attempt(work)
+        result, text, error = _attempt(work)
         outcomes: list = [None] * self.count
-        torch.distributed.all_gather_object(outcomes, (result, _as_text(error)))
+        torch.distributed.all_gather_object(outcomes, (result, text))
         self._raise_failure([text for _, text in outcomes], error)
         return [result for result, _ in outcomes]
 
@@ -158,8 +158,8 @@ class Launched(Processes):
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """As `Processes.on_main`; the result travels pickled."""
-        result, error = _attempt(work) if self.is_main else (None, None)
-        outcome = [(result, _as_text(error))]
+        result, text, error = _attempt(work) if self.is_main else (None, None, None)
+        outcome = [(result, text)]
         torch.distributed.broadcast_object_list(outcome)
         self._raise_failure([outcome[0][1]], error)
         return outcome[0][0]
@@ -216,18 +216,13 @@ class Launched(Processes):
         return _mapped(state, lambda tensor: full_tensor(tensor).cpu()) if self.sharded else state
 
 
-def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None, Exception | None]:
+    """What `work` gives, or its error: as one line for the other processes, and itself."""
     try:
-        return work(), None
+        return work(), None, None
     except Exception as error:  # whatever it is, the other processes wait to hear of it
-        return None, error
-
-
-def _as_text(error: Exception | None) -> str | None:
-    """An error as one line for the other processes."""
-    if error is None or isinstance(error, KitError):
-        return error and str(error)
-    return one_line(f"{type(error).__name__}: {error}", 300)
+        foreseen = isinstance(error, KitError)
+        return None, str(error) if foreseen else one_line(f"{type(error).__name__}: {error}", 300), error
 
 
 def _shard(policy: Policy, optimizer: torch.optim.Optimizer, count: int) -> list[torch.nn.Module]:
@@ -309,21 +304,14 @@ def collect_shared_rollout(
 
 def _joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
     """The rows of all shares, one after the other, as long as the longest completion."""
-    seen = [share.prompt_images for share in shares]
-
-    def rows(name: str) -> torch.Tensor:
-        return torch.cat([getattr(share, name) for share in shares])
-
+    columns = {name: [getattr(share, name) for share in shares] for name in vars(shares[0])}
+    seen = columns["prompt_images"]
+    fills = {"completion_ids": pad_token_id, "completion_mask": False, "old_logprobs": 0.0}
     return replace(
         shares[0],
-        prompts=[prompt for share in shares for prompt in share.prompts],
-        enhanced_prompts=[text for share in shares for text in share.enhanced_prompts],
-        group_ids=rows("group_ids"),
-        image_seeds=rows("image_seeds"),
-        truncated=rows("truncated"),
-        completion_ids=stacked([share.completion_ids for share in shares], pad_token_id),
-        completion_mask=stacked([share.completion_mask for share in shares], False),
-        old_logprobs=stacked([share.old_logprobs for share in shares], 0.0),
-        reward_parts={n: torch.cat([share.reward_parts[n] for share in shares]) for n in shares[0].reward_parts},
+        **{name: list(chain(*columns[name])) for name in ("prompts", "enhanced_prompts")},
+        **{name: torch.cat(columns[name]) for name in ("group_ids", "image_seeds", "truncated")},
+        **{name: stacked(columns[name], fill) for name, fill in fills.items()},
+        reward_parts={n: torch.cat([parts[n] for parts in columns["reward_parts"]]) for n in shares[0].reward_parts},
         prompt_images=None if None in seen else list(chain(*seen)),
     )

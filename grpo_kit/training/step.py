@@ -33,11 +33,7 @@ class StepStats:
 
 
 def grpo_step(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    config: Config,
-    processes: Processes = ALONE,
+    policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, config: Config, processes: Processes = ALONE
 ) -> StepStats:
     """Update the policy on a rollout: advantages, then `updates_per_rollout` times loss, gradient and optimizer step.
 
