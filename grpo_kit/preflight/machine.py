@@ -87,14 +87,20 @@ def weights_text(where: str) -> str:
         return _cached(where)
     if not folder.is_dir():
         raise KitError(f"{folder}: no such folder. {_RESTORE}")
-    weights = sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
+    weights = sorted(file for pattern in WEIGHTS for file in folder.rglob(pattern))
     card = folder / "card.json"
     sums = json.loads(card.read_text(encoding="utf-8")).get("sha256", {}) if card.exists() else {}
     for name, expected in sums.items():
-        _require_sum(folder / name, expected)
+        path = folder / name
+        if not path.is_file():
+            raise KitError(f"{path}: missing. {_RESTORE}")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise KitError(f"{path}: damaged: sha256 {found[:12]}…, its card says {expected[:12]}…. {_RESTORE}")
     if not weights:
         raise KitError(f"{folder}: no weight file ({', '.join(WEIGHTS)}). {_RESTORE}")
-    size = sum(path.stat().st_size for path in weights) / 1e6
+    size = sum(file.stat().st_size for file in weights) / 1e6
     compared = f"{len(sums)} files match their card" if sums else "no card to compare with"
     return f"{where}: {size:.1f} MB of weights, {compared}"
 
@@ -103,15 +109,6 @@ def _reward_model(where: str) -> str:
     if Path(where).is_absolute() or (where.count("/") == 1 and not where.startswith("hf-hub:")):
         return weights_text(where)
     return f"{where}: open_clip keeps its weights in its own cache, and fetches them at first use"
-
-
-def _require_sum(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise KitError(f"{path}: missing. {_RESTORE}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise KitError(f"{path}: damaged: sha256 {found[:12]}…, its card says {expected[:12]}…. {_RESTORE}")
 
 
 def _cached(where: str) -> str:

@@ -120,9 +120,6 @@ def enumerable(off_policy: bool = False, seed: int = 0) -> Enumerable:
     return Enumerable(logits, reference, actions, batch.rewarded(rewards))
 
 
-# --- how far what was found lies from what was expected ---------------------------------------------------------------
-
-
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference relative to the largest expected value; infinite where something is not a number."""
     if torch.equal(found, expected):

@@ -79,10 +79,9 @@ def table(findings: list[Finding], width: int = 100) -> str:
     titles = max(len(finding.title) for finding in findings) + 2
     lines = [f"{'trap':5}{'outcome':11}{'':{titles}}found"]
     for finding in findings:
-        fallen = finding.outcome == FALLS_IN
-        outcome, seen_in = (
-            (finding.outcome.upper(), f" [seen in: {finding.source}]") if fallen else (finding.outcome, "")
-        )
+        outcome, seen_in = finding.outcome, ""
+        if outcome == FALLS_IN:
+            outcome, seen_in = outcome.upper(), f" [seen in: {finding.source}]"
         head = f"{finding.trap:5}{outcome:11}{finding.title:{titles}}"
         lines += textwrap.wrap(finding.shown + seen_in, width, initial_indent=head, subsequent_indent=" " * len(head))
     counts = [sum(finding.outcome == outcome for finding in findings) for outcome in (OK, FALLS_IN, NOT_ASKED)]

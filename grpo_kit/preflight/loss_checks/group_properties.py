@@ -44,8 +44,10 @@ def equal_rewards_give_exactly_zero(subject: Subject) -> str:
     largest, dtype_of = 0.0, ""
     for dtype in (torch.float32, torch.float64):
         for size in (2, 3, 7, 11):
-            for rewards, ids in _equal_rewards(values.to(dtype), size, subject.knows_groups):
-                found = float(subject.weigh(rewards, ids).abs().max())
+            same, ids = values.to(dtype).repeat_interleave(size), torch.arange(len(values)).repeat_interleave(size)
+            calls = [(same, ids)] if subject.knows_groups else zip(same.split(size), ids.split(size), strict=True)
+            for rewards, groups in calls:
+                found = float(subject.weigh(rewards, groups).abs().max())
                 assert math.isfinite(found), f"equal rewards give {found}"
                 if found > largest:
                     largest, dtype_of = found, str(dtype).removeprefix("torch.")
@@ -120,11 +122,3 @@ def _groups(subject: Subject, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Several groups, or one where the subject takes no groups."""
     subject.need_rewards()
     return unlike_groups(seed) if subject.knows_groups else unlike_groups(seed, groups=1, size=20)
-
-
-def _equal_rewards(values: torch.Tensor, size: int, in_one_call: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Groups of equal rewards, in one call or one call each."""
-    ids = torch.arange(len(values)).repeat_interleave(size)
-    if in_one_call:
-        return [(values.repeat_interleave(size), ids)]
-    return [(value.repeat(size), ids[:size]) for value in values]

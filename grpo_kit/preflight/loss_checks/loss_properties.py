@@ -110,7 +110,13 @@ def kl_term_has_the_gradient_of_a_kl(subject: Subject) -> str:
     names = [name for name in ("k1", "k2", "k3") if subject.has("kl_estimator", name)]
     found = {name: _which_kl(subject, case, plain | {"kl_estimator": name}, stated=name) for name in names}
     if "k3" in found:
-        lowest = _lowest_kl(subject, plain | {"kl_estimator": "k3"})
+        lowest, batch, source = math.inf, on_policy(), torch.Generator().manual_seed(0)
+        for p, q in (-4 * torch.rand(50, 2, generator=source, dtype=torch.float64) - 0.01).tolist():
+            own, reference = (torch.full_like(batch.logprobs, value) for value in (p, q))
+            one = replace(batch, logprobs=own, old_logprobs=own, ref_logprobs=reference)
+            settings = plain | {"kl_estimator": "k3"}
+            with_kl, without = (float(subject.run(one, **settings | {"beta": beta}).loss) for beta in (1.0, 0.0))
+            lowest = min(lowest, with_kl - without)
         assert lowest >= -1e-5, f"k3 is {lowest:.2g} for one sample: it can never be negative"
     return ", ".join(f"{name} {gradient}" for name, gradient in found.items())
 
@@ -224,9 +230,12 @@ def delta_bounds_the_negative_side(subject: Subject) -> str:
         times = float(far) / float(start)
         open_side = "unbounded, as PPO's clip leaves it" if times > 10 else "bounded"
         raise NotAsked(f"takes no delta; at ratio e^5 a bad sample pushes {times:.3g} × as hard: {open_side}")
-    free, bound = (
-        [_effective_ratio(subject, x, settings | {"delta": delta}) for x in (1.0, 5.0, 9.0)] for delta in (None, 4.0)
-    )
+    counted: dict[float | None, list[float]] = defaultdict(list)  # the ratio that a bad row's loss counts
+    for delta, log_ratio in itertools.product((None, 4.0), (1.0, 5.0, 9.0)):
+        given = settings | {"delta": delta}
+        start, far = (subject.run(at_ratios([0.0, x], [1, -1]), **given) for x in (0.0, log_ratio))
+        counted[delta].append(1 + float((far.loss - start.loss) / start.gradient[1].sum()))
+    free, bound = counted.values()
     assert free[0] < free[1] < free[2], f"bounded at {free[2]:.3g} though delta is None"
     assert all(math.isclose(x, 4.0, rel_tol=1e-3) for x in bound[1:]), f"delta 4: a ratio of e^9 counts {bound[2]:.4g}"
     assert math.isclose(bound[0], free[0], rel_tol=1e-3), f"delta 4 changes ratio {free[0]:.3g}, which lies below it"
@@ -260,9 +269,6 @@ def far_ratios_stay_finite(subject: Subject) -> str:
     return "finite at log-ratios of ±100"
 
 
-# --- what the properties above share ----------------------------------------------------------------------------------
-
-
 def _policy_gradient(subject: Subject, batch: Batch, settings: dict[str, object]) -> torch.Tensor:
     """(N, T) gradient of the loss without its KL term, also where that cannot be switched off."""
     gradient = subject.run(batch, **settings).gradient
@@ -285,9 +291,8 @@ def _adding_rule(subject: Subject, batch: Batch, settings: dict[str, object], we
     if weights is None:
         rules["by their share of rows"] = lambda keep: len(keep) / len(batch.mask)
         rules["by their share of tokens"] = lambda keep: float(batch.mask[keep].sum() / batch.mask.sum())
-    worst: dict[str, float] = {}
+    worst = dict.fromkeys(rules, 0.0)
     for rule, share in rules.items():
-        worst[rule] = 0.0
         for size in (2, 4, 6):
             total = torch.zeros_like(whole)
             for keep in torch.arange(8).split(size):
@@ -302,19 +307,10 @@ def _adding_rule(subject: Subject, batch: Batch, settings: dict[str, object], we
 
 
 def _settings_of_clip_and_delta(subject: Subject) -> dict[str, object]:
-    """GRPO's own loss type where there are types, since some of the others have no clip and no delta.
-
-    Raises NotAsked where there is no ratio. Cases give the reference the sampler's probabilities: either will do.
-    """
-    if not subject.takes & {"old_logprobs", "ref_logprobs"}:
+    """GRPO's own loss type where there are types, since some of the others have no clip and no delta."""
+    if not subject.takes & {"old_logprobs", "ref_logprobs"}:  # the cases give both the sampler's probabilities
         raise NotAsked("takes no old_logprobs: there is no ratio")
     return subject.forms().get("grpo", {})
-
-
-def _effective_ratio(subject: Subject, log_ratio: float, settings: dict[str, object]) -> float:
-    """The ratio that a bad row's loss counts: 1 + growth of the loss over the row's weight."""
-    start, far = (subject.run(at_ratios([0.0, x], [1, -1]), **settings) for x in (0.0, log_ratio))
-    return 1 + float((far.loss - start.loss) / start.gradient[1].sum())
 
 
 def _kl_gradient(subject: Subject, case: Enumerable, settings: dict[str, object]) -> torch.Tensor:
@@ -340,9 +336,8 @@ def _which_kl(
     reverse, forward = case.kl_gradient(forward=False), case.kl_gradient(forward=True)
     name = f"{stated}: " if stated else ""
     if float(found.norm()) <= ROUNDING * float(reverse.norm()):
-        assert stated == "k1", (
-            f"{name}the KL term's mean gradient is 0: it does not pull to the reference (k1 as a loss)"
-        )
+        found_none = f"{name}the KL term's mean gradient is 0: it does not pull to the reference (k1 as a loss)"
+        assert stated == "k1", found_none
         return "0"
     residuals = {"∇KL(π‖ref)": _residual(found, reverse)}
     if stated in ("", "k3"):
@@ -358,15 +353,3 @@ def _residual(found: torch.Tensor, target: torch.Tensor) -> float:
     """The part of a gradient that is not a positive multiple of another, relative to its length."""
     factor = ((found * target).sum() / target.square().sum()).clamp(min=0)
     return float((found - factor * target).norm() / found.norm())
-
-
-def _lowest_kl(subject: Subject, settings: dict[str, object]) -> float:
-    """The least KL term of one sample, over 50 pairs of probabilities."""
-    source = torch.Generator().manual_seed(0)
-    lowest, batch = math.inf, on_policy()
-    for p, q in (-4 * torch.rand(50, 2, generator=source, dtype=torch.float64) - 0.01).tolist():
-        own, reference = (torch.full_like(batch.logprobs, value) for value in (p, q))
-        case = replace(batch, logprobs=own, old_logprobs=own, ref_logprobs=reference)
-        with_kl, without = (float(subject.run(case, **settings | {"beta": beta}).loss) for beta in (1.0, 0.0))
-        lowest = min(lowest, with_kl - without)
-    return lowest

@@ -67,7 +67,8 @@ def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with init_empty_weights():
         model = kind.from_config(config, dtype=dtype)
-    return _tied(model), source
+    model.tie_weights()  # building it without values made the weights separate that it shares
+    return model, source
 
 
 def pipeline_shape(name: str) -> PipelineShape:
@@ -95,7 +96,9 @@ def component(library: str, kind: str, config: dict[str, Any], dtype: torch.dtyp
             model = made.from_config(config)
         else:
             model = made(made.config_class.from_dict(config))
-    return _tied(model).to(dtype).eval() if isinstance(model, torch.nn.Module) else model
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model.to(dtype).eval() if isinstance(model, torch.nn.Module) else model
 
 
 def reward_model(name: str) -> tuple[torch.nn.Module, str]:
@@ -153,15 +156,7 @@ def _component_config(name: str, key: str, library: str, kind: str) -> dict[str,
     return AutoConfig.from_pretrained(name, subfolder=key, local_files_only=True).to_dict()
 
 
-def _tied(model: object) -> object:
-    """The model with the weights shared that it shares: building it without values made them separate."""
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-    return model
-
-
 def _from_table(kind: str, name: str, setting: str) -> tuple[dict[str, Any], str]:
-    """The table's entry of a model, and what it was written after."""
     entry = published_models()[kind].get(name)
     if entry is None or Path(name).exists():
         raise _unknown(setting, name)

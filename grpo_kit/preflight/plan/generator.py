@@ -45,7 +45,9 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     kept = size * max(min(KEPT_TEXTS, KEPT_BYTES // size), texts + 1)
     reading = _reading(pipeline, config, there).times(calls * math.ceil(batch / TEXTS_AT_ONCE))
     step, latents = _denoising(pipeline, config, embeddings, batch, there)
-    steps = _steps(pipeline, settings.num_inference_steps)
+    shifted = {"mu": 1.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}
+    pipeline.scheduler.set_timesteps(settings.num_inference_steps, **shifted)
+    steps = len(pipeline.scheduler.timesteps)  # some schedulers begin a step twice
     denoising, decoding = step.times(steps * calls), _decoding(pipeline, latents, there).times(calls)
     raw = training.prompts_per_iteration * models.use_image  # what the policy looks at: drawn before, one by one
     if raw:
@@ -108,9 +110,6 @@ def _embeddings(pipeline: DiffusionPipeline, config: Config, dtype: torch.dtype)
     return {name: torch.zeros(1, *shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-# --- the phases -------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def _reading(pipeline: DiffusionPipeline, config: Config, there: list[torch.Tensor]) -> Cost:
     """Every text encoder reads a few texts."""
@@ -147,14 +146,6 @@ def _denoising(
     except ValueError as error:  # a size that it cannot draw
         raise PlanError(f"generation_settings: the pipeline refuses them: {one_line(error)}") from error
     return trace.cost, output.images
-
-
-def _steps(pipeline: DiffusionPipeline, asked: int) -> int:
-    """How often the model is asked for so many steps of the settings: some schedulers begin one twice."""
-    scheduler = pipeline.scheduler
-    shifted = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
-    scheduler.set_timesteps(asked, **shifted)
-    return len(scheduler.timesteps)
 
 
 @torch.no_grad()

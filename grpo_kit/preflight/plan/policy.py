@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -73,7 +74,7 @@ def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tupl
                 "which knows how many tokens a picture becomes; fetch it where there is network, a few kB: "
                 f"hf download {settings.vlm_model} --include '*.json' '*.txt'"
             ) from error
-        kind, processor = _PolicyWithoutTokenizer, _PlaceholderTokenizer()
+        kind, processor = _PolicyWithoutTokenizer, SimpleNamespace(pad_token_id=0, eos_token_id=0)
         notes = (f"prompt lengths supposed: {_CHARACTERS_A_TOKEN} characters a token",)
     policy = kind(
         weightless(model, mode).eval(),
@@ -89,12 +90,6 @@ def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tupl
     return policy, Piece.of("policy", model, in_8_bits), source, notes
 
 
-class _PlaceholderTokenizer:
-    """In place of a tokenizer that is not on this machine."""
-
-    pad_token_id = eos_token_id = 0
-
-
 class _PolicyWithoutTokenizer(Policy):
     """A policy whose prompts are as long as text of their kind is."""
 
@@ -107,11 +102,7 @@ class _PolicyWithoutTokenizer(Policy):
 
 
 def _sampling(policy: Policy, rollout: Rollout, length: int, there: list[torch.Tensor]) -> Cost:
-    """G completions of each prompt, of which four tokens are sampled.
-
-    The first token comes from the prompts' own run. From one later token to the next all sizes grow by as much, so the
-    cost of each follows from the third and the fourth, and the mean is that of the second and the last.
-    """
+    """G completions of each prompt, of which four tokens are sampled: sizes grow evenly, so all others follow."""
     texts, calls = [prompt.user_prompt for prompt in rollout.prompts], []
 
     def note_call(*_: object) -> None:
@@ -127,6 +118,7 @@ def _sampling(policy: Policy, rollout: Rollout, length: int, there: list[torch.T
     cost = Cost(max(held for _, held in prompts_run), Counter(operation for operation, _ in prompts_run))
     if length == 1:
         return cost
+    # the first token comes from the prompts' own run; the mean of all others is that of the second and the last
     second, last = (cost_of_repetition(number, third, fourth) for number in (0, length - 2))
     return cost.then(second.then(last).times((length - 1) / 2))
 
@@ -165,8 +157,11 @@ def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
     N = len(groups)
     known = sorted(load_prompts(settings.train_prompts), key=lambda prompt: len(prompt.user_prompt))
     prompts = known[-P:][: int(groups.max()) + 1]
-    use_image = config.model_settings.use_image
-    pictures = [Image.new("RGB", _picture_size(config))] * len(prompts) if use_image else None
+    pictures = None
+    if config.model_settings.use_image:
+        width, height = config.generation_settings.width, config.generation_settings.height
+        side = width if width and height else pipeline_shape(config.model_settings.sd_model).side
+        pictures = [Image.new("RGB", (width or side, height or side))] * len(prompts)
     return Rollout(
         prompts=prompts,
         group_ids=groups,
@@ -181,12 +176,3 @@ def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
         truncated=torch.zeros(N, dtype=torch.bool),
         prompt_images=pictures,
     )
-
-
-def _picture_size(config: Config) -> tuple[int, int]:
-    """Width and height of what the generator draws."""
-    settings = config.generation_settings
-    if settings.width and settings.height:
-        return settings.width, settings.height
-    side = pipeline_shape(config.model_settings.sd_model).side
-    return settings.width or side, settings.height or side

@@ -31,7 +31,6 @@ _OF_THE_HOST = 1 / 3  # of an Apple computer's memory, which macOS does not give
 
 Curve = tuple[tuple[float, float], ...]  # (size, speed), sizes growing
 Clock = Callable[[], float]
-Stopwatch = Callable[[Callable[[], object]], float]  # work → seconds of one call
 
 
 def at(curve: Curve, size: float) -> float:
@@ -73,9 +72,6 @@ class Speed:
         computing = operation.flops / at(rates, operation.rows) if rates else 0.0
         waiting = operation.moved / at(self.bandwidth, operation.moved)
         return self.start + max(computing, waiting)
-
-
-# --- named accelerators, by their makers' data sheets -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,9 +137,6 @@ def _stated(name: str, sheet: DataSheet, dtype: str, memory: float | None) -> Sp
     )
 
 
-# --- calibration ------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def calibrate(
     device: str = "auto", dtype: str = "auto", memory: float | None = None, clock: Clock = time.perf_counter
@@ -158,9 +151,13 @@ def calibrate(
     seconds = partial(_seconds, chosen, clock)
     compute: dict[tuple[str, torch.dtype], Curve] = {}
     for floating in {kind, torch.float32}:
-        for name, size, flops, work in _timed_work(partial(_random, chosen, floating)):
+        for name, size, flops, work in _timed_work(chosen, floating):
             compute[name, floating] = (*compute.get((name, floating), ()), (size, flops / seconds(work)))
-    bandwidth = tuple((size, _bandwidth(_random(chosen, torch.float32, size // 8), seconds)) for size in _BYTES)
+    bandwidth: Curve = ()
+    for size in _BYTES:  # of a function of every value, which reads and writes each
+        values = torch.randn(size // 8, device=chosen)
+        work = partial(torch.ops.aten.silu.out, values, out=torch.empty_like(values))
+        bandwidth = (*bandwidth, (size, 2 * values.nbytes / seconds(work)))
     own = torch.cuda.get_device_properties(chosen).total_memory if chosen.type == "cuda" else virtual_memory().total
     return Speed(
         name=str(chosen),
@@ -175,12 +172,12 @@ def calibrate(
     )
 
 
-def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, device=device).to(dtype)
-
-
-def _timed_work(random: Callable[..., torch.Tensor]) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
+def _timed_work(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
     """What is timed: its kind, its size as in `Speed.compute`, its floating-point operations, and the call."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
     weights = [random(2048, 1024) for _ in range(32)]  # as large as a model's: a cache holds few of them
     for rows in (1, 4, 16, 64, 256, 1024):
         given = random(rows, 1024)
@@ -200,13 +197,7 @@ def _each(function: Callable, given: torch.Tensor, weights: list[torch.Tensor]) 
     return [function(given, weight) for weight in weights]
 
 
-def _bandwidth(values: torch.Tensor, seconds: Stopwatch) -> float:
-    """Bytes a second of a function of every value, which reads and writes each."""
-    out = torch.empty_like(values)
-    return 2 * values.nbytes / seconds(lambda: torch.ops.aten.silu.out(values, out=out))
-
-
-def _start(device: torch.device, seconds: Stopwatch) -> float:
+def _start(device: torch.device, seconds: Callable[[Callable[[], object]], float]) -> float:
     """Seconds for which an operation of a model's code occupies the program; this one computes next to nothing."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 16}
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(device).eval()

@@ -1,5 +1,6 @@
 """A plan as text for a terminal, and as JSON; sizes of memory as people write them."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ def in_words(plan: Plan, steps: Sequence[Step]) -> str:
     speed, room = plan.speed, _size(plan.room)
     kind = str(speed.dtype).removeprefix("torch.")
     part, phase = plan.largest
+    training = f"{plan.minutes:.1f} min" if plan.minutes < 120 else f"{plan.minutes / 60:.1f} h"
     lines = [
         f"device: {speed.name}, {_size(speed.memory)}, {kind}; {speed.source}",
         "",
@@ -24,7 +26,7 @@ def in_words(plan: Plan, steps: Sequence[Step]) -> str:
         f"{phase.name}",
         f"      (turned down by {phase.turned_down_by})",
         f"{'fits' if plan.fits else 'does not fit'}: of {_size(speed.memory)} tensors may take {room}",
-        f"time: {plan.seconds:.3g} s an iteration, {_minutes(plan.minutes)} for {plan.iterations} iterations, "
+        f"time: {plan.seconds:.3g} s an iteration, {training} for {plan.iterations} iterations, "
         "validations not counted",
         "",
         "where each part may live:",
@@ -42,7 +44,6 @@ def _row(*cells: str) -> str:
 
 
 def _part_rows(plan: Plan, part: Part) -> Iterator[str]:
-    """One line for the part, one for each model in it, each thing that it holds, and each phase."""
     seconds = f"{plan.part_seconds(part):.3g}"
     yield _row(part.name, "", _count(part.parameters), _size(part.resident), _size(part.working), seconds)
     for piece in part.pieces if len(part.pieces) > 1 else ():
@@ -59,7 +60,8 @@ def _of_steps(steps: Sequence[Step]) -> list[str]:
     lines = ["turn down, in this order:"]
     for step in steps:
         after = f"peak {_size(step.peak)}, {step.seconds:.3g} s"
-        lines.append(f"  -o {step.setting}={_written(step.value)}  saves {_size(step.saved)} ({after}); {step.price}")
+        value = f"'{json.dumps(step.value)}'" if isinstance(step.value, dict) else json.dumps(step.value)
+        lines.append(f"  -o {step.setting}={value}  saves {_size(step.saved)} ({after}); {step.price}")
     fits = "then it fits" if steps[-1].fits else "even then it does not fit: take smaller models, or several devices"
     return [*lines, fits]
 
@@ -117,14 +119,3 @@ def _size(count: float) -> str:
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.3f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
-
-
-def _minutes(minutes: float) -> str:
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def _written(value: object) -> str:
-    if isinstance(value, dict):
-        inner = ", ".join(f'"{key}": {item}' for key, item in value.items())
-        return f"'{{{inner}}}'"
-    return str(value).lower() if isinstance(value, bool) else str(value)

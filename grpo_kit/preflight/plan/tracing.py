@@ -168,30 +168,24 @@ def weightless(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
     with mode:
         for module in model.modules():
             for name, old in module._parameters.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
+                if old is not None and id(old) not in made:
                     values = torch.empty(old.shape, dtype=old.dtype, device="cpu")
                     made[id(old)] = torch.nn.Parameter(values, requires_grad=old.requires_grad)
-                module._parameters[name] = made[id(old)]
+                module._parameters[name] = made.get(id(old))
     return model
 
 
 def _lifted(func, args: tuple, kwargs: dict, mode: FakeTensorMode) -> tuple[tuple, dict]:
     """The arguments with real tensors made fake, where a mask that picks values first becomes their places."""
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-        args = (args[0], _places(args[1]), *args[2:])
+        places: list[torch.Tensor | None] = []
+        for index in args[1]:
+            is_mask = index is not None and index.dtype is torch.bool and not isinstance(index, FakeTensor)
+            places += index.nonzero(as_tuple=True) if is_mask else [index]
+        args = (args[0], places, *args[2:])
 
     def lift(leaf: object) -> object:
         known = not isinstance(leaf, torch.Tensor) or isinstance(leaf, FakeTensor)
         return leaf if known else mode.from_tensor(leaf, static_shapes=True)
 
     return tree_map(lift, args), tree_map(lift, kwargs)
-
-
-def _places(indices: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    places: list[torch.Tensor | None] = []
-    for index in indices:
-        is_mask = index is not None and index.dtype is torch.bool and not isinstance(index, FakeTensor)
-        places += index.nonzero(as_tuple=True) if is_mask else [index]
-    return places

@@ -7,11 +7,4 @@ from grpo_kit.show.widgets.image_compare import ImageCompare
 from grpo_kit.show.widgets.live_training import LiveTraining
 from grpo_kit.show.widgets.loss_playground import LossPlayground
 
-__all__ = [
-    "AdvantagePlayground",
-    "BeTheReward",
-    "GroupExplorer",
-    "ImageCompare",
-    "LiveTraining",
-    "LossPlayground",
-]
+__all__ = ["AdvantagePlayground", "BeTheReward", "GroupExplorer", "ImageCompare", "LiveTraining", "LossPlayground"]

@@ -13,8 +13,7 @@ from grpo_kit.config import KitError
 from grpo_kit.grpo import group_advantages
 from grpo_kit.show.frame import signed
 from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, styled
-from grpo_kit.show.widgets.controls import button, on_change, row, slider
-from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox
+from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox, button, on_change, row, slider
 
 MOST = 8  # rewards of a group
 SECOND_GROUP = (0.90, 0.70, 0.30, 0.10)
@@ -96,8 +95,13 @@ class AdvantagePlayground(PictureBox):
         """Return the bars as the sliders stand, and show only the sliders of this group's size."""
         for number, control in enumerate(self.sliders):
             control.layout.display = None if number < self.size.value else "none"
+        rewards, count = self.rewards, self.size.value
+        shown = [*rewards, *SECOND_GROUP], *advantages_of(rewards).values()
         with self._live.redrawn() as panels:
-            _draw_bars(panels, self.rewards)
+            panels[0].plot([0, WIDTH], [sum(rewards) / count] * 2, color=INK, lw=1.2, ls="--", zorder=4)
+            for axes, values in zip(panels, shown, strict=True):
+                for place, value in enumerate(values):
+                    _draw_bar(axes, place, count, value, with_sign=axes is not panels[0])
         return [self._live]
 
     def reading(self) -> list[str]:
@@ -158,15 +162,6 @@ def _frame(axes: Axes, title: str, note: str, low: float, high: float) -> None:
     axes.axvline(WIDTH + GAP / 2, color=FAINT, lw=0.8)
     axes.set_title(title, pad=19)
     axes.text(0, 1.025 if low >= 0 else 1.05, note, transform=axes.transAxes, color=GREY, fontsize=9)
-
-
-def _draw_bars(panels: Sequence[Axes], rewards: Sequence[float]) -> None:
-    """Draw rewards and their advantages into the axes of `_empty_figure`, the second group's behind the first's."""
-    count = len(rewards)
-    panels[0].plot([0, WIDTH], [sum(rewards) / count] * 2, color=INK, lw=1.2, ls="--", zorder=4)
-    for axes, values in zip(panels, ([*rewards, *SECOND_GROUP], *advantages_of(rewards).values()), strict=True):
-        for place, value in enumerate(values):
-            _draw_bar(axes, place, count, value, with_sign=axes is not panels[0])
 
 
 def _draw_bar(axes: Axes, place: int, count: int, value: float, with_sign: bool) -> None:

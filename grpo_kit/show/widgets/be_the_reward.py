@@ -10,8 +10,7 @@ from PIL import Image
 from grpo_kit.config import KitError
 from grpo_kit.show.style import BLUE, GREY, Drawing
 from grpo_kit.show.widgets.cards import Card, card_sheet
-from grpo_kit.show.widgets.controls import button
-from grpo_kit.show.widgets.picture_box import PictureBox
+from grpo_kit.show.widgets.picture_box import PictureBox, button
 
 LINES = 3
 

@@ -9,8 +9,8 @@ from matplotlib.colors import to_rgba
 from grpo_kit.show.frame import signed
 from grpo_kit.show.style import GREY, VERMILION, Drawing, format_metric, styled
 from grpo_kit.show.widgets.cards import DEEPEST, GAP, WIDTH, Card, card_sheet
-from grpo_kit.show.widgets.controls import button, on_change, row
 from grpo_kit.show.widgets.kept_groups import GroupBox, open_image, parts_text, range_text
+from grpo_kit.show.widgets.picture_box import button, on_change, row
 from grpo_kit.show.widgets.tokens import MEASURES, Token, tinted
 
 COLUMNS, LINES, NOTE_LINES = 4, 4, 3

@@ -9,9 +9,8 @@ from grpo_kit.config import KitError
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.style import VARIANT_COLOURS, VARIANT_NAMES, VARIANTS, Drawing, format_metric, plain_text, score_text
 from grpo_kit.show.widgets.cards import Card, card_sheet
-from grpo_kit.show.widgets.controls import button, dropdown, on_change, row
 from grpo_kit.show.widgets.kept_groups import open_run
-from grpo_kit.show.widgets.picture_box import PictureBox
+from grpo_kit.show.widgets.picture_box import PictureBox, button, dropdown, on_change, row
 
 if TYPE_CHECKING:
     from grpo_kit.evaluation.evaluate import EvalResult

@@ -10,8 +10,7 @@ from PIL import Image
 from grpo_kit.config import KitError
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.style import format_metric, metric_name, plain_text
-from grpo_kit.show.widgets.controls import dropdown, on_change
-from grpo_kit.show.widgets.picture_box import PictureBox
+from grpo_kit.show.widgets.picture_box import PictureBox, dropdown, on_change
 
 
 class GroupBox(PictureBox):
@@ -36,9 +35,8 @@ class GroupBox(PictureBox):
                 f"run {self.record.path}: found no kept rollout. Train at least one iteration, or choose another run."
             )
         if iteration is not None and iteration not in kept:
-            raise KitError(
-                f"iteration: found {iteration}, allowed: {', '.join(map(str, kept))}. Choose a kept rollout."
-            )
+            allowed = ", ".join(map(str, kept))
+            raise KitError(f"iteration: found {iteration}, allowed: {allowed}. Choose a kept rollout.")
         iteration = kept[-1] if iteration is None else iteration
         self.rollout = self.record.rollout(iteration).reset_index(drop=True)
         groups = [value for _, value in self._prompts()]

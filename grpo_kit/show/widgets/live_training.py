@@ -60,7 +60,9 @@ class LiveTraining(PictureBox):
             metrics: what the iteration logged, as `train` hands it over.
         """
         self._follow(metrics)
-        last = metrics["iteration"] == self.planned or self._is_stopped()
+        stops = self._settings.get("stop_on_divergence")  # the check for reward hacking ends the run
+        stopped = stops and read_run(self._path).sentinel.get("divergence")
+        last = bool(metrics["iteration"] == self.planned or stopped)
         if last or time.monotonic() >= self._due:
             self.redraw()
             self._follow(metrics)
@@ -76,8 +78,7 @@ class LiveTraining(PictureBox):
     def draw(self) -> None:
         """Read the run folder and draw what it holds now; the group only when a newer one was kept."""
         started = time.monotonic()
-        there = self._path.is_dir()
-        self._record = read_run(self._path) if there else RunRecord(self._path, {}, [], [], {})
+        self._record = read_run(self._path) if self._path.is_dir() else RunRecord(self._path, {}, [], [], {})
         self._settings: Mapping[str, object] = self._record.config.get("training_settings", {})
         curves, group = self.pictures
         curves.value = self._draw_curves().to_png(DPI)
@@ -93,11 +94,6 @@ class LiveTraining(PictureBox):
 
     def _newest(self) -> Mapping[str, float]:
         return self._record.lines[-1] if self._record.lines else {}
-
-    def _is_stopped(self) -> bool:
-        """Say whether the check for reward hacking has ended the run."""
-        stops = self._settings.get("stop_on_divergence")
-        return bool(stops and read_run(self._path).sentinel.get("divergence"))
 
     @styled
     def _draw_curves(self) -> Drawing:
@@ -151,8 +147,7 @@ def _progress(metrics: Mapping[str, float], planned: int) -> str:
         return "no iteration yet: the first one appears here when it is finished"
     iteration = int(metrics["iteration"])
     parts = [f"iteration {iteration}" + (f" of {planned}" if planned else "")]
-    known = {"reward": "reward", "rewards/gold/mean": "gold", "kl": "KL"}
-    for column, name in known.items():
+    for column, name in {"reward": "reward", "rewards/gold/mean": "gold", "kl": "KL"}.items():
         if metrics.get(column) is not None:
             parts.append(f"{name} {format_metric(name, metrics[column])}")
     seconds = metrics.get("step_time")

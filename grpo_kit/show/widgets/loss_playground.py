@@ -13,8 +13,7 @@ from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.frame import signed
 from grpo_kit.show.one_token import TokenSettings, loss_and_push
 from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, styled
-from grpo_kit.show.widgets.controls import dropdown, on_change, row, slider
-from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox
+from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox, dropdown, on_change, row, slider
 from grpo_kit.show.widgets.what_if import CISPO_CAP, WhatIf
 
 NO_PUSH = 1e-9

@@ -2,14 +2,15 @@
 
 A notebook shows a widget in several forms, of which each reader takes the best that it knows: JupyterLab the live
 widget, all others the static twin, which is the same pictures. nbconvert prefers the live widget too, as long as the
-notebook holds its state; the committed notebooks and the report hold no state.
+notebook holds its state; the committed notebooks and the report hold no state. At the end of this file stand the
+controls, each with the width and the label that it has everywhere.
 """
 
 import base64
 import html
 import io
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import ipywidgets
@@ -26,6 +27,7 @@ DPI = 150  # of a live picture: sharp on a projector; its twin has 100
 BUDGET = 110_000  # bytes of a static twin, 147 kB as base64: a notebook with several widgets stays small
 QUALITIES = (90, 80, 70, 60, 50, 40, 30)
 MOST_WORDS = 2000  # characters of a paragraph and of an alt text
+WHOLE_LABEL = {"description_width": "initial"}  # as wide as its text
 DRAWING = threading.RLock()  # matplotlib's settings are shared by all threads
 
 
@@ -181,3 +183,34 @@ def _bytes(picture: Image.Image, kind: str, **settings: object) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, kind, **settings)
     return stream.getvalue()
+
+
+def row(children: Iterable[ipywidgets.Widget]) -> ipywidgets.HBox:
+    """Return widgets in a row, with room between them, that goes on in the next line where the page is narrow."""
+    return ipywidgets.HBox(list(children), layout=dict(flex_flow="row wrap", grid_gap="4px 14px"))
+
+
+def button(text: str, action: Callable[[], object], width: str = "auto") -> ipywidgets.Button:
+    """Return a button that calls `action`."""
+    made = ipywidgets.Button(description=text, layout=dict(width=width, margin="2px 1%"))
+    made.on_click(lambda _: action())
+    return made
+
+
+def dropdown(name: str, options: Sequence, value: object, pixels: int) -> ipywidgets.Dropdown:
+    """Return a list to choose from."""
+    return ipywidgets.Dropdown(
+        options=options, value=value, description=name, style=WHOLE_LABEL, layout=dict(width=f"{pixels}px")
+    )
+
+
+def slider(name: str, value: float, low: float, high: float, **settings: object) -> ipywidgets.FloatSlider:
+    """Return a slider in steps of 0.01; `settings` are those of ipywidgets."""
+    usual = dict(step=0.01, style=WHOLE_LABEL, layout=dict(width="300px"))
+    return ipywidgets.FloatSlider(value=value, min=low, max=high, description=name, **usual | settings)
+
+
+def on_change(controls: Iterable[ipywidgets.Widget], action: Callable[[], object]) -> None:
+    """Call `action` whenever the value of one of the controls changes."""
+    for control in controls:
+        control.observe(lambda _: action(), names="value")

@@ -6,6 +6,7 @@ from inspect import signature
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from grpo_kit.config import KitError, TrainingSettings
 from grpo_kit.grpo import group_advantages, grpo_loss, token_weights
@@ -61,9 +62,11 @@ def recompute(
     scaling = dict(scale_rewards=settings.scale_rewards, baseline=settings.baseline, eps=settings.advantage_eps)
     advantages = group_advantages(usable, groups, **scaling, noise_floor=settings.reward_noise_floor)
     kept = ~usable.isnan()
-    weights, pushes = (torch.zeros_like(rewards) for _ in range(2))
     rows, weights, pushes = rollout[kept.numpy()], torch.zeros_like(rewards), torch.zeros_like(rewards)
-    old, reference, new = (_padded(rows[f"{name}_logprobs"]) for name in ("old", "ref", "new"))
+    old, reference, new = (  # (N, T), with 0 after the rows' ends
+        pad_sequence([torch.tensor(np.asarray(row, dtype=float)) for row in rows[name]], batch_first=True)
+        for name in ("old_logprobs", "ref_logprobs", "new_logprobs")
+    )
     mask = torch.arange(old.shape[1]) < torch.tensor(rows["completion_ids"].map(len).to_numpy()).unsqueeze(1)
     logprobs = (new if after else old).clone().requires_grad_()
     token = token_weights(mask, settings.loss_type, max_new_tokens).double()
@@ -73,9 +76,3 @@ def recompute(
     (gradient,) = torch.autograd.grad(output.loss, logprobs)
     weights[kept], pushes[kept] = token.amax(dim=1), -gradient.sum(dim=1)
     return Pushes(advantages.numpy(), weights.numpy(), pushes.numpy())
-
-
-def _padded(rows: pd.Series) -> torch.Tensor:
-    """Return lists of different lengths as (N, T), with 0 after their ends."""
-    values = [torch.tensor(np.asarray(row, dtype=float)) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 
 from grpo_kit.config import TrainingSettings
 from grpo_kit.show.style import BLUE, GREY, INK, VERMILION, Drawing, styled
-from grpo_kit.show.widgets.controls import WHOLE_LABEL, button, dropdown, on_change, row
 from grpo_kit.show.widgets.kept_groups import GroupBox, ranges
+from grpo_kit.show.widgets.picture_box import WHOLE_LABEL, button, dropdown, on_change, row
 from grpo_kit.show.widgets.recorded_step import Pushes, recompute
 
 CISPO_CAP = 5.0  # its authors' bound of the ratio; the other types' epsilon_high means 1 + that
