@@ -145,8 +145,7 @@ def subject_of(loss: Callable | None, name: str = "", advantages: Callable | Non
         KitError: a function that needs other arguments, or that fails on an ordinary batch.
     """
     subject = Subject(name or getattr(loss or advantages, "__name__", "loss"), None, frozenset())
-    if advantages is not None:
-        subject = _with_advantages(subject, advantages)
+    subject = subject if advantages is None else _with_advantages(subject, advantages)
     return subject if loss is None else _with_loss(subject, loss)
 
 
@@ -211,11 +210,10 @@ def _callable_by_name(
     known = (*arguments, *settings)
     parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p for p in parameters if p.default is p.empty]
-    for parameter in required:
-        by_position = parameter.kind is parameter.POSITIONAL_ONLY
-        if by_position or parameter.name not in known:
-            why = "by position only" if by_position else "which is not known"
-            raise KitError(f"{name}: needs {parameter.name!r}, {why}; allowed, by name: {', '.join(known)}")
+    for p in required:
+        if p.kind is p.POSITIONAL_ONLY or p.name not in known:
+            why = "by position only" if p.kind is p.POSITIONAL_ONLY else "which is not known"
+            raise KitError(f"{name}: needs {p.name!r}, {why}; allowed, by name: {', '.join(known)}")
     filled = {p.name: settings[p.name] for p in required if p.name in settings}
     switches = {
         p.name for p in parameters if isinstance(p.default, bool) and not isinstance(settings.get(p.name), bool)

@@ -45,11 +45,8 @@ class GroupExplorer(GroupBox):
         self.tint = ipywidgets.ToggleButtons(options=[*tints, ("none", None)], style=style)
         on_change([self.order, self.tint], self.redraw)
         previous, following = button("‹ previous", lambda: self._step(-1)), button("next ›", lambda: self._step(1))
-        labels = ipywidgets.Label("order"), ipywidgets.Label("tint tokens by")
-        return [
-            row([previous, self.iteration, self.prompt, following]),
-            row([labels[0], self.order, labels[1], self.tint]),
-        ]
+        views = [ipywidgets.Label("order"), self.order, ipywidgets.Label("tint tokens by"), self.tint]
+        return [row([previous, self.iteration, self.prompt, following]), row(views)]
 
     def _step(self, by: int) -> None:
         """Go to the next or previous prompt; past an iteration's end to the neighbouring iteration."""

@@ -33,9 +33,8 @@ class ImageCompare(PictureBox):
         if isinstance(run, (RunRecord, Path, str)):
             run = open_run(run)
             if run.evaluation.empty:
-                raise KitError(
-                    f"run {run.path}: found no evaluation. Evaluate it first: gk.evaluate(kit, run_dir=...)."
-                )
+                how = "Evaluate it first: gk.evaluate(kit, run_dir=...)."
+                raise KitError(f"run {run.path}: found no evaluation. {how}")
             self._rows, self._images = run.evaluation, run.evaluation_images()
         else:
             self._rows, self._images = run.rows, run.images

@@ -88,9 +88,9 @@ class LiveTraining(PictureBox):
             group.value = self._draw_group().to_png(DPI)
         self.write(self.reading())
         self._follow(self._newest())
-        ended = time.monotonic()
-        pause = max(PAUSE, (ended - started) / SHARE) if self._record.iterations > 1 else 0.0  # the first come at once
-        self._due = ended + pause
+        self._due = ended = time.monotonic()
+        if self._record.iterations > 1:  # the first come at once
+            self._due += max(PAUSE, (ended - started) / SHARE)
 
     def _newest(self) -> Mapping[str, float]:
         return self._record.lines[-1] if self._record.lines else {}
@@ -125,10 +125,9 @@ class LiveTraining(PictureBox):
     def _ipython_display_(self) -> None:
         """Show the widget, and remember where, so that its picture can be brought up to date at the end."""
         self.redraw()
-        handle = DisplayHandle()
         forms, metadata = self._repr_mimebundle_()
-        handle.display(forms, metadata=metadata, raw=True)
-        self._handle = handle
+        self._handle = DisplayHandle()
+        self._handle.display(forms, metadata=metadata, raw=True)
 
     def figures(self) -> list[Drawing]:
         """Return the curves and the newest group of what is on disk."""
