@@ -15,7 +15,7 @@ from grpo_kit.models.pipeline import save_memory, use_scheduler
 from grpo_kit.models.text_embeddings import KEPT_BYTES, KEPT_TEXTS, TEXTS_AT_ONCE
 from grpo_kit.preflight.plan.architectures import PipelineShape, PlanError, component, pipeline_shape
 from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, tensors_of
-from grpo_kit.preflight.plan.tracing import Cost, Trace, cost_of, weightless
+from grpo_kit.preflight.plan.tracing import Cost, Trace, weightless
 
 _T5_TOKENS = 256  # of SD3's pipeline, where generation_settings.max_sequence_length is null
 _SETTING = "generation_settings.image_batch_size"
@@ -115,14 +115,12 @@ def _reading(pipeline: DiffusionPipeline, config: Config, there: list[torch.Tens
     """Every text encoder reads a few texts."""
     given = config.generation_settings.max_sequence_length
     encoders = [model for name, model in _models(pipeline.components).items() if name.startswith("text_encoder")]
-
-    def read() -> None:
+    with Trace(there) as trace:
         for encoder in encoders:
             own = getattr(encoder.config, "max_position_embeddings", None)
             length = own or (_T5_TOKENS if given is None else max(given, 1))
             encoder(torch.zeros(TEXTS_AT_ONCE, length, dtype=torch.long), output_hidden_states=True)
-
-    return cost_of(read, there)
+    return trace.cost
 
 
 def _denoising(
@@ -151,11 +149,9 @@ def _denoising(
 @torch.no_grad()
 def _decoding(pipeline: DiffusionPipeline, latents: torch.Tensor, there: list[torch.Tensor]) -> Cost:
     """One call's latents, made into pictures as the pipeline does."""
-
-    def decode() -> None:
+    with Trace(there) as trace:
         decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
         pictures = pipeline.image_processor.postprocess(decoded, output_type="pt")
         del decoded
         pictures.permute(0, 2, 3, 1).float().contiguous()
-
-    return cost_of(decode, there)
+    return trace.cost
