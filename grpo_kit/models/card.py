@@ -118,8 +118,11 @@ def add_results(run: Path, policy: "Policy", results: Mapping) -> None:
         return
     found = _for_the_hub(results)
     card.data.model_name, card.data.eval_results = ("trained policy", found) if found else (None, None)
-    text = _with_results(card.text, results)
-    replace_file(place, f"---\n{card.data.to_yaml()}\n---\n\n{text}".encode())
+    sections = [part for part in re.split(r"^(?=## )", card.text, flags=re.MULTILINE) if not part.startswith(_RESULTS)]
+    end = next((i for i, part in enumerate(sections) if part.startswith(_TRAINING)), len(sections))
+    before, after = "".join(sections[:end]).strip(), "".join(sections[end:]).strip()
+    text = "\n\n".join(part for part in (before, _results(results), after) if part)  # in place of older results
+    replace_file(place, f"---\n{card.data.to_yaml()}\n---\n\n{text}\n".encode())
 
 
 def _for_the_hub(results: Mapping) -> list[EvalResult]:
@@ -139,14 +142,6 @@ def _for_the_hub(results: Mapping) -> list[EvalResult]:
 
 def _is_known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _with_results(text: str, results: Mapping) -> str:
-    """A card's text with these results, before its training or at its end, in place of older ones."""
-    sections = [part for part in re.split(r"^(?=## )", text, flags=re.MULTILINE) if not part.startswith(_RESULTS)]
-    place = next((i for i, part in enumerate(sections) if part.startswith(_TRAINING)), len(sections))
-    before, after = "".join(sections[:place]).strip(), "".join(sections[place:]).strip()
-    return "\n\n".join(part for part in (before, _results(results), after) if part) + "\n"
 
 
 def _results(results: Mapping) -> str:

@@ -118,7 +118,13 @@ class Generator:
         arguments = self._text_inputs([text for text, _ in pairs]) | self._options()
         with _infinities_as_nan(self.pipeline):
             output = self.pipeline(**arguments, generator=generators, output_type="np")
-        self._count_flagged(sum(map(bool, getattr(output, "nsfw_content_detected", None) or [])))
+        flagged = sum(map(bool, getattr(output, "nsfw_content_detected", None) or []))
+        if flagged and not self.flagged:
+            logger.warning(
+                "generator: its safety checker blackened a picture, which counts as failed; generator.flagged counts "
+                "them (model_settings.safety_checker: false draws without it)"
+            )
+        self.flagged += flagged
         return [_checked_image(pixels) for pixels in output.images]
 
     def _options(self) -> dict[str, object]:
@@ -133,14 +139,6 @@ class Generator:
         if self._texts is not None:
             given["negative_prompt"] = None  # some have a text by default, which would contradict the embeddings
         return {name: value for name, value in given.items() if name in self._takes}
-
-    def _count_flagged(self, count: int) -> None:
-        if count and not self.flagged:
-            logger.warning(
-                "generator: its safety checker blackened a picture, which counts as failed; generator.flagged counts "
-                "them (model_settings.safety_checker: false draws without it)"
-            )
-        self.flagged += count
 
     def _text_inputs(self, texts: list[str]) -> dict[str, object]:
         """The prompts as kept embeddings, or as texts for pipelines that the kit cannot encode for."""

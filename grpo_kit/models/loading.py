@@ -4,15 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    TorchAoConfig,
-)
-from transformers import logging as transformers_logging
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -34,13 +26,13 @@ def load_language_model(
     """
     quantised = eight_bits("base_8bit") if base_8bit else {}
     options = {"trust_remote_code": trust_remote_code}
-    transformers_logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     try:
-        kind = AutoConfig.from_pretrained(name, **options).model_type
+        kind = transformers.AutoConfig.from_pretrained(name, **options).model_type
         if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
+            model_class, processor_class = transformers.AutoModelForImageTextToText, transformers.AutoProcessor
         else:
-            model_class, processor_class = AutoModelForCausalLM, AutoTokenizer
+            model_class, processor_class = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
         model, found = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **options, **quantised)
         processor = processor_class.from_pretrained(name, **options)
     except Exception as error:  # the libraries raise a dozen kinds
@@ -69,7 +61,7 @@ def eight_bits(setting: str) -> dict[str, object]:
             f"model_settings.{setting}: found true, but torchao is not installed. Install it: "
             "pip install 'torchao>=0.18,<1'"
         ) from None
-    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    return {"quantization_config": transformers.TorchAoConfig(Int8WeightOnlyConfig())}
 
 
 def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None, seed: int) -> torch.nn.Module:

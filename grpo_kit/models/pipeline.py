@@ -7,7 +7,7 @@ from math import lcm
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, FluxPipeline, LCMScheduler, SanaPipeline, SchedulerMixin, TCDScheduler
+from diffusers import DiffusionPipeline, FluxPipeline, LCMScheduler, SanaPipeline, TCDScheduler
 from diffusers.utils import logging as diffusers_logging
 from transformers import PreTrainedModel, T5EncoderModel
 from transformers import logging as transformers_logging
@@ -80,23 +80,18 @@ def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
         ConfigError: diffusers has none of that name, or it does not fit the pipeline's.
     """
     own = pipeline.scheduler
-    allowed = _compatible(own)
+    kinds = {kind.__name__: kind for kind in (*own.compatibles, type(own))}
+    if "EulerDiscreteScheduler" in kinds:
+        kinds |= _FEW_STEPS
+    if getattr(own.config, "prediction_type", None) == "flow_prediction":  # `compatibles` does not check that
+        kinds = {kind: c for kind, c in kinds.items() if "use_flow_sigmas" in signature(c.__init__).parameters}
+    allowed = kinds.keys() - _OWN_NOISE
     if name not in allowed:
         raise ConfigError(
             f"generation_settings.scheduler: found {name!r}, allowed for a pipeline with {type(own).__name__}: "
             f"{', '.join(sorted(allowed))}, or null for its own"
         )
     pipeline.scheduler = getattr(diffusers, name).from_config(own.config)
-
-
-def _compatible(scheduler: SchedulerMixin) -> set[str]:
-    """The names of the schedulers that can replace one."""
-    kinds = {kind.__name__: kind for kind in (*scheduler.compatibles, type(scheduler))}
-    if "EulerDiscreteScheduler" in kinds:
-        kinds |= _FEW_STEPS
-    if getattr(scheduler.config, "prediction_type", None) == "flow_prediction":  # `compatibles` does not check that
-        kinds = {name: kind for name, kind in kinds.items() if "use_flow_sigmas" in signature(kind.__init__).parameters}
-    return kinds.keys() - _OWN_NOISE
 
 
 def save_memory(pipeline: DiffusionPipeline, settings: ModelSettings) -> None:

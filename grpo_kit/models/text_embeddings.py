@@ -5,16 +5,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FluxPipeline,
-    PixArtSigmaPipeline,
-    SanaPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DiffusionPipeline
 from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,12 +19,15 @@ _GUIDED = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_GUIDED, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 _RETURNS = {  # what `encode_prompt` returns, by the names of the pipeline call's arguments
-    StableDiffusionPipeline: _GUIDED,
-    StableDiffusionXLPipeline: _POOLED,
-    StableDiffusion3Pipeline: _POOLED,
-    FluxPipeline: ("prompt_embeds", "pooled_prompt_embeds"),  # it returns positions too, which depend on no text
-    PixArtSigmaPipeline: _MASKED,
-    SanaPipeline: _MASKED,
+    diffusers.StableDiffusionPipeline: _GUIDED,
+    diffusers.StableDiffusionXLPipeline: _POOLED,
+    diffusers.StableDiffusion3Pipeline: _POOLED,
+    diffusers.FluxPipeline: (
+        "prompt_embeds",
+        "pooled_prompt_embeds",
+    ),  # it returns positions too, which depend on no text
+    diffusers.PixArtSigmaPipeline: _MASKED,
+    diffusers.SanaPipeline: _MASKED,
 }
 _Row = dict[str, torch.Tensor]
 
@@ -54,7 +50,6 @@ class TextEmbeddings:
         self, pipeline: DiffusionPipeline, max_sequence_length: int | None = None, device: torch.device | None = None
     ) -> None:
         self.pipeline = pipeline
-        self.has_negative = "negative_prompt_embeds" in _RETURNS[type(pipeline)]
         self.device = device
         self.truncated = 0
         self._options = _encoding_options(pipeline, max_sequence_length)
@@ -63,12 +58,10 @@ class TextEmbeddings:
 
     def inputs(self, texts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
         """Arguments of the pipeline's call for N texts: name → (N, …), with a negative branch where `guided`."""
-        guided = guided and self.has_negative
+        guided = guided and "negative_prompt_embeds" in _RETURNS[type(self.pipeline)]
         self._keep(texts, guided)
         inputs = _stacked([self._kept[text] for text in texts])
-        if guided:
-            inputs |= _stacked([self._kept[None]] * len(texts))
-        return inputs
+        return inputs | _stacked([self._kept[None]] * len(texts)) if guided else inputs
 
     def _keep(self, texts: Sequence[str], guided: bool) -> None:
         """Encode the texts that are not kept yet, beside empty ones where they are too few; drop the oldest."""
@@ -122,7 +115,7 @@ def _encoding_options(pipeline: DiffusionPipeline, max_sequence_length: int | No
             options[name] = defaults[name]
     if max_sequence_length is not None:
         options["max_sequence_length"] = max_sequence_length
-    if isinstance(pipeline, StableDiffusion3Pipeline) and pipeline.text_encoder_3 is None:
+    if isinstance(pipeline, diffusers.StableDiffusion3Pipeline) and pipeline.text_encoder_3 is None:
         options["max_sequence_length"] = 0  # else a T5 that was left out adds rows of zeros
     return options
 

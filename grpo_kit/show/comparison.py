@@ -31,18 +31,15 @@ def settings_rows(pools: Sequence[Pool]) -> tuple[list[str], list[Row]]:
     rows = []
     for number, pool in enumerate(pools):
         cells = [value_text(values[number]) for values in differing.values()]
-        cells += [", ".join(map(value_text, pool.seeds)), _iterations(pool)]
+        done = sorted({run.iterations for run in pool.runs})
+        iterations = f"{done[0]}" if len(done) == 1 else f"{done[0]}–{done[-1]}"
+        asked = pool.settings.get("training_settings.num_iterations")
+        if asked is not None and done[0] < asked:
+            iterations += f" of {asked}"
+        cells += [", ".join(map(value_text, pool.seeds)), iterations]
         cells += [number_text(pool.seconds_an_iteration, ".2f"), number_text(pool.seconds and pool.seconds / 60, ".1f")]
         rows.append((pool.label, cells))
     return header, rows
-
-
-def _iterations(pool: Pool) -> str:
-    """How far its runs came, and how far they were to go where that is further."""
-    done = sorted({run.iterations for run in pool.runs})
-    text = f"{done[0]}" if len(done) == 1 else f"{done[0]}–{done[-1]}"
-    asked = pool.settings.get("training_settings.num_iterations")
-    return f"{text} of {asked}" if asked is not None and done[0] < asked else text
 
 
 def final_rows(pools: Sequence[Pool]) -> tuple[list[str], list[tuple[str, list[Row]]]]:
@@ -61,15 +58,10 @@ def final_rows(pools: Sequence[Pool]) -> tuple[list[str], list[tuple[str, list[R
                     signed = kind == "differences"
                     cells = [interval_text(m, value, signed) for m, value in zip(measured, found, strict=True)]
                     lines.append((VARIANT_NAMES.get(name, name.replace("-", " − ")), cells))
-        body.append((f"{pool.label} ({_intervals_over(pool)})", lines))
+        seeds = f"{len(pool.runs)} seeds, intervals over seeds" if pool.over_seeds else "1 run, intervals over prompts"
+        judged = seeds if any(run.results for run in pool.runs) else "not evaluated"
+        body.append((f"{pool.label} ({judged})", lines))
     return [metric_name(metric) for metric in measured], body
-
-
-def _intervals_over(pool: Pool) -> str:
-    if not any(run.results for run in pool.runs):
-        return "not evaluated"
-    count = len(pool.runs)
-    return f"{count} seeds, intervals over seeds" if pool.over_seeds else "1 run, intervals over prompts"
 
 
 def against_rows(pools: Sequence[Pool]) -> list[Row]:
@@ -91,7 +83,9 @@ def cautions(pools: Sequence[Pool]) -> list[str]:
         texts = sorted(f"{prompts} prompts × {seeds} images" for prompts, seeds in judged)
         found.append(f"The runs were not judged alike ({'; '.join(texts)}): compare their final figures with care.")
     lacking = {
-        "Not trained to the end": [run for run in runs if _is_unfinished(run)],
+        "Not trained to the end": [
+            run for run in runs if run.iterations < run.config.get("training_settings", {}).get("num_iterations", 0)
+        ],
         "Not evaluated": [run for run in runs if not run.results],
     }
     for words, some in lacking.items():
@@ -103,16 +97,16 @@ def cautions(pools: Sequence[Pool]) -> list[str]:
     return found
 
 
-def _is_unfinished(run: RunRecord) -> bool:
-    asked = run.config.get("training_settings", {}).get("num_iterations")
-    return asked is not None and run.iterations < asked
-
-
 def runs_text(pools: Sequence[Pool]) -> str:
     """Return the whole comparison as plain text for a terminal."""
     header, rows = settings_rows(pools)
-    wide = len(differing_settings(pools))  # those columns stand in the labels, or in lines of their own
-    blocks = [_setting_lines(pools)] if wide else []
+    blocks, differing = [], differing_settings(pools)
+    wide = len(differing)  # those columns stand in the labels, or in lines of their own
+    if differing:
+        texts = setting_texts(differing)
+        named = [pool.label for pool in pools] in (texts, setting_texts(differing, changes_only=True))
+        settings = [f"{pool.label}: {text}" for pool, text in zip(pools, texts, strict=True)]
+        blocks.append(settings[:1] if named else settings)
     blocks.append(aligned([["", *header[wide:]], *([label, *cells[wide:]] for label, cells in rows)]))
     metrics, body = final_rows(pools)
     lines = [[f"  {name}", *cells] for _, block in body for name, cells in block]
@@ -130,14 +124,6 @@ def runs_text(pools: Sequence[Pool]) -> str:
     return "\n\n".join(["\n".join(block) for block in blocks] + cautions(pools))
 
 
-def _setting_lines(pools: Sequence[Pool]) -> list[str]:
-    """The settings that differ: of the first pool, and of all where their labels do not name them."""
-    differing = differing_settings(pools)
-    texts = setting_texts(differing)
-    named = [pool.label for pool in pools] in (texts, setting_texts(differing, changes_only=True))
-    return [f"{pool.label}: {text}" for pool, text in zip(pools, texts, strict=True)][: 1 if named else None]
-
-
 def finals_figure(pools: Sequence[Pool]) -> Drawing:
     """Draw each pool's trained policy on the held-out prompts with its interval, a panel a metric.
 
@@ -146,9 +132,8 @@ def finals_figure(pools: Sequence[Pool]) -> Drawing:
     """
     panels = {}
     for metric in METRICS:
-        found = {pool.label: pool.final("variants", "trained", metric) for pool in pools}
-        if any(found.values()):
-            rows = {label: value for label, value in found.items() if value}
+        rows = {pool.label: value for pool in pools if (value := pool.final("variants", "trained", metric))}
+        if rows:
             panels[f"{metric_name(metric)}, trained policy"] = {"": rows}
     return interval_figure(panels)
 

@@ -10,22 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from grpo_kit.config import KitError
-from grpo_kit.show.style import (
-    BLUE,
-    GREY,
-    INK,
-    MOST_SERIES,
-    VERMILION,
-    Drawing,
-    label,
-    legend_above,
-    metric_name,
-    new_figure,
-    panel_grid,
-    plain_text,
-    series_look,
-    styled,
-)
+from grpo_kit.show import style
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
 
@@ -54,7 +39,7 @@ def _moving_average(values: pd.Series | pd.DataFrame, window: int) -> pd.Series 
     return values.rolling(max(1, window), min_periods=1, center=True).mean()
 
 
-@styled
+@style.styled
 def curve_figure(
     panels: Mapping[str, Mapping[str, Curve]],
     xlabel: str,
@@ -62,7 +47,7 @@ def curve_figure(
     *,
     log_x: bool = False,
     log_y: bool = False,
-) -> Drawing:
+) -> style.Drawing:
     """Draw curves with their points marked and their names at their ends, a panel beside the other.
 
     Args:
@@ -77,19 +62,19 @@ def curve_figure(
     counts = [len(curves) for curves in panels.values()]
     if not counts or min(counts) < 1 or max(counts) > MOST_NAMED:
         raise KitError(f"curve_figure: found {counts} curves, allowed: 1 to {MOST_NAMED} in each panel. Split them.")
-    figure = new_figure(0.6 + 4.3 * len(panels), 3.1)
-    for axes, (title, curves) in zip(panel_grid(figure, len(panels)), panels.items(), strict=True):
+    figure = style.new_figure(0.6 + 4.3 * len(panels), 3.1)
+    for axes, (title, curves) in zip(style.panel_grid(figure, len(panels)), panels.items(), strict=True):
         lowest = min(curves, key=lambda name: curves[name][1][-1])
         for number, (name, (x, y)) in enumerate(curves.items()):
-            look = series_look(number)
+            look = style.series_look(number)
             draw_curve(axes, x, y, **look)
             shift = 0 if len(curves) == 1 else -6 if name == lowest else 6  # so that close ends do not collide
             words = dict(va="center", color=look["color"], annotation_clip=False)
-            label(axes, plain_text(name, 40), (x[-1], y[-1]), (8, shift), **words)
+            style.label(axes, style.plain_text(name, 40), (x[-1], y[-1]), (8, shift), **words)
         _scale(axes, sorted({float(v) for x, _ in curves.values() for v in x}), log_x, log_y)
-        axes.set(title=plain_text(metric_name(title), 60), xlabel=plain_text(xlabel))
+        axes.set(title=style.plain_text(style.metric_name(title), 60), xlabel=style.plain_text(xlabel))
         axes.margins(x=0.06, y=0.12)
-    figure.axes[0].set_ylabel(plain_text(ylabel))
+    figure.axes[0].set_ylabel(style.plain_text(ylabel))
     return figure
 
 
@@ -105,13 +90,13 @@ def _scale(axes: Axes, points: Sequence[float], log_x: bool, log_y: bool) -> Non
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-@styled
+@style.styled
 def training_curves(
     metrics: pd.DataFrame,
     validations: Sequence[Mapping] = (),
     panels: Sequence[str] = tuple(CURVES),
     sentinel: Mapping | None = None,
-) -> Drawing:
+) -> style.Drawing:
     """Draw what training logged: each iteration faint, a moving average strong, held-out validations as points.
 
     Args:
@@ -130,8 +115,8 @@ def training_curves(
     if not drawn:
         raise KitError(f"training curves: found no column of {', '.join(panels)}. Train at least one iteration first.")
     columns = min(3, len(drawn))
-    figure = new_figure(3.7 * columns, 2.6 * -(-len(drawn) // columns))
-    grid = panel_grid(figure, len(drawn), columns, sharex=True)
+    figure = style.new_figure(3.7 * columns, 2.6 * -(-len(drawn) // columns))
+    grid = style.panel_grid(figure, len(drawn), columns, sharex=True)
     for axes, name in zip(grid, drawn, strict=True):
         values = metrics.set_index("iteration")[name].dropna()  # KL, for one, is not measured in every iteration
         _draw_logged(axes, values, validations, name)
@@ -146,40 +131,35 @@ def training_curves(
 def _draw_logged(axes: Axes, values: pd.Series, validations: Sequence[Mapping], name: str) -> None:
     """Draw one logged column and, where the validations have it too, what they found."""
     score = name.removeprefix("rewards/").removesuffix("/mean")
-    title, reading, validated = CURVES.get(name, (metric_name(score), "", score))
+    title, reading, validated = CURVES.get(name, (style.metric_name(score), "", score))
     smooth = _moving_average(values, len(values) // 8)
-    draw_curve(axes, smooth.index, smooth, values, color=BLUE, marker="o" if len(values) == 1 else "")
+    draw_curve(axes, smooth.index, smooth, values, color=style.BLUE, marker="o" if len(values) == 1 else "")
     axes.set_title(title, pad=17)
-    axes.text(0, 1.03, reading, transform=axes.transAxes, color=GREY, fontsize=8)
+    axes.text(0, 1.03, reading, transform=axes.transAxes, color=style.GREY, fontsize=8)
     axes.margins(x=0.03, y=0.14)
     found = {v["iteration"]: v["reward"] if validated == "reward" else v["rewards"].get(validated) for v in validations}
     points = [(iteration, value) for iteration, value in found.items() if value is not None]
     if points:
-        draw_curve(axes, *zip(*points, strict=True), color=VERMILION, marker="o", lw=0.8, ls=(0, (3, 2)))
-        _name_points(axes, points, smooth.iloc[-1])
-
-
-def _name_points(axes: Axes, points: Sequence[tuple[float, float]], curve_ends: float) -> None:
-    """Write what the points are beside the last one, on the side away from the curve, and make room there."""
-    low, high = axes.get_ylim()
-    above = points[-1][1] >= curve_ends
-    axes.set_ylim((low, high + 0.12 * (high - low)) if above else (low - 0.12 * (high - low), high))
-    label(axes, "held out", points[-1], (0, 6 if above else -14), ha="right", color=VERMILION)
+        draw_curve(axes, *zip(*points, strict=True), color=style.VERMILION, marker="o", lw=0.8, ls=(0, (3, 2)))
+        low, high = axes.get_ylim()
+        above = points[-1][1] >= smooth.iloc[-1]  # their name stands on the side away from the curve, with room for it
+        axes.set_ylim((low, high + 0.12 * (high - low)) if above else (low - 0.12 * (high - low), high))
+        style.label(axes, "held out", points[-1], (0, 6 if above else -14), ha="right", color=style.VERMILION)
 
 
 def _mark_divergence(panels: Sequence[Axes], divergence: Mapping) -> None:
     """A line where the reward was found to be gamed, named in the first panel; a thin one where that began."""
     for axes in panels:
-        axes.axvline(divergence["since"], color=INK, lw=0.8, ls=(0, (1, 2)), zorder=1.5)
-        axes.axvline(divergence["iteration"], color=INK, lw=1.4, ls=(0, (5, 2)), zorder=1.5)
+        axes.axvline(divergence["since"], color=style.INK, lw=0.8, ls=(0, (1, 2)), zorder=1.5)
+        axes.axvline(divergence["iteration"], color=style.INK, lw=1.4, ls=(0, (5, 2)), zorder=1.5)
     first = panels[0]
     left = divergence["iteration"] > sum(first.get_xlim()) / 2  # on the side where there is room
     point = (divergence["iteration"], first.get_ylim()[0])
-    label(first, "divergence", point, (-4 if left else 4, 4), ha="right" if left else "left", weight="bold")
+    style.label(first, "divergence", point, (-4 if left else 4, 4), ha="right" if left else "left", weight="bold")
 
 
-@styled
-def seeds_figure(curves: pd.DataFrame) -> Drawing:
+@style.styled
+def seeds_figure(curves: pd.DataFrame) -> style.Drawing:
     """Draw training curves of several settings: each seed faint, a setting's mean over its seeds strong.
 
     Args:
@@ -190,18 +170,18 @@ def seeds_figure(curves: pd.DataFrame) -> Drawing:
     """
     drawn = [name for name in ("reward", "gold", "kl") if name in curves and curves[name].notna().any()]
     settings = list(dict.fromkeys(curves["setting"])) if drawn else []
-    if not drawn or len(settings) > MOST_SERIES:
-        found = f"found {len(settings)} settings, allowed: 1 to {MOST_SERIES}"
+    if not drawn or len(settings) > style.MOST_SERIES:
+        found = f"found {len(settings)} settings, allowed: 1 to {style.MOST_SERIES}"
         raise KitError(f"curves: {found}. Compare fewer runs at a time.")
-    figure = new_figure(4.1 * len(drawn), 3.0 + 0.24 * -(-len(settings) // 3))
-    looks = {setting: series_look(number) for number, setting in enumerate(settings)}
-    for axes, name in zip(panel_grid(figure, len(drawn)), drawn, strict=True):
+    figure = style.new_figure(4.1 * len(drawn), 3.0 + 0.24 * -(-len(settings) // 3))
+    looks = {setting: style.series_look(number) for number, setting in enumerate(settings)}
+    for axes, name in zip(style.panel_grid(figure, len(drawn)), drawn, strict=True):
         for setting in settings:
             _draw_setting(axes, curves[curves["setting"] == setting], name, looks[setting])
-        axes.set(title=metric_name(name), xlabel="iteration")
+        axes.set(title=style.metric_name(name), xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.margins(x=0.03)
-    legend_above(figure, looks, columns=3 if len(drawn) > 2 else 2)
+    style.legend_above(figure, looks, columns=3 if len(drawn) > 2 else 2)
     return figure
 
 

@@ -12,46 +12,29 @@ from PIL import Image
 
 from grpo_kit.config import KitError
 from grpo_kit.runs.record import ImageKey
+from grpo_kit.show import style
 from grpo_kit.show.frame import frame_of
-from grpo_kit.show.style import (
-    FAINT,
-    GREY,
-    INK,
-    VARIANT_COLOURS,
-    VARIANT_NAMES,
-    VARIANTS,
-    Drawing,
-    bare,
-    format_metric,
-    new_figure,
-    number_text,
-    panel_grid,
-    plain_text,
-    score_text,
-    styled,
-    wrap,
-)
 
 SMOOTH_FROM = 128  # pixels across; smaller pictures show their pixels
 
 
 def show_image(
-    axes: Axes, image: Image.Image | None, edge: str = FAINT, width: float = 1.0, line: object = "-"
+    axes: Axes, image: Image.Image | None, edge: str = style.FAINT, width: float = 1.0, line: object = "-"
 ) -> None:
     """Draw an image as it is: no smoothing between the pixels of a small one; `edge`, `width`, `line` of its frame."""
-    bare(axes)
+    style.bare(axes)
     if image is None:
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        axes.text(0.5, 0.5, "no picture", ha="center", va="center", color=GREY)
+        axes.text(0.5, 0.5, "no picture", ha="center", va="center", color=style.GREY)
     else:
         axes.imshow(image, interpolation="nearest" if image.width < SMOOTH_FROM else "antialiased")
     axes.spines[:].set(visible=True, color=edge, linewidth=width, capstyle="butt", linestyle=line)
 
 
-@styled
+@style.styled
 def image_grid(
     images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 6, size: float = 1.7
-) -> Drawing:
+) -> style.Drawing:
     """Draw images in a grid, each with its caption below.
 
     Args:
@@ -66,23 +49,23 @@ def image_grid(
     if not images or len(captions) not in (0, len(images)):
         raise KitError(f"image_grid: found {len(images)} images and {len(captions)} captions. Give a caption for each.")
     columns = min(columns, len(images))
-    texts = [wrap(caption, int(size * 13), 8) for caption in captions] or [""] * len(images)
+    texts = [style.wrap(caption, int(size * 13), 8) for caption in captions] or [""] * len(images)
     lines = max(text.count("\n") + 1 if text else 0 for text in texts)
-    figure = new_figure(size * columns, -(-len(images) // columns) * (size + 0.185 * lines + 0.15))
-    for axes, image, text in zip(panel_grid(figure, len(images), columns), images, texts, strict=True):
+    figure = style.new_figure(size * columns, -(-len(images) // columns) * (size + 0.185 * lines + 0.15))
+    for axes, image, text in zip(style.panel_grid(figure, len(images), columns), images, texts, strict=True):
         show_image(axes, image)
         axes.set_xlabel(text, fontsize=8.5, labelpad=4)
     return figure
 
 
-@styled
+@style.styled
 def group_figure(
     images: Sequence[Image.Image | None],
     texts: Sequence[str],
     rewards: Sequence[float],
     advantages: Sequence[float],
     prompt: str,
-) -> Drawing:
+) -> style.Drawing:
     """Draw one group, best reward first: each image framed by the sign and size of its advantage.
 
     Above the group's mean the frame is blue and solid, below it orange and dashed; the thicker, the further away.
@@ -98,24 +81,26 @@ def group_figure(
     if len(sizes) != 1 or 0 in sizes:
         raise KitError(f"group_figure: found lengths {sorted(sizes)}, allowed: one of each a sample. Pass one group.")
     columns = min(len(images), 4 if len(images) % 4 == 0 else 6)
-    figure = new_figure(2.05 * columns, 0.3 + 2.75 * -(-len(images) // columns))
+    figure = style.new_figure(2.05 * columns, 0.3 + 2.75 * -(-len(images) // columns))
     spread = pd.Series(rewards, dtype=float).std()
-    figure.suptitle(f"“{plain_text(prompt, 90)}”   reward spread {spread:.3f}", x=0.01, ha="left", weight="bold")
+    figure.suptitle(f"“{style.plain_text(prompt, 90)}”   reward spread {spread:.3f}", x=0.01, ha="left", weight="bold")
     samples = list(zip(images, texts, map(float, rewards), map(float, advantages), strict=True))
     samples.sort(key=lambda sample: -np.inf if np.isnan(sample[2]) else sample[2], reverse=True)
-    for axes, (image, text, reward, advantage) in zip(panel_grid(figure, len(samples), columns), samples, strict=True):
+    for axes, (image, text, reward, advantage) in zip(
+        style.panel_grid(figure, len(samples), columns), samples, strict=True
+    ):
         frame = frame_of(advantage)
         show_image(axes, image, *frame)
-        title = f"{format_metric('reward', reward)}   {number_text(advantage, '+.2f')}"
-        axes.set_title(title, color=frame.colour if advantage else INK, fontsize=10.5, loc="center", pad=7)
-        axes.set_xlabel(wrap(text, 27, 4), fontsize=8.5, labelpad=6)
+        title = f"{style.format_metric('reward', reward)}   {style.number_text(advantage, '+.2f')}"
+        axes.set_title(title, color=frame.colour if advantage else style.INK, fontsize=10.5, loc="center", pad=7)
+        axes.set_xlabel(style.wrap(text, 27, 4), fontsize=8.5, labelpad=6)
     return figure
 
 
-@styled
+@style.styled
 def gallery_figure(
     rows: pd.DataFrame, images: Mapping[ImageKey, Image.Image], cases: Sequence[tuple[int, int]]
-) -> Drawing:
+) -> style.Drawing:
     """Draw before and after: a row a case, a column a variant, all at that case's latent seed.
 
     Args:
@@ -130,16 +115,16 @@ def gallery_figure(
     cases = [case for case in cases if case in table.index]
     if not cases:
         raise KitError("gallery_figure: found no row of these prompts and seeds. Choose from the evaluation's rows.")
-    variants = [v for v in VARIANTS if v in set(rows["variant"])]
-    figure = new_figure(2.2 * len(variants), 0.5 + 2.7 * len(cases))
-    panels = panel_grid(figure, len(cases) * len(variants), len(variants))
+    variants = [v for v in style.VARIANTS if v in set(rows["variant"])]
+    figure = style.new_figure(2.2 * len(variants), 0.5 + 2.7 * len(cases))
+    panels = style.panel_grid(figure, len(cases) * len(variants), len(variants))
     for axes, variant in zip(panels, variants, strict=False):
-        axes.set_title(VARIANT_NAMES[variant], color=VARIANT_COLOURS[variant], fontsize=11.5, loc="center")
+        axes.set_title(style.VARIANT_NAMES[variant], color=style.VARIANT_COLOURS[variant], fontsize=11.5, loc="center")
     places = [(prompt_id, seed, variant) for prompt_id, seed in cases for variant in variants]
     for axes, (prompt_id, seed, variant) in zip(panels, places, strict=True):
-        bare(axes)
+        style.bare(axes)
         if (prompt_id, seed, variant) in table.index:
             row = table.loc[(prompt_id, seed, variant)]
             show_image(axes, images.get((prompt_id, variant, seed)))
-            axes.set_xlabel(f"{wrap(row['text'], 28, 3)}\n{score_text(row)}", fontsize=8.5, labelpad=4)
+            axes.set_xlabel(f"{style.wrap(row['text'], 28, 3)}\n{style.score_text(row)}", fontsize=8.5, labelpad=4)
     return figure

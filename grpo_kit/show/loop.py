@@ -103,45 +103,45 @@ class _Loop:
         """The colour of what belongs to these stages: dim where none of them is highlighted."""
         return colour if not self.named or self.named & set(stages) else DIM
 
-    def box(self, x: float, y: float, width: float, height: float, radius: float, face: str, **kwargs: object) -> None:
+    def _box(self, x: float, y: float, width: float, height: float, radius: float, face: str, **kwargs: object) -> None:
         style = f"round,pad=0,rounding_size={radius}"
         look = {"edgecolor": "none", "zorder": 2} | kwargs
         corner = (x - width / 2, y - height / 2)
         self.axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=face, **look))
 
-    def bar(self, x: float, y: float, width: float, height: float, face: str, **kwargs: object) -> None:
+    def _bar(self, x: float, y: float, width: float, height: float, face: str, **kwargs: object) -> None:
         look = {"edgecolor": "none", "zorder": 2} | kwargs
         self.axes.add_patch(Rectangle((x, y - height / 2), width, height, facecolor=face, **look))
 
-    def disc(self, x: float, y: float, radius: float, face: str, **kwargs: object) -> None:
+    def _disc(self, x: float, y: float, radius: float, face: str, **kwargs: object) -> None:
         self.axes.add_patch(Circle((x, y), radius, facecolor=face, edgecolor="none", **kwargs))
 
-    def arrow(self, start: tuple[float, float], end: tuple[float, float], colour: str, head: float, lw: float) -> None:
+    def _arrow(self, start: tuple[float, float], end: tuple[float, float], colour: str, head: float, lw: float) -> None:
         style = dict(arrowstyle="-|>", mutation_scale=head, color=colour, lw=lw, zorder=1)
         self.axes.add_patch(FancyArrowPatch(start, end, **style))
 
-    def text(self, x: float, y: float, text: str, colour: str, size: float, **kwargs: object) -> None:
+    def _text(self, x: float, y: float, text: str, colour: str, size: float, **kwargs: object) -> None:
         self.axes.text(x, y, text, color=colour, fontsize=size, **{"va": "center", "zorder": 3} | kwargs)
 
-    def badge(self, x: float, y: float, stage: str) -> None:
-        self.disc(x, y, 0.17, self.ink(stage), zorder=4)
+    def _badge(self, x: float, y: float, stage: str) -> None:
+        self._disc(x, y, 0.17, self.ink(stage), zorder=4)
         number = str(list(STAGES).index(stage) + 1)
-        self.text(x, y - 0.01, number, PAPER, 9.5, ha="center", weight="bold", zorder=5)
+        self._text(x, y - 0.01, number, PAPER, 9.5, ha="center", weight="bold", zorder=5)
 
-    def card(self, x: float, y: float, width: float, height: float, words: str, stage: str, **kwargs: object) -> None:
-        self.box(x, y, width, height, 0.08, PAPER, edgecolor=self.ink(stage, colour=GREY), lw=1.1)
-        self.text(x, y, words, self.ink(stage), ha="center", **kwargs)
+    def _card(self, x: float, y: float, width: float, height: float, words: str, stage: str, **kwargs: object) -> None:
+        self._box(x, y, width, height, 0.08, PAPER, edgecolor=self.ink(stage, colour=GREY), lw=1.1)
+        self._text(x, y, words, self.ink(stage), ha="center", **kwargs)
 
     def draw_columns(self) -> None:
         """Each stage's number, name and words, on a coloured ground where highlighted; the prompt below the first."""
         for stage, (left, x, right) in COLUMNS.items():
             if stage in self.named:
-                self.box((left + right) / 2, 2.45, right - left, 4.5, 0.12, GROUND, zorder=0)
-            self.badge(x - 0.56, 4.45, stage)
-            self.text(x - 0.31, 4.44, stage, self.ink(stage), 11, weight="bold")
-            self.text(x - 0.73, 4.2, STAGES[stage], self.ink(stage), 8.8, va="top", linespacing=1.25)
-        self.card(0.95, MIDDLE, 1.55, 0.72, f"“{TOY_PROMPT}”", "prompts", size=9, style="italic")
-        self.arrow((1.74, MIDDLE), (1.98, MIDDLE), self.ink("prompts", "rewrites", colour=GREY), 9, 1.1)
+                self._box((left + right) / 2, 2.45, right - left, 4.5, 0.12, GROUND, zorder=0)
+            self._badge(x - 0.56, 4.45, stage)
+            self._text(x - 0.31, 4.44, stage, self.ink(stage), 11, weight="bold")
+            self._text(x - 0.73, 4.2, STAGES[stage], self.ink(stage), 8.8, va="top", linespacing=1.25)
+        self._card(0.95, MIDDLE, 1.55, 0.72, f"“{TOY_PROMPT}”", "prompts", size=9, style="italic")
+        self._arrow((1.74, MIDDLE), (1.98, MIDDLE), self.ink("prompts", "rewrites", colour=GREY), 9, 1.1)
 
     def draw_models(self) -> None:
         """Policy and generator as bars that all four lanes pass."""
@@ -150,9 +150,9 @@ class _Loop:
             (GENERATOR, "generator", "SD3, frozen", self.ink("images", colour=GREY)),
         )
         for x, name, kind, face in models:
-            self.box(x, MIDDLE, 0.6, LANES[0] - LANES[-1] + 0.76, 0.1, FAINT if face == DIM else face)
-            self.text(x - 0.09, MIDDLE, name, PAPER, 12, rotation=90, ha="center", weight="bold")
-            self.text(x + 0.14, MIDDLE, kind, PAPER, 8.5, rotation=90, ha="center")
+            self._box(x, MIDDLE, 0.6, LANES[0] - LANES[-1] + 0.76, 0.1, FAINT if face == DIM else face)
+            self._text(x - 0.09, MIDDLE, name, PAPER, 12, rotation=90, ha="center", weight="bold")
+            self._text(x + 0.14, MIDDLE, kind, PAPER, 8.5, rotation=90, ha="center")
 
     def draw_samples(self) -> None:
         """The four lanes: a rewrite, its picture, its reward, and its advantage around the group's mean."""
@@ -161,34 +161,34 @@ class _Loop:
         samples = zip(LANES, TOY_REWRITES, TOY_REWARDS, toy_advantages(), strict=True)
         for lane, (y, rewrite, reward, advantage) in enumerate(samples):
             for (start, end), stages in ARROWS.items():
-                self.arrow((start, y), (end, y), self.ink(*stages, colour=GREY), 9, 1.1)
-            self.card(3.93, y, 1.95, 0.5, rewrite, "rewrites", size=8.5)
+                self._arrow((start, y), (end, y), self.ink(*stages, colour=GREY), 9, 1.1)
+            self._card(3.93, y, 1.95, 0.5, rewrite, "rewrites", size=8.5)
             self.draw_picture(lane, y)
-            self.bar(8.08, y, reward, 0.26, self.ink("rewards", colour=GREY))
-            self.text(8.16 + reward, y, f"{reward:.2f}", self.ink("rewards"), 10)
+            self._bar(8.08, y, reward, 0.26, self.ink("rewards", colour=GREY))
+            self._text(8.16 + reward, y, f"{reward:.2f}", self.ink("rewards"), 10)
             above = advantage > 0
-            self.bar(ZERO, y, 0.42 * advantage, 0.26, self.ink("advantages", colour=BLUE if above else VERMILION))
+            self._bar(ZERO, y, 0.42 * advantage, 0.26, self.ink("advantages", colour=BLUE if above else VERMILION))
             words, ink = number_text(advantage, "+.2f"), self.ink("advantages")
-            self.text(ZERO + (-0.08 if above else 0.08), y, words, ink, 10, ha="right" if above else "left")
+            self._text(ZERO + (-0.08 if above else 0.08), y, words, ink, 10, ha="right" if above else "left")
 
     def draw_picture(self, lane: int, y: float) -> None:
         """What a rewrite gives: what was asked for, the same faded, one too few, another shape."""
-        self.bar(6.41, y, 0.68, 0.68, PAPER, edgecolor=self.ink("images", colour=GREY), lw=1.1)
+        self._bar(6.41, y, 0.68, 0.68, PAPER, edgecolor=self.ink("images", colour=GREY), lw=1.1)
         alpha = (1.0, 0.3, 1.0, 1.0)[lane] * (0.25 if self.ink("images") == DIM else 1.0)
         for x in ((6.6, 6.9), (6.6, 6.9), (6.75,), ())[lane]:
-            self.disc(x, y, 0.13, RED, alpha=alpha, zorder=3)
+            self._disc(x, y, 0.13, RED, alpha=alpha, zorder=3)
         if lane == 3:
-            self.bar(6.58, y, 0.34, 0.34, RED, alpha=alpha, zorder=3)
+            self._bar(6.58, y, 0.34, 0.34, RED, alpha=alpha, zorder=3)
 
     def draw_way_back(self) -> None:
         """The step: from the advantages, below everything, up into the policy."""
         named, colour = "step" in self.named, self.ink("step", colour=BLUE)
         line = dict(color=colour, lw=1.8, solid_capstyle="round", zorder=1)
         self.axes.plot([ZERO, ZERO, POLICY], [0.14, BACK, BACK], **line)
-        self.arrow((POLICY, BACK), (POLICY, 0.36), colour, 15, 1.8)
+        self._arrow((POLICY, BACK), (POLICY, 0.36), colour, 15, 1.8)
         if named:
-            self.box(6.6, BACK, 8.0, 0.8, 0.12, GROUND, zorder=1)
+            self._box(6.6, BACK, 8.0, 0.8, 0.12, GROUND, zorder=1)
         ground = dict(boxstyle="round,pad=0.35", facecolor=GROUND if named else PAPER, edgecolor="none")
-        self.text((POLICY + ZERO) / 2 + 0.55, BACK, STAGES["step"], self.ink("step"), 9.5, ha="center", bbox=ground)
-        self.text(3.2, BACK, "GRPO step", self.ink("step"), 11, weight="bold", bbox=ground)
-        self.badge(2.95, BACK, "step")
+        self._text((POLICY + ZERO) / 2 + 0.55, BACK, STAGES["step"], self.ink("step"), 9.5, ha="center", bbox=ground)
+        self._text(3.2, BACK, "GRPO step", self.ink("step"), 11, weight="bold", bbox=ground)
+        self._badge(2.95, BACK, "step")

@@ -77,20 +77,18 @@ def image_uri(path: Path) -> str | None:
 
 def write_notebook_pages(folder: Path) -> list[NotebookPage]:
     """Write each executed notebook of `folder` as an HTML page beside it and return the pages in order."""
-    return [_write_notebook_page(path) for path in sorted(folder.glob("*.ipynb"))]
-
-
-def _write_notebook_page(path: Path) -> NotebookPage:
-    notebook = nbformat.read(path, as_version=4)
-    headings = (re.match(r"#\s+(.+)", cell.source) for cell in notebook.cells if cell.cell_type == "markdown")
-    title = next((heading[1].strip() for heading in headings if heading), path.stem)
-    seconds = notebook.metadata.get("papermill", {}).get("duration")
-    minutes = None if seconds is None else seconds / 60
-    page = NotebookPage(path.with_suffix(".html"), title, minutes, _error(notebook))
-    body = clean_html(_notebook_html(notebook, path))
+    pages = []
     styles = HtmlFormatter(style="friendly").get_style_defs(".highlight")
-    write_page(page.file, "notebook.html.j2", page=page, body=body, highlighting=styles)
-    return page
+    for path in sorted(folder.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        headings = (re.match(r"#\s+(.+)", cell.source) for cell in notebook.cells if cell.cell_type == "markdown")
+        title = next((heading[1].strip() for heading in headings if heading), path.stem)
+        seconds = notebook.metadata.get("papermill", {}).get("duration")
+        minutes = None if seconds is None else seconds / 60
+        pages.append(NotebookPage(path.with_suffix(".html"), title, minutes, _error(notebook)))
+        body = clean_html(_notebook_html(notebook, path))
+        write_page(pages[-1].file, "notebook.html.j2", page=pages[-1], body=body, highlighting=styles)
+    return pages
 
 
 def _error(notebook: nbformat.NotebookNode) -> str | None:

@@ -8,25 +8,13 @@ import pandas as pd
 
 from grpo_kit.config import KitError
 from grpo_kit.runs.record import RunRecord, read_run
+from grpo_kit.show import summary
 from grpo_kit.show.curves import CURVES, training_curves
 from grpo_kit.show.images import SMOOTH_FROM
 from grpo_kit.show.intervals import category_plot, comparison_plot
 from grpo_kit.show.loop import loop_figure
 from grpo_kit.show.pages import NotebookPage, figure_uri, image_uri, write_notebook_pages, write_page
 from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, Drawing, format_metric, number_text, percent, score_text
-from grpo_kit.show.summary import (
-    FALLS,
-    RISES,
-    Case,
-    category_rows,
-    comparison_rows,
-    direction,
-    headline,
-    interval_text,
-    paragraph,
-    representative_cases,
-    worst_cases,
-)
 
 CASES, LOSSES = 8, 3
 
@@ -52,14 +40,15 @@ def write_report(run_dir: Path) -> Path:
 
 def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, object]:
     results, branch, kept = record.results, record.branch, record.rollout_iterations
-    metrics, rows = comparison_rows(results)
-    header, categories = category_rows(record)
+    metrics, rows = summary.comparison_rows(results)
+    header, categories = summary.category_rows(record)
+    first = next(iter(sorted(record.path.glob("thumbnails/*"))), None)
     return {
         "name": record.path.resolve().name,
         "profile": record.config.get("profile"),
         "origin": f"branch of {branch.get('parent')}, {record.branch_text()}" if branch else "",
-        "headline": headline(results),
-        "paragraph": paragraph(record),
+        "headline": summary.headline(results),
+        "paragraph": summary.paragraph(record),
         "warning": _warning(record),
         "tiles": _tiles(results),
         "charts": {
@@ -71,9 +60,9 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
         "curve_names": ", ".join(CURVES[name][0] for name in CURVES if name in record.metrics),
         "confidence": percent(results.get("confidence", 0.95)),
         "comparison": {"metrics": metrics, "rows": rows},
-        "pixelated": _are_small(record),
-        "cases": [_case(record, case) for case in representative_cases(record.evaluation, CASES)],
-        "losses": [_case(record, case) for case in worst_cases(record.evaluation, LOSSES)],
+        "pixelated": first is not None and record.image(f"thumbnails/{first.name}").width < SMOOTH_FROM,
+        "cases": [_case(record, case) for case in summary.representative_cases(record.evaluation, CASES)],
+        "losses": [_case(record, case) for case in summary.worst_cases(record.evaluation, LOSSES)],
         "groups": {iteration: _group(record, iteration) for iteration in kept[:1] + kept[-1:]},
         "categories": {"header": header, "rows": categories},
         "minutes": _minutes(record, notebooks),
@@ -88,9 +77,9 @@ def _warning(record: RunRecord) -> str:
     if divergence:
         return f"The sentinel, {divergence['text']}. Look at the gallery before you believe the reward."
     change = differences.get("trained-raw", {})
-    if direction(change.get("reward")) == RISES and direction(change.get("gold")) == FALLS:
+    if [summary.direction(change.get(m)) for m in ("reward", "gold")] == [summary.RISES, summary.FALLS]:
         return "The reward and the truth part ways: look at the gallery before you believe the reward."
-    if direction(differences.get("trained-initial", {}).get("keeps_objects")) == FALLS:
+    if summary.direction(differences.get("trained-initial", {}).get("keeps_objects")) == summary.FALLS:
         return "The trained policy keeps the user's objects less often than the initial one did: read its rewrites."
     return ""
 
@@ -102,7 +91,9 @@ def _tiles(results: Mapping) -> list[dict[str, str]]:
         "gap_closed": "of the way from the raw prompt to the oracle (gold check)",
         "success_rate": "of the prompts have a better gold check than before",
     }
-    texts = [(*interval_text(m, change[m], signed=True).split(" ", 1), changes[m]) for m in changes if m in change]
+    texts = [
+        (*summary.interval_text(m, change[m], signed=True).split(" ", 1), changes[m]) for m in changes if m in change
+    ]
     found = [(percent(results.get(key, {}).get("gold")), words) for key, words in shares.items()]
     return [
         *({"value": value, "label": f"{words} {interval}"} for value, interval, words in texts),
@@ -118,7 +109,7 @@ def _chart(draw: Callable[[], Drawing]) -> str:
         return ""
 
 
-def _case(record: RunRecord, case: Case) -> list[dict[str, object]]:
+def _case(record: RunRecord, case: summary.Case) -> list[dict[str, object]]:
     """Return one row of the gallery: what a prompt and a seed gave, a picture a variant."""
     rows = record.evaluation
     rows = rows[(rows["prompt_id"] == case[0]) & (rows["seed"] == case[1])].set_index("variant", drop=False)
@@ -144,12 +135,6 @@ def _group(record: RunRecord, iteration: int) -> list[dict[str, object]]:
 def _thumbnail(record: RunRecord, row: pd.Series) -> str | None:
     name = row.get("thumbnail")
     return image_uri(record.file(name)) if isinstance(name, str) and name else None
-
-
-def _are_small(record: RunRecord) -> bool:
-    """Say whether the run's pictures have so few pixels that enlarging must not smooth them."""
-    first = next(iter(sorted(record.path.glob("thumbnails/*"))), None)
-    return first is not None and record.image(f"thumbnails/{first.name}").width < SMOOTH_FROM
 
 
 def _minutes(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, dict[str, float]]:

@@ -6,17 +6,8 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from grpo_kit.runs.record import RunRecord
+from grpo_kit.show import style
 from grpo_kit.show.intervals import Interval
-from grpo_kit.show.style import (
-    SHARES,
-    VARIANT_NAMES,
-    VARIANTS,
-    aligned,
-    format_metric,
-    metric_name,
-    percent,
-    plain_text,
-)
 
 RISES, FALLS, UNCLEAR = "rises", "falls", "unclear"
 MAIN = ("reward", "gold")
@@ -84,7 +75,7 @@ def _reward_hacking_sentence(sentinel: Mapping) -> str:
     looks, held_out = sentinel.get("looks", 0), sentinel.get("held_out")
     if held_out is None or looks < 3:
         return ""
-    found = f"the reward rose while the score held out ({metric_name(held_out)}) fell"
+    found = f"the reward rose while the score held out ({style.metric_name(held_out)}) fell"
     if change := sentinel["divergence"]:
         return f"From iteration {change['since']} to {change['iteration']} {found}: the policy games its reward."
     return f"In none of {looks} validations did the sentinel find that {found}."
@@ -93,7 +84,7 @@ def _reward_hacking_sentence(sentinel: Mapping) -> str:
 def _change_sentence(variants: Mapping, change: Mapping, metric: str) -> str:
     if metric not in change:
         return ""
-    start, end = (format_metric(metric, variants[v][metric]["mean"]) for v in ("raw", "trained"))
+    start, end = (style.format_metric(metric, variants[v][metric]["mean"]) for v in ("raw", "trained"))
     name = {
         "reward": "The reward",
         "gold": "The gold check, a program that reads the image and that training never saw,",
@@ -106,8 +97,8 @@ def interval_text(metric: str, value: Interval | None, signed: bool = False) -> 
     """Return a mean with its interval: `0.673 [0.652, 0.694]`; shares as per cent."""
     if value is None:
         return "–"
-    low, high = (format_metric(metric, value[end], signed).removesuffix(" %") for end in ("low", "high"))
-    return f"{format_metric(metric, value['mean'], signed)} [{low}, {high}]"
+    low, high = (style.format_metric(metric, value[end], signed).removesuffix(" %") for end in ("low", "high"))
+    return f"{style.format_metric(metric, value['mean'], signed)} [{low}, {high}]"
 
 
 def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[str], str]]]:
@@ -120,21 +111,21 @@ def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[s
     order = ["reward", "gold", "keeps_objects", "grammatical"]
     metrics = [m for m in order if m in found] + sorted(found - set(order))
     rows = []
-    for variant in [v for v in VARIANTS if v in variants] + [v for v in variants if v not in VARIANTS]:
+    for variant in [v for v in style.VARIANTS if v in variants] + [v for v in variants if v not in style.VARIANTS]:
         cells = [interval_text(m, variants[variant].get(m)) for m in metrics]
-        rows.append((VARIANT_NAMES.get(variant, variant), cells, "variant"))
+        rows.append((style.VARIANT_NAMES.get(variant, variant), cells, "variant"))
     for pair, change in changes.items():
         cells = [interval_text(m, change.get(m), signed=True) for m in metrics]
         rows.append((pair.replace("-", " − "), cells, "difference"))
     for key, label in (("gap_closed", "way from raw to oracle"), ("success_rate", "prompts better than raw")):
         values = results.get(key, {})
         if any(values.get(m) is not None for m in metrics):
-            rows.append((label, [percent(values.get(m)) for m in metrics], "share"))
+            rows.append((label, [style.percent(values.get(m)) for m in metrics], "share"))
     wins = results.get("win_rate", {}).get("trained-raw", {})
     if wins:
-        shares = [percent(wins[m]["mean"]) if m in wins and m in MAIN else "–" for m in metrics]
+        shares = [style.percent(wins[m]["mean"]) if m in wins and m in MAIN else "–" for m in metrics]
         rows.append(("images better than raw", shares, "share"))
-    return [metric_name(m) for m in metrics], rows
+    return [style.metric_name(m) for m in metrics], rows
 
 
 def comparison_table(final_results: Mapping) -> str:
@@ -146,7 +137,7 @@ def comparison_table(final_results: Mapping) -> str:
     names, rows = comparison_rows(final_results)
     if not rows:
         return "not evaluated yet"
-    confidence = percent(final_results.get("confidence", 0.95))
+    confidence = style.percent(final_results.get("confidence", 0.95))
     count, seeds = final_results.get("num_prompts", "?"), final_results.get("seeds_per_prompt", "?")
     title = f"{count} held-out prompts, {seeds} images each; mean [{confidence} interval over prompts]"
     blocks = [_text_block(names, rows, slice(start, start + 2)) for start in range(0, len(names), 2)]
@@ -166,15 +157,17 @@ def evaluation_notes(results: Mapping) -> list[str]:
     notes = []
     asked = results.get("paraphrases", {})
     changes = asked.get("from_originals", {}).get(policy, {})
-    texts = [f"{metric_name(m)} {interval_text(m, changes[m], signed=True)}{_unit(m)}" for m in MAIN if m in changes]
+    texts = [
+        f"{style.metric_name(m)} {interval_text(m, changes[m], signed=True)}{_unit(m)}" for m in MAIN if m in changes
+    ]
     if texts:
         same = f"The same {asked['num_prompts']} requests in other words change"
         notes.append(f"{same} the {policy} policy's {' and '.join(texts)}.")
     found = results.get("diversity", {}).get(policy)
     if found and found["suffix"]:
-        share, ending = percent(found["suffix_share"]), plain_text(found["suffix"], 60)
+        share, ending = style.percent(found["suffix_share"]), style.plain_text(found["suffix"], 60)
         end = f"{share} of the {policy} policy's rewrites end in “{ending}”"
-        notes.append(f"{end}; {percent(found['distinct'])} are distinct.")
+        notes.append(f"{end}; {style.percent(found['distinct'])} are distinct.")
     return [*notes, *filter(None, [detectable_note(results)])]
 
 
@@ -194,13 +187,13 @@ def detectable_note(results: Mapping) -> str:
         return ""
 
     def sizes(key: str) -> str:
-        return " and ".join(f"{format_metric(m, by_metric[m][key], True).lstrip('+')}{_unit(m)}" for m in metrics)
+        return " and ".join(f"{style.format_metric(m, by_metric[m][key], True).lstrip('+')}{_unit(m)}" for m in metrics)
 
-    names = " and ".join(metric_name(m) for m in metrics)
+    names = " and ".join(style.metric_name(m) for m in metrics)
     more = [("twice the prompts", "with_twice_the_prompts"), ("twice the images of each", "with_twice_the_seeds")]
     known = [f"{sizes(key)} with {text}" for text, key in more if by_metric[metrics[0]][key] is not None]
-    error = percent(1 - results.get("confidence", 0.95)).replace(" ", NO_BREAK)
-    chance = percent(found["power"]).replace(" ", NO_BREAK)
+    error = style.percent(1 - results.get("confidence", 0.95)).replace(" ", NO_BREAK)
+    chance = style.percent(found["power"]).replace(" ", NO_BREAK)
     return (
         f"A difference {pair.replace('-', ' − ')} in {names} is found with a chance of {chance} (two-sided "
         f"{error}) from {sizes('difference')} on; {'; '.join(known)}."
@@ -208,13 +201,13 @@ def detectable_note(results: Mapping) -> str:
 
 
 def _unit(metric: str) -> str:
-    return " points" if metric in SHARES else ""
+    return " points" if metric in style.SHARES else ""
 
 
 def _text_block(names: Sequence[str], rows: Sequence[tuple[str, list[str], str]], columns: slice) -> str:
     """Return some columns of the table, aligned, a blank line between kinds of rows; rows without a figure left out."""
     kept = [(label, cells[columns], kind) for label, cells, kind in rows if set(cells[columns]) != {"–"}]
-    lines = aligned([["", *names[columns]], *([label, *cells] for label, cells, _ in kept)])
+    lines = style.aligned([["", *names[columns]], *([label, *cells] for label, cells, _ in kept)])
     starts = [i for i in range(1, len(kept)) if kept[i][2] != kept[i - 1][2]]
     for place in reversed(starts):
         lines.insert(place + 1, "")
@@ -248,13 +241,13 @@ def worst_cases(rows: pd.DataFrame, count: int, metric: str = "gold") -> list[Ca
 def category_rows(record: RunRecord, metrics: Sequence[str] = ("reward", "gold")) -> tuple[list[str], list[list[str]]]:
     """Return a table by category: the header, then per category its prompts and each metric of each variant."""
     categories = record.results.get("by_category", {})
-    present = [v for v in VARIANTS if any(v in values for values in categories.values())]
+    present = [v for v in style.VARIANTS if any(v in values for values in categories.values())]
     columns = [
         (m, v) for m in metrics for v in present if any(m in values.get(v, {}) for values in categories.values())
     ]
     counts = record.evaluation.groupby("category")["prompt_id"].nunique() if len(record.evaluation) else {}
     body = [
-        [name, str(counts.get(name, "–")), *(format_metric(m, values.get(v, {}).get(m)) for m, v in columns)]
+        [name, str(counts.get(name, "–")), *(style.format_metric(m, values.get(v, {}).get(m)) for m, v in columns)]
         for name, values in sorted(categories.items())
     ]
-    return ["category", "prompts", *(f"{metric_name(m)}: {v}" for m, v in columns)], body
+    return ["category", "prompts", *(f"{style.metric_name(m)}: {v}" for m, v in columns)], body

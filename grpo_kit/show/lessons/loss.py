@@ -8,32 +8,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from grpo_kit.config import KitError
+from grpo_kit.show import style
 from grpo_kit.show.curves import draw_curve
 from grpo_kit.show.intervals import name_rows
-from grpo_kit.show.style import (
-    BLUE,
-    DASHED,
-    FAINT,
-    GREEN,
-    GREY,
-    INK,
-    VERMILION,
-    Drawing,
-    label,
-    new_figure,
-    panel_grid,
-    plain_text,
-    series_look,
-    styled,
-)
 
-SIDES = ((1.0, "better than its group (A > 0)", BLUE), (-1.0, "worse than its group (A < 0)", VERMILION))
-ESTIMATORS = {"k1": (VERMILION, DASHED, 0), "k2": (GREEN, (0, (1, 1.2)), -1), "k3": (BLUE, "-", -1)}
+SIDES = ((1.0, "better than its group (A > 0)", style.BLUE), (-1.0, "worse than its group (A < 0)", style.VERMILION))
+ESTIMATORS = {
+    "k1": (style.VERMILION, style.DASHED, 0),
+    "k2": (style.GREEN, (0, (1, 1.2)), -1),
+    "k3": (style.BLUE, "-", -1),
+}
 _LARGEST_RATIO = 3.0  # of the clip's axis
 
 
-@styled
-def group_rows_figure(groups: Mapping[str, Sequence[float]], title: str = "reward") -> Drawing:
+@style.styled
+def group_rows_figure(groups: Mapping[str, Sequence[float]], title: str = "reward") -> style.Drawing:
     """Draw each group's rewards on a line of its own: its samples, its mean as a tick, its standard deviation in words.
 
     Equal rewards are stacked.
@@ -47,26 +36,26 @@ def group_rows_figure(groups: Mapping[str, Sequence[float]], title: str = "rewar
     values = {name: np.asarray(rewards, float)[np.isfinite(rewards)] for name, rewards in groups.items()}
     if not values or not all(map(len, values.values())):
         raise KitError(f"group_rows_figure: found {len(values)} groups, allowed: at least one, each with a reward.")
-    figure = new_figure(7.6, 0.85 + 0.5 * len(values))
+    figure = style.new_figure(7.6, 0.85 + 0.5 * len(values))
     axes = figure.subplots()
     for y, rewards in enumerate(values.values()):
         mean, spread = rewards.mean(), rewards.std(ddof=1) if len(rewards) > 1 else 0.0
-        axes.plot([rewards.min(), rewards.max()], [y, y], color=FAINT, lw=1.5, zorder=1)
-        for above, colour, marker in ((True, BLUE, "o"), (False, VERMILION, "s")):
+        axes.plot([rewards.min(), rewards.max()], [y, y], color=style.FAINT, lw=1.5, zorder=1)
+        for above, colour, marker in ((True, style.BLUE, "o"), (False, style.VERMILION, "s")):
             chosen = np.sort(rewards[(rewards > mean) == above])
             heights = [y - 0.17 * int((chosen[:i] == value).sum()) for i, value in enumerate(chosen)]
             axes.plot(chosen, heights, ls="", marker=marker, color=colour, mec="white", mew=0.7, ms=7)
-        axes.plot([mean, mean], [y - 0.27, y + 0.27], color=INK, lw=2)
+        axes.plot([mean, mean], [y - 0.27, y + 0.27], color=style.INK, lw=2)
         axes.text(1.01, y, f"std {spread:.3f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     name_rows(axes, list(values), width=36, lines=2)
-    axes.set_title(plain_text(title))
+    axes.set_title(style.plain_text(title))
     return figure
 
 
-@styled
+@style.styled
 def group_size_figure(
     sizes: Sequence[int], errors: Sequence[float], deviation: float, chances: Mapping[str, Sequence[float]]
-) -> Drawing:
+) -> style.Drawing:
     """Draw what a larger group buys: a steadier baseline, and a better chance that it holds something good.
 
     Args:
@@ -75,18 +64,18 @@ def group_size_figure(
         deviation: standard deviation of one reward; the curve beside the points is deviation / √G.
         chances: what a group may hold → the share of groups that hold it, at each size.
     """
-    figure = new_figure(8.6, 3.0)
-    left, right = panel_grid(figure, 2)
+    figure = style.new_figure(8.6, 3.0)
+    left, right = style.panel_grid(figure, 2)
     fine = np.geomspace(min(sizes), max(sizes), 100)
-    left.plot(fine, deviation / np.sqrt(fine), color=GREY, lw=1.2)
-    left.plot(sizes, errors, ls="", marker="o", color=BLUE, mec="white", ms=8)
-    label(left, "std / √G", (fine[40], deviation / np.sqrt(fine[40])), (6, 4), color=GREY)
+    left.plot(fine, deviation / np.sqrt(fine), color=style.GREY, lw=1.2)
+    left.plot(sizes, errors, ls="", marker="o", color=style.BLUE, mec="white", ms=8)
+    style.label(left, "std / √G", (fine[40], deviation / np.sqrt(fine[40])), (6, 4), color=style.GREY)
     left.set(title="standard error of the baseline", ylim=(0, None))
     middle = len(sizes) // 2
     for number, (name, shares) in enumerate(chances.items()):
-        look = series_look(number)
+        look = style.series_look(number)
         draw_curve(right, sizes, shares, **look)
-        label(right, plain_text(name, 40), (sizes[middle], shares[middle]), (7, -11), color=look["color"])
+        style.label(right, style.plain_text(name, 40), (sizes[middle], shares[middle]), (7, -11), color=look["color"])
     right.set(title="groups that hold at least one…", ylim=(0, 1.05))
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     for axes in (left, right):
@@ -97,8 +86,8 @@ def group_size_figure(
     return figure
 
 
-@styled
-def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> Drawing:
+@style.styled
+def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> style.Drawing:
     """Draw a token's loss against its ratio, for A = 1 and A = −1; shaded where it has no gradient.
 
     Args:
@@ -110,41 +99,36 @@ def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> Drawing
     from grpo_kit.show.one_token import TokenSettings, loss_and_push
 
     ratios, settings = np.linspace(0.02, _LARGEST_RATIO, 299), TokenSettings("grpo", epsilon, epsilon, delta)
-    figure = new_figure(8.6, 3.2)
-    for axes, (advantage, title, colour) in zip(panel_grid(figure, 2), SIDES, strict=True):
+    figure = style.new_figure(8.6, 3.2)
+    for axes, (advantage, title, colour) in zip(style.panel_grid(figure, 2), SIDES, strict=True):
         losses, pushes = map(torch.Tensor.numpy, loss_and_push(torch.from_numpy(ratios), advantage, settings))
-        axes.plot(ratios, -advantage * ratios, color=GREY, lw=1.1, ls=DASHED)
+        axes.plot(ratios, -advantage * ratios, color=style.GREY, lw=1.1, ls=style.DASHED)
         axes.plot(ratios, losses, color=colour, lw=2.4)
-        for start, end in _runs(pushes == 0):
-            axes.axvspan(ratios[start], ratios[end], color=FAINT, alpha=0.55, lw=0)
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], (pushes == 0).astype(int), [0]))))
+        for start, end in edges.reshape(-1, 2) - (0, 1):  # first and last place of each unbroken run without a push
+            axes.axvspan(ratios[start], ratios[end], color=style.FAINT, alpha=0.55, lw=0)
             middle = (ratios[start] + ratios[end]) / 2
             axes.text(middle, 0.04, "no gradient", transform=axes.get_xaxis_transform(), ha="center", fontsize=8.5)
-        axes.axvline(1, color=INK, lw=0.8)
+        axes.axvline(1, color=style.INK, lw=0.8)
         axes.set(title=title, xlabel="ratio: new / old probability", xlim=(0, _LARGEST_RATIO))
         low, high = sorted((0.0, -advantage * _LARGEST_RATIO))
         axes.set_ylim(low - 0.35, high + 0.15)
         side = "right" if advantage < 0 else "left"
-        label(axes, "unclipped", (2.4, -advantage * 2.4), (0, 6), color=GREY, ha=side)
+        style.label(axes, "unclipped", (2.4, -advantage * 2.4), (0, 6), color=style.GREY, ha=side)
     figure.axes[0].set_ylabel("loss of the token")
     return figure
 
 
-def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
-    """First and last place of each unbroken run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.astype(int), [0]))))
-    return [(int(start), int(end) - 1) for start, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-@styled
-def kl_estimators_figure() -> Drawing:
+@style.styled
+def kl_estimators_figure() -> style.Drawing:
     """Draw the three estimates of the KL divergence, and their slopes, against how far a token has moved."""
     import torch
 
     from grpo_kit.grpo import kl_divergence
 
     moved = torch.linspace(-2.2, 2.2, 221, dtype=torch.float64).unsqueeze(1).requires_grad_()
-    figure = new_figure(8.6, 3.2)
-    values, slopes = panel_grid(figure, 2)
+    figure = style.new_figure(8.6, 3.2)
+    values, slopes = style.panel_grid(figure, 2)
     for name, (colour, line, end) in ESTIMATORS.items():
         estimate = kl_divergence(moved, torch.zeros_like(moved), name)
         slope = torch.autograd.grad(estimate.sum(), moved)[0]
@@ -152,16 +136,16 @@ def kl_estimators_figure() -> Drawing:
             places, heights = moved.detach().flatten(), curve.flatten()
             axes.plot(places, heights, color=colour, lw=2.2, ls=line)
             place, side = (float(places[end]), float(heights[end])), "left" if end else "right"
-            label(axes, name, place, (4 if end else -4, 0), color=colour, weight="bold", ha=side, va="center")
+            style.label(axes, name, place, (4 if end else -4, 0), color=colour, weight="bold", ha=side, va="center")
     for axes, title in ((values, "estimate"), (slopes, "its slope: how hard it pulls back")):
-        axes.axhline(0, color=INK, lw=0.8)
-        axes.axvline(0, color=INK, lw=0.8)
+        axes.axhline(0, color=style.INK, lw=0.8)
+        axes.axvline(0, color=style.INK, lw=0.8)
         axes.set(title=title, xlabel="log of policy / reference", ylim=(-2.6, 5.2), xlim=(-2.7, 2.7))
     return figure
 
 
-@styled
-def token_weights_figure(lengths: tuple[int, int] = (10, 100), max_completion_length: int = 120) -> Drawing:
+@style.styled
+def token_weights_figure(lengths: tuple[int, int] = (10, 100), max_completion_length: int = 120) -> style.Drawing:
     """Draw how much a token of a short row weighs against one of a long row, under each loss type.
 
     Args:
@@ -174,16 +158,16 @@ def token_weights_figure(lengths: tuple[int, int] = (10, 100), max_completion_le
 
     mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     weights = {name: token_weights(mask, name, max_completion_length)[:, 0].tolist() for name in LOSS_TYPES}
-    figure = new_figure(7.6, 3.5)
+    figure = style.new_figure(7.6, 3.5)
     axes = figure.subplots()
     for y, (short, long) in enumerate(weights.values()):
-        axes.plot([short, long], [y, y], color=FAINT, lw=3, zorder=1)
-        axes.plot(short, y, marker="o", color=BLUE, ms=12, mec="white", ls="")
-        axes.plot(long, y, marker="s", color=VERMILION, ms=6, mec="white", ls="")
+        axes.plot([short, long], [y, y], color=style.FAINT, lw=3, zorder=1)
+        axes.plot(short, y, marker="o", color=style.BLUE, ms=12, mec="white", ls="")
+        axes.plot(long, y, marker="s", color=style.VERMILION, ms=6, mec="white", ls="")
         words = f"{short / long:.3g} : 1"
         axes.text(1.01, y, words, transform=axes.get_yaxis_transform(), va="center", weight="bold")
-    for place, length, colour in zip(weights["grpo"], lengths, (BLUE, VERMILION), strict=True):
-        label(axes, f"row of {length}", (place, 0), (0, 8), color=colour, ha="center")
+    for place, length, colour in zip(weights["grpo"], lengths, (style.BLUE, style.VERMILION), strict=True):
+        style.label(axes, f"row of {length}", (place, 0), (0, 8), color=colour, ha="center")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     name_rows(axes, list(weights))
@@ -191,18 +175,18 @@ def token_weights_figure(lengths: tuple[int, int] = (10, 100), max_completion_le
     return figure
 
 
-@styled
-def learning_figure(advantages: Sequence[float], changes: Sequence[float]) -> Drawing:
+@style.styled
+def learning_figure(advantages: Sequence[float], changes: Sequence[float]) -> style.Drawing:
     """Draw what a step did: each sample's advantage against the change of its log-probability.
 
     Args:
         advantages, changes: one of each a sample; the change is new minus old, summed over the sample's tokens.
     """
-    figure = new_figure(5.2, 3.6)
+    figure = style.new_figure(5.2, 3.6)
     axes = figure.subplots()
-    axes.axhline(0, color=GREY, lw=0.8)
-    axes.axvline(0, color=GREY, lw=0.8)
-    for above, colour, marker in ((True, BLUE, "o"), (False, VERMILION, "s")):
+    axes.axhline(0, color=style.GREY, lw=0.8)
+    axes.axvline(0, color=style.GREY, lw=0.8)
+    for above, colour, marker in ((True, style.BLUE, "o"), (False, style.VERMILION, "s")):
         points = [(float(a), float(c)) for a, c in zip(advantages, changes, strict=True) if (a > 0) == above]
         if points:
             axes.plot(*zip(*points, strict=True), ls="", marker=marker, color=colour, mec="white", mew=0.8, ms=7)

@@ -6,28 +6,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
+from grpo_kit.show import style
 from grpo_kit.show.intervals import name_rows
-from grpo_kit.show.style import (
-    BLUE,
-    DASHED,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    VERMILION,
-    Drawing,
-    new_figure,
-    panel_grid,
-    plain_text,
-    styled,
-)
 
-_RESIDENT = {"policy": (BLUE, ""), "generator": (GREEN, "//"), "reward": (GREY, "..")}  # part → colour, hatching
+_RESIDENT = {
+    "policy": (style.BLUE, ""),
+    "generator": (style.GREEN, "//"),
+    "reward": (style.GREY, ".."),
+}  # part → colour, hatching
 _GIGA = 1e9  # bytes in a GB
 
 
-@styled
-def memory_figure(plans: Mapping[str, Mapping]) -> Drawing:
+@style.styled
+def memory_figure(plans: Mapping[str, Mapping]) -> style.Drawing:
     """Draw the memory of each phase of an iteration: what lies there all the time, and what the phase adds.
 
     Args:
@@ -39,8 +30,8 @@ def memory_figure(plans: Mapping[str, Mapping]) -> Drawing:
     if not plans:
         raise KitError("memory_figure: found no plan. Pass {title: as_json(plan, steps)}.")
     rows = [sum(len(part["phases"]) for part in plan["parts"].values()) for plan in plans.values()]
-    figure = new_figure(9.2, 0.7 + sum(0.3 * count + 0.65 for count in rows))
-    panels = panel_grid(figure, len(plans), columns=1, sharex=True, height_ratios=rows)
+    figure = style.new_figure(9.2, 0.7 + sum(0.3 * count + 0.65 for count in rows))
+    panels = style.panel_grid(figure, len(plans), columns=1, sharex=True, height_ratios=rows)
     for axes, (title, plan) in zip(panels, plans.items(), strict=True):
         _draw_plan(axes, title, plan)
     panels[-1].set_xlabel("GB")
@@ -61,9 +52,9 @@ def _draw_plan(axes: Axes, title: str, plan: Mapping) -> None:
         axes.barh(places, width, left=left, color=colour, alpha=0.55, hatch=hatch, label=f"{part} stays", **look)
         left += width
     left = plan["resident"] / _GIGA  # pictures lie there too where the device is the host
-    axes.barh(places, added * fits / _GIGA, left=left, color=ORANGE, label="the phase adds", **look)
-    axes.barh(places, added * ~fits / _GIGA, left=left, color=VERMILION, label="adds too much", **look)
-    axes.axvline(plan["room"] / _GIGA, color=INK, lw=1.4, ls=DASHED, label="room")
+    axes.barh(places, added * fits / _GIGA, left=left, color=style.ORANGE, label="the phase adds", **look)
+    axes.barh(places, added * ~fits / _GIGA, left=left, color=style.VERMILION, label="adds too much", **look)
+    axes.axvline(plan["room"] / _GIGA, color=style.INK, lw=1.4, ls=style.DASHED, label="room")
     name_rows(axes, names)
     axes.margins(x=0)
-    axes.set_title(f"{plain_text(title, 60)}: {'fits' if fits.all() else 'does not fit'}")
+    axes.set_title(f"{style.plain_text(title, 60)}: {'fits' if fits.all() else 'does not fit'}")

@@ -9,32 +9,17 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch
 
 from grpo_kit.config import KitError
+from grpo_kit.show import style
 from grpo_kit.show.curves import Curve
 from grpo_kit.show.intervals import name_rows
-from grpo_kit.show.style import (
-    BLUE,
-    FAINT,
-    GREY,
-    INK,
-    PAPER,
-    VERMILION,
-    Drawing,
-    bare,
-    label,
-    metric_name,
-    new_figure,
-    panel_grid,
-    plain_text,
-    styled,
-)
 
-_TINT = LinearSegmentedColormap.from_list("tint", [PAPER, "#f6c08a"])  # white: certain; orange: a choice
+_TINT = LinearSegmentedColormap.from_list("tint", [style.PAPER, "#f6c08a"])  # white: certain; orange: a choice
 _TOKEN_CHARACTERS = 96  # characters of tokens in a row of a token figure
 _CHARACTER = 0.092  # inches of one character of the token font
 
 
-@styled
-def seed_figure(table: pd.DataFrame, value: str = "reward", prompt: str = "user_prompt") -> Drawing:
+@style.styled
+def seed_figure(table: pd.DataFrame, value: str = "reward", prompt: str = "user_prompt") -> style.Drawing:
     """Draw what the latent seed does: a row a prompt, a faint dot a picture, the prompt's mean as a strong mark.
 
     Args:
@@ -49,21 +34,23 @@ def seed_figure(table: pd.DataFrame, value: str = "reward", prompt: str = "user_
     if missing or table[value].notna().sum() == 0:
         raise KitError(f"seed_figure: found no values in {', '.join(missing) or value}. Pass one row a picture.")
     means = table.groupby(prompt)[value].mean().sort_values(ascending=False)
-    figure = new_figure(8.6, 0.9 + 0.24 * len(means))
+    figure = style.new_figure(8.6, 0.9 + 0.24 * len(means))
     axes = figure.subplots()
     for y, (text, mean) in enumerate(means.items()):
         values = table.loc[table[prompt] == text, value]
-        axes.plot([values.min(), values.max()], [y, y], color=FAINT, lw=1.2, zorder=1)
-        axes.plot(values, [y] * len(values), ls="", marker="o", ms=4.5, color=BLUE, alpha=0.35, mec="none", zorder=2)
-        axes.plot(mean, y, marker="|", ms=11, mew=2.6, color=INK, zorder=3)
-    axes.set_title(f"{metric_name(value)}: a dot a picture, a bar the prompt's mean")
+        axes.plot([values.min(), values.max()], [y, y], color=style.FAINT, lw=1.2, zorder=1)
+        axes.plot(
+            values, [y] * len(values), ls="", marker="o", ms=4.5, color=style.BLUE, alpha=0.35, mec="none", zorder=2
+        )
+        axes.plot(mean, y, marker="|", ms=11, mew=2.6, color=style.INK, zorder=3)
+    axes.set_title(f"{style.metric_name(value)}: a dot a picture, a bar the prompt's mean")
     name_rows(axes, list(means.index), width=56)
     axes.tick_params(axis="y", labelsize=8.5)
     return figure
 
 
-@styled
-def flow_figure(paths: Mapping[str, Curve], targets: Sequence[float]) -> Drawing:
+@style.styled
+def flow_figure(paths: Mapping[str, Curve], targets: Sequence[float]) -> style.Drawing:
     """Draw paths from noise to data in one dimension, a panel for each number of steps.
 
     Args:
@@ -73,25 +60,25 @@ def flow_figure(paths: Mapping[str, Curve], targets: Sequence[float]) -> Drawing
     Raises:
         KitError: a panel whose positions do not have a row for each noise level.
     """
-    figure = new_figure(2.9 * max(1, len(paths)), 2.6)
-    grid = panel_grid(figure, max(1, len(paths)), sharey=True)
+    figure = style.new_figure(2.9 * max(1, len(paths)), 2.6)
+    grid = style.panel_grid(figure, max(1, len(paths)), sharey=True)
     for axes, (title, (levels, positions)) in zip(grid, paths.items(), strict=False):
         positions = np.asarray(positions, dtype=float)
         if positions.ndim != 2 or len(positions) != len(levels):
             found = f"{positions.shape} for {len(levels)} noise levels"
             raise KitError(f"flow_figure: positions of shape {found}, allowed: (levels, points). Stack the steps.")
-        axes.plot(levels, positions, color=BLUE, lw=1, marker=".", ms=4)
-        axes.plot([0] * len(targets), targets, ls="", marker="*", ms=13, color=VERMILION, mec="white", zorder=4)
+        axes.plot(levels, positions, color=style.BLUE, lw=1, marker=".", ms=4)
+        axes.plot([0] * len(targets), targets, ls="", marker="*", ms=13, color=style.VERMILION, mec="white", zorder=4)
         axes.invert_xaxis()
-        axes.set(title=plain_text(title, 60), xlabel="noise level")
+        axes.set(title=style.plain_text(title, 60), xlabel="noise level")
     grid[0].set_ylabel("x")
     if len(targets):
-        label(grid[0], "data", (0, max(targets)), (-9, 7), ha="right", color=VERMILION)
+        style.label(grid[0], "data", (0, max(targets)), (-9, 7), ha="right", color=style.VERMILION)
     return figure
 
 
-@styled
-def distribution_figure(words: Sequence[str], distributions: Mapping[str, Sequence[float]]) -> Drawing:
+@style.styled
+def distribution_figure(words: Sequence[str], distributions: Mapping[str, Sequence[float]]) -> style.Drawing:
     """Draw probabilities over the same words, a panel a distribution, each bar with its value.
 
     Args:
@@ -104,21 +91,21 @@ def distribution_figure(words: Sequence[str], distributions: Mapping[str, Sequen
     lengths = {len(values) for values in distributions.values()}
     if lengths != {len(words)}:
         raise KitError(f"distribution_figure: found {sorted(lengths)} values, allowed: {len(words)}, one a word.")
-    figure = new_figure(0.5 + max(2.9, 0.76 * len(words)) * len(distributions), 2.6)
-    grid = panel_grid(figure, len(distributions), sharey=True)
+    figure = style.new_figure(0.5 + max(2.9, 0.76 * len(words)) * len(distributions), 2.6)
+    grid = style.panel_grid(figure, len(distributions), sharey=True)
     for axes, (title, values) in zip(grid, distributions.items(), strict=True):
-        bars = axes.bar(range(len(words)), [float(v) for v in values], color=BLUE, width=0.66)
+        bars = axes.bar(range(len(words)), [float(v) for v in values], color=style.BLUE, width=0.66)
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
-        axes.set_xticks(range(len(words)), [plain_text(word, 14) for word in words])
-        axes.set_title(plain_text(title, 80))
+        axes.set_xticks(range(len(words)), [style.plain_text(word, 14) for word in words])
+        axes.set_title(style.plain_text(title, 80))
         axes.tick_params(axis="x", length=0)
         axes.margins(y=0.14)
     grid[0].set_ylabel("probability")
     return figure
 
 
-@styled
-def token_figure(rows: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]]) -> Drawing:
+@style.styled
+def token_figure(rows: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]]) -> style.Drawing:
     """Draw texts token by token: below each its probability, and the darker, the less certain it was.
 
     Args:
@@ -134,8 +121,8 @@ def token_figure(rows: Sequence[Sequence[str]], probabilities: Sequence[Sequence
     placed = [list(_placed(row, chances)) for row, chances in zip(rows, probabilities, strict=True)]
     heights = [1 + max(line for *_, line in row) for row in placed]
     width, height = _TOKEN_CHARACTERS * _CHARACTER + 0.3, 0.62 * sum(heights) + 0.16 * len(rows)
-    figure = Drawing(figsize=(width, height))
-    axes = bare(figure.add_axes((0, 0, 1, 1)))
+    figure = style.Drawing(figsize=(width, height))
+    axes = style.bare(figure.add_axes((0, 0, 1, 1)))
     axes.set(xlim=(-0.15, width - 0.15), ylim=(-height, 0))
     top = 0.0
     for row, lines in zip(placed, heights, strict=True):
@@ -149,7 +136,7 @@ def _placed(row: Sequence[str], chances: Sequence[float]) -> Iterator[tuple[str,
     """Each token's text, probability, column and line; a token that does not fit begins the next line."""
     column, line = 0.0, 0
     for token, chance in zip(row, chances, strict=True):
-        text = plain_text(token.replace("\n", "↵"), 24).strip() or "␣"
+        text = style.plain_text(token.replace("\n", "↵"), 24).strip() or "␣"
         size = max(len(text), 3) + 1.6
         if column and column + size > _TOKEN_CHARACTERS:
             column, line = 2.0, line + 1  # indented, since it continues the line above
@@ -160,10 +147,12 @@ def _placed(row: Sequence[str], chances: Sequence[float]) -> Iterator[tuple[str,
 def _draw_token(axes: Axes, text: str, chance: float, x: float, y: float) -> None:
     """Draw a token's box and, below it, its probability; a small one is not written as zero."""
     width = (max(len(text), 3) + 1.0) * _CHARACTER
-    style = "round,pad=0,rounding_size=0.05"
+    box = "round,pad=0,rounding_size=0.05"
     face = _TINT(1.0 - min(max(chance, 0.0), 1.0))
-    axes.add_patch(FancyBboxPatch((x, y - 0.33), width, 0.27, boxstyle=style, facecolor=face, edgecolor=GREY, lw=0.7))
+    axes.add_patch(
+        FancyBboxPatch((x, y - 0.33), width, 0.27, boxstyle=box, facecolor=face, edgecolor=style.GREY, lw=0.7)
+    )
     middle = dict(ha="center", va="center", family="DejaVu Sans Mono")
     axes.text(x + width / 2, y - 0.2, text, fontsize=10, **middle)
     written = f"{chance:.2f}" if chance >= 0.005 or chance == 0 else "<.01"
-    axes.text(x + width / 2, y - 0.45, written, fontsize=8, color=GREY, **middle)
+    axes.text(x + width / 2, y - 0.45, written, fontsize=8, color=style.GREY, **middle)
