@@ -22,10 +22,8 @@ _RETURNS = {  # what `encode_prompt` returns, by the names of the pipeline call'
     diffusers.StableDiffusionPipeline: _GUIDED,
     diffusers.StableDiffusionXLPipeline: _POOLED,
     diffusers.StableDiffusion3Pipeline: _POOLED,
-    diffusers.FluxPipeline: (
-        "prompt_embeds",
-        "pooled_prompt_embeds",
-    ),  # it returns positions too, which depend on no text
+    # FLUX returns positions too, which depend on no text
+    diffusers.FluxPipeline: ("prompt_embeds", "pooled_prompt_embeds"),
     diffusers.PixArtSigmaPipeline: _MASKED,
     diffusers.SanaPipeline: _MASKED,
 }

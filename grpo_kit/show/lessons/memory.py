@@ -9,11 +9,8 @@ from grpo_kit.config import KitError
 from grpo_kit.show import style
 from grpo_kit.show.intervals import name_rows
 
-_RESIDENT = {
-    "policy": (style.BLUE, ""),
-    "generator": (style.GREEN, "//"),
-    "reward": (style.GREY, ".."),
-}  # part → colour, hatching
+# part → colour, hatching
+_RESIDENT = {"policy": (style.BLUE, ""), "generator": (style.GREEN, "//"), "reward": (style.GREY, "..")}
 _GIGA = 1e9  # bytes in a GB
 
 
