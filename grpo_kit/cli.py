@@ -146,7 +146,7 @@ def evaluate(
     folders = existing_runs(runs)
     config = load_config(folders[0], settings_from_texts(override or []))
     with resumable(context.obj, "it starts again"):
-        from grpo_kit.evaluation.saved_runs import evaluate_runs
+        from grpo_kit.evaluation.evaluate import evaluate_runs
 
         place = evaluate_runs(config, folders, out)
     from grpo_kit.show.console import print_results

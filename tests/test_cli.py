@@ -15,7 +15,7 @@ from support.config_files import save_config
 
 from grpo_kit import cli
 from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, load_config
-from grpo_kit.evaluation import saved_runs
+from grpo_kit.evaluation import evaluate as evaluation_module
 from grpo_kit.preflight import machine as check
 from grpo_kit.runs import notebooks as headless
 from grpo_kit.runs.notebooks import NotebookError, plan, select_notebooks
@@ -346,8 +346,8 @@ def test_evaluate_compares_the_trained_policy_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     seen = {}
-    monkeypatch.setattr(saved_runs, "load_experiment", lambda config, trained: (config.profile, trained))
-    monkeypatch.setattr(saved_runs, "evaluate", lambda kit, **options: seen.update(kit=kit, **options))
+    monkeypatch.setattr(evaluation_module, "load_experiment", lambda config, trained: (config.profile, trained))
+    monkeypatch.setattr(evaluation_module, "evaluate", lambda kit, **options: seen.update(kit=kit, **options))
     save_config(load_config("workshop"), tmp_path / "config.json")
     assert _run("evaluate", str(tmp_path)) == 2
     assert "no trained policy" in _one_line(capsys)

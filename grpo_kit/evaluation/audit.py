@@ -141,9 +141,6 @@ def _reactions(
     return row | {"ms per image": 1000 * seconds / len(scores), "scored": float(np.isfinite(scores).mean())}
 
 
-# --- agreement --------------------------------------------------------------------------------------------------------
-
-
 def agreement(
     scores: np.ndarray, gold: np.ndarray, group_ids: np.ndarray, confidence: float = 0.95, n_resamples: int = 1000
 ) -> dict[str, Interval]:
@@ -165,7 +162,10 @@ def agreement(
     drawn = np.random.default_rng(0).integers(len(members), size=(n_resamples, len(members)))
     samples = [np.concatenate([members[group] for group in draw]) for draw in drawn]
     overall = np.array([_rank_correlation(scores[rows], gold[rows]) for rows in samples])
-    right, all_pairs = _ordered_pairs(scores, gold, groups)
+    member = np.eye(len(members))[groups]  # (N, G)
+    better = gold[:, None] > gold[None, :]
+    right = member.T @ (better * (0.5 + 0.5 * np.sign(scores[:, None] - scores[None, :]))) @ member
+    all_pairs = member.T @ better @ member  # (G, G), of two groups: the pairs that gold tells apart
     counts = np.stack([np.bincount(draw, minlength=len(members)) for draw in drawn]).astype(float)
     within = _ratio(counts @ np.diag(right), counts @ np.diag(all_pairs))
     between = _ratio(((counts @ right) * counts).sum(1), ((counts @ all_pairs) * counts).sum(1))
@@ -186,20 +186,9 @@ def _rank_correlation(scores: np.ndarray, gold: np.ndarray) -> float:
     return float(np.corrcoef(stats.rankdata(scores), stats.rankdata(gold))[0, 1])
 
 
-def _ordered_pairs(scores: np.ndarray, gold: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(G, G) for each two groups: pairs in the right order, a tie counting half, and pairs that gold tells apart."""
-    better = gold[:, None] > gold[None, :]
-    right = better * (0.5 + 0.5 * np.sign(scores[:, None] - scores[None, :]))
-    member = np.eye(groups.max() + 1)[groups]  # (N, G)
-    return member.T @ right @ member, member.T @ better @ member
-
-
 def _ratio(top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray | float:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(top, bottom)
-
-
-# --- noise, saturation, idle words ------------------------------------------------------------------------------------
 
 
 def seed_share(

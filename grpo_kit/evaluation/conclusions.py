@@ -55,7 +55,11 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings, reworded: pd.Dat
         },
         "success": _of_pairs(scores, pairs, lambda cells: success_rate(cells, settings.confidence)),
         "win_rate": _of_pairs(scores, pairs, lambda cells: win_rate(cells, settings.confidence, settings.n_resamples)),
-        "diversity": {v: _diversity(drawn[drawn["variant"] == v]) for v in variants if v != "raw"},
+        "diversity": {
+            v: rewrite_diversity(list(texts["user_prompt"]), list(texts["text"]))
+            for v, texts in drawn.drop_duplicates(["variant", "prompt_id"]).groupby("variant", sort=False)
+            if v != "raw"
+        },
         "detectable": {"power": POWER, "differences": _detectable(scores, pairs, settings.confidence)},
     }
     if reworded is not None and len(reworded):
@@ -63,7 +67,10 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings, reworded: pd.Dat
     if {"trained", "raw"} <= set(variants):
         results["success_rate"] = {m: results["success"]["trained-raw"][m].mean for m in metrics[:2]}
     if {"trained", "raw", "oracle"} <= set(variants):
-        results["gap_closed"] = {m: _gap_closed(results["variants"], m) for m in metrics[:2]}
+        results["gap_closed"] = {}
+        for m in metrics[:2]:
+            raw, trained, oracle = (results["variants"][v][m].mean for v in ("raw", "trained", "oracle"))
+            results["gap_closed"][m] = (trained - raw) / (oracle - raw) if oracle > raw else None
     return _as_in_file(results)
 
 
@@ -89,11 +96,7 @@ def with_metrics(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _means_and_differences(
-    rows: pd.DataFrame,
-    metrics: Sequence[str],
-    variants: Sequence[str],
-    pairs: Pairs,
-    settings: EvaluationSettings,
+    rows: pd.DataFrame, metrics: Sequence[str], variants: Sequence[str], pairs: Pairs, settings: EvaluationSettings
 ) -> dict[str, dict]:
     """Each variant's means and each pair's differences: means over prompts of means over latents."""
     means = rows.groupby(["prompt_id", "variant"])[list(metrics)].mean().unstack("variant")
@@ -111,11 +114,6 @@ def _of_pairs(scores: Scores, pairs: Pairs, statistic: Callable[[np.ndarray], ob
     return {
         f"{a}-{b}": {m: statistic((tables[a] - tables[b]).to_numpy()) for m, tables in scores.items()} for a, b in pairs
     }
-
-
-def _diversity(rows: pd.DataFrame) -> dict[str, float | str]:
-    texts = rows.drop_duplicates("prompt_id")
-    return rewrite_diversity(list(texts["user_prompt"]), list(texts["text"]))
 
 
 def _detectable(scores: Scores, pairs: Pairs, confidence: float) -> dict[str, dict]:
@@ -142,9 +140,3 @@ def _summarize_reworded(
         **_means_and_differences(other, metrics, variants, compared_pairs(variants), settings),
         "from_originals": {v: {m: interval(changes.loc[v][m], settings) for m in metrics} for v in variants},
     }
-
-
-def _gap_closed(variants: Mapping[str, Mapping[str, Interval]], metric: str) -> float | None:
-    """How far the trained policy came on the way from raw to oracle; None where there is no way to go."""
-    raw, trained, oracle = (variants[v][metric].mean for v in ("raw", "trained", "oracle"))
-    return (trained - raw) / (oracle - raw) if oracle > raw else None

@@ -146,12 +146,7 @@ class Advice:
 
 
 def advise(
-    split: VarianceSplit,
-    images: int,
-    *,
-    min_prompts: int = 4,
-    rewrite_cost: float = 0.0,
-    common_seeds: bool = True,
+    split: VarianceSplit, images: int, *, min_prompts: int = 4, rewrite_cost: float = 0.0, common_seeds: bool = True
 ) -> Advice:
     """Advise how many prompts, rewrites of each and images of each rewrite a budget is best spent on.
 

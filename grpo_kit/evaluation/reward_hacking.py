@@ -174,9 +174,6 @@ def _signal_caution(kind: str, text: str, rows: pd.DataFrame) -> list[Caution]:
     return [Caution(int(row["iteration"]), kind, text.format(**row)) for row in first]
 
 
-# --- the test ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Fall:
     """At which validation a fall is established, since which one, and its p-value; validations are counted from 0."""
@@ -235,9 +232,6 @@ def changes(table: np.ndarray, earlier: int, later: int) -> np.ndarray:
     return difference[np.isfinite(difference)]
 
 
-# --- what validations hold --------------------------------------------------------------------------------------------
-
-
 def score_table(validations: Validations, score: str) -> np.ndarray:
     """(V, P): each prompt's score in each validation, NaN where it was not scored or not asked."""
     columns: dict[tuple[str, int], list[float | None]] = {}
@@ -253,23 +247,13 @@ def score_table(validations: Validations, score: str) -> np.ndarray:
 
 def signals_table(validations: Validations, metrics: Sequence[Mapping], held_out: str | None) -> pd.DataFrame:
     """The five signals side by side: a row a validation, NaN where one is not measured."""
-    rows = [
-        {
-            "iteration": validation["iteration"],
-            "reward": validation["reward"],
-            "held_out": validation["rewards"].get(held_out),
-            "paraphrase": validation.get("paraphrase"),
-            "diversity": validation.get("diversity"),
-            "kl": _recent_kl(metrics, validation["iteration"]),
-        }
-        for validation in validations
-    ]
+    rows = []
+    for validation in validations:
+        iteration, scores = validation["iteration"], validation["rewards"]
+        recent = [row.get("kl") for row in metrics if iteration - RECENT < row["iteration"] <= iteration]
+        measured = [value for value in recent if value is not None and math.isfinite(value)]
+        kl = float(np.median(measured)) if measured else None  # the median: one spike is the estimate's own noise
+        others = (validation.get("paraphrase"), validation.get("diversity"), kl)
+        rows.append((iteration, validation["reward"], scores.get(held_out), *others))
     names = ["iteration", "reward", "held_out", "paraphrase", "diversity", "kl"]
     return pd.DataFrame(rows, columns=names, dtype=float).astype({"iteration": int})
-
-
-def _recent_kl(metrics: Sequence[Mapping], iteration: int) -> float | None:
-    """The median KL of the last few iterations: one spike is the estimate's own noise."""
-    recent = [row.get("kl") for row in metrics if iteration - RECENT < row["iteration"] <= iteration]
-    measured = [value for value in recent if value is not None and math.isfinite(value)]
-    return float(np.median(measured)) if measured else None

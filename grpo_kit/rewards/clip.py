@@ -8,13 +8,7 @@ from PIL import Image
 from pydantic import Field
 
 from grpo_kit.config import Name, Number, one_line
-from grpo_kit.rewards.clip_models import (
-    ClipEncoder,
-    as_open_clip,
-    is_transformers_clip,
-    load_clip_model,
-    load_open_clip,
-)
+from grpo_kit.rewards.clip_models import ClipEncoder, is_transformers_clip, load_open_clip, load_transformers_clip
 from grpo_kit.rewards.protocol import Images, RewardError, Texts
 
 Pair = Annotated[tuple[Name, Name], Field(description="[good, bad], two texts")]
@@ -46,7 +40,7 @@ def load_clip_similarity(name: str, pretrained: str | None, device: torch.device
     """
     setting = "model_settings.clip_model"
     if is_transformers_clip(name):
-        return ClipSimilarity(*as_open_clip(load_clip_model(name, setting), name, setting), device)
+        return ClipSimilarity(*load_transformers_clip(name, setting, name, setting), device)
     return ClipSimilarity(*load_open_clip(name, pretrained, setting), device)
 
 
@@ -157,10 +151,8 @@ class Style:
         if (reference is None) == (phrase is None):
             found = "neither" if phrase is None else "both"
             raise RewardError(f"reference, phrase: found {found}, allowed: one of them, an image file or some words")
-        self.clip = clip
-        self.target = (clip.encode_texts([phrase]) if reference is None else clip.encode_images([_opened(reference)]))[
-            0
-        ]
+        target = clip.encode_texts([phrase]) if reference is None else clip.encode_images([_opened(reference)])
+        self.clip, self.target = clip, target[0]
 
     def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> torch.Tensor:
         """(N,) cosines between images and the reference."""

@@ -99,9 +99,6 @@ def _fingerprint(images: Images) -> bytes:
     return digest.digest()
 
 
-# --- open_clip's form -------------------------------------------------------------------------------------------------
-
-
 def load_open_clip(name: str, pretrained: str | None, setting: str, **options: object) -> Loaded:
     """Model, preprocessing and tokenizer in open_clip's form, by folder, hub id ("hf-hub:…"), or name and weights.
 
@@ -119,7 +116,10 @@ def load_open_clip(name: str, pretrained: str | None, setting: str, **options: o
     is_file = bool(pretrained) and Path(pretrained).is_file()
     try:
         if is_file:
-            options |= _openai_options(pretrained)
+            names = zipfile.ZipFile(pretrained).namelist() if zipfile.is_zipfile(pretrained) else []
+            if any(entry.endswith("/constants.pkl") for entry in names):  # OpenAI's TorchScript, which runs no Python
+                # such weights were trained with QuickGELU: with another activation the scores are wrong
+                options |= {"weights_only": False, "force_quick_gelu": True}
         elif tag.get("quick_gelu"):
             options["force_quick_gelu"] = True
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, **options)
@@ -134,19 +134,6 @@ def load_open_clip(name: str, pretrained: str | None, setting: str, **options: o
             ) from error
         repository = tag.get("hf_hub", "").strip("/") or None
         raise load_failure(setting, name.removeprefix("local-dir:"), error, repository) from error
-
-
-def _openai_options(weights: str) -> dict[str, bool]:
-    """Options for a file in OpenAI's form, a TorchScript archive, which torch reads without running Python.
-
-    Its weights were trained with QuickGELU: with another activation the scores are wrong.
-    """
-    names = zipfile.ZipFile(weights).namelist() if zipfile.is_zipfile(weights) else []
-    is_script = any(name.endswith("/constants.pkl") for name in names)
-    return {"weights_only": False, "force_quick_gelu": True} if is_script else {}
-
-
-# --- transformers' form -----------------------------------------------------------------------------------------------
 
 
 def is_transformers_clip(name: str) -> bool:
@@ -183,11 +170,11 @@ class TransformersClip(torch.nn.Module):
         return torch.nn.functional.normalize(features, dim=-1) if normalize else features
 
 
-def load_clip_model(name: str, setting: str) -> CLIPModel:
-    """A transformers `CLIPModel` with all of its weights, by folder or hub id.
+def load_transformers_clip(name: str, setting: str, processor: str, processor_setting: str) -> Loaded:
+    """A transformers `CLIPModel` in open_clip's form, with an image processor and a tokenizer, by folder or hub id.
 
     Raises:
-        ModelError: it cannot be loaded, is of another kind, or lacks weights.
+        ModelError: one of them cannot be loaded, the model is of another kind, or it lacks weights.
     """
     try:
         kind = AutoConfig.from_pretrained(name).model_type
@@ -199,26 +186,17 @@ def load_clip_model(name: str, setting: str) -> CLIPModel:
             f"{setting}: found {name!r} of type {kind!r}, allowed here: clip; open_clip has others by name (SigLIP …)"
         )
     require_weights(found["missing_keys"], setting, name)
-    return model
-
-
-def as_open_clip(model: CLIPModel, processor_name: str, setting: str) -> Loaded:
-    """A `CLIPModel` in open_clip's form, with the image processor and the tokenizer of a folder or hub id.
-
-    Raises:
-        ModelError: these cannot be loaded.
-    """
     try:
-        processor = AutoProcessor.from_pretrained(processor_name)
+        tools = AutoProcessor.from_pretrained(processor)
     except Exception as error:  # the libraries raise a dozen kinds
-        raise load_failure(setting, processor_name, error) from error
+        raise load_failure(processor_setting, processor, error) from error
     context = model.config.text_config.max_position_embeddings
 
     def preprocess(image: Image.Image) -> torch.Tensor:
-        return processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return tools.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     def tokenize(texts: Sequence[str], context_length: int = context) -> torch.Tensor:
         options = {"padding": "max_length", "truncation": True, "max_length": context_length}
-        return processor.tokenizer(list(texts), return_tensors="pt", **options)["input_ids"]
+        return tools.tokenizer(list(texts), return_tensors="pt", **options)["input_ids"]
 
     return TransformersClip(model), preprocess, tokenize

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from grpo_kit.config import Name, one_line
 from grpo_kit.config.hub import ModelError, load_failure
 from grpo_kit.rewards.clip import ClipSimilarity
-from grpo_kit.rewards.clip_models import ClipEncoder, as_open_clip, load_clip_model, load_open_clip
+from grpo_kit.rewards.clip_models import ClipEncoder, load_open_clip, load_transformers_clip
 from grpo_kit.rewards.protocol import Images, Texts
 
 Layer = tuple[torch.Tensor, torch.Tensor]  # weight (out, in), bias (out,)
@@ -125,9 +125,7 @@ def load_pickscore(model: Name | None = None, processor: Name | None = None, dev
     """
     model, processor = (model, processor or model) if model else PICKSCORE
     setting = "reward_settings.options.pickscore"
-    return PickScore(
-        *as_open_clip(load_clip_model(model, f"{setting}.model"), processor, f"{setting}.processor"), device
-    )
+    return PickScore(*load_transformers_clip(model, f"{setting}.model", processor, f"{setting}.processor"), device)
 
 
 class HumanPreference(ClipSimilarity):
@@ -158,9 +156,8 @@ def load_hps(model: Name | None = None, weights: Name | None = None, device: tor
         return HumanPreference(*load_open_clip(model, None, f"{setting}.model"), device)
     setting = f"{setting}.weights"
     # HPS sees the whole image, with bars beside it where it is no square; CLIP's own preprocessing cuts out the middle
-    return HumanPreference(
-        *load_open_clip(model, _file(weights, setting), setting, image_resize_mode="longest"), device
-    )
+    weights = _file(weights, setting)
+    return HumanPreference(*load_open_clip(model, weights, setting, image_resize_mode="longest"), device)
 
 
 def _file(weights: str, setting: str) -> str:
