@@ -116,7 +116,7 @@ def train(
             given = ["--profile", profile] if profile else []
             given += [part for text in override or () for part in ("-o", text)]
             raise SystemExit(launch(processes, [*given, "--run-dir", str(folder)], config, folder))
-        from grpo_kit.training.start import start
+        from grpo_kit.training.loop import start
 
         is_main = start(config, folder)
     if is_main:

@@ -20,7 +20,7 @@ from grpo_kit.preflight import machine as check
 from grpo_kit.runs import notebooks as headless
 from grpo_kit.runs.notebooks import NotebookError, plan, select_notebooks
 from grpo_kit.runs.places import new_run_folder
-from grpo_kit.training import start
+from grpo_kit.training import loop
 
 PARAMETERS = """profile: str = "tiny"  # a profile
 run_dir: str = ""  # empty: the demo run
@@ -308,8 +308,8 @@ def _alive(pid: int) -> bool:
 
 def test_train_hands_settings_and_folder_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = {}
-    monkeypatch.setattr(start, "load_experiment", lambda config: seen.setdefault("config", config))
-    monkeypatch.setattr(start, "train", lambda kit, run_dir, processes: seen.setdefault("run_dir", run_dir))
+    monkeypatch.setattr(loop, "load_experiment", lambda config: seen.setdefault("config", config))
+    monkeypatch.setattr(loop, "train", lambda kit, run_dir, processes: seen.setdefault("run_dir", run_dir))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text('{"user_prompt": "a"}')
     overrides = ["-o", "training_settings.seed=5", "-o", "training_settings.train_prompts=mine.jsonl"]
@@ -325,16 +325,16 @@ def test_interrupted_training_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(start, "load_experiment", lambda config: None)
-    monkeypatch.setattr(start, "train", interrupt)
+    monkeypatch.setattr(loop, "load_experiment", lambda config: None)
+    monkeypatch.setattr(loop, "train", interrupt)
     assert _run("train", "--run-dir", str(tmp_path / "r")) == 130
     assert f"grpo-kit train --run-dir {tmp_path / 'r'}" in capsys.readouterr().err
 
 
 def test_run_that_is_there_goes_on_with_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
-    monkeypatch.setattr(start, "load_experiment", seen.append)
-    monkeypatch.setattr(start, "train", lambda kit, run_dir, processes: None)
+    monkeypatch.setattr(loop, "load_experiment", seen.append)
+    monkeypatch.setattr(loop, "train", lambda kit, run_dir, processes: None)
     config = load_config("workshop", {"training_settings.seed": 5})
     save_config(config, tmp_path / "config.json")
     assert _run("train", "--run-dir", str(tmp_path)) == 0

@@ -29,7 +29,7 @@ from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.tracking import Tracker
 from grpo_kit.training import accumulation
 from grpo_kit.training import launch as launch_file
-from grpo_kit.training import start as start_file
+from grpo_kit.training import loop as loop_file
 from grpo_kit.training.loop import train
 from tests.chaos import signals as r4
 from tests.chaos.nonfinite import LORA
@@ -105,7 +105,7 @@ def threading_timer(seconds: float) -> None:
 @pytest.mark.parametrize("hang", [_interrupt_that_is_lost, _unwinding_that_hangs])
 def test_command_ends_though_it_does_not_unwind(hang: Callable, profile: Path, tmp_path: Path):
     def work() -> None:
-        vars(start_file).update(load_experiment=lambda config: None, train=hang)
+        vars(loop_file).update(load_experiment=lambda config: None, train=hang)
         interrupts.UNWINDING_SECONDS = 0.5
         cli.main(["train", "--profile", str(profile), "--run-dir", str(tmp_path / "run")])
 
@@ -132,7 +132,7 @@ def test_what_is_said_after_an_interrupt_has_all_options_and_a_folder(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(start_file, "start", interrupt)
+    monkeypatch.setattr(loop_file, "start", interrupt)
     monkeypatch.setattr(launch_file, "launch", interrupt)
     monkeypatch.setattr(places.time, "strftime", lambda form: "now")
     with pytest.raises(SystemExit) as stop:

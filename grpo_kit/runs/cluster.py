@@ -65,9 +65,6 @@ class Probe:
     version: str = grpo_kit.__version__  # of the kit here
 
 
-# --- the cluster ------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def connected(cluster: Cluster) -> Iterator[str]:
     """Connect to a Ray cluster, or start one of this machine; yield a line about it; leave nothing running.
@@ -111,9 +108,6 @@ def _connect(ray: ModuleType, cluster: Cluster) -> None:
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
-
-
-# --- what its machines must be able to do -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -178,9 +172,6 @@ def check_here(probe: Probe, notebooks: Sequence[Path]) -> None:
         )
 
 
-# --- the trials -------------------------------------------------------------------------------------------------------
-
-
 def run_trials_on_ray(
     trials: Sequence[PlannedTrial],
     probe: Probe,
@@ -223,7 +214,12 @@ def run_trials_on_ray(
             if not again:
                 yield result
     finally:
-        _cancel(list(running))
+        for ref in running:  # interrupted, each trial ends its kernel and says in its notebook that it was stopped
+            ray.cancel(ref)
+        if running:
+            _, unresponsive = ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_SECONDS)
+            for ref in unresponsive:
+                ray.cancel(ref, force=True)  # its worker ends, and the kernel with it
 
 
 def _run_here(trial: PlannedTrial, minutes_per_cell: float, probe: Probe) -> TrialResult:
@@ -248,18 +244,6 @@ def _outcome(ready: ObjectRef, trial: PlannedTrial) -> tuple[TrialResult, str | 
     except ray.exceptions.RayError as error:  # a worker, a machine or the network
         death = f"its worker died: {_text(error)}"
         return TrialResult(trial.name, trial.folder, (), death), death
-
-
-def _cancel(running: list[ObjectRef]) -> None:
-    """Interrupt what runs, so that each trial ends its kernel and says in its notebook that it was stopped."""
-    import ray
-
-    for ref in running:
-        ray.cancel(ref)
-    if running:
-        _, unresponsive = ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
-        for ref in unresponsive:
-            ray.cancel(ref, force=True)  # its worker ends, and the kernel with it
 
 
 def _text(error: BaseException) -> str:

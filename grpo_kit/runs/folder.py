@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from grpo_kit.config import Config, load_config
+from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.config.hardware import computing_machine, library_versions
-from grpo_kit.runs.disk_errors import RunError, disk_errors
 from grpo_kit.runs.durable import flush, flush_tree, json_bytes, remove, replace_file, without_nan
-from grpo_kit.runs.iterations import files_of_iterations, iteration_of
+from grpo_kit.runs.iterations import checkpoints_of, files_of_iterations, iteration_of
 from grpo_kit.runs.log_file import log_into
 from grpo_kit.runs.record import metrics_lines, read_metrics, read_validations
 
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _THUMBNAIL = 192  # pixels of the longer side, at most
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _REPLACED = ".replaced-best"  # the old best/ while the new one takes its place
+
+
+class RunError(KitError):
+    """A run folder that cannot be used."""
 
 
 class RunFolder:
@@ -59,8 +66,7 @@ class RunFolder:
     def _agrees_with(self, config: Config) -> None:
         if not (self.path / "config.json").is_file():
             return
-        difference = first_difference(load_config(self.path / "config.json").to_dict(), config.to_dict())
-        if difference:
+        if difference := first_difference(load_config(self.path / "config.json").to_dict(), config.to_dict()):
             raise RunError(
                 f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
             )
@@ -119,13 +125,32 @@ class RunFolder:
             os.replace(replaced, self.best)
         remove(replaced)
 
-    def file_errors(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Make one clear line of whatever the disk refuses while the file of that name is written.
+    @contextlib.contextmanager
+    def file_errors(self, name: str) -> Iterator[None]:
+        """Make one clear line of whatever the disk refuses, from the library that raised it.
+
+        Args:
+            name: of the file that is written; "" for the folder itself.
 
         Raises:
             RunError: which file, why, what is committed, and what to do.
         """
-        return disk_errors(self.path, name)
+        try:
+            yield
+        except (KitError, Timeout):
+            raise
+        except Exception as error:
+            # a library in Rust leaves the system's number in its text alone
+            in_text = re.search(r"\(os error (\d+)\)", str(error))
+            number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+            if number is None:
+                raise
+            mend = "make room" if number in _FULL else "allow writing into it" if number in _FORBIDDEN else "mend that"
+            advice = f"{mend}, then give the same command again: it goes on from there"
+            if number not in _FULL and last_commit(self.path) is None:
+                advice = "choose a folder that can be written to"
+            what = f"run folder {self.path}: {name and name + ': '}{os.strerror(number)}"
+            raise RunError(f"{what} ({commit_status(self.path)}); {advice}") from error
 
     def commit(self, save: Callable[[], object]) -> None:
         """Flush what was written since the last commit, and only then `save` the checkpoint that counts on it.
@@ -146,8 +171,6 @@ class RunFolder:
         if "\0" in name or ".." in parts or Path(name).is_absolute() or not parts:
             raise RunError(f"file {name!r:.100}: leads out of the run folder; allowed: a path inside it")
         return self.path / name
-
-    # --- metrics and validations --------------------------------------------------------------------------------------
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
         """One line a finished iteration."""
@@ -182,8 +205,6 @@ class RunFolder:
                 if iteration_of(place) > iteration:
                     place.unlink()
                     self._unflushed.add(place.parent)
-
-    # --- files --------------------------------------------------------------------------------------------------------
 
     def write_json(self, name: str, data: dict) -> Path:
         """Write a JSON file whole or not at all."""
@@ -231,6 +252,19 @@ class RunFolder:
                 os.replace(self.best, replaced)
             os.replace(aside, self.best)
             remove(replaced)
+
+
+def commit_status(run_dir: Path) -> str:
+    """What of a run is committed, as a part of an error: `iteration 12 is committed`."""
+    last = last_commit(run_dir)
+    return "nothing is committed yet" if last is None else f"iteration {last} is committed"
+
+
+def last_commit(run_dir: Path) -> int | None:
+    """The newest iteration that has a checkpoint; None where there is none, or the folder cannot be read."""
+    with contextlib.suppress(OSError):
+        return max(checkpoints_of(run_dir / "checkpoints"), default=None)
+    return None
 
 
 def _iteration(line: bytes) -> int | None:

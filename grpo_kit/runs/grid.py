@@ -73,9 +73,6 @@ class TrialResult:
         return sum(notebook.minutes for notebook in self.ran)
 
 
-# --- which trials -----------------------------------------------------------------------------------------------------
-
-
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which refuses a name that stands twice: the second would silently replace the first."""
 
@@ -179,9 +176,6 @@ def _names(combinations: Sequence[Mapping[str, object]]) -> list[str]:
     return names
 
 
-# --- what each will do ------------------------------------------------------------------------------------------------
-
-
 def plan_trials(
     trials: Sequence[Trial],
     notebooks: Sequence[Path],
@@ -213,16 +207,12 @@ def plan_trials(
         checked = plan(notebooks, profile, place, own, changed)
         planned.append(PlannedTrial(trial.name, place, values, profile, tuple(checked)))
     for trial in planned:
-        _require_same_trial(trial)
+        there = _read_record(trial.folder)
+        for name, value in _identity(trial).items() if there else ():
+            if there.get(name) != value:
+                text = f"holds another trial ({name} differs). Choose another --name or --run-dir"
+                raise GridError(f"{trial.folder}: {text}")
     return planned
-
-
-def _require_same_trial(trial: PlannedTrial) -> None:
-    """A folder that holds a trial must hold this one."""
-    there = _read_record(trial.folder)
-    for name, value in _identity(trial).items() if there else ():
-        if there.get(name) != value:
-            raise GridError(f"{trial.folder}: holds another trial ({name} differs). Choose another --name or --run-dir")
 
 
 def _identity(trial: PlannedTrial) -> dict[str, object]:
@@ -232,9 +222,6 @@ def _identity(trial: PlannedTrial) -> dict[str, object]:
         "config": load_config(trial.profile, trial.settings).to_dict(),
         "notebooks": [notebook.name for notebook in trial.notebooks],
     }
-
-
-# --- running them -----------------------------------------------------------------------------------------------------
 
 
 def run_trials(trials: Sequence[PlannedTrial], minutes_per_cell: float = 60.0) -> Iterator[TrialResult]:
@@ -253,8 +240,7 @@ def run_trial(
         minutes_per_cell: the longest that a cell may take.
         starting: called before each notebook.
     """
-    before = finished(trial)
-    if before is not None:
+    if (before := finished(trial)) is not None:
         return before
     write_profile(trial.folder, trial.profile, trial.settings)
     _write_record(trial, STARTED, ())

@@ -56,9 +56,6 @@ def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> 
     return sorted(chosen)
 
 
-# --- what each will do ------------------------------------------------------------------------------------------------
-
-
 def plan(
     notebooks: Sequence[Path],
     profile: str,
@@ -87,16 +84,21 @@ def plan(
         raise NotebookError(
             f"settings {', '.join(settings):.80}: none of the notebooks takes a profile. Leave them out"
         )
+    used = profile if profile in PROFILES else str(Path(profile).expanduser().resolve())
     if settings:
         used = str(run_dir / OWN_PROFILE)
-    else:
-        used = profile if profile in PROFILES else str(Path(profile).expanduser().resolve())
-    planned = []
+    planned, keys = [], _setting_keys()
     for path, known in declared.items():
         values: dict[str, object] = {"profile": used, "run_dir": str(run_dir)}
         values |= {name: known[name].read(name, value) for name, value in parameters.items() if name in known}
-        planned.append(Planned(path, {name: value for name, value in values.items() if name in known}))
-        _check_settings(profile, settings, planned[-1], known)
+        given = {name: value for name, value in values.items() if name in known}
+        planned.append(Planned(path, given))
+        # a parameter that is named like a setting must be a value which that setting allows
+        changes = {keys[name]: value for name, value in given.items() if name in keys and value != known[name].default}
+        if twice := sorted(settings.keys() & changes.keys()):
+            text = f"given as a setting and as the parameter {twice[0].split('.')[-1]}. Give one of them"
+            raise NotebookError(f"{twice[0]}: {text}")
+        load_config(profile, {**settings, **changes})
     return planned
 
 
@@ -124,18 +126,6 @@ def _check_name(name: str, declared: Mapping[Path, Mapping[str, Parameter]]) -> 
     raise NotebookError(f"parameter {name!r:.60}: unknown{hint}; allowed: {', '.join(known) or 'none'}")
 
 
-def _check_settings(
-    profile: str, settings: Mapping[str, object], notebook: Planned, declared: Mapping[str, Parameter]
-) -> None:
-    """A parameter that is named like a setting must be a value which that setting allows."""
-    keys, given = _setting_keys(), notebook.parameters.items()
-    changes = {keys[name]: value for name, value in given if name in keys and value != declared[name].default}
-    if twice := settings.keys() & changes.keys():
-        key = min(twice)
-        raise NotebookError(f"{key}: given as a setting and as the parameter {key.split('.')[-1]}. Give one of them")
-    load_config(profile, {**settings, **changes})
-
-
 def _setting_keys() -> dict[str, str]:
     """The dotted key of every setting whose name stands in one section only."""
     sections = {name: field for name, field in Config.model_fields.items() if name.endswith("_settings")}
@@ -144,9 +134,6 @@ def _setting_keys() -> dict[str, str]:
     ]
     counts = Counter(name for name, _ in keys)
     return {name: key for name, key in keys if counts[name] == 1}
-
-
-# --- running them -----------------------------------------------------------------------------------------------------
 
 
 def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> Executed:
@@ -170,8 +157,7 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
             cwd=str(PROJECT_ROOT),
         )
     except papermill.PapermillExecutionError as failure:
-        said = f"cell [{failure.exec_count}]: {failure.ename}: {failure.evalue}"
-        error = printable(one_line(said, 300))
+        error = printable(one_line(f"cell [{failure.exec_count}]: {failure.ename}: {failure.evalue}", 300))
     except CellTimeoutError:
         error = f"a cell ran longer than {minutes_per_cell:g} minutes. Raise --minutes-per-cell"
         _note_stop(output, error)
@@ -182,7 +168,9 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM: what was done is kept, and says that it is not all
         _note_stop(output, "interrupted")
         raise
-    return Executed(notebook.name, output, _minutes(output), error, died)
+    metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"] if output.exists() else {}
+    seconds = metadata.get("papermill", {}).get("duration") or 0.0
+    return Executed(notebook.name, output, seconds / 60, error, died)
 
 
 def _note_stop(output: Path, error: str) -> None:
@@ -193,8 +181,3 @@ def _note_stop(output: Path, error: str) -> None:
         notebook = nbformat.read(output, as_version=4)
         notebook.metadata["grpo_kit"] = {"stopped": error}
         nbformat.write(notebook, output)
-
-
-def _minutes(output: Path) -> float:
-    metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"] if output.exists() else {}
-    return (metadata.get("papermill", {}).get("duration") or 0.0) / 60

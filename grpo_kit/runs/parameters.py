@@ -131,7 +131,11 @@ def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
     history = [str(source) for source in namespace.get("In", [])]
     cells = ((source, _statements(source)) for source in reversed(history))
     only_annotated = (source for source, body in cells if body and all(isinstance(s, ast.AnnAssign) for s in body))
-    declared = _assigned(next(only_annotated, "")) or _annotated(namespace)
+    declared = _assigned(next(only_annotated, ""))
+    if not declared:  # nbval keeps no history of its cells; what the session has annotated so far it has
+        found = namespace.get("__annotations__", {})
+        kinds = {name: kind if isinstance(kind, str) else getattr(kind, "__name__", "") for name, kind in found.items()}
+        declared = {name: Parameter(kind) for name, kind in kinds.items() if kind in TYPES and name in namespace}
     if not declared:
         raise NotebookError("parameters: found no cell that declares them. Run the parameters cell first.")
     for name in [name for source in history if source.lstrip().startswith(INJECTED) for name in _assigned(source)]:
@@ -142,10 +146,3 @@ def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
         if not parameter.fits(namespace[name]):
             raise parameter.refusal(name, namespace[name])
     return {name: namespace[name] for name in declared}
-
-
-def _annotated(namespace: Mapping[str, object]) -> dict[str, Parameter]:
-    """What the session has annotated so far: nbval keeps no history of its cells."""
-    found = namespace.get("__annotations__", {})
-    kinds = {name: kind if isinstance(kind, str) else getattr(kind, "__name__", "") for name, kind in found.items()}
-    return {name: Parameter(kind) for name, kind in kinds.items() if kind in TYPES and name in namespace}

@@ -40,7 +40,11 @@ def existing_runs(texts: Sequence[str]) -> list[Path]:
     Raises:
         KitError: one of them is no run.
     """
-    return [folder for text in texts for folder in _trials(text) or [existing_run(text)]]
+    found = []
+    for text in texts:
+        grids = map(trial_folders, _folders(text))
+        found += next(filter(None, grids), None) or [existing_run(text)]
+    return found
 
 
 def existing_run(text: str) -> Path:
@@ -55,10 +59,6 @@ def existing_run(text: str) -> Path:
     runs = sorted(path.parent.name for path in (PROJECT_ROOT / "reports").glob("*/config.json"))
     known = ", ".join(runs[-5:]) or "none yet. Make one: grpo-kit run"
     raise KitError(f"run {text!r:.100}: no run folder (one with a config.json); runs in reports/: {known}")
-
-
-def _trials(text: str) -> list[Path]:
-    return next((found for folder in _folders(text) if (found := trial_folders(folder))), [])
 
 
 def _folders(text: str) -> list[Path]:

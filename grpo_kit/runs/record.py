@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo_kit.config import KitError, printable
 from grpo_kit.runs.iterations import iteration_name, rollouts_of, validations_of
@@ -20,6 +20,9 @@ from grpo_kit.runs.iterations import iteration_name, rollouts_of, validations_of
 if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
+
+
+BRANCH_FILE = "branch.json"  # where a branch comes from
 
 
 class ImageKey(NamedTuple):
@@ -32,6 +35,17 @@ class ImageKey(NamedTuple):
 
 class RecordError(KitError):
     """A run folder holds something that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a branch comes from, as `branch.json` says it: nothing in it is a path of this machine."""
+
+    parent: str  # the run's name
+    iteration: int  # the last one that both have
+    settings: dict[str, list[Any]]  # dotted key → [the parent's value, the branch's], in the order of the config
+    best_from_parent: bool  # whether the parent had chosen its best/ by then
+    differs: str | None = None  # how the state that was computed again differs from the parent's record, if it does
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
         validations=read_validations(path),
         results=read_json(path / "final_results.json"),
         sentinel=read_json(path / "sentinel.json"),
-        branch=read_json(path / "branch.json"),
+        branch=read_json(path / BRANCH_FILE),
     )
 
 
@@ -214,3 +228,40 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: not a parquet file ({error}). Restore the file or delete it.") from error
+
+
+def read_origin(run_dir: Path) -> Origin | None:
+    """Where a run comes from; None where it is no branch.
+
+    Raises:
+        KitError: `branch.json` is damaged.
+    """
+    place = run_dir / BRANCH_FILE
+    try:
+        return Origin(**read_json(place)) if place.is_file() else None
+    except (RecordError, TypeError) as error:
+        text = f"{place}: no record of a branch ({error}). Restore the file, or make the branch again"
+        raise KitError(text) from error
+
+
+def first_own_validation(run_dir: Path) -> int:
+    """The first iteration whose validation is of a policy that `best/` can hold.
+
+    0, but for a branch that began before its parent had chosen its best: the policies validated until then are gone.
+    """
+    origin = read_origin(run_dir)
+    return 0 if origin is None or origin.best_from_parent else origin.iteration + 1
+
+
+def refuse_branch_without_checkpoint(run_dir: Path) -> None:
+    """Refuse to begin a branch that has no checkpoint at iteration 0: its first iterations are its parent's.
+
+    Raises:
+        KitError: the run is a branch.
+    """
+    origin = read_origin(run_dir)
+    if origin is not None:
+        raise KitError(
+            f"run {run_dir}: none of its checkpoints is whole, and a branch of {origin.parent} cannot begin at "
+            f"iteration 0. Branch again: grpo-kit replay {origin.parent} --iteration {origin.iteration} --branch"
+        )

@@ -142,17 +142,17 @@ def _on_ray(
         yield result
     if not rest:
         return
+
+    def report_restart(trial: PlannedTrial, reason: str) -> None:
+        print(f"      {trial.name} is started again: {reason}", file=sys.stderr, flush=True)
+
     with probe_file(folder) as probe, connected(cluster) as description:
         print(description, flush=True)
         check_machines(cluster, probe, [notebook.path for notebook in rest[0].notebooks])
-        coming = run_trials_on_ray(rest, probe, cluster, minutes_per_cell, _report_restart)
+        coming = run_trials_on_ray(rest, probe, cluster, minutes_per_cell, report_restart)
         for number, result in enumerate(coming, start=len(before) + 1):
             print(f"[{number}/{len(trials)}] {result.name}, {result.minutes:.1f} min", flush=True)
             yield result
-
-
-def _report_restart(trial: PlannedTrial, reason: str) -> None:
-    print(f"      {trial.name} is started again: {reason}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pandas as pd
@@ -187,9 +186,7 @@ class Tracker:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._each(lambda mirror: mirror.finish(exit_code(error)))
 
     def go_on(self, committed: int) -> None:
@@ -221,9 +218,6 @@ def exit_code(error: BaseException | None) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else int(error is not None)
-
-
-# --- what is shown of a run's folder ----------------------------------------------------------------------------------
 
 
 def show_again(mirror: Mirror, run_dir: Path, after: int, until: int) -> None:

@@ -16,8 +16,7 @@ from grpo_kit.rewards.loading import check_reward_settings
 from grpo_kit.runs.durable import flush, flush_tree
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.iterations import files_of_iterations, iteration_of
-from grpo_kit.runs.origin import FILE, Origin
-from grpo_kit.runs.record import metrics_lines
+from grpo_kit.runs.record import BRANCH_FILE, Origin, metrics_lines
 from grpo_kit.training.loop import best_iteration, commit, make_optimizer
 from grpo_kit.training.restore import own_experiment, require_iteration, restore_after
 
@@ -134,7 +133,7 @@ def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, ne
     if origin.best_from_parent:
         shutil.copytree(run.best, folder.best)
     commit(kit, _with_own_rates(kit, optimizer), folder, origin.iteration)
-    folder.write_json(FILE, asdict(origin))
+    folder.write_json(BRANCH_FILE, asdict(origin))
     flush_tree(aside)
     if new.is_dir():
         new.rmdir()

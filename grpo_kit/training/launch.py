@@ -20,16 +20,13 @@ import psutil
 import torch
 
 from grpo_kit.config import Config, KitError
-from grpo_kit.runs.disk_errors import commit_status
+from grpo_kit.runs.folder import commit_status
 from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, require_sharable
 
 _LONGEST_COLLECTIVE = timedelta(days=7)
 _LOOK_EVERY = 0.5  # seconds between two looks at the other processes
 _TO_UNWIND = 5.0  # seconds that a process has to end by itself once another one has ended
 _LAUNCHER = "GRPO_KIT_LAUNCHER"  # set where `launch` started the processes and says itself which of them was killed
-
-
-# --- in each process --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -64,22 +61,16 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     processes = Launched(accelerator)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # by which the launcher ends what is left
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if not processes.is_main:
-        _warn_only(processes.rank)
+    if not processes.is_main:  # the main process logs; of the others only warnings are shown
+        screen, logger = logging.StreamHandler(), logging.getLogger("grpo_kit")
+        screen.setFormatter(logging.Formatter(f"process {processes.rank}: %(message)s"))
+        screen.setLevel(logging.WARNING)
+        logger.addHandler(screen)
+        logger.propagate = False
     with _Peers(processes, run_dir).watched():
         yield processes
         accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def _warn_only(rank: int) -> None:
-    """The main process logs; of the others only warnings are shown, such as that of a reward which failed there."""
-    screen = logging.StreamHandler()
-    screen.setFormatter(logging.Formatter(f"process {rank}: %(message)s"))
-    screen.setLevel(logging.WARNING)
-    logger = logging.getLogger("grpo_kit")
-    logger.addHandler(screen)
-    logger.propagate = False
 
 
 class _Peers:
@@ -160,9 +151,6 @@ def _is_alive(process: psutil.Process) -> bool:
 def lost_text(who: str, run_dir: Path) -> str:
     """One line: which process ended, what is committed, how to go on."""
     return f"{who} ended early; {commit_status(run_dir)}. The same command with --run-dir {run_dir} goes on from there"
-
-
-# --- starting them ----------------------------------------------------------------------------------------------------
 
 
 def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) -> int:

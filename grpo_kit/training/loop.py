@@ -18,7 +18,7 @@ from grpo_kit.config.prompts import balanced_batch
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.reward_hacking import check_for_reward_hacking, held_out_score
 from grpo_kit.evaluation.validation import validate
-from grpo_kit.experiment import Experiment
+from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.grpo.finite import NonFinite
 from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.models.card import save_with_card
@@ -26,9 +26,10 @@ from grpo_kit.rollout import Rollout, rollout_table, score_rows, with_encoded
 from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, decisive_settings
 from grpo_kit.runs.iterations import iteration_name
-from grpo_kit.runs.origin import first_own_validation, refuse_branch_without_checkpoint
+from grpo_kit.runs.record import first_own_validation, refuse_branch_without_checkpoint
 from grpo_kit.runs.tracking import Tracker, validation_line
 from grpo_kit.training.accumulation import micro_batches
+from grpo_kit.training.launch import joined
 from grpo_kit.training.nonfinite import warn_or_end
 from grpo_kit.training.processes import ALONE, ProcessError, Processes, collect_shared_rollout, require_sharable
 from grpo_kit.training.step import StepStats, grpo_step
@@ -324,3 +325,20 @@ def _check_for_reward_hacking(kit: Experiment, folder: RunFolder, *, announce: b
         held_out,
     )
     return str(seen.divergence)
+
+
+def start(config: Config, folder: Path) -> bool:
+    """Load an experiment and train its policy, together with the processes that this one was launched with.
+
+    Returns:
+        Whether this process is the first of them, which reports.
+
+    Raises:
+        KitError: one line on why it cannot be trained.
+    """
+    with joined(config, folder) as processes:
+        if processes.is_main:
+            print(f"run folder: {folder}", flush=True)
+            RunFolder(folder).require_free()  # before the models are loaded
+        train(load_experiment(config), folder, processes=processes)
+    return processes.is_main

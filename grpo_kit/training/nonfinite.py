@@ -5,8 +5,7 @@ from itertools import takewhile
 
 from grpo_kit.config import KitError
 from grpo_kit.grpo.finite import NonFinite
-from grpo_kit.runs.disk_errors import commit_status
-from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.folder import RunFolder, commit_status
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from grpo_kit.grpo.logprobs import is_truncated
 from grpo_kit.rollout import Rollout, Samples, picture_prompts, with_rewards
 from grpo_kit.runs.checkpoint import newest_checkpoint
 from grpo_kit.runs.folder import first_difference
-from grpo_kit.runs.origin import read_origin, refuse_branch_without_checkpoint
-from grpo_kit.runs.record import metrics_lines
+from grpo_kit.runs.record import metrics_lines, read_origin, refuse_branch_without_checkpoint
 from grpo_kit.training.difference import Comparison, compare_line
 from grpo_kit.training.loop import log_line, restore, run_iteration
 
@@ -60,18 +59,16 @@ def require_iteration(run_dir: Path, iteration: int) -> None:
     raise ReplayError(f"iteration: found {iteration}, allowed in run {run_dir.resolve().name}: {allowed}. {advice}")
 
 
-# --- the state after an iteration -------------------------------------------------------------------------------------
-
-
 def copied_state(kit: Experiment, optimizer: torch.optim.Optimizer) -> dict[str, dict | list]:
     """A copy of all that a step changes, by the names that a replay shows."""
-    state = {
-        "weights": kit.policy.trainable_state(),
-        "optimizer": optimizer.state_dict()["state"],
-        "optimizer's settings": optimizer.state_dict()["param_groups"],
-        "rewards' statistics": kit.rewards.state_dict(),
-    }
-    return copy.deepcopy(state)
+    return copy.deepcopy(
+        {
+            "weights": kit.policy.trainable_state(),
+            "optimizer": optimizer.state_dict()["state"],
+            "optimizer's settings": optimizer.state_dict()["param_groups"],
+            "rewards' statistics": kit.rewards.state_dict(),
+        }
+    )
 
 
 def put_back(kit: Experiment, optimizer: torch.optim.Optimizer, state: dict[str, dict | list]) -> None:
@@ -108,9 +105,6 @@ def restore_after(
         metrics = log_line(kit, number, *run_iteration(kit, optimizer, number))
         compared += compare_line(f"iteration {number}", lines[number - 1], metrics, as_one=True)
     return start, skipped, compared
-
-
-# --- its rollout ------------------------------------------------------------------------------------------------------
 
 
 def read_rollout(place: Path) -> dict[str, list]:

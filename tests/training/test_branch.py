@@ -16,7 +16,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.runs.checkpoint import load_checkpoint
-from grpo_kit.runs.origin import Origin, read_origin
+from grpo_kit.runs.record import Origin, read_origin
 from grpo_kit.show.report import write_report
 from grpo_kit.training.branch import branch
 from grpo_kit.training.loop import train

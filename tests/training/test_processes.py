@@ -22,8 +22,7 @@ from support.parallel_worker import SETTINGS, settings
 from grpo_kit.cli import main
 from grpo_kit.config import PROJECT_ROOT, Config, load_config
 from grpo_kit.experiment import load_experiment
-from grpo_kit.runs.disk_errors import last_commit
-from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.folder import RunFolder, last_commit
 from grpo_kit.training.launch import joined
 from grpo_kit.training.loop import make_optimizer, resume, train
 from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_enough, require_sharable
