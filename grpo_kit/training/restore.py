@@ -61,14 +61,13 @@ def require_iteration(run_dir: Path, iteration: int) -> None:
 
 def copied_state(kit: Experiment, optimizer: torch.optim.Optimizer) -> dict[str, dict | list]:
     """A copy of all that a step changes, by the names that a replay shows."""
-    return copy.deepcopy(
-        {
-            "weights": kit.policy.trainable_state(),
-            "optimizer": optimizer.state_dict()["state"],
-            "optimizer's settings": optimizer.state_dict()["param_groups"],
-            "rewards' statistics": kit.rewards.state_dict(),
-        }
-    )
+    state = {
+        "weights": kit.policy.trainable_state(),
+        "optimizer": optimizer.state_dict()["state"],
+        "optimizer's settings": optimizer.state_dict()["param_groups"],
+        "rewards' statistics": kit.rewards.state_dict(),
+    }
+    return copy.deepcopy(state)
 
 
 def put_back(kit: Experiment, optimizer: torch.optim.Optimizer, state: dict[str, dict | list]) -> None:
