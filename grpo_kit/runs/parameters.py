@@ -132,7 +132,7 @@ def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
     cells = ((source, _statements(source)) for source in reversed(history))
     only_annotated = (source for source, body in cells if body and all(isinstance(s, ast.AnnAssign) for s in body))
     declared = _assigned(next(only_annotated, ""))
-    if not declared:  # nbval keeps no history of its cells; what the session has annotated so far it has
+    if not declared:  # nbval keeps no history of its cells: take what the session has annotated so far
         found = namespace.get("__annotations__", {})
         kinds = {name: kind if isinstance(kind, str) else getattr(kind, "__name__", "") for name, kind in found.items()}
         declared = {name: Parameter(kind) for name, kind in kinds.items() if kind in TYPES and name in namespace}
