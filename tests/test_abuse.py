@@ -1,8 +1,8 @@
 """Abuse (S1, S3, S4, S7, S9): what a file, a name, a value or a text must not be able to do.
 
-What is elsewhere. S5, markup in prompts: tests/support/hostile.py has 200 payloads and the judge, tests/show/test_widgets.py,
+What is elsewhere. S5, markup in prompts: tests/support/hostile.py has 200 payloads and the judge; test_widgets.py,
 test_compare.py, test_series.py and test_show.py put them through widgets and pages, test_browser.py through a browser.
-S6, special tokens in a user's text: trap T26 in tests/models/test_policy.py. S7 for wandb's own files: tests/runs/test_tracking.py.
+S6, special tokens in a user's text: trap T26 in tests/models/test_policy.py. S7 for wandb: tests/runs/test_tracking.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo_kit.config import KitError, TrainingSettings
 from grpo_kit.grpo import group_advantages, grpo_loss, token_weights
-from grpo_kit.rewards.protocol import usable_rewards
+from grpo_kit.rewards.bad_rewards import usable_rewards
 
 NEEDED = ("completion_ids", "old_logprobs", "ref_logprobs", "new_logprobs")
 LOSS_SETTINGS = [name for name in signature(grpo_loss).parameters if name in TrainingSettings.model_fields]
