@@ -84,7 +84,7 @@ def cautions(pools: Sequence[Pool]) -> list[str]:
         found.append(f"The runs were not judged alike ({'; '.join(texts)}): compare their final figures with care.")
     lacking = {
         "Not trained to the end": [
-            run for run in runs if run.iterations < run.config.get("training_settings", {}).get("num_iterations", 0)
+            run for run in runs if run.iterations < (run.config.get("training_settings", {}).get("num_iterations") or 0)
         ],
         "Not evaluated": [run for run in runs if not run.results],
     }
