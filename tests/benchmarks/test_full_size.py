@@ -48,7 +48,7 @@ def _every_step(policy: Policy, texts: list[str]) -> float:
     shape = TINY.shape
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         found: list = []
-        inputs = policy.encode(texts)
+        inputs = policy.encode(texts).on(policy.device)
         whole = full_size_flops.counted(lambda: found.append(run_prompts(policy.model, inputs)))
         step = continued_groups(policy.model, found[0], shape.group, shape.completion_tokens)
         ids = torch.zeros(TINY.rows, dtype=torch.int64, device="meta")
