@@ -40,7 +40,7 @@ class Parameter:
         """The error that says which values the parameter of that name takes."""
         allowed = self.kind if self.kind in TYPES else f"one of {', '.join(TYPES)}"
         allowed += "" if self.default is None else f", such as {self.default!r:.60}"
-        return NotebookError(f"parameter {name}: found {found!r:.60}, allowed: {allowed}. Give a value of that type")
+        return NotebookError(f"parameter {name}: found {found!r:.60}, allowed: {allowed}; give a value of that type")
 
     def read(self, name: str, given: object) -> object:
         """A value, given as text or as it is, as one of the type.
