@@ -49,7 +49,7 @@ def test_without_history_the_sessions_annotations_count():
         "size": 3,
         "rate": 0.5,
     }
-    with pytest.raises(NotebookError, match=r"parameter size: found '3', allowed: int\."):
+    with pytest.raises(NotebookError, match=r"parameter size: found '3', allowed: int;"):
         check_parameters({"__annotations__": annotations, "size": "3", "rate": 0.5})
 
 
