@@ -52,6 +52,7 @@ def finished(before: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     return run, done.stdout
 
 
+@pytest.mark.slow
 def test_one_command_trains_evaluates_and_writes_a_page(finished: tuple[Path, str]) -> None:
     run, printed = finished
     assert "trained policy" in printed and "index.html" in printed
@@ -60,6 +61,7 @@ def test_one_command_trains_evaluates_and_writes_a_page(finished: tuple[Path, st
     assert sorted(path.stem[:2] for path in (run / "notebooks").glob("*.ipynb")) == ["00", "07", "08", "09"]
 
 
+@pytest.mark.slow
 def test_the_pages_need_no_network_and_run_nothing(finished: tuple[Path, str]) -> None:
     run, _ = finished
     for page in (run / "index.html", *(run / "notebooks").glob("*.html")):
@@ -67,6 +69,7 @@ def test_the_pages_need_no_network_and_run_nothing(finished: tuple[Path, str]) -
         assert image_count(text) > 0 and not active_nodes(text), page
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_recorded_data_alone(before: dict[str, str], finished: tuple[Path, str]) -> None:
     assert before and _recorded() == before
 
@@ -80,6 +83,7 @@ def without_pictures(page: Path) -> str:
     return re.sub(r"\s+", " ", re.sub(r" ·\s*<a href=\"[\w.]+ipynb\">the notebook itself</a>", "", text))
 
 
+@pytest.mark.slow
 def test_a_shared_copy_says_the_same_and_is_smaller(finished: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = finished
     assert f'"{run}"' in (run / "notebooks" / "07_train.ipynb").read_text().replace("\\", "")
@@ -175,6 +179,7 @@ def look_at(browser: object, page: Path) -> tuple[int, list[str]]:
     return len(images), wrong
 
 
+@pytest.mark.slow
 def test_every_image_of_a_run_shows_without_a_network(finished: tuple[Path, str], browser: object) -> None:
     run, _ = finished
     for page in (run / "index.html", *(run / "notebooks").glob("*.html")):
