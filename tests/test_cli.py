@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from support.config_files import save_config
+from support.grids import alive, wait_for_number
 
 from grpo_kit import cli
 from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, load_config
@@ -276,31 +276,13 @@ def test_terminated_run_takes_its_kernel_along(tmp_path: Path, name: str):
     code += f"import grpo_kit.cli; grpo_kit.cli.main(['run', '--run-dir', {str(tmp_path / 'run')!r}])"
     code = f"import signal; signal.signal({int(number)}, signal.SIG_DFL)\n{code}"  # nohup ignores it, and so would this
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
-    pid = _wait_for_number(tmp_path / "pid")
+    pid = wait_for_number(tmp_path / "pid")
     process.send_signal(number)
     assert process.wait(30) == 128 + number
     deadline = time.monotonic() + 10
-    while _alive(pid) and time.monotonic() < deadline:
+    while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not _alive(pid)
-
-
-def _wait_for_number(path: Path) -> int:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if path.is_file() and path.read_text():
-            return int(path.read_text())
-        time.sleep(0.1)
-    raise AssertionError("the notebook did not start")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{pid}/stat")
-    return not (state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+    assert not alive(pid)
 
 
 # -- the other commands ------------------------------------------------------------------------------------------------
