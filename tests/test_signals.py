@@ -200,7 +200,9 @@ def test_kernel_that_is_interrupted_goes_on_with_the_same_objects(profile: Path,
     places = {"folder": str(tmp_path / "run"), "fired": str(tmp_path / "fired")}
     manager, client = start_new_kernel(kernel_name="python3", env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        asked = client.execute(KERNEL.format(root=str(PROJECT_ROOT), profile=str(profile), **places))
+        code = KERNEL.format(root=str(PROJECT_ROOT), profile=str(profile), **places)
+        # without stop_on_error=False the kernel may still be refusing requests when the next one comes
+        asked = client.execute(code, stop_on_error=False)
         _wait_for(tmp_path / "fired")
         manager.interrupt_kernel()
         assert _reply(client, asked)["ename"] == "KeyboardInterrupt"
