@@ -30,8 +30,8 @@ run: $(READY) ## train and evaluate on the embedded world through the notebooks,
 test: $(READY) ## run the tests, but for those marked slow
 	$(TESTS) -m "not slow" $(ARGS)
 
-test-slow: $(READY) ## run the tests that take long: real JupyterLab, every notebook, kills and crashes, compiled steps
-	$(TESTS) -m slow $(ARGS)
+test-slow: $(READY) ## run the slow tests: real JupyterLab, notebooks, kills and crashes (ARGS="-m long": the longest)
+	$(TESTS) -m "slow and not long" $(ARGS)
 
 traps: $(READY) ## show that each known trap of GRPO is avoided, and that deliberately broken versions are caught
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m trap --traps -n $(JOBS) --dist loadfile $(ARGS)
@@ -64,7 +64,11 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 		echo "grpo_kit needs Python 3.11 or newer; found: $$(python3 --version 2>&1). Install one, or name it: make run PYTHON=..." >&2; \
 		exit 2; fi; \
 	$$base -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[dev]"
+	@echo "setting up $(VENV): 7 GB, 1 to 5 minutes, once" >&2
+	@# uv installs the same versions in a quarter of the time; where it cannot be had, or fails, pip does it
+	@{ $(PY) -m pip install --quiet --disable-pip-version-check uv && \
+		$(PY) -m uv pip install --quiet --python $(PY) -c requirements.lock -e ".[dev]"; } || \
+		$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[dev]"
 	@touch $@
 
 build/ready%: pyproject.toml

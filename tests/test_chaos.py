@@ -35,6 +35,7 @@ def test_broken_versions_of_the_kit_are_caught():
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"R2", "R6", "R7", "R8", "R17"}
 
 
+@pytest.mark.slow
 def test_a_fault_that_is_none_is_named():
     done = _chaos("R1", "R99")
     assert done.returncode == 2 and "fault 'R99': allowed: R1, R2" in done.stderr

@@ -126,6 +126,7 @@ def test_sides_that_do_other_work_are_not_timed(iteration: Iteration, monkeypatc
         full_size.agree(iteration)
 
 
+@pytest.mark.slow
 def test_the_real_form_writes_seconds_overhead_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measure, "RESAMPLES", 99)
     full_size.main(device="cpu", dry_run=False, scale="tiny", pairs=2, threads=1, out=tmp_path)

@@ -39,6 +39,7 @@ def test_a_reward_model_without_training_does_not(kit: Experiment) -> None:
     assert min(rates.values()) < 0.8, rates
 
 
+@pytest.mark.slow
 def test_the_recorded_policy_beats_where_it_started_and_the_users_own_words() -> None:
     run = PROJECT_ROOT / "data" / "demo_run"
     kit = gk.load_experiment(gk.load_config(run), trained=run / "best")

@@ -149,6 +149,7 @@ class Refusal(BaseHTTPRequestHandler):
         """Nothing is written."""
 
 
+@pytest.mark.slow
 def test_refused_model_is_one_line_with_its_page_the_token_and_another_one(tmp_path: Path):
     with Hub() as hub:
         address = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HUB_OFFLINE": "0"}

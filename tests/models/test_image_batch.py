@@ -147,6 +147,7 @@ def test_measured_batch_keeps_to_the_memory_that_was_stated():
     assert 1 < found < MOST and 0.5 * stated < took < stated
 
 
+@pytest.mark.slow
 def test_more_memory_draws_more_at_once(wide: StableDiffusion3Pipeline):
     assert _auto(wide, 32 * MB).batch_size < _auto(wide, 512 * MB).batch_size
 

@@ -27,9 +27,9 @@ CLOSE = 1e-4  # of a log-probability, in float32: masked places change the order
 NAMES = {family.name: family for family in FAMILIES}
 SHARING = [family for family in FAMILIES if family.name != "Gemma 3 (text)"]
 VIEWS = [(family, picture) for family in SHARING for picture in family.views]
-each_view = pytest.mark.parametrize(
-    ("family", "picture"), VIEWS, ids=[f"{f.name}-{'picture' if picture else 'words'}" for f, picture in VIEWS]
-)
+SHORT = [("Qwen2.5-VL", True), ("SmolVLM 2", False), ("LLaVA-OneVision", True), ("Llama 3", False)]  # of a traced step
+IDS = [f"{family.name}-{'picture' if picture else 'words'}" for family, picture in VIEWS]
+each_view = pytest.mark.parametrize(("family", "picture"), VIEWS, ids=IDS)
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +85,12 @@ def test_fixed_shapes_sample_what_the_plain_loop_does(family: Family, picture: b
     assert _difference(*(_sampled(policy, way, images, greedy=True) for way in ("plain", "static"))) < CLOSE
 
 
-@each_view
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "picture"),
+    [pytest.param(*view, marks=() if (view[0].name, view[1]) in SHORT else pytest.mark.long) for view in VIEWS],
+    ids=IDS,
+)
 def test_a_traced_step_samples_what_the_plain_loop_does(
     family: Family, picture: bool, load: Callable, quickly_compiled: None
 ):

@@ -179,6 +179,7 @@ def test_rewards_are_planned_with_the_operations_of_the_real_ones():
     assert sum(phase.cost.flops for phase in plan_reward(config).phases) == real
 
 
+@pytest.mark.slow
 def test_a_part_of_many_micro_batches_costs_what_all_of_them_do():
     config = small_config(training_settings__micro_batch_size=1, training_settings__group_size=4)
     planned = phase_cost(plan_policy(config, torch.float32), "update")

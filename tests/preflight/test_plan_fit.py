@@ -130,6 +130,7 @@ def test_advice_saves_step_by_step_until_the_plan_fits():
     assert found.peak - again.peak == sum(step.saved for step in steps)
 
 
+@pytest.mark.slow
 def test_advice_says_when_nothing_helps(monkeypatch: pytest.MonkeyPatch):
     tight = _with_memory(_plan(), 1e6)
     part = tight.largest[0].name
@@ -222,6 +223,7 @@ def test_what_cannot_be_planned_is_one_line(options: list[str], said: str, capsy
     assert len(error) == 1 and said in error[0]
 
 
+@pytest.mark.slow
 def test_what_a_policy_looks_at_is_planned_in_the_size_in_which_it_is_drawn():
     usual, larger = small_config(model_settings__use_image=True), {"generation_settings__height": 64}
     for config, size in ((usual, (32, 32)), (small_config(model_settings__use_image=True, **larger), (32, 64))):

@@ -93,6 +93,7 @@ def left_behind(folder: Path) -> dict[str, object]:
 # --- what comes back --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_grid_brings_the_same_as_without_ray_and_a_failed_trial_leaves_the_others_alone(
     cluster: str, series: Path, tmp_path: Path
 ):
@@ -111,6 +112,7 @@ def test_a_grid_brings_the_same_as_without_ray_and_a_failed_trial_leaves_the_oth
     assert len(workers) == 2 and process.pid not in workers
 
 
+@pytest.mark.slow
 def test_a_result_comes_when_it_is_there_and_a_closed_grid_ends_its_kernels_and_goes_on_later(
     cluster: str, series: Path, tmp_path: Path
 ):
@@ -133,6 +135,7 @@ def test_a_result_comes_when_it_is_there_and_a_closed_grid_ends_its_kernels_and_
 # --- what is tried again ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trial_that_dies_is_started_again_twice_and_one_that_fails_is_not(cluster: str, series: Path, tmp_path: Path):
     cases = ["worker dies once", "kernel dies once", "worker dies", "bad"]
     trials = planned(tmp_path / "grid", case=cases)
@@ -149,6 +152,7 @@ def test_a_trial_that_dies_is_started_again_twice_and_one_that_fails_is_not(clus
     assert not any(alive(line[2]) for trial in trials for line in lines(trial.folder))  # kernels of dead workers
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_not_started_again_is_caught(
     cluster: str, series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -160,6 +164,7 @@ def test_a_trial_that_is_not_started_again_is_caught(
 # --- what a cluster must have -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_machine_that_sees_another_folder_is_named(cluster: str, series: Path, tmp_path: Path):
     notebooks, (trial,) = select_notebooks(["00"]), planned(tmp_path / "grid", seeds=[0])
     with probe_file(tmp_path / "grid") as probe:
@@ -176,6 +181,7 @@ def test_a_machine_that_sees_another_folder_is_named(cluster: str, series: Path,
     assert not trial.folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [Cluster(gpus=64), Cluster(cpus=4096)])
 def test_what_no_machine_has_is_refused(cluster: str, tmp_path: Path, asked: Cluster):
     with (
@@ -185,6 +191,7 @@ def test_what_no_machine_has_is_refused(cluster: str, tmp_path: Path, asked: Clu
         check_machines(asked, probe, [])
 
 
+@pytest.mark.slow
 def test_a_trial_that_breaks_outside_of_its_notebook_leaves_the_others_alone(
     cluster: str, series: Path, tmp_path: Path
 ):

@@ -1,7 +1,8 @@
 """Every notebook runs as it is committed, and with other parameters; what its checked cells print stays the same.
 
-The quick ones run in every test run: under nbval with their defaults, the quickest with other parameters too.
-`make test ARGS="tests/runs/test_notebooks.py -m slow"` does the same with all of them, and gives each a second set.
+The quick ones run in every test run, under nbval with their defaults; the others, and all with other parameters, are
+slow. The three that train for minutes are long with their defaults: `make test-slow ARGS="-m long"`; the series of
+test_series.py runs them in short.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tools import colab
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 INDEX = PROJECT_ROOT / "notebooks" / "index.ipynb"
 LONG = {"07_train", "08_evaluate", "09_ablations"}  # minutes with their defaults
-QUICK = {"index", "00_start_here", "02_policy", "06_grpo_loss"}  # a quarter of a minute each
+QUICK = {"index", "00_start_here", "06_grpo_loss"}  # a quarter of a minute each
 # Each set is given to the notebooks that have such a parameter.
 SMALL = {"seed": "1", "group_size": "4"}
 OTHER = {"seed": "2", "group_size": "6", "num_iterations": "3", "trial_iterations": "2", "seeds_per_prompt": "1"}
@@ -33,8 +34,10 @@ def by_name(path: Path) -> str:
     return path.stem
 
 
-def slow_unless(paths: list[Path], quick: set[str]) -> list:
-    return [path if path.stem in quick else pytest.param(path, marks=pytest.mark.slow) for path in paths]
+def as_they_take(path: Path) -> object:
+    """The notebook, marked as slow or long where it takes that."""
+    marks = [pytest.mark.slow] * (path.stem not in QUICK) + [pytest.mark.long] * (path.stem in LONG)
+    return pytest.param(path, marks=marks)
 
 
 # --- as committed -----------------------------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ def checked_cells(path: Path) -> int:
     return sum(cell.source.startswith("# NBVAL_CHECK_OUTPUT") for cell in cells if cell.cell_type == "code")
 
 
-@pytest.mark.parametrize("path", slow_unless([INDEX, *NOTEBOOKS], QUICK), ids=by_name)
+@pytest.mark.parametrize("path", map(as_they_take, [INDEX, *NOTEBOOKS]), ids=by_name)
 def test_it_runs_as_committed_and_its_checked_cells_print_the_same(path: Path, tmp_path: Path) -> None:
     before = path.read_bytes()
     done = nbval(path, tmp_path)
@@ -102,6 +105,7 @@ def test_it_runs_with_other_parameters(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in ("07_train", "09_ablations")], ids=by_name)
 def test_it_runs_with_a_second_set_of_parameters(path: Path, tmp_path: Path) -> None:
     run_with(path, OTHER, tmp_path / "run")

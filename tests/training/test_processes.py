@@ -217,8 +217,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("started", "rank"),
     [
-        ("launch", 1),
-        pytest.param("launch", 0, marks=SLOW),
+        *(pytest.param("launch", rank, marks=SLOW) for rank in (1, 0)),
         pytest.param("accelerate", 1, marks=SLOW),
         pytest.param("accelerate", 0, marks=SLOW),
     ],
