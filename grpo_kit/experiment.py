@@ -4,8 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo_kit.config import Config
+from grpo_kit.config.contents import HELD_OUT, TRAINED_ON, file_contents, prompts_digest
 from grpo_kit.config.hardware import placement
 from grpo_kit.config.prompts import Prompt, load_prompts
+from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.models.generator import Generator, load_generator
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.rewards.composition import Rewards
@@ -33,6 +35,11 @@ class Experiment:
         placed = placement(self.config.model_settings)
         return placed["generator_device"][0] != placed["reward_device"][0] if wanted is None else wanted
 
+    def contents(self) -> dict[str, str]:
+        """Dotted key → digest of what decides its result beside the settings: the prompts, and what lies in files."""
+        prompts = {TRAINED_ON: self.train_prompts, HELD_OUT: self.val_prompts}
+        return file_contents(self.config) | {key: prompts_digest(value) for key, value in prompts.items()}
+
     def with_rewards(self, rewards: Rewards) -> "Experiment":
         """The same experiment under other rewards, whose failures are treated as its `on_bad_reward` says."""
         on_error = "raise" if self.config.training_settings.on_bad_reward == "raise" else "nan"
@@ -51,6 +58,7 @@ def load_experiment(config: Config, trained: Path | str | None = None) -> Experi
     """
     placement(config.model_settings)  # what is wrong is said before any model is loaded
     check_reward_settings(config)
+    scheduled_rates(config.training_settings, 1)
     generator = load_generator(config)
     return Experiment(
         config=config,

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypedDict, Unpack
 
 import pandas as pd
@@ -13,6 +14,7 @@ from PIL import Image
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.grpo.advantages import group_spread
+from grpo_kit.models.decoding import stacked
 from grpo_kit.models.generator import Generator, Pair, even_batches
 from grpo_kit.models.policy import Policy, Scores
 from grpo_kit.models.prompt_format import EncodedPrompts
@@ -38,6 +40,8 @@ class Samples:
     reward_parts: dict[str, torch.Tensor]  # name → (N,) raw mean over the M images, NaN where none could be scored
     old_logprobs: torch.Tensor | None  # (N, T) of the sampled ids, when they were sampled
     truncated: torch.Tensor | None = None  # (N,) bool: ended by the length limit
+    unmatched: torch.Tensor | None = None  # (N,) bool: `prompt_part` found no prompt in it; None where that is "whole"
+    attempts: torch.Tensor | None = None  # (P,) how often a group was drawn again; None where that is not asked for
     prompt_images: list[Image.Image] | None = None  # P pictures that the policy saw
     encoded: EncodedPrompts | None = None  # the P prompts as the policy read them; None: to be encoded again
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, and what the rewards take beyond them
@@ -47,7 +51,7 @@ class Samples:
 class Rollout(Samples):
     """Samples with the rewards that training uses: all that is needed to compute the step on them."""
 
-    rewards: torch.Tensor  # (N,) the weighted total, of shaped parts where the rewards say so
+    rewards: torch.Tensor  # (N,) the weighted total, of shaped parts where the rewards say so, less what is penalised
     totals: torch.Tensor | None = None  # (N,) weighted raw total, where it differs from `rewards`
     ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference
 
@@ -63,6 +67,10 @@ class Rollout(Samples):
             "completions/mean_length": float(self.completion_mask.sum(dim=1).float().mean()),
             "completions/clipped_ratio": float(self.truncated.float().mean()),
         }
+        if self.unmatched is not None:
+            found["completions/unmatched_ratio"] = float(self.unmatched.float().mean())
+        if self.attempts is not None:
+            found["resampled_groups"] = float(self.attempts.sum())
         for name, values in self.reward_parts.items():
             found[f"rewards/{name}/mean"], found[f"rewards/{name}/std"] = _mean_and_std(values)
         return found
@@ -84,6 +92,7 @@ def collect_rollout(
     prompts: Sequence[Prompt | str],
     num_generations: int = 8,
     seed: int = 0,
+    truncation_penalty: float = 0.0,
     **options: Unpack[SampleOptions],
 ) -> Rollout:
     """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
@@ -91,22 +100,75 @@ def collect_rollout(
     Args:
         num_generations: G, at least 2: a sample is judged against its group.
         seed: fixes tokens and latents; the same call gives the same rollout.
+        truncation_penalty: taken from the reward of a completion that the length limit ended.
         options: `images_per_prompt=1`, `share_seeds=True`, `use_image=False`, `overlap=False`; see `collect_samples`.
 
     Raises:
         ValueError: fewer than two generations, or no prompts.
     """
     samples = collect_samples(policy, generator, rewards, prompts, num_generations, seed, **options)
-    return with_rewards(samples, rewards)
+    return with_rewards(samples, rewards, truncation_penalty)
 
 
-def with_rewards(samples: Samples, rewards: Rewards) -> Rollout:
-    """The rollout of whole groups of samples: their scores as the rewards weigh them, shaped and raw."""
+def with_rewards(samples: Samples, rewards: Rewards, truncation_penalty: float = 0.0) -> Rollout:
+    """The rollout of whole groups of samples: their scores as the rewards weigh them, shaped and raw.
+
+    Args:
+        truncation_penalty: taken from the reward of a truncated completion; the raw total is as it was.
+    """
+    combined = rewards.combined(samples.reward_parts, samples.group_ids)
+    differs = rewards.is_shaped or truncation_penalty
     return Rollout(
         **vars(samples),
-        rewards=rewards.combined(samples.reward_parts, samples.group_ids),
-        totals=rewards.total(samples.reward_parts) if rewards.is_shaped else None,
+        rewards=combined - truncation_penalty * samples.truncated if truncation_penalty else combined,
+        totals=rewards.total(samples.reward_parts) if differs else None,
     )
+
+
+def joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
+    """The rows of all shares, one after the other, as long as the longest completion."""
+    fills = {"completion_ids": pad_token_id, "completion_mask": False, "old_logprobs": 0.0}
+    lists = ("prompts", "enhanced_prompts", "images", "prompt_images")
+
+    def column(name: str) -> list | torch.Tensor | None:
+        values = [getattr(share, name) for share in shares]
+        if name in fills:
+            return stacked(values, fills[name])
+        if values[0] is None:
+            return None
+        return torch.cat(values) if torch.is_tensor(values[0]) else list(chain(*values))
+
+    return Samples(
+        **{name: column(name) for name in (*lists, "group_ids", "image_seeds", "truncated", "unmatched", *fills)},
+        reward_parts={n: torch.cat([share.reward_parts[n] for share in shares]) for n in shares[0].reward_parts},
+    )
+
+
+def with_groups(samples: Samples, again: Samples, places: Sequence[int], pad_token_id: int) -> Samples:
+    """Samples in which the groups at some places are others, as if these had been sampled there.
+
+    Args:
+        again: their groups 0, 1, … take these places.
+    """
+    group_ids = torch.tensor(places)[again.group_ids]
+    both, old = joined([samples, replace(again, group_ids=group_ids)], pad_token_id), samples.group_ids
+    rows = torch.cat([(~torch.isin(old, group_ids)).nonzero().flatten(), len(old) + torch.arange(len(group_ids))])
+    rows = rows[both.group_ids[rows].argsort(stable=True)]
+    longest = int(both.completion_mask[rows].sum(dim=1).max())
+    groups = torch.arange(len(samples.prompts))
+    groups[list(places)] = len(groups) + torch.arange(len(places))
+
+    def taken(name: str, value: object) -> object:
+        if value is None or isinstance(value, dict):
+            return value and {key: column[rows] for key, column in value.items()}
+        if torch.is_tensor(value):
+            return value[rows][:, :longest] if value.shape == both.completion_ids.shape else value[rows]
+        return [value[place] for place in (groups if name in ("prompts", "prompt_images") else rows)]
+
+    seconds = {name: samples.seconds.get(name, 0.0) + spent for name, spent in again.seconds.items()}
+    attempts = samples.attempts.index_add(0, torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
+    columns = {name: taken(name, value) for name, value in vars(both).items()}
+    return Samples(**columns | {"seconds": samples.seconds | seconds, "attempts": attempts})
 
 
 def collect_samples(
@@ -163,6 +225,7 @@ def collect_samples(
         reward_parts=drawn.parts,
         old_logprobs=completions.logprobs.cpu(),
         truncated=completions.truncated.cpu(),
+        unmatched=completions.unmatched,
         prompt_images=seen,
         encoded=encoded,
         seconds={"sampling": sampling_seconds, **drawn.seconds},
@@ -245,6 +308,7 @@ def rollout_table(
                 "difficulty": prompt.difficulty,
                 "enhanced_prompt": rollout.enhanced_prompts[row],
                 "image_seed": int(rollout.image_seeds[row, 0]),
+                **({} if rollout.attempts is None else {"attempt": int(rollout.attempts[group])}),
                 "reward": float(rollout.rewards[row]),
                 "advantage": float(advantage),
                 **{f"reward/{name}": float(values[row]) for name, values in rollout.reward_parts.items()},

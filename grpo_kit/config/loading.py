@@ -15,7 +15,7 @@ from grpo_kit.config.settings import PROFILE_FOLDER, PROFILES, Config, TrainingS
 from grpo_kit.config.strict_json import strict_json
 from grpo_kit.config.validation import forms_of, validated
 
-RECORDS = ("versions", "machine")  # what a run's config.json says of its making; no settings
+RECORDS = ("versions", "machine", "contents")  # what a run's config.json says of its making; no settings
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
 
 

@@ -1,6 +1,7 @@
 """The settings of a run, section by section: what each is, its type, its bounds and its default; see `Config`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,11 @@ Device = Annotated[
     Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", json_schema_extra={"allowed": "auto, cpu, mps, cuda or cuda:N"}),
 ]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt", "warmup_stable_decay",
+]  # fmt: skip
+PROMPT_PARTS = ("whole", "after_thinking", "quoted")
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
 
@@ -95,6 +101,11 @@ class GenerationSettings(Section):
     temperature: Number = Field(1.0, gt=0, description="of sampling during training")
     decoding: Literal["plain", "static", "compiled"] = Field("plain", description="cache: growing, fixed, compiled")
     sampling_batch_size: Count | None = Field(None, description="completions in one call, in whole groups; null: all")
+    prompt_part: Name = Field(
+        "whole",
+        description="what of a completion is drawn and scored; where nothing matches, all of it",
+        json_schema_extra={"allowed": f"{', '.join(PROMPT_PARTS)}, or a regular expression with one group"},
+    )
     num_inference_steps: Count
     guidance_scale: Number = Field(ge=0)
     height: Pixels | None = Field(None, description="pixels; null: the generator's own size")
@@ -105,6 +116,17 @@ class GenerationSettings(Section):
     image_batch_size: Count | Literal["auto"] = Field(16, description="images in one call; auto: as many as fit")
     image_memory_gb: Positive | None = Field(None, description="memory for image_batch_size auto; null: what is free")
     scheduler: Name | None = Field(None, description='such as "EulerDiscreteScheduler"; null: the pipeline\'s own')
+
+    @field_validator("prompt_part")
+    @classmethod
+    def _has_one_group(cls, value: str) -> str:
+        try:
+            fits = value in PROMPT_PARTS or re.compile(value).groups == 1
+        except (re.error, RecursionError, OverflowError):
+            fits = False
+        if not fits:
+            raise ValueError("no rule")
+        return value
 
 
 class ShapingSettings(Section):
@@ -173,6 +195,10 @@ class TrainingSettings(Section):
 
     train_prompts: Name = Field(description="JSONL file with the prompts to train on")
     learning_rate: Number = Field(ge=0, le=1)
+    lr_scheduler_type: Schedule = Field("constant", description="of transformers' get_scheduler, over all updates")
+    lr_scheduler_kwargs: dict[Name, bool | int | float | str] = Field({}, description='such as {"num_cycles": 2}')
+    warmup_steps: Whole = Field(0, ge=0, description="updates in which the learning rate rises from 0")
+    warmup_ratio: Number = Field(0.0, ge=0, lt=1, description="of all updates, where warmup_steps is 0")
     group_size: Whole = Field(ge=2, description="rewrites per prompt, which are compared with each other")
     num_iterations: Count = Field(description="iterations of rollout and update")
     prompts_per_iteration: Count
@@ -190,12 +216,16 @@ class TrainingSettings(Section):
     advantage_eps: Number = Field(1e-4, gt=0)
     reward_noise_floor: Number = Field(0.0, ge=0, description="a group whose rewards differ by no more is left out")
     on_bad_reward: Literal["raise", "drop_sample", "drop_group"] = Field("drop_sample", description="for NaN, an error")
+    max_resampling: Whole = Field(0, ge=0, description="times that groups without spread are drawn again (DAPO)")
+    mask_truncated_completions: bool = Field(False, description="what the length limit ended carries no loss")
+    truncation_penalty: Number = Field(0.0, ge=0, description="taken from the reward of what the length limit ended")
     max_grad_norm: Number = Field(1.0, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
     micro_batch_size: Count | None = Field(None, description="samples in one backward pass; null: all")
     seed: Whole = Field(0, ge=0, lt=2**63)
     validate_every: Count = Field(20, description="iterations between validations")
     save_every: Count = Field(20, description="iterations between checkpoints")
+    save_minutes: Positive | None = Field(5.0, description="or minutes, what comes first; null: by iterations alone")
     keep_checkpoints: Whole = Field(2, ge=2, description="checkpoints kept; the older one serves when one is damaged")
     stop_on_divergence: bool = Field(False, description="end a run whose reward rises while the held-out score falls")
 
@@ -241,6 +271,11 @@ class Config(Section):
             raise ValueError(
                 f"training_settings.epsilon_high: found {training.epsilon_high}, allowed for loss_type 'cispo': "
                 "number >= 1 (it caps the ratio itself). Set 5.0, as its authors do"
+            )
+        if training.lr_scheduler_type == "constant" and (training.warmup_steps or training.warmup_ratio):
+            raise ValueError(
+                "training_settings.lr_scheduler_type: found 'constant' with a warm-up, which it has not. Set "
+                "constant_with_warmup, or another one, or warmup_steps and warmup_ratio to 0"
             )
         upper = 1 + (training.epsilon if training.epsilon_high is None else training.epsilon_high)
         if training.delta is not None and training.delta <= upper:

@@ -23,7 +23,7 @@ from grpo_kit.runs.record import RunRecord, read_run
 SEED = "training_settings.seed"
 # Settings that change no number of a run that was trained to its end are not compared.
 IDLE_SECTIONS = ("profile", *RECORDS, "tracking_settings")
-IDLE = ("training_settings.save_every", "training_settings.keep_checkpoints")
+IDLE = tuple(f"training_settings.{name}" for name in ("save_every", "save_minutes", "keep_checkpoints"))
 METRICS = ("reward", "gold")
 CURVES = {"reward": "reward", "gold": "rewards/gold/mean", "kl": "kl"}  # column of a table of curves → of metrics.jsonl
 LABEL = 60  # characters

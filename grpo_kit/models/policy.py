@@ -22,6 +22,7 @@ from grpo_kit.grpo.logprobs import completion_mask, is_truncated, logprobs_and_e
 from grpo_kit.models.decoding import decode, row_seeds, row_uniforms, stacked
 from grpo_kit.models.loading import add_lora, load_language_model
 from grpo_kit.models.prompt_format import EncodedPrompts, PromptFormat
+from grpo_kit.models.prompt_part import part_patterns, prompt_part
 from grpo_kit.models.rows import continued_rows, evaluating, recomputable_layers, recomputing, row_logits
 from grpo_kit.models.shared_prefix import (
     Decoding,
@@ -58,8 +59,9 @@ class Completions:
     ids: torch.Tensor  # (N, T) int64
     mask: torch.Tensor  # (N, T) bool, True through the first end-of-sequence token
     logprobs: torch.Tensor  # (N, T) of the sampled ids
-    texts: list[str]  # N
+    texts: list[str]  # N prompts: of each completion the part that `prompt_part` says
     truncated: torch.Tensor  # (N,) bool: ended by the length limit
+    unmatched: torch.Tensor | None = None  # (N,) bool: no prompt was found in it; None where all of it is the prompt
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Policy(PromptFormat, torch.nn.Module):
         gradient_checkpointing: scoring with gradients computes layers again instead of keeping their activations.
         decoding: how completions are sampled token by token; see `models.shared_prefix`.
         sampling_batch_size: most completions sampled in one call, by whole groups; None is all.
+        prompt_part: which part of a completion is the prompt; see `models.prompt_part`.
 
     `not_shared` says why completions do not share their prompt's cache; None where they do.
     """
@@ -100,6 +103,7 @@ class Policy(PromptFormat, torch.nn.Module):
         gradient_checkpointing: bool = False,
         decoding: Decoding = "plain",
         sampling_batch_size: int | None = None,
+        prompt_part: str = "whole",
     ) -> None:
         torch.nn.Module.__init__(self)
         PromptFormat.__init__(
@@ -124,6 +128,8 @@ class Policy(PromptFormat, torch.nn.Module):
         self.eos_token_ids = _end_tokens(model, self.tokenizer)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token_id = self.eos_token_ids[0]
+        opens_thinking = prompt_part != "whole" and self.format_prompt("a").rstrip().endswith("<think>")
+        self.part_patterns = part_patterns(prompt_part, opens_thinking)
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -162,7 +168,8 @@ class Policy(PromptFormat, torch.nn.Module):
         ids, logprobs = stacked(ids, self.tokenizer.pad_token_id), stacked(logprobs, 0.0)
         mask = completion_mask(ids, self.eos_token_ids)
         truncated = is_truncated(ids, mask, self.eos_token_ids)
-        return Completions(ids, mask, logprobs.where(mask, 0.0), self.decode(ids, mask), truncated)
+        texts, unmatched = self.prompt_parts(ids, mask)
+        return Completions(ids, mask, logprobs.where(mask, 0.0), texts, truncated, unmatched)
 
     def _encoded(self, prompts: Sequence[str] | EncodedPrompts, images: Sequence[Image.Image] | None) -> EncodedPrompts:
         return prompts if isinstance(prompts, EncodedPrompts) else self.encode(prompts, images)
@@ -272,6 +279,12 @@ class Policy(PromptFormat, torch.nn.Module):
         rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
+    def prompt_parts(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[list[str], torch.Tensor | None]:
+        """The prompts in completions, and (N,) bool in which none was found; None where all of each is the prompt."""
+        parts = [prompt_part(text, self.part_patterns) for text in self.decode(ids, mask)]
+        unmatched = torch.tensor([not found for _, found in parts]) if self.part_patterns else None
+        return [text for text, _ in parts], unmatched
+
     def token_texts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[list[str]]:
         """Each row's tokens as text, one by one, those that end it included."""
         rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
@@ -371,6 +384,7 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
         gradient_checkpointing=settings.gradient_checkpointing,
         decoding=generation.decoding,
         sampling_batch_size=generation.sampling_batch_size,
+        prompt_part=generation.prompt_part,
     )
     if policy.not_shared:
         logger.warning("policy: prompts are run once for each completion, not once for a group: %s", policy.not_shared)

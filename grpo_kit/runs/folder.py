@@ -9,18 +9,19 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from grpo_kit.config import Config, KitError, load_config
+from grpo_kit.config.contents import HELD_OUT
 from grpo_kit.config.hardware import computing_machine, library_versions
 from grpo_kit.runs.durable import flush, flush_tree, json_bytes, remove, replace_file, without_nan
 from grpo_kit.runs.iterations import checkpoints_of, files_of_iterations, iteration_of
 from grpo_kit.runs.log_file import log_into
-from grpo_kit.runs.record import metrics_lines, read_metrics, read_validations
+from grpo_kit.runs.record import metrics_lines, read_json, read_metrics, read_validations
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,22 +41,25 @@ class RunError(KitError):
 class RunFolder:
     """The writer of one run's files, all of them inside `path`. A file is whole or not there; a commit flushes all."""
 
-    def __init__(self, path: Path, config: Config | None = None) -> None:
+    def __init__(self, path: Path, config: Config | None = None, contents: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
-        self._config = config
+        self._config, self.contents = config, dict(contents or {})
         self._unflushed: set[Path] = set()  # files, and folders whose entries changed, since the last commit
 
     @classmethod
-    def open(cls, path: Path | str, config: Config) -> RunFolder:
+    def open(cls, path: Path | str, config: Config, contents: Mapping[str, str] | None = None) -> RunFolder:
         """Create the folder, or find it again with the same settings (more iterations are fine).
 
+        Args:
+            contents: dotted key → digest of what decides the result and lies in files; see `config.contents`.
+
         Raises:
-            RunError: it holds a run with other settings, or cannot be written to.
+            RunError: it holds a run with other settings or contents, or cannot be written to.
         """
-        folder = cls(Path(path), config)
+        folder = cls(Path(path), config, contents)
         with folder.file_errors(""):
             if not folder.path.is_dir():
                 folder.path.mkdir(parents=True, exist_ok=True)
@@ -66,10 +70,38 @@ class RunFolder:
     def _agrees_with(self, config: Config) -> None:
         if not (self.path / "config.json").is_file():
             return
-        if difference := first_difference(load_config(self.path / "config.json").to_dict(), config.to_dict()):
+        then = read_json(self.path / "config.json").get("contents", {})
+        moved = [key for key, digest in self.contents.items() if then.get(key) == digest]  # the same, wherever it is
+        if difference := first_difference(load_config(self.path / "config.json").to_dict(), config.to_dict(), moved):
             raise RunError(
                 f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
             )
+        self.require_contents(self.contents)
+
+    def require_contents(self, contents: Mapping[str, str]) -> None:
+        """Refuse to go on with what decides the result, where it is other by content than the run recorded.
+
+        Held-out prompts may be others, since they decide no weights; what was not recorded is not compared.
+
+        Args:
+            contents: dotted key → digest; see `config.contents`.
+
+        Raises:
+            RunError: which setting's files are other, and how to go on with them.
+        """
+        for key, what in self._other_contents(contents).items():
+            if key != HELD_OUT:
+                last = last_commit(self.path)
+                branch = f"in a branch: grpo-kit replay {self.path} --iteration {last} --branch"
+                advice = branch if last else "in a new folder"
+                raise RunError(f"run folder {self.path}: {what}. Put back what it was, or go on {advice}")
+
+    def _other_contents(self, contents: Mapping[str, str]) -> dict[str, str]:
+        """Dotted key → a part of a sentence, for what is other by content than the run recorded."""
+        then = read_json(self.path / "config.json").get("contents", {})
+        differing = [key for key in contents if then.get(key, contents[key]) != contents[key]]
+        text = "{}: other content than when the run began (found {:.24}, recorded {:.24})"
+        return {key: text.format(key, contents[key], then[key]) for key in differing}
 
     def hold(self, stack: contextlib.ExitStack) -> None:
         """Be the folder's only writer until the stack is closed: the config written, leftovers removed, the log open.
@@ -81,16 +113,21 @@ class RunFolder:
             RunError: another process writes into it, or nobody can.
         """
         self._lock(stack)
+        other: dict[str, str] = {}
         with self.file_errors(""):
             if self._config is not None:
                 self._agrees_with(self._config)  # another process may have written it since
+                other = self._other_contents(self.contents)
                 self.write_config(self._config)
             self._tidy()
             log_into(self.path / "training.log", stack)
+            for what in other.values():
+                logger.warning("%s; best/ is chosen among the validations with the same prompts", what)
 
     def write_config(self, config: Config) -> None:
-        """Write the settings, and the versions and the machine, which decide on the last bits."""
+        """Write the settings; versions and machine, which decide on the last bits; digests of what lies in files."""
         made_by = {"versions": library_versions(), "machine": computing_machine(config.model_settings)}
+        made_by |= {"contents": self.contents} if self.contents else {}
         self.write_json("config.json", config.to_dict() | made_by)
 
     def require_free(self) -> None:
@@ -281,7 +318,10 @@ def decisive_settings(settings: Mapping[str, object]) -> dict[str, object]:
     Args:
         settings: a config's `to_dict()`.
     """
-    may_differ = {f"training_settings.{name}" for name in ("num_iterations", "keep_checkpoints", "stop_on_divergence")}
+    names = ["num_iterations", "save_minutes", "keep_checkpoints", "stop_on_divergence"]
+    if has_rates_by_length(settings.get("training_settings", {})):
+        names.remove("num_iterations")
+    may_differ = {f"training_settings.{name}" for name in names}
     judged = {"evaluation_settings", "tracking_settings"}
     flat = {
         f"{section}.{key}": value
@@ -292,10 +332,17 @@ def decisive_settings(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in flat.items() if name not in may_differ}
 
 
-def first_difference(old: dict, new: dict) -> str | None:
+def has_rates_by_length(training: Mapping[str, object]) -> bool:
+    """Whether training settings have a learning rate that depends on how many iterations there will be."""
+    free = ("constant", "constant_with_warmup", "inverse_sqrt")
+    return bool(training.get("warmup_ratio")) or training.get("lr_scheduler_type", "constant") not in free
+
+
+def first_difference(old: dict, new: dict, except_for: Collection[str] = ()) -> str | None:
     """The first setting, if any, in which two configs differ so that one cannot continue the other."""
     there = decisive_settings(old)
     for name, value in decisive_settings(new).items():
-        if there.get(name) != value:
-            return f"{name}: found {there.get(name)!r} in the run, {value!r} in the config"
+        if there.get(name) != value and name not in except_for:
+            because = ", on which its learning rates depend" if name == "training_settings.num_iterations" else ""
+            return f"{name}: found {there.get(name)!r} in the run{because}, {value!r} in the config"
     return None

@@ -78,7 +78,7 @@ class Accumulation:
         policy, rollout = self.policy, self.rollout
         columns = Part(
             rows=torch.arange(len(self._kept)),
-            mask=rollout.completion_mask,
+            mask=trained_tokens(rollout, self.settings),
             advantages=self._advantages.float(),
             old_logprobs=rollout.old_logprobs,
             ref_logprobs=None,
@@ -160,8 +160,13 @@ class Accumulation:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         self._measured["time/backward"] += time.perf_counter() - started
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Run the optimizer; weights and momentum stay where loss, gradient or its result is not finite."""
+    def step(self, optimizer: torch.optim.Optimizer, learning_rate: float | None = None) -> None:
+        """Run the optimizer; weights and momentum stay where loss, gradient or its result is not finite.
+
+        Args:
+            learning_rate: of this update; None leaves the optimizer its own.
+        """
+        set_rate(optimizer, learning_rate)
         started, measured = time.perf_counter(), self._measured
         parameters = dict(self.policy.model.named_parameters())
         if not math.isfinite(measured["grad_norm"]) or not math.isfinite(measured["loss"]):
@@ -242,12 +247,27 @@ def _old_up_to_rounding(scored: torch.Tensor, recorded: torch.Tensor | None, pol
     return torch.where(agrees, scored, recorded)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float | None) -> None:
+    """Let the next update have that learning rate; None leaves the optimizer its own."""
+    if learning_rate is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+
 # --- steps that are left out ------------------------------------------------------------------------------------------
 
 
-def is_idle(rollout: Rollout, advantages: torch.Tensor, beta: float) -> bool:
-    """Whether there is nothing to learn: no advantage differs from 0, no KL term pulls, and sampling was sound."""
-    return beta == 0 and not advantages.any() and not rows_not_finite(rollout.old_logprobs)
+def trained_tokens(rollout: Rollout, settings: TrainingSettings) -> torch.Tensor:
+    """(N, T) bool: the tokens that carry loss; none of a truncated completion where these are masked."""
+    mask = rollout.completion_mask
+    return mask & ~rollout.truncated[:, None] if settings.mask_truncated_completions else mask
+
+
+def is_idle(rollout: Rollout, advantages: torch.Tensor, kept: torch.Tensor, settings: TrainingSettings) -> bool:
+    """Whether there is nothing to learn, and sampling was sound: no advantage and no KL term pulls at any token."""
+    tokens = trained_tokens(rollout, settings)[kept]
+    pulled = tokens if settings.beta != 0 else tokens & (advantages[kept] != 0)[:, None]
+    return not pulled.any() and not rows_not_finite(rollout.old_logprobs)
 
 
 def why_unscored(rollout: Rollout) -> NonFinite:

@@ -122,7 +122,7 @@ def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, ne
     """Write the branch aside and rename it into place, so that a half-made one is never trained on."""
     aside = new.with_name(f".writing-{new.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    folder = RunFolder.open(aside, kit.config)
+    folder = RunFolder.open(aside, kit.config, kit.contents())
     folder.write_config(kit.config)
     folder.metrics_file.write_bytes(b"".join(line + b"\n" for line in metrics_lines(run.path)[: origin.iteration]))
     for place in files_of_iterations(run.path):

@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from grpo_kit.config import Config, KitError
+from grpo_kit.config.contents import config_contents
 from grpo_kit.config.hardware import library_versions
-from grpo_kit.config.prompts import balanced_batch
-from grpo_kit.config.seeds import derive_seed
+from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.evaluation.reward_hacking import check_for_reward_hacking, held_out_score
 from grpo_kit.evaluation.validation import validate
 from grpo_kit.experiment import Experiment, load_experiment
@@ -28,10 +28,11 @@ from grpo_kit.runs.folder import RunFolder, decisive_settings
 from grpo_kit.runs.iterations import iteration_name
 from grpo_kit.runs.record import first_own_validation, refuse_branch_without_checkpoint
 from grpo_kit.runs.tracking import Tracker, validation_line
-from grpo_kit.training.accumulation import micro_batches
+from grpo_kit.training.accumulation import micro_batches, set_rate
 from grpo_kit.training.launch import joined
 from grpo_kit.training.nonfinite import warn_or_end
-from grpo_kit.training.processes import ALONE, ProcessError, Processes, collect_shared_rollout, require_sharable
+from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
+from grpo_kit.training.resampling import collect
 from grpo_kit.training.step import StepStats, grpo_step
 
 logger = logging.getLogger(__name__)
@@ -53,17 +54,22 @@ def train(
     run_dir: Path | str,
     *,
     progress: bool = True,
+    until: int | None = None,
     on_iteration: Callable[[dict[str, float]], None] | None = None,
     processes: Processes = ALONE,
 ) -> TrainResult:
     """Train the kit's policy as its config says and leave everything in `run_dir`.
 
     A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
-    if it had not stopped. After each validation the run is checked for reward hacking: findings are logged, and with
-    `stop_on_divergence` the run ends there, its checkpoint committed.
+    if it had not stopped. Iterations are committed every `save_every`, after `save_minutes`, and where training is
+    interrupted (Ctrl-C, SIGTERM, a notebook's stop): then the last one that is complete.
+
+    After each validation the run is checked for reward hacking: findings are logged, and with `stop_on_divergence` the
+    run ends there, its checkpoint committed.
 
     Args:
         progress: show a progress bar.
+        until: commit after this iteration and stop there, as if interrupted; None goes on to `num_iterations`.
         on_iteration: called with each iteration's metrics, after all that the iteration writes is on disk.
         processes: those that share the work, each of which calls this; the main one alone writes, and calls back. The
             number of processes may change when a run is continued.
@@ -76,7 +82,7 @@ def train(
     logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
     _held_out(kit)
     require_sharable(kit.config, processes.count)
-    folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config))
+    folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config, kit.contents()))
     kit.policy.recover()
     optimizer = make_optimizer(kit, kit.config)
     with ExitStack() as stack:
@@ -89,19 +95,19 @@ def train(
         if committed is None:
             _validate(kit, folder, tracker, 0, processes)
             commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
+        commits = stack.enter_context(_Commits(kit, optimizer, folder, start, processes))
         stopped = processes.on_main(lambda: _check_for_reward_hacking(kit, folder, announce=False))
-        last = start if stopped else settings.num_iterations
+        last = start if stopped else min(settings.num_iterations, math.inf if until is None else until)
         numbers, hidden = range(start + 1, last + 1), not (progress and processes.is_main)
         bar = tqdm(numbers, "GRPO", last, initial=start, unit="it", mininterval=1.0, disable=hidden)
         for iteration in bar:
             metrics, non_finite = _iterate(kit, optimizer, folder, iteration, processes)
             processes.on_main(partial(_log, folder, tracker, metrics, non_finite, settings.updates_per_rollout))
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
-            if iteration == last or iteration % settings.validate_every == 0:
+            if iteration == settings.num_iterations or iteration % settings.validate_every == 0:
                 _validate(kit, folder, tracker, iteration, processes)
                 stopped = processes.on_main(lambda: _check_for_reward_hacking(kit, folder))
-            if iteration == last or stopped or iteration % settings.save_every == 0:
-                commit(kit, optimizer, folder, iteration, processes)
+            commits.complete(iteration, now=iteration == last or stopped or iteration % settings.save_every == 0)
             if on_iteration is not None:
                 processes.only_main(partial(on_iteration, metrics))
             if stopped:
@@ -133,7 +139,9 @@ def resume(
     Returns:
         Its iteration, None where nothing is committed yet.
     """
-    checkpoint = load_latest(folder.checkpoints, decisive_settings(kit.config.to_dict()))
+    settings = decisive_settings(kit.config.to_dict())
+    compared = {name: value for name, value in settings.items() if name not in folder.contents}  # else by content
+    checkpoint = load_latest(folder.checkpoints, compared)
     if checkpoint is None:
         refuse_branch_without_checkpoint(folder.path)
     iteration = 0 if checkpoint is None else checkpoint.iteration
@@ -168,23 +176,12 @@ def run_iteration(
     kit: Experiment, optimizer: torch.optim.Optimizer, iteration: int, processes: Processes = ALONE
 ) -> tuple[Rollout, StepStats]:
     """One iteration without any files: its prompts, its rollout and the step on it, all fixed by (seed, iteration)."""
-    settings, generation = kit.config.training_settings, kit.config.generation_settings
-    prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, iteration)
     with processes.whole_policy():
-        rollout = collect_shared_rollout(
-            processes,
-            kit.policy,
-            kit.generator,
-            kit.rewards,
-            prompts,
-            settings.group_size,
-            seed=derive_seed(settings.seed, "rollout", iteration),
-            images_per_prompt=generation.images_per_prompt,
-            share_seeds=generation.share_seeds,
-            use_image=kit.config.model_settings.use_image,
-            overlap=kit.overlap,
-        )
-    return rollout, grpo_step(kit.policy, optimizer, rollout, kit.config, processes)
+        rollout = collect(kit, iteration, processes)
+    rates = scheduled_rates(kit.config.training_settings, iteration)
+    stats = grpo_step(kit.policy, optimizer, rollout, kit.config, processes, rates)
+    set_rate(optimizer, rates and rates[-1])  # also where nothing was to be learned
+    return rollout, stats
 
 
 def _iterate(
@@ -207,7 +204,8 @@ def _iterate(
 def log_line(kit: Experiment, iteration: int, rollout: Rollout, stats: StepStats) -> dict[str, float]:
     """What metrics.jsonl says of an iteration, but for the seconds that it took as a whole."""
     seconds = {f"time/{name}": value for name, value in rollout.seconds.items()}
-    learning_rate = kit.config.training_settings.learning_rate
+    settings = kit.config.training_settings
+    learning_rate = (scheduled_rates(settings, iteration) or [settings.learning_rate])[-1]  # of its last update
     return {"iteration": iteration, **stats.metrics, **seconds, "learning_rate": learning_rate}
 
 
@@ -237,9 +235,18 @@ def keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Ro
 
 
 def commit(
-    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes = ALONE
+    kit: Experiment,
+    optimizer: torch.optim.Optimizer,
+    folder: RunFolder,
+    iteration: int,
+    processes: Processes = ALONE,
+    rewards: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Put everything that the next iteration depends on into a checkpoint, once what it vouches for is on the disk."""
+    """Put everything that the next iteration depends on into a checkpoint, once what it vouches for is on the disk.
+
+    Args:
+        rewards: their state after that iteration; None is their state now.
+    """
     policy, state = _saving(kit, iteration, processes), processes.full(optimizer.state_dict())
 
     def save() -> None:
@@ -249,12 +256,71 @@ def commit(
             policy,
             state,
             kit.config.training_settings.keep_checkpoints,
-            rewards=kit.rewards.state_dict(),
+            rewards=kit.rewards.state_dict() if rewards is None else rewards,
             settings=decisive_settings(kit.config.to_dict()),
             versions=library_versions(),
         )
 
     processes.on_main(lambda: folder.commit(save))
+
+
+class _Commits:
+    """When a run is committed; as a context it sees to it that an interrupt costs no complete iteration.
+
+    An iteration is complete once all that it writes is written. Its state is that of policy and optimizer until the
+    next one's first optimizer step, so that an interrupt until then (in sampling, drawing, scoring) is followed by a
+    commit, and one in the step, or in what is written after it, is not.
+    """
+
+    def __init__(
+        self,
+        kit: Experiment,
+        optimizer: torch.optim.Optimizer,
+        folder: RunFolder,
+        start: int,
+        processes: Processes,
+    ) -> None:
+        self.kit, self.optimizer, self.folder, self.processes = kit, optimizer, folder, processes
+        self._committed, self._clock = start, time.monotonic()
+        self._complete = (start, kit.rewards.state_dict())  # rewards take in a rollout's scores before its step
+        self._is_stepping = False
+        optimizer.register_step_pre_hook(self._stepping)
+
+    def _stepping(self, *_: object) -> None:
+        self._is_stepping = True
+
+    def complete(self, iteration: int, *, now: bool) -> None:
+        """All that an iteration writes is written; it is committed `now`, or where `save_minutes` have passed."""
+        self._complete = (iteration, self.kit.rewards.state_dict())
+        self._is_stepping = False
+        minutes = self.kit.config.training_settings.save_minutes
+        passed = time.monotonic() - self._clock
+        if now or self.processes.on_main(lambda: minutes is not None and passed >= 60 * minutes):
+            self._commit(self.processes)
+
+    def _commit(self, processes: Processes) -> None:
+        iteration, rewards = self._complete
+        commit(self.kit, self.optimizer, self.folder, iteration, processes, rewards)
+        self._committed, self._clock = iteration, time.monotonic()
+
+    def __enter__(self) -> "_Commits":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        is_interrupt = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        iteration, several = self._complete[0], self.processes.sharded  # spread weights need all processes
+        if not is_interrupt or self._is_stepping or iteration == self._committed or several:
+            return
+        if not self.processes.is_main:
+            return
+        self.kit.policy.recover()
+        rates = scheduled_rates(self.kit.config.training_settings, iteration)
+        set_rate(self.optimizer, rates and rates[-1])  # the next iteration's may stand there already
+        try:
+            self._commit(ALONE)
+            logger.info("interrupted; iteration %d is committed", iteration)
+        except KitError as error:
+            logger.warning("interrupted; iteration %d could not be committed: %s", iteration, error)
 
 
 def _saving(kit: Experiment, iteration: int, processes: Processes) -> Callable[[Path], None]:
@@ -286,7 +352,8 @@ def _validate(
 def best_iteration(kit: Experiment, folder: RunFolder) -> int | None:
     """The iteration whose policy `best/` holds: the first of those that were validated best; None before any was."""
     since = first_own_validation(folder.path)  # a branch may have none of the policies that its parent validated
-    own, held_out = [found for found in folder.validations() if found["iteration"] >= since], _held_out(kit)
+    own = [found for found in comparable(folder.validations()) if found["iteration"] >= since]
+    held_out = _held_out(kit)
 
     def rank(validation: dict) -> tuple[float, float]:  # by the reward where the held-out score is equal, or is none
         scores = (0.0 if held_out is None else validation["rewards"].get(held_out), validation["reward"])
@@ -294,6 +361,12 @@ def best_iteration(kit: Experiment, folder: RunFolder) -> int | None:
 
     best = max(own, key=rank, default=None)
     return None if best is None else best["iteration"]
+
+
+def comparable(validations: list[dict]) -> list[dict]:
+    """Those that judged the same prompts as the newest: the scores of others say nothing beside it."""
+    judged = [[sample["user_prompt"] for sample in found.get("samples", [])] for found in validations]
+    return [found for found, prompts in zip(validations, judged, strict=True) if prompts == judged[-1]]
 
 
 def _held_out(kit: Experiment) -> str | None:
@@ -309,7 +382,7 @@ def _held_out(kit: Experiment) -> str | None:
 
 def _check_for_reward_hacking(kit: Experiment, folder: RunFolder, *, announce: bool = True) -> str | None:
     """Look for reward hacking in the validations and record what is found; returns why the run ends, if it does."""
-    validations, metrics, held_out = folder.validations(), folder.metrics(), _held_out(kit)
+    validations, metrics, held_out = comparable(folder.validations()), folder.metrics(), _held_out(kit)
     seen = check_for_reward_hacking(validations, metrics, held_out)
     folder.write_json("sentinel.json", seen.to_dict())
     if announce:  # what the newest validation is the first to show; a continued run has logged it before
@@ -340,5 +413,7 @@ def start(config: Config, folder: Path) -> bool:
         if processes.is_main:
             print(f"run folder: {folder}", flush=True)
             RunFolder(folder).require_free()  # before the models are loaded
+            if (folder / "config.json").is_file():
+                RunFolder(folder).require_contents(config_contents(config))
         train(load_experiment(config), folder, processes=processes)
     return processes.is_main

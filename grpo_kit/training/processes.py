@@ -19,11 +19,10 @@ import torch
 from grpo_kit.config import Config, KitError, one_line
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.grpo.finite import full_tensor
-from grpo_kit.models.decoding import stacked
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy, Scores
 from grpo_kit.rewards.composition import Rewards
-from grpo_kit.rollout import Rollout, SampleOptions, Samples, collect_rollout, collect_samples, with_rewards
+from grpo_kit.rollout import Rollout, SampleOptions, Samples, collect_rollout, collect_samples, joined, with_rewards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,6 +61,11 @@ def require_sharable(config: Config, processes: int) -> None:
         )
 
 
+def _shards(items: int, count: int) -> list[range]:
+    bounds = [items * rank // count for rank in range(count + 1)]
+    return [range(*pair) for pair in pairwise(bounds)]
+
+
 class Processes:
     """The single-process implementation: this process does all the work.
 
@@ -83,8 +87,7 @@ class Processes:
             ProcessError: there are fewer items than processes.
         """
         require_enough(items, self.count)
-        bounds = [items * rank // self.count for rank in range(self.count + 1)]
-        return [range(*pair) for pair in pairwise(bounds)]
+        return _shards(items, self.count)
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
         """What `work` gives in each process, in every process; where it fails in one, all raise."""
@@ -272,21 +275,26 @@ def collect_shared_rollout(
     prompts: Sequence[Prompt],
     num_generations: int,
     seed: int,
+    truncation_penalty: float = 0.0,
     **options: Unpack[SampleOptions],
 ) -> Rollout:
     """`collect_rollout` by several processes, each of which collects some groups and then has all of them.
 
-    Only the main process has all pictures.
+    Only the main process has all pictures. Where there are fewer prompts than processes, some collect nothing.
 
     Raises:
-        ProcessError: there are more processes than prompts, or one of them failed.
+        ProcessError: one of them failed.
     """
     if processes.count == 1:
-        return collect_rollout(policy, generator, rewards, prompts, num_generations, seed, **options)
-    shard = processes.shards(len(prompts))[processes.rank]
+        return collect_rollout(
+            policy, generator, rewards, prompts, num_generations, seed, truncation_penalty, **options
+        )
+    shard = _shards(len(prompts), processes.count)[processes.rank]
     own: list[Samples] = []
 
-    def without_pictures() -> Samples:
+    def without_pictures() -> Samples | None:
+        if not shard:
+            return None
         share, first = prompts[shard.start : shard.stop], shard.start
         samples = collect_samples(
             policy, generator, rewards, share, num_generations, seed, first_prompt=first, **options
@@ -294,24 +302,15 @@ def collect_shared_rollout(
         own.append(samples)
         return replace(samples, images=[], encoded=None)
 
-    shares = processes.gather(without_pictures)
-    pictures = processes.gather_on_main(own[0].images)
-    nothing = [None] * own[0].image_seeds.shape[1]
-    images = [found or [nothing] * len(one.group_ids) for found, one in zip(pictures, shares, strict=True)]
-    joined = _joined(shares, policy.tokenizer.pad_token_id)
-    return with_rewards(replace(joined, images=list(chain(*images)), seconds=own[0].seconds), rewards)
-
-
-def _joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
-    """The rows of all shares, one after the other, as long as the longest completion."""
-    columns = {name: [getattr(share, name) for share in shares] for name in vars(shares[0])}
-    seen = columns["prompt_images"]
-    fills = {"completion_ids": pad_token_id, "completion_mask": False, "old_logprobs": 0.0}
-    return replace(
-        shares[0],
-        **{name: list(chain(*columns[name])) for name in ("prompts", "enhanced_prompts")},
-        **{name: torch.cat(columns[name]) for name in ("group_ids", "image_seeds", "truncated")},
-        **{name: stacked(columns[name], fill) for name, fill in fills.items()},
-        reward_parts={n: torch.cat([parts[n] for parts in columns["reward_parts"]]) for n in shares[0].reward_parts},
-        prompt_images=None if None in seen else list(chain(*seen)),
-    )
+    gathered = processes.gather(without_pictures)
+    shares = [share for share in gathered if share is not None]
+    pictures = processes.gather_on_main(own[0].images if own else [])
+    nothing = [None] * shares[0].image_seeds.shape[1]
+    images = [
+        found or [nothing] * len(share.group_ids)
+        for found, share in zip(pictures, gathered, strict=True)
+        if share is not None
+    ]
+    both = joined(shares, policy.tokenizer.pad_token_id)
+    seconds = own[0].seconds if own else {}
+    return with_rewards(replace(both, images=list(chain(*images)), seconds=seconds), rewards, truncation_penalty)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pyarrow.parquet
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from grpo_kit.config import KitError, load_config
 from grpo_kit.config.prompts import Prompt
-from grpo_kit.config.seeds import derive_seed
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.grpo.logprobs import is_truncated
 from grpo_kit.rollout import Rollout, Samples, picture_prompts, with_rewards
@@ -19,6 +19,7 @@ from grpo_kit.runs.folder import first_difference
 from grpo_kit.runs.record import metrics_lines, read_origin, refuse_branch_without_checkpoint
 from grpo_kit.training.difference import Comparison, compare_line
 from grpo_kit.training.loop import log_line, restore, run_iteration
+from grpo_kit.training.resampling import rollout_seed
 
 # columns of a kept rollout that a step on it needs
 NEEDED = "group_id user_prompt category difficulty enhanced_prompt image_seed completion_ids old_logprobs".split()
@@ -134,10 +135,10 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
     prompts = [Prompt(*row) for row in dict(zip(columns["group_id"], texts, strict=True)).values()]
     ids = _padded(columns["completion_ids"], torch.int64, kit.policy.tokenizer.pad_token_id)
     mask = _padded([[True] * len(row) for row in columns["completion_ids"]], torch.bool, False)
+    attempts = dict(zip(columns["group_id"], columns.get("attempt") or [0] * len(ids), strict=True))
     seen = None
     if kit.config.model_settings.use_image:  # a run does not keep the pictures that the policy looked at
-        seed = derive_seed(kit.config.training_settings.seed, "rollout", iteration)
-        seen = picture_prompts(kit.generator, [prompt.user_prompt for prompt in prompts], seed)
+        seen = _drawn_again(kit, prompts, attempts, iteration)
     samples = Samples(
         prompts=prompts,
         group_ids=torch.tensor(columns["group_id"]),
@@ -153,9 +154,21 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
         },
         old_logprobs=_padded(columns["old_logprobs"], torch.float32, 0.0),
         truncated=is_truncated(ids, mask, kit.policy.eos_token_ids),
+        unmatched=kit.policy.prompt_parts(ids, mask)[1],
+        attempts=torch.tensor(list(attempts.values())) if "attempt" in columns else None,
         prompt_images=seen,
     )
-    return with_rewards(samples, kit.rewards)
+    return with_rewards(samples, kit.rewards, kit.config.training_settings.truncation_penalty)
+
+
+def _drawn_again(kit: Experiment, prompts: list[Prompt], attempts: dict[int, int], iteration: int) -> list[Image.Image]:
+    """The pictures that the policy saw; of each attempt the groups that were drawn in it, or after it, were part."""
+    pictures = []
+    for (group, attempt), prompt in zip(attempts.items(), prompts, strict=True):
+        seed = rollout_seed(kit.config.training_settings.seed, iteration, attempt)
+        place = sum(other < group and number >= attempt for other, number in attempts.items())
+        pictures += picture_prompts(kit.generator, [prompt.user_prompt], seed, place)
+    return pictures
 
 
 def _require_rollout(columns: dict[str, list], kit: Experiment) -> None:

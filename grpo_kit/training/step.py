@@ -5,6 +5,7 @@ micro-batches weigh their tokens as the whole batch does, so that the gradient d
 processes share the rows by whole groups in the same way; numbers that are not finite skip an update; clocks run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +34,21 @@ class StepStats:
 
 
 def grpo_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, config: Config, processes: Processes = ALONE
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    config: Config,
+    processes: Processes = ALONE,
+    learning_rates: Sequence[float] | None = None,
 ) -> StepStats:
     """Update the policy on a rollout: advantages, then `updates_per_rollout` times loss, gradient and optimizer step.
 
     Rows without a usable reward are left out as `on_bad_reward` says. Where no advantage differs from 0 and beta is 0,
     the optimizer is not run, so that momentum and weight decay cannot move the weights. Where something is not finite,
     or no sample has a usable reward, the update is skipped: weights and momentum stay as they are, bit for bit.
+
+    Args:
+        learning_rates: of each update; None leaves the optimizer its own.
 
     Raises:
         BadRewardError: a reward is not finite and `on_bad_reward` is "raise".
@@ -57,14 +66,14 @@ def grpo_step(
     )
     kept = ~rewards.isnan()
     metrics = rollout.metrics() | {"unscored": float((~kept).sum())}
-    if not kept.any() or is_idle(rollout, advantages, settings.beta):
+    if not kept.any() or is_idle(rollout, advantages, kept, settings):
         skipped, reason = (0, None) if kept.any() else (settings.updates_per_rollout, why_unscored(rollout))
         metrics |= {"loss": 0.0, "grad_norm": 0.0} | skip_metrics(skipped, reason)
         return StepStats(metrics, advantages, 0, skipped, reason)
 
     rollout = with_encoded(rollout, policy)
     with Accumulation(policy, optimizer, rollout, advantages, kept, settings, processes) as batch:
-        for _ in range(settings.updates_per_rollout):
+        for rate in learning_rates or [None] * settings.updates_per_rollout:
             for part in batch.parts():  # with one process and without micro-batches a single part: the batch
                 scores = score_rows(batch.module, rollout, part.rows)  # log-probabilities with gradient
                 loss = grpo_loss(
@@ -85,7 +94,7 @@ def grpo_step(
                 )
                 batch.backward(loss, scores)
             batch.clip_gradients(settings.max_grad_norm)
-            batch.step(optimizer)
+            batch.step(optimizer, rate)
     skipped, reason = len(batch.non_finite), next(iter(batch.non_finite), None)
     metrics |= batch.metrics() | {"skipped_updates": 0.0} | skip_metrics(skipped, reason)
     return StepStats(metrics, advantages, settings.updates_per_rollout - skipped, skipped, reason, batch.ref_logprobs)

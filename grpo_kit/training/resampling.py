@@ -1,0 +1,79 @@
+"""An iteration's rollout; groups without spread in their rewards are drawn again, up to a limit.
+
+A group whose rewards are all alike has no advantage: its pictures teach nothing. Other prompts take its place, as in
+DAPO's dynamic sampling (arXiv 2503.14476), where there are others; else it is the same prompt from other seeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from grpo_kit.config import TrainingSettings
+from grpo_kit.config.prompts import Prompt, balanced_batch
+from grpo_kit.config.seeds import derive_seed
+from grpo_kit.experiment import Experiment
+from grpo_kit.grpo.advantages import group_spread
+from grpo_kit.rewards.bad_rewards import usable_rewards
+from grpo_kit.rollout import Rollout, with_groups, with_rewards
+from grpo_kit.training.processes import Processes, collect_shared_rollout
+
+
+def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
+    """The rollout of an iteration, fixed by (seed, iteration): its prompts, and those of each further attempt."""
+    settings = kit.config.training_settings
+    prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, iteration)
+    statistics = kit.rewards.state_dict()
+    rollout = _collected(kit, prompts, iteration, 0, processes)
+    if not settings.max_resampling:
+        return rollout
+    rollout = replace(rollout, attempts=torch.zeros(len(prompts), dtype=torch.int64))
+    for attempt in range(1, settings.max_resampling + 1):
+        places = without_spread(rollout, settings)
+        if not places:
+            break
+        others = _other_prompts(kit.train_prompts, rollout.prompts, len(places), settings.seed, iteration, attempt)
+        again = _collected(kit, others, iteration, attempt, processes)
+        kit.rewards.load_state_dict(statistics)  # they take in the rollout that is trained on, once
+        samples = with_groups(rollout, again, places, kit.policy.tokenizer.pad_token_id)
+        rollout = with_rewards(samples, kit.rewards, settings.truncation_penalty)
+    return rollout
+
+
+def rollout_seed(seed: int, iteration: int, attempt: int = 0) -> int:
+    """The seed of an iteration's rollout, or of an attempt to draw some of its groups again."""
+    return derive_seed(seed, "rollout", iteration, *([attempt] if attempt else []))
+
+
+def without_spread(rollout: Rollout, settings: TrainingSettings) -> list[int]:
+    """The groups whose usable rewards differ by no more than `reward_noise_floor`, or of which there are none."""
+    rewards = usable_rewards(rollout.rewards, rollout.group_ids, settings.on_bad_reward, rollout.reward_parts)
+    return (group_spread(rewards, rollout.group_ids) <= settings.reward_noise_floor).nonzero().flatten().tolist()
+
+
+def _other_prompts(
+    prompts: Sequence[Prompt], batch: Sequence[Prompt], count: int, seed: int, iteration: int, attempt: int
+) -> list[Prompt]:
+    """So many prompts that are not in the batch, as long as there are any."""
+    drawn = balanced_batch(prompts, len(batch) + count, derive_seed(seed, "attempt", attempt), iteration)
+    return ([prompt for prompt in drawn if prompt not in batch] + drawn)[:count]
+
+
+def _collected(
+    kit: Experiment, prompts: Sequence[Prompt], iteration: int, attempt: int, processes: Processes
+) -> Rollout:
+    settings, generation = kit.config.training_settings, kit.config.generation_settings
+    return collect_shared_rollout(
+        processes,
+        kit.policy,
+        kit.generator,
+        kit.rewards,
+        prompts,
+        settings.group_size,
+        seed=rollout_seed(settings.seed, iteration, attempt),
+        truncation_penalty=settings.truncation_penalty,
+        images_per_prompt=generation.images_per_prompt,
+        share_seeds=generation.share_seeds,
+        use_image=kit.config.model_settings.use_image,
+        overlap=kit.overlap,
+    )
