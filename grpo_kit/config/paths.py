@@ -11,7 +11,9 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 # A model may also be a hub id, so it is a path only where something lies there.
 MODEL_PATHS = tuple(f"model_settings.{name}" for name in ("vlm_model", "sd_model", "clip_model", "clip_pretrained"))
 PROMPT_PATHS = ("training_settings.train_prompts", "evaluation_settings.val_prompts")
-_REWARD_OPTIONS = "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights".split()
+_REWARD_OPTIONS = (
+    "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights judge.model".split()
+)
 REWARD_PATHS = tuple(f"reward_settings.options.{option}" for option in _REWARD_OPTIONS)
 
 

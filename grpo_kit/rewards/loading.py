@@ -22,6 +22,8 @@ from grpo_kit.rewards.clip import (
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.gain import Gain, ImageGenerator
 from grpo_kit.rewards.gold import gold, grammatical, keeps_objects
+from grpo_kit.rewards.http import HttpScorer
+from grpo_kit.rewards.judge import Judge
 from grpo_kit.rewards.learned import load_aesthetic, load_hps, load_pickscore
 from grpo_kit.rewards.plain import JpegSize, Length, Repetition, contrast, sharpness
 from grpo_kit.rewards.protocol import Reward, RewardError
@@ -53,8 +55,10 @@ REWARDS: dict[str, Callable[..., object]] = {
     "gold": gold,
     "grammatical": grammatical,
     "hps": load_hps,
+    "http": HttpScorer,
     "image_quality": ImageQuality,
     "jpeg_size": JpegSize,
+    "judge": Judge,
     "keeps_objects": keeps_objects,
     "length": Length,
     "meaning_kept": MeaningKept,

@@ -52,8 +52,8 @@ def _error(key: str, value: object) -> str:
 # --- from a config ----------------------------------------------------------------------------------------------------
 
 
-def test_every_reward_that_needs_no_further_file_loads_and_scores(kit: Experiment):
-    names = sorted(REWARDS.keys() - {"pickscore", "hps", "aesthetic"})
+def test_every_reward_that_needs_no_further_file_or_server_loads_and_scores(kit: Experiment):
+    names = sorted(REWARDS.keys() - {"pickscore", "hps", "aesthetic", "http", "judge"})
     options = {"safety": {"avoid": ["glitch"]}, "style": {"phrase": "sharp"}}
     rewards = _load(kit, weights=dict.fromkeys(names, 1.0), monitors=[], options=options)
     context = {"group_ids": torch.tensor([0, 0, 1, 1]), "image_seeds": torch.tensor([1, 1, 2, 2])}

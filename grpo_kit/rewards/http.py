@@ -1,0 +1,194 @@
+"""A scorer behind HTTP: pictures and texts are sent as JSON, numbers come back. docs/rewards.md has the protocol."""
+
+import asyncio
+import base64
+import io
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Annotated, Any, Literal
+
+import httpx
+from PIL import Image
+from pydantic import BeforeValidator, Field
+
+from grpo_kit.config import Count, Name, Whole, one_line, shown
+from grpo_kit.config.settings import Positive
+from grpo_kit.rewards.protocol import Images, RewardError, Texts
+from grpo_kit.rewards.slow import started
+
+logger = logging.getLogger(__name__)
+_LONGEST_PAUSE, _LONGEST_ASKED = 30.0, 300.0  # seconds between two tries: by itself, and where the server asks for it
+_JITTER = random.Random()  # of its own: the global random numbers stay as they are
+_SECRETS = re.compile(r"//[^/?#]*@|[?&][^=&]*(key|token|secret|password)[^=&]*=[^&]*", re.IGNORECASE)
+_URL = "http(s)://host/path without credentials, which config.json would hold: token_env names a variable for them"
+Url = Annotated[
+    str,
+    BeforeValidator(lambda url: _SECRETS.sub(" ... ", url) if isinstance(url, str) else url),  # refused, but not shown
+    Field(pattern=r"^https?://[^\s/?#]+\S*$", json_schema_extra={"allowed": _URL}),
+]
+Variable = Annotated[Name, Field(pattern=r"^[A-Za-z_]\w*$", json_schema_extra={"allowed": "an environment variable"})]
+
+
+@dataclass(kw_only=True, eq=False)
+class Service:
+    """An address that answers JSON with JSON. Tries that fail are counted, and repeated after growing pauses.
+
+    Raises:
+        RewardError: nobody answers there, or the variable that `token_env` names is not set.
+    """
+
+    url: Url
+    token_env: Variable | None = None  # names the environment variable with a bearer token
+    image_format: Literal["png", "jpeg"] = "png"  # PNG keeps every pixel; JPEG (quality 95) is smaller
+    timeout: Positive = 60.0  # seconds for one try, until the last byte of its answer
+    retries: Annotated[Whole, Field(ge=0)] = 4  # where the connection, the time or the answer fails, or status 429, 5xx
+    backoff: Positive = 0.5  # seconds before the second try; twice as long each time, times 0.5 to 1 by chance
+    concurrency: Count = 1  # calls at the same time
+
+    def __post_init__(self) -> None:
+        self.failed_tries, headers = 0, {}
+        if self.token_env:
+            token = os.environ.get(self.token_env, "").strip()
+            if not token or not (token.isascii() and token.isprintable()):
+                found = f"{self.token_env}, which {'holds no plain text' if token else 'is not set'}"
+                raise RewardError(f"token_env: found {found}. Export the token under this name where the run starts")
+            headers = {"Authorization": f"Bearer {token}"}
+        is_here = self.url and httpx.URL(self.url).host in ("localhost", "127.0.0.1", "::1")  # no proxy leads there
+        self.client_options = {"headers": headers, "follow_redirects": True, "trust_env": not is_here}
+        try:
+            if self.url:
+                httpx.head(self.url, timeout=5, **self.client_options)  # what it answers is not read
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+            address, reason = self.url.partition("?")[0], f"{type(error).__name__}: {one_line(error)}"
+            raise RewardError(
+                f"url: nobody answers at {address} ({reason}). Start the server, or correct url"
+            ) from error
+        except httpx.HTTPError:
+            pass
+
+    def encoded(self, image: Image.Image) -> str:
+        """An image's RGB pixels as the base64 text of a file."""
+        file = io.BytesIO()
+        image.convert("RGB").save(file, self.image_format, quality=95)  # a PNG has no quality
+        return base64.b64encode(file.getvalue()).decode()
+
+    def scores(
+        self, url: str, parts: Sequence[range], body: Callable[[range], dict], read: Callable[[Any, range], list]
+    ) -> list[float | None]:
+        """The scores of the parts' rows in order; NaN for those of a part whose call failed in all its tries.
+
+        Args:
+            body: rows → the JSON to send.
+            read: an answer and its rows → their scores; raises `RewardError("what is expected")`.
+
+        Raises:
+            RewardError: no call went through.
+        """
+        found = started(asyncio.run, self._answers(url, parts, body, read)).result()  # a notebook has a loop of its own
+        failed = [one for one in found if isinstance(one, RewardError)]
+        if failed and len(failed) == len(parts):
+            raise failed[0]
+        if failed:
+            logger.warning("%s; %d of %d calls gave no scores", failed[0], len(failed), len(parts))
+        scores = []
+        for one, rows in zip(found, parts, strict=True):
+            scores += [float("nan")] * len(rows) if isinstance(one, RewardError) else one
+        return scores
+
+    async def _answers(
+        self, url: str, parts: Sequence[range], body: Callable, read: Callable
+    ) -> list[list | RewardError]:
+        gate, ended = asyncio.Semaphore(self.concurrency), []
+
+        async def one(client: httpx.AsyncClient, rows: range) -> list | RewardError:
+            async with gate:
+                if ended and all(isinstance(other, RewardError) for other in ended):
+                    return ended[0]  # nobody is there: that takes its time once, not once a part
+                try:
+                    ended.append(await self._scored(client, url, body(rows), lambda answer: read(answer, rows)))
+                except RewardError as error:
+                    ended.append(error)
+                    return error
+                return ended[-1]
+
+        async with httpx.AsyncClient(timeout=None, **self.client_options) as client:
+            return await asyncio.gather(*(one(client, rows) for rows in parts))
+
+    async def _scored(self, client: httpx.AsyncClient, url: str, body: dict, read: Callable[[Any], list]) -> list:
+        for number in range(1, self.retries + 2):
+            again, pause = number <= self.retries, min(self.backoff * 2 ** (number - 1), _LONGEST_PAUSE)
+            pause *= _JITTER.uniform(0.5, 1)
+            try:
+                async with asyncio.timeout(self.timeout):  # httpx's own limits begin again with every byte
+                    answer = await client.post(url, json=body)
+                kind = answer.headers.get("content-type", "no type")
+                problem = f"found status {answer.status_code}, {kind}, {shown(answer.text[:200])}; expected "
+                if answer.is_success:
+                    return read(answer.json())
+                problem += "status 200"
+                again = again and (answer.status_code == 429 or answer.status_code >= 500)
+                pause = max(pause, _asked_pause(answer.headers.get("retry-after", "0")))
+            except TimeoutError:
+                problem = f"no answer within {self.timeout:g} s"
+            except httpx.HTTPError as error:
+                problem = f"{type(error).__name__}: {one_line(error)}"
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                problem += str(error) if isinstance(error, RewardError) else "JSON as in docs/rewards.md"
+            problem = f"{url.partition('?')[0]}: {problem} (try {number} of {self.retries + 1})"
+            self.failed_tries += 1
+            if not again:
+                raise RewardError(problem)
+            level = logging.WARNING if self.failed_tries == 1 else logging.INFO
+            logger.log(level, "%s; %d tries failed so far", problem, self.failed_tries)
+            await asyncio.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+
+def _asked_pause(value: str) -> float:
+    """Seconds that `Retry-After` asks to wait, by a number or a date."""
+    try:
+        seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), _LONGEST_ASKED)
+
+
+@dataclass(kw_only=True, eq=False)
+class HttpScorer(Service):
+    """Scores that a server gives: {"scores": [...]} or the list alone, null where a picture is none of its business."""
+
+    batch_size: Count = 32  # pictures a call
+    metadata: bool = False  # send the further fields of each prompt's row
+
+    def __call__(
+        self, images: Images, prompts: Texts, enhanced_prompts: Texts, metadata: Sequence[Mapping] | None = None
+    ) -> list[float | None]:
+        """N scores; NaN for the pictures of a call that failed while others went through."""
+        columns = {"prompts": prompts, "enhanced_prompts": enhanced_prompts}
+        if self.metadata:
+            columns["metadata"] = metadata or [{}] * len(images)
+        starts = range(0, len(images), self.batch_size)
+        return self.scores(
+            self.url,
+            [range(start, min(start + self.batch_size, len(images))) for start in starts],
+            lambda rows: (
+                {"images": [self.encoded(images[row]) for row in rows]}
+                | {name: [column[row] for row in rows] for name, column in columns.items()}
+            ),
+            _numbers,
+        )
+
+
+def _numbers(answer: Any, rows: range) -> list[float | None]:
+    scores = answer.get("scores") if isinstance(answer, dict) else answer
+    if isinstance(scores, list):
+        scores = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in scores]
+        if len(scores) == len(rows) and all(one is None or type(one) in (int, float) for one in scores):
+            return scores
+    raise RewardError(f'{{"scores": [{len(rows)} numbers, null where there is none]}}, one for each picture')
