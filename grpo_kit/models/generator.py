@@ -1,12 +1,15 @@
 """The generator: any diffusers text-to-image pipeline, frozen, with one seed for each image."""
 
+import copy
 import inspect
 import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from queue import SimpleQueue
 from typing import Literal
 
 import numpy as np
@@ -17,6 +20,7 @@ from PIL import Image
 from grpo_kit.config import Config, ConfigError
 from grpo_kit.config.hardware import choose_dtype, placement
 from grpo_kit.config.hub import ModelError
+from grpo_kit.config.threads import computes_best_alone, fitting_threads
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
 from grpo_kit.models.pipeline import load_pipeline, place, save_memory, size_multiple, use_scheduler
 from grpo_kit.models.text_embeddings import TextEmbeddings, has_separate_encoding
@@ -107,17 +111,59 @@ class Generator:
         wanted = [(str(prompt), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         distinct = list(dict.fromkeys(wanted))
         drawn: dict[Pair, Image.Image | None] = {}
-        for pairs in even_batches(distinct, self.batch_size if len(distinct) > 1 else 1):
-            with _DRAWING:
-                drawn.update(zip(pairs, self._draw(pairs), strict=True))
+        calls = list(even_batches(distinct, self.batch_size if len(distinct) > 1 else 1))
+        with _DRAWING, _infinities_as_nan(self.pipeline):
+            for pairs, images in zip(calls, self._draw_calls(calls), strict=True):
+                drawn.update(zip(pairs, images, strict=True))
         return [drawn[pair] for pair in wanted]
+
+    def _draw_calls(self, calls: list[list[Pair]]) -> list[list[Image.Image | None]]:
+        """The pictures of several calls; those of a small pipeline on a CPU are shared by as many threads as torch has.
+
+        Threads that draw different pictures never wait for each other, as those that share an operator do. What is
+        drawn in one call does not depend on how many there are.
+        """
+        models = [part for part in vars(self.pipeline).values() if isinstance(part, torch.nn.Module)]
+        threads = min(len(calls), torch.get_num_threads())
+        shared = self._texts is not None and self._batch_size != "auto" and not torch.is_autocast_enabled("cpu")
+        if threads < 2 or not shared or not computes_best_alone(models):
+            with fitting_threads(*models):
+                return [self._draw(pairs) for pairs in calls]
+        twins = [self._twin() for _ in range(threads)]
+        idle: SimpleQueue[Generator] = SimpleQueue()
+        for twin in twins:
+            idle.put(twin)
+
+        @torch.no_grad()
+        def draw(pairs: list[Pair]) -> list[Image.Image | None]:
+            twin = idle.get()
+            try:
+                return twin._draw(pairs)
+            finally:
+                idle.put(twin)
+
+        before = self.flagged
+        # a thread's setting becomes that of all later threads of the process, until it is set back
+        with (
+            fitting_threads(*models),
+            ThreadPoolExecutor(threads, "drawing", torch.set_num_threads, (1,)) as executor,
+        ):
+            images = list(executor.map(draw, calls))
+        self.flagged = before + sum(twin.flagged - before for twin in twins)
+        return images
+
+    def _twin(self) -> "Generator":
+        """Itself with a scheduler of its own, which counts steps; weights and kept texts are the same objects."""
+        twin = copy.copy(self)
+        twin.pipeline = copy.copy(self.pipeline)
+        twin.pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
+        return twin
 
     def _draw(self, pairs: list[Pair]) -> list[Image.Image | None]:
         """One call of the pipeline; each image's noise comes from its own seed, on the CPU: the same on all devices."""
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
         arguments = self._text_inputs([text for text, _ in pairs]) | self._options()
-        with _infinities_as_nan(self.pipeline):
-            output = self.pipeline(**arguments, generator=generators, output_type="np")
+        output = self.pipeline(**arguments, generator=generators, output_type="np")
         flagged = sum(map(bool, getattr(output, "nsfw_content_detected", None) or []))
         if flagged and not self.flagged:
             logger.warning(

@@ -18,6 +18,7 @@ from PIL import Image
 from grpo_kit.config import Config
 from grpo_kit.config.hardware import choose_device, choose_dtype
 from grpo_kit.config.hub import ModelError
+from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.logprobs import completion_mask, is_truncated, logprobs_and_entropy
 from grpo_kit.models.decoding import decode, row_seeds, row_uniforms, stacked
 from grpo_kit.models.loading import add_lora, load_language_model
@@ -350,14 +351,15 @@ class Policy(PromptFormat, torch.nn.Module):
     @contextmanager
     def _answering(self, reference: bool) -> Iterator[torch.nn.Module]:
         """The model that answers: the policy, or its reference."""
-        if not reference:
-            yield self.model
-        elif self.reference is not None:
-            yield self.reference
-        else:
-            adapter_off = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
-            with adapter_off:
+        with fitting_threads(self.model):
+            if not reference:
                 yield self.model
+            elif self.reference is not None:
+                yield self.reference
+            else:
+                adapter_off = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
+                with adapter_off:
+                    yield self.model
 
 
 def load_policy(config: Config, trained: Path | None = None) -> Policy:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ KEPT_TEXTS = 256  # the texts used longest ago are dropped: a rewrite comes agai
 KEPT_BYTES = 256 * 2**20  # with T5, a text of FLUX takes 4 MB
 TEXTS_AT_ONCE = 8  # every call encodes so many, so that an embedding does not depend on how many texts came with it
 
+_ENCODING = threading.Lock()  # tokenizers and the kept texts serve one thread at a time
 _GUIDED = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_GUIDED, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -57,9 +59,10 @@ class TextEmbeddings:
     def inputs(self, texts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
         """Arguments of the pipeline's call for N texts: name → (N, …), with a negative branch where `guided`."""
         guided = guided and "negative_prompt_embeds" in _RETURNS[type(self.pipeline)]
-        self._keep(texts, guided)
-        inputs = _stacked([self._kept[text] for text in texts])
-        return inputs | _stacked([self._kept[None]] * len(texts)) if guided else inputs
+        with _ENCODING:
+            self._keep(texts, guided)
+            inputs = _stacked([self._kept[text] for text in texts])
+            return inputs | _stacked([self._kept[None]] * len(texts)) if guided else inputs
 
     def _keep(self, texts: Sequence[str], guided: bool) -> None:
         """Encode the texts that are not kept yet, beside empty ones where they are too few; drop the oldest."""

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, CLIPModel
 
 from grpo_kit.config.hub import ModelError, load_failure, require_weights
+from grpo_kit.config.threads import fitting_threads
 from grpo_kit.rewards.protocol import Images, Texts
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class ClipEncoder:
             if kept == key:
                 return features
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
-        features = self.model.encode_image(pixels, normalize=True).float()
+        with fitting_threads(self.model):
+            features = self.model.encode_image(pixels, normalize=True).float()
         self._batches = ((key, features), *self._batches[: _KEPT_BATCHES - 1])
         return features
 
@@ -77,7 +79,8 @@ class ClipEncoder:
             with _TOKENIZING:
                 ids = self.tokenizer([text])
                 self._count_truncated(text, ids)
-            features = self.model.encode_text(ids.to(self.device), normalize=True).float()[0]
+            with fitting_threads(self.model):
+                features = self.model.encode_text(ids.to(self.device), normalize=True).float()[0]
             self._texts[text] = features
         return features
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo_kit.config import Config
+from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.advantages import group_advantages
 from grpo_kit.grpo.finite import NonFinite
 from grpo_kit.grpo.loss import grpo_loss
@@ -72,7 +73,8 @@ def grpo_step(
         return StepStats(metrics, advantages, 0, skipped, reason)
 
     rollout = with_encoded(rollout, policy)
-    with Accumulation(policy, optimizer, rollout, advantages, kept, settings, processes) as batch:
+    batch = Accumulation(policy, optimizer, rollout, advantages, kept, settings, processes)
+    with fitting_threads(policy.model), batch:
         for rate in learning_rates or [None] * settings.updates_per_rollout:
             for part in batch.parts():  # with one process and without micro-batches a single part: the batch
                 scores = score_rows(batch.module, rollout, part.rows)  # log-probabilities with gradient
