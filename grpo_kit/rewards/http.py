@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import itertools
 import logging
 import os
 import random
@@ -25,7 +26,7 @@ from grpo_kit.rewards.slow import started
 logger = logging.getLogger(__name__)
 _LONGEST_PAUSE, _LONGEST_ASKED = 30.0, 300.0  # seconds between two tries: by itself, and where the server asks for it
 _JITTER = random.Random()  # of its own: the global random numbers stay as they are
-_SECRETS = re.compile(r"//[^/?#]*@|[?&][^=&]*(key|token|secret|password)[^=&]*=[^&]*", re.IGNORECASE)
+_SECRETS = re.compile(r"//[^/?#]*@|[?&]([\w-]*[_-]|api)?(key|token|secret|password)=[^&]*", re.IGNORECASE)
 _URL = "http(s)://host/path without credentials, which config.json would hold: token_env names a variable for them"
 Url = Annotated[
     str,
@@ -59,16 +60,15 @@ class Service:
                 found = f"{self.token_env}, which {'holds no plain text' if token else 'is not set'}"
                 raise RewardError(f"token_env: found {found}. Export the token under this name where the run starts")
             headers = {"Authorization": f"Bearer {token}"}
-        is_here = self.url and httpx.URL(self.url).host in ("localhost", "127.0.0.1", "::1")  # no proxy leads there
-        self.client_options = {"headers": headers, "follow_redirects": True, "trust_env": not is_here}
+        self.client_options = {"headers": headers, "follow_redirects": True}
         try:
             if self.url:
-                httpx.head(self.url, timeout=5, **self.client_options)  # what it answers is not read
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
-            address, reason = self.url.partition("?")[0], f"{type(error).__name__}: {one_line(error)}"
-            raise RewardError(
-                f"url: nobody answers at {address} ({reason}). Start the server, or correct url"
-            ) from error
+                is_here = httpx.URL(self.url).host in ("localhost", "127.0.0.1", "::1")  # no proxy leads there
+                self.client_options["trust_env"] = not is_here
+                httpx.head(self.url, timeout=5, **self.client_options)  # whatever it answers, somebody is there
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.InvalidURL, ValueError) as error:
+            found = f"{self.url.partition('?')[0]}, where nobody answers ({type(error).__name__}: {one_line(error)})"
+            raise RewardError(f"url: found {found}. Start the server, or correct the url") from error
         except httpx.HTTPError:
             pass
 
@@ -79,13 +79,13 @@ class Service:
         return base64.b64encode(file.getvalue()).decode()
 
     def scores(
-        self, url: str, parts: Sequence[range], body: Callable[[range], dict], read: Callable[[Any, range], list]
+        self, url: str, parts: Sequence[range], body: Callable[[range], dict], read: Callable[[Any, int], list]
     ) -> list[float | None]:
         """The scores of the parts' rows in order; NaN for those of a part whose call failed in all its tries.
 
         Args:
             body: rows → the JSON to send.
-            read: an answer and its rows → their scores; raises `RewardError("what is expected")`.
+            read: an answer, the number of its rows → their scores; raises `RewardError("what is expected")`.
 
         Raises:
             RewardError: no call went through.
@@ -96,32 +96,24 @@ class Service:
             raise failed[0]
         if failed:
             logger.warning("%s; %d of %d calls gave no scores", failed[0], len(failed), len(parts))
-        scores = []
-        for one, rows in zip(found, parts, strict=True):
-            scores += [float("nan")] * len(rows) if isinstance(one, RewardError) else one
-        return scores
+        nan = [[float("nan")] * len(rows) if one in failed else one for one, rows in zip(found, parts, strict=True)]
+        return [score for scores in nan for score in scores]
 
-    async def _answers(
-        self, url: str, parts: Sequence[range], body: Callable, read: Callable
-    ) -> list[list | RewardError]:
+    async def _answers(self, url: str, parts: Sequence[range], body: Callable, read: Callable) -> list:
         gate, ended = asyncio.Semaphore(self.concurrency), []
 
         async def one(client: httpx.AsyncClient, rows: range) -> list | RewardError:
             async with gate:
                 if ended and all(isinstance(other, RewardError) for other in ended):
                     return ended[0]  # nobody is there: that takes its time once, not once a part
-                try:
-                    ended.append(await self._scored(client, url, body(rows), lambda answer: read(answer, rows)))
-                except RewardError as error:
-                    ended.append(error)
-                    return error
+                ended.append(await self._answer(client, url, body(rows), lambda answer: read(answer, len(rows))))
                 return ended[-1]
 
         async with httpx.AsyncClient(timeout=None, **self.client_options) as client:
             return await asyncio.gather(*(one(client, rows) for rows in parts))
 
-    async def _scored(self, client: httpx.AsyncClient, url: str, body: dict, read: Callable[[Any], list]) -> list:
-        for number in range(1, self.retries + 2):
+    async def _answer(self, client: httpx.AsyncClient, url: str, body: dict, read: Callable) -> list | RewardError:
+        for number in itertools.count(1):
             again, pause = number <= self.retries, min(self.backoff * 2 ** (number - 1), _LONGEST_PAUSE)
             pause *= _JITTER.uniform(0.5, 1)
             try:
@@ -143,11 +135,10 @@ class Service:
             problem = f"{url.partition('?')[0]}: {problem} (try {number} of {self.retries + 1})"
             self.failed_tries += 1
             if not again:
-                raise RewardError(problem)
+                return RewardError(problem)
             level = logging.WARNING if self.failed_tries == 1 else logging.INFO
             logger.log(level, "%s; %d tries failed so far", problem, self.failed_tries)
             await asyncio.sleep(pause)
-        raise AssertionError("the last try returns or raises")
 
 
 def _asked_pause(value: str) -> float:
@@ -173,22 +164,20 @@ class HttpScorer(Service):
         columns = {"prompts": prompts, "enhanced_prompts": enhanced_prompts}
         if self.metadata:
             columns["metadata"] = metadata or [{}] * len(images)
-        starts = range(0, len(images), self.batch_size)
-        return self.scores(
-            self.url,
-            [range(start, min(start + self.batch_size, len(images))) for start in starts],
-            lambda rows: (
-                {"images": [self.encoded(images[row]) for row in rows]}
-                | {name: [column[row] for row in rows] for name, column in columns.items()}
-            ),
-            _numbers,
-        )
+
+        def body(rows: range) -> dict[str, Any]:
+            pictures = [self.encoded(images[row]) for row in rows]
+            return {"images": pictures} | {name: [column[row] for row in rows] for name, column in columns.items()}
+
+        everything = range(len(images))
+        parts = [everything[start : start + self.batch_size] for start in everything[:: self.batch_size]]
+        return self.scores(self.url, parts, body, _numbers)
 
 
-def _numbers(answer: Any, rows: range) -> list[float | None]:
+def _numbers(answer: Any, count: int) -> list[float | None]:
     scores = answer.get("scores") if isinstance(answer, dict) else answer
     if isinstance(scores, list):
         scores = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in scores]
-        if len(scores) == len(rows) and all(one is None or type(one) in (int, float) for one in scores):
+        if len(scores) == count and all(one is None or type(one) in (int, float) for one in scores):
             return scores
-    raise RewardError(f'{{"scores": [{len(rows)} numbers, null where there is none]}}, one for each picture')
+    raise RewardError(f'{{"scores": [{count} numbers, null where there is none]}}, one for each picture')

@@ -44,7 +44,7 @@ class Judge(Service):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.undecided = 0
+        self.undecided, self.answers = 0, tuple(answer.casefold() for answer in self.answers)
         if self.url is None:
             self._load()
 
@@ -83,7 +83,7 @@ class Judge(Service):
     def _side(self, token: str) -> int | None:
         """Which answer a token begins, case and space aside; None for neither, or both."""
         word = token.strip().strip("Ġ▁").casefold()
-        begun = [bool(word) and answer.casefold().startswith(word) for answer in self.answers]
+        begun = [bool(word) and answer.startswith(word) for answer in self.answers]
         return begun.index(True) if sum(begun) == 1 else None
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class Judge(Service):
         url = f"{self.url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
         return self.scores(url, [range(row, row + 1) for row in range(len(images))], body, self._share)
 
-    def _share(self, answer: Any, rows: range) -> list[float]:
+    def _share(self, answer: Any, _count: int) -> list[float]:
         choice = answer["choices"][0]
         if self.logprobs:
             tokens = (choice.get("logprobs") or {}).get("content")

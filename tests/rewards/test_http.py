@@ -208,9 +208,7 @@ def test_server_that_is_not_there_is_refused_before_anything_is_drawn(kit: Exper
         url = f"http://127.0.0.1:{free.getsockname()[1]}/score"
         settings = {"weights": {"http": 1.0}, "options": {"http": {"url": url}}}
         config = load_config(kit.config, {"reward_settings": settings})
-        with pytest.raises(
-            ConfigError, match=r"options.http: url: nobody answers at http://127.*ConnectError"
-        ) as error:
+        with pytest.raises(ConfigError, match=r"options.http: url: found http://127.*nobody answers .Conn") as error:
             load_rewards(config)
         assert "\n" not in str(error.value)
         load_rewards(load_config(config, {"reward_settings.weights": {"gold": 1.0}}))  # a run without its server
@@ -247,7 +245,8 @@ def test_local_server_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPat
 
 def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded():
     assert "reward_settings.options.http.url: missing" in _settings_error()
-    assert "allowed: http(s)://host/path" in _settings_error(url="localhost:8000")
+    for url in ("localhost:8000", "ftp://host/score", "http://", "http://host /score", 8000):
+        assert "allowed: http(s)://host/path" in _settings_error(url=url)
     assert "image_format: found 'gif', allowed: png, jpeg" in _settings_error(url="http://h", image_format="gif")
     assert "timeout: found 0" in _settings_error(url="http://h", timeout=0)
     assert "token_env: found 'sk-1234', allowed: an environment variable" in _settings_error(
@@ -267,6 +266,13 @@ def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded():
 def test_credentials_in_a_url_are_refused_and_not_shown(url: str):
     text = _settings_error(url=url)
     assert "hunter2" not in text and "token_env" in text
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://localhost:99999/x", "http://localhost:1/x?monkey=1"])
+def test_address_that_cannot_be_is_one_line(url: str):
+    with pytest.raises(RewardError, match=r"url: found .*nobody answers") as error:
+        HttpScorer(url=url)
+    assert "\n" not in str(error.value)
 
 
 def test_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch):

@@ -34,8 +34,9 @@ def plan_reward(config: Config) -> Part:
         pieces.append(Piece.of(name, model))
         sources.append(source)
         phases.append(Phase(name, _scoring(model, images, texts), "training_settings.group_size"))
-    programs = sorted(named - _OF_CLIP - _PREFERENCE.keys())
+    programs = sorted(named - _OF_CLIP - _PREFERENCE.keys() - {"judge"})
     notes = (f"not counted, since they are programs: {', '.join(programs)}",) if programs else ()
+    notes += ("not counted: the model of judge, which is read as it is loaded",) if "judge" in named else ()
     return Part("reward", ", ".join(dict.fromkeys(sources)) or "no model", tuple(pieces), tuple(phases), {}, notes)
 
 
