@@ -107,6 +107,7 @@ class GenerationSettings(Section):
         json_schema_extra={"allowed": f"{', '.join(PROMPT_PARTS)}, or a regular expression with one group"},
     )
     num_inference_steps: Count
+    rollout_steps: Count | None = Field(None, description="denoising steps in training; null: num_inference_steps")
     guidance_scale: Number = Field(ge=0)
     height: Pixels | None = Field(None, description="pixels; null: the generator's own size")
     width: Pixels | None = Field(None, description="pixels; null: the generator's own size")

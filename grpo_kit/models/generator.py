@@ -86,6 +86,16 @@ class Generator:
         """How many texts were longer than the pipeline's text encoder reads, and were cut."""
         return 0 if self._texts is None else self._texts.truncated
 
+    @contextmanager
+    def steps(self, count: int | None) -> Iterator[None]:
+        """Draw with so many denoising steps meanwhile; None leaves them as they are."""
+        before = self.num_inference_steps
+        self.num_inference_steps = count or before
+        try:
+            yield
+        finally:
+            self.num_inference_steps = before
+
     def generate_image(self, prompt: str, seed: int = 0) -> Image.Image:
         """One picture of a prompt; the same prompt and seed give the same picture.
 

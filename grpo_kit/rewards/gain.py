@@ -41,7 +41,7 @@ class Gain:
         if "group_ids" in context_of(reward):
             raise RewardError("found an inner reward that asks for group_ids, allowed: one that scores single images")
         self.generator, self.reward = generator, reward
-        self._kept: OrderedDict[tuple[tuple[str, int], ...], torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple, torch.Tensor] = OrderedDict()
 
     def __call__(
         self, images: Images, prompts: Texts, enhanced_prompts: Texts, image_seeds: torch.Tensor | None
@@ -54,7 +54,8 @@ class Gain:
         if image_seeds is None:
             raise RewardError("draws raw prompts with the images' seeds, and found no image_seeds. Pass them to score")
         seeds = torch.as_tensor(image_seeds).tolist()
-        key = tuple(zip(prompts, seeds, strict=True))
+        steps = getattr(self.generator, "num_inference_steps", None)  # fewer in training than in evaluation
+        key = (steps, *zip(prompts, seeds, strict=True))
         if key not in self._kept:
             self._kept[key] = self._raw_scores(prompts, seeds)
         self._kept.move_to_end(key)

@@ -176,7 +176,7 @@ def run_iteration(
     kit: Experiment, optimizer: torch.optim.Optimizer, iteration: int, processes: Processes = ALONE
 ) -> tuple[Rollout, StepStats]:
     """One iteration without any files: its prompts, its rollout and the step on it, all fixed by (seed, iteration)."""
-    with processes.whole_policy():
+    with processes.whole_policy(), kit.generator.steps(kit.config.generation_settings.rollout_steps):
         rollout = collect(kit, iteration, processes)
     rates = scheduled_rates(kit.config.training_settings, iteration)
     stats = grpo_step(kit.policy, optimizer, rollout, kit.config, processes, rates)

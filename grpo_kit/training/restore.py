@@ -164,10 +164,11 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
 def _drawn_again(kit: Experiment, prompts: list[Prompt], attempts: dict[int, int], iteration: int) -> list[Image.Image]:
     """The pictures that the policy saw; of each attempt the groups that were drawn in it, or after it, were part."""
     pictures = []
-    for (group, attempt), prompt in zip(attempts.items(), prompts, strict=True):
-        seed = rollout_seed(kit.config.training_settings.seed, iteration, attempt)
-        place = sum(other < group and number >= attempt for other, number in attempts.items())
-        pictures += picture_prompts(kit.generator, [prompt.user_prompt], seed, place)
+    with kit.generator.steps(kit.config.generation_settings.rollout_steps):
+        for (group, attempt), prompt in zip(attempts.items(), prompts, strict=True):
+            seed = rollout_seed(kit.config.training_settings.seed, iteration, attempt)
+            place = sum(other < group and number >= attempt for other, number in attempts.items())
+            pictures += picture_prompts(kit.generator, [prompt.user_prompt], seed, place)
     return pictures
 
 
