@@ -1,4 +1,4 @@
-"""The command line: `grpo-kit run | train | evaluate | report | compare | replay | push | plan | check | doctor`.
+"""The command line: `grpo-kit --help` lists the commands.
 
 Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked (one line says which), 130 interrupted
 (Ctrl-C), 143 terminated (SIGTERM), 129 hung up. An interrupted command prints the command that resumes its work.
@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from grpo_kit.runs.surroundings import prepare
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -21,7 +23,7 @@ app = typer.Typer(
 )
 
 Profile = Annotated[
-    str, typer.Option("--profile", "--config", help="A profile (tiny, workshop, full, classic) or a JSON file.")
+    str, typer.Option("--profile", "--config", help="A profile (tiny, workshop, full, classic) or a JSON or YAML file.")
 ]
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; an existing run is continued.")]
 Name = Annotated[str, typer.Option(help="The run's name, a folder in reports/.")]
@@ -95,9 +97,7 @@ def train(
     override: Overrides = None,
     run_dir: RunDir = None,
     name: Name = "",
-    processes: Annotated[
-        int, typer.Option("--launch", min=1, metavar="N", help="Share the work among N processes, by accelerate.")
-    ] = 1,
+    processes: Annotated[int, typer.Option("--launch", min=1, metavar="N", help="Share the work among N.")] = 1,
 ) -> None:
     """Train a policy into a run folder; a run that is there goes on, with its own settings unless others are given."""
     from grpo_kit.config import load_config, settings_from_texts
@@ -130,9 +130,7 @@ def evaluate(
         list[str], typer.Argument(metavar="RUN [RUN]...", help="A run, several, or a grid: folders, or names.")
     ],
     override: Annotated[Texts, typer.Option("-o", help="evaluation_settings.key=value; repeatable.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for what several runs, or another evaluation, gave.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for what several, or another evaluation, gave.")] = None,
 ) -> None:
     """Compare raw prompt, initial policy and trained policy on the held-out prompts; of several runs, each policy.
 
@@ -277,6 +275,14 @@ def check(profile: Profile = "tiny") -> None:
 
 
 @app.command()
+def notebooks(folder: Annotated[Path, typer.Argument(help="Where they go; what you changed there stays.")]) -> None:
+    """Lay the notebooks out in a folder, to edit and run them in JupyterLab or VS Code."""
+    from grpo_kit.runs.notebooks import lay_out_notebooks as laid_out
+
+    print(f"{len(laid_out(folder))} notebooks in {folder}. Next: jupyter lab {folder / 'index.ipynb'}")
+
+
+@app.command()
 def push(
     run: Run,
     repo_id: Annotated[str, typer.Argument(help="The repository on the Hugging Face hub: owner/name.")],
@@ -326,6 +332,7 @@ def _again(context: typer.Context, folder: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake that the user can mend is one line on stderr and exit code 2."""
+    prepare()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=given, prog_name="grpo-kit", obj=given)

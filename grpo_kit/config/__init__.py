@@ -2,7 +2,7 @@
 
 from grpo_kit.config.errors import ConfigError, KitError, nearest, one_line, printable, shown
 from grpo_kit.config.loading import RECORDS, load_config, pairs_from_texts, settings_from_texts
-from grpo_kit.config.paths import PROJECT_ROOT
+from grpo_kit.config.paths import PROJECT_ROOT, working_folder
 from grpo_kit.config.settings import (
     PROFILE_FOLDER,
     PROFILES,
@@ -44,4 +44,5 @@ __all__ = [
     "settings_from_texts",
     "shown",
     "validated",
+    "working_folder",
 ]

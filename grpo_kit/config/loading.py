@@ -1,4 +1,4 @@
-"""One `Config` from a profile, a JSON file, a run folder or a dict, with the settings that are changed by dotted key.
+"""One `Config` from a profile, a file, a run folder or a dict, with the settings that are changed by dotted key.
 
 A file may leave out what it takes over: it builds on the profile that its key "profile" names. A file without that key
 builds on `classic` when it names a policy or generator of its own (the flat form of VLM-GRPO), else on `tiny`.
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo_kit.config.errors import ConfigError, KitError, nearest, shown
-from grpo_kit.config.paths import MODEL_PATHS, PROJECT_ROOT, PROMPT_PATHS, resolve_paths
+from grpo_kit.config.paths import MODEL_PATHS, PROJECT_ROOT, PROMPT_PATHS, resolve_paths, working_folder
 from grpo_kit.config.settings import PROFILE_FOLDER, PROFILES, Config, TrainingSettings
 from grpo_kit.config.strict_json import strict_json
+from grpo_kit.config.strict_yaml import SUFFIXES, line_of, strict_yaml
 from grpo_kit.config.validation import forms_of, validated
 
 RECORDS = ("versions", "machine", "contents")  # what a run's config.json says of its making; no settings
@@ -25,14 +26,15 @@ def load_config(
     """Read a configuration and check every key.
 
     Args:
-        name_or_path: a profile (`tiny`, `workshop`, `full`, `classic`, `gpu_16gb`, …), a JSON file, a run folder (its
-            config.json), a dict of the same shape, or a `Config`.
+        name_or_path: a profile (`tiny`, `workshop`, `full`, `classic`, `gpu_16gb`, …), a JSON or YAML file, a run
+            folder (its config.json), a dict of the same shape, or a `Config`.
         overrides: dotted keys, such as `{"training_settings.group_size": 8}`; values may be given as text ("1e-6").
 
-    Relative paths count from the file's folder, then from the project's; in a profile, a dict or an override from the
-    project's. Raises `ConfigError`, one line that names the key, the value found and what is allowed.
+    Relative paths count from the file's folder, then from the project's; in a dict or an override from the project's,
+    or, of a kit that was installed without its checkout, from the working folder. Raises `ConfigError`, one line that
+    names the key, the value found, what is allowed and, for a file, the line.
     """
-    source = ""
+    path = None
     if isinstance(name_or_path, Config):
         data = name_or_path.model_dump()
     elif isinstance(name_or_path, Mapping):
@@ -41,12 +43,17 @@ def load_config(
         data = _profile(str(name_or_path))
     else:
         path = _config_file(name_or_path)
-        source = f" (in {path})"
-        data = _complete(_read(path), source)
+        data = _complete(_read(path), f" (in {path})")
     for key, value in (overrides or {}).items():
         _override(data, key, value)
-    resolve_paths(data, [PROJECT_ROOT])
-    return validated(Config, data, source=source)
+    resolve_paths(data, [working_folder(), PROJECT_ROOT])
+    return validated(Config, data, source="" if path is None else lambda sentence: _place(path, sentence))
+
+
+def _place(path: Path, sentence: str) -> str:
+    """Where in a file the key stands with which an error begins."""
+    line = line_of(path.read_bytes(), sentence.partition(":")[0].split("."))
+    return f" (in {path})" if line is None else f" (in {path}:{line})"
 
 
 def settings_from_texts(texts: Sequence[str]) -> dict[str, object]:
@@ -89,8 +96,8 @@ def _config_file(name_or_path: str | Path) -> Path:
     if not found:
         raise ConfigError(
             f"configuration {shown(str(name_or_path))}: neither a profile nor a file"
-            f"{nearest(str(name_or_path), PROFILES)}; allowed: {', '.join(PROFILES)}, or the path of a JSON file or "
-            "run folder"
+            f"{nearest(str(name_or_path), PROFILES)}; allowed: {', '.join(PROFILES)}, or the path of a JSON or YAML "
+            "file or run folder"
         )
     return path
 
@@ -101,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    data = strict_json(content, path)
+    data = (strict_yaml if path.suffix.lower() in SUFFIXES else strict_json)(content, path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found {shown(data)}, allowed: a JSON object with the sections of a profile")
     resolve_paths(data, [path.parent.resolve(), PROJECT_ROOT])
@@ -111,6 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _profile(name: str) -> dict[str, Any]:
     """A profile's settings, with those of the profile that it builds on."""
     data = json.loads((PROFILE_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    resolve_paths(data, [PROJECT_ROOT])
     below = _profile(data["profile"]) if "profile" in data else {}
     return _merged(below, data) | {"profile": name}
 

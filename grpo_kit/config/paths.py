@@ -7,7 +7,9 @@ from typing import Any
 
 from grpo_kit.config.errors import ConfigError, shown
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHIPPED = _PACKAGE / "shipped"  # only in a wheel: data/, notebooks/ and docs/plans.json, which setup.py puts there
+PROJECT_ROOT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent  # what comes with the kit counts from here
 # A model may also be a hub id, so it is a path only where something lies there.
 MODEL_PATHS = tuple(f"model_settings.{name}" for name in ("vlm_model", "sd_model", "clip_model", "clip_pretrained"))
 PROMPT_PATHS = ("training_settings.train_prompts", "evaluation_settings.val_prompts")
@@ -15,6 +17,11 @@ _REWARD_OPTIONS = (
     "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights judge.model".split()
 )
 REWARD_PATHS = tuple(f"reward_settings.options.{option}" for option in _REWARD_OPTIONS)
+
+
+def working_folder() -> Path:
+    """Where reports/ is, and a user's paths count from: the checkout; of an installed kit, the folder one is in."""
+    return Path.cwd() if PROJECT_ROOT == _SHIPPED else PROJECT_ROOT
 
 
 def change_paths(data: dict[str, Any], change: Callable[[str, str], str]) -> None:
@@ -51,7 +58,7 @@ def resolve_paths(data: dict[str, Any], bases: Sequence[Path]) -> None:
         except (OSError, RuntimeError):  # a name that is too long for the file system; no home folder
             return value
         if found is None and value.startswith("data/"):
-            found = candidates[-1]  # the project's own folder
+            found = Path(os.path.normpath(PROJECT_ROOT / path))
         if found is None and (key in PROMPT_PATHS or path.is_absolute() or value.startswith((".", "~"))):
             found = candidates[0]
         return value if found is None else str(found)

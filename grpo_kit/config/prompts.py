@@ -1,20 +1,26 @@
-"""The user's prompts: records read from JSONL, and batches that are balanced over their categories."""
+"""The user's prompts: read from files of several forms, and batches that are balanced over their categories."""
 
-import codecs
+import functools
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from grpo_kit.config.errors import ConfigError, shown
+from grpo_kit.config.errors import ConfigError, one_line, shown
+from grpo_kit.config.prompt_files import MAX_LINE_BYTES as MAX_LINE_BYTES
+from grpo_kit.config.prompt_files import read_records
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.config.strict_json import strict_json
 
-MAX_LINE_BYTES = 1_000_000
+if TYPE_CHECKING:
+    import numpy as np
+
 TEXTS = ("user_prompt", "category", "difficulty")
+_FORMS = "a JSONL, JSON, CSV or parquet file, or a folder of `datasets`"
+_ONE_BY_ONE = 2048  # of a longer list many swaps are found together
 
 
 @dataclass(frozen=True)
@@ -28,54 +34,46 @@ class Prompt:
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read prompts from JSONL: `{"user_prompt": "a cat", "category": "basic", "difficulty": "easy"}` a line.
+    """Read prompts: `{"user_prompt": "a cat", "category": "basic", "difficulty": "easy"}` a line, or a table of those.
 
-    Further keys are kept as metadata; blank lines, a byte-order mark and Windows line ends are fine. Memory stays
-    bounded by the longest line allowed (1 MB). Raises `ConfigError` with file:line at the first line that is broken.
+    Read are JSONL, a JSON array of such objects, CSV with a header, parquet, arrow, and a folder that `save_to_disk` of
+    `datasets` wrote. Further keys are kept as metadata; a category or difficulty of null is the default; blank lines,
+    byte-order marks, UTF-16 and Windows line ends are fine. A line of JSONL may have 1 MB. Raises `ConfigError` with
+    file:line, or file and row, at the first prompt that is broken.
     """
     path = Path(path)
     if "\0" in str(path):
-        raise ConfigError(f"{shown(str(path))}: found a NUL in the path. Name a JSONL file with one prompt a line")
+        raise ConfigError(f"{shown(str(path))}: found a NUL in the path. Name {_FORMS}")
     try:
-        with path.open("rb") as file:
-            prompts = [_parsed(line, path, number) for number, line in _lines(file, path)]
+        prompts = [_prompt(record, where) for where, record in read_records(path)]
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Name a JSONL file, one prompt a line") from None
+        why = error.strerror or one_line(error)
+        raise ConfigError(f"{path}: cannot be read: {why}. Name {_FORMS}") from None
     if not prompts:
         raise ConfigError(f'{path}: empty, allowed: one JSON object a line, such as {{"user_prompt": "a cat"}}')
     return prompts
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    for number in itertools.count(1):
-        line = file.readline(MAX_LINE_BYTES + 1)
-        if not line:
-            return
-        if len(line) > MAX_LINE_BYTES:
-            raise ConfigError(f"{path}:{number}: longer than {MAX_LINE_BYTES:,} bytes. Split it, or remove it")
-        if line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
-            yield number, line
-
-
-def _parsed(line: bytes, path: Path, number: int) -> Prompt:
-    where = f"{path}:{number}"
-    record = strict_json(line, path, number)
+def _prompt(record: object, where: str) -> Prompt:
     if not isinstance(record, dict) or "user_prompt" not in record:
         example = 'an object with user_prompt, such as {"user_prompt": "a cat"}'
         raise ConfigError(f"{where}: found {shown(record)}, allowed: {example}")
-    try:  # whether it can be written again
-        json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (ValueError, RecursionError):
-        allowed = "finite numbers, whole characters (no lone surrogate such as \\ud800), a few levels"
-        raise ConfigError(f"{where}: found a value that JSON cannot hold, allowed: {allowed}") from None
-    texts = {name: _text(record.pop(name), name, where) for name in TEXTS if name in record}
+    for key, value in record.items():
+        try:  # whether it can be written again
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except (ValueError, TypeError, RecursionError):
+            allowed = "finite numbers, whole characters (no lone surrogate such as \\ud800), a few levels, no bytes"
+            found = f"{shown(key)}: found a value that JSON cannot hold"
+            raise ConfigError(f"{where}: {found}, allowed: {allowed}") from None
+    given = {name: record.pop(name) for name in TEXTS if name in record}
+    texts = {name: _text(value, name, where) for name, value in given.items() if value is not None or name == TEXTS[0]}
     return Prompt(**texts, metadata=record)
 
 
 def _text(value: object, name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ConfigError(f"{where}: {name}: found {shown(value)}, allowed: text, not empty, without NUL characters")
-    return value.strip()
+    return value.strip() if name == TEXTS[0] else sys.intern(value.strip())  # one text for all prompts that have it
 
 
 def balanced_batch(prompts: Sequence[Prompt], size: int, seed: int, iteration: int) -> list[Prompt]:
@@ -92,27 +90,79 @@ def balanced_batch(prompts: Sequence[Prompt], size: int, seed: int, iteration: i
     """
     if size < 1 or not prompts:
         raise ConfigError(f"batch of {size} from {len(prompts)} prompts: allowed: at least 1 of each")
-    categories: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        categories.setdefault(prompt.category, []).append(index)
-    names = sorted(categories)
+    names, categories = _by_category(prompts)
     chosen: list[int] = []
     for place in range(iteration * size, (iteration + 1) * size):
         round_number, turn = divmod(place, len(names))
-        name = names[_shuffled(range(len(names)), seed, "categories", round_number)[turn]]
-        epoch, position = divmod(round_number, len(categories[name]))
-        order = _shuffled(categories[name], seed, name, epoch)
-        preferred = order[position:] + order[:position]
-        others = itertools.chain(preferred, _any_order(prompts, seed, place))
-        chosen.append(next((index for index in others if index not in chosen), preferred[0]))
+        name = names[next(_shuffled(len(names), seed, "categories", round_number, turn))]
+        members = categories[name]
+        epoch, position = divmod(round_number, len(members))
+        preferred = (members[index] for index in _shuffled(len(members), seed, name, epoch, position))
+        any_other = _shuffled(len(prompts), seed, "any", place, swaps_of=_swaps)  # used once, if at all: not kept
+        others = itertools.chain(preferred, any_other)
+        first = next(others)
+        chosen.append(next((index for index in itertools.chain([first], others) if index not in chosen), first))
     return [prompts[index] for index in chosen]
 
 
-def _any_order(prompts: Sequence[Prompt], seed: int, place: int) -> Iterator[int]:
-    yield from _shuffled(range(len(prompts)), seed, "any", place)  # only where the category has no other prompt
+_grouped: tuple[Sequence[Prompt], tuple[list[str], dict[str, list[int]]]] = ((), ([], {}))
 
 
-def _shuffled(items: Sequence[int], seed: int, purpose: str, number: int) -> list[int]:
-    result = list(items)
-    random.Random(derive_seed(seed, "prompts", purpose, number)).shuffle(result)
-    return result
+def _by_category(prompts: Sequence[Prompt]) -> tuple[list[str], dict[str, list[int]]]:
+    """The categories in order, and the places of each one's prompts; kept until other prompts come."""
+    global _grouped
+    if _grouped[0] != prompts:  # quick, since most often they are the same objects
+        categories: dict[str, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            categories.setdefault(prompt.category, []).append(index)
+        _grouped = type(prompts)(prompts), (sorted(categories), categories)
+    return _grouped[1]
+
+
+def _swaps(count: int, seed: int) -> "np.ndarray":
+    """For each place i the place up to i with which `random.Random(seed).shuffle` swaps it.
+
+    For the last of n places it takes n.bit_length() bits, and again while that number is n or more. Here many draws are
+    looked at together: which of them are taken is found by repetition, which ends soon, since few depend on others.
+    """
+    import numpy as np
+
+    words = random.Random(seed).getstate()[1]
+    generator = np.random.MT19937()
+    generator.state = {"bit_generator": "MT19937", "state": {"key": np.array(words[:-1], np.uint32), "pos": words[-1]}}
+    swaps, left, raw = np.zeros(count, np.int32), count, np.empty(0, np.uint64)
+    while left > _ONE_BY_ONE:
+        bits = left.bit_length()
+        together = 2 ** (bits - 4)
+        raw = np.append(raw, generator.random_raw(max(0, together - len(raw))))
+        draws = (raw[:together] >> np.uint64(32 - bits)).astype(np.int32)
+        taken = draws < left
+        while ((now := draws + np.cumsum(taken, dtype=np.int32) - taken < left) != taken).any():
+            taken = now
+        places = taken.nonzero()[0][: left - 2 ** (bits - 1) + 1]  # after these a number takes fewer bits
+        swaps[left - len(places) : left] = draws[places[::-1]]
+        left -= len(places)
+        raw = raw[places[-1] + 1 if left < 2 ** (bits - 1) else together :]
+    rest = itertools.chain(raw.tolist(), generator.random_raw(2 * left).tolist(), iter(generator.random_raw, None))
+    for size in range(left, 1, -1):
+        shift = 32 - size.bit_length()
+        while (draw := next(rest) >> shift) >= size:
+            pass
+        swaps[size - 1] = draw
+    return swaps
+
+
+_kept_swaps = functools.lru_cache(maxsize=64)(_swaps)
+
+
+def _shuffled(
+    count: int, seed: int, purpose: str, number: int, start: int = 0, swaps_of: Callable = _kept_swaps
+) -> Iterator[int]:
+    """What `random.shuffle` makes of range(count), from place `start` on and round; found as far as it is asked for."""
+    swaps = swaps_of(count, derive_seed(seed, "prompts", purpose, number))
+    for place in range(start, start + count):
+        item, i = int(swaps[place % count]), place % count + 1
+        while len(later := (swaps[i:] == item).nonzero()[0]):  # back through the swaps (i, swaps[i])
+            item = i + int(later[0])
+            i = item + 1
+        yield item

@@ -194,7 +194,7 @@ class RewardSettings(Section):
 class TrainingSettings(Section):
     """The GRPO loop, in TRL's vocabulary."""
 
-    train_prompts: Name = Field(description="JSONL file with the prompts to train on")
+    train_prompts: Name = Field(description="prompts to train on: JSONL, JSON, CSV, parquet, a `datasets` folder")
     learning_rate: Number = Field(ge=0, le=1)
     lr_scheduler_type: Schedule = Field("constant", description="of transformers' get_scheduler, over all updates")
     lr_scheduler_kwargs: dict[Name, bool | int | float | str] = Field({}, description='such as {"num_cycles": 2}')
@@ -234,7 +234,7 @@ class TrainingSettings(Section):
 class EvaluationSettings(Section):
     """The paired comparison on held-out prompts."""
 
-    val_prompts: Name = Field(description="JSONL file with the held-out prompts")
+    val_prompts: Name = Field(description="held-out prompts, in a file of the same forms")
     num_prompts: Annotated[int, Field(ge=2), _NUMERIC] | None = Field(None, description="how many of them; null: all")
     seeds_per_prompt: Count = Field(4, description="latents per prompt, the same for every variant")
     confidence: Number = Field(0.95, gt=0, lt=1)

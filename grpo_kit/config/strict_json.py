@@ -6,6 +6,10 @@ from typing import Any
 
 from grpo_kit.config.errors import ConfigError, printable, shown
 
+_HINTS = {"'": ". Texts and keys stand in double quotes", "“": '. Write plain quotes: "'}
+_HINTS |= dict.fromkeys(["{", "["], ". A record is one line, and one record a line")
+_HINTS |= dict.fromkeys(["None", "True", "False"], ". JSON writes null, true, false")
+
 
 def strict_json(content: bytes, path: Path, line: int | None = None) -> Any:
     """Read JSON in UTF-8 in which no key of an object stands twice.
@@ -19,10 +23,12 @@ def strict_json(content: bytes, path: Path, line: int | None = None) -> Any:
     """
     where = str(path) if line is None else f"{path}:{line}"
     try:
-        return json.loads(content.removeprefix(b"\xef\xbb\xbf").decode("utf-8"), object_pairs_hook=_unique_keys)
+        return json.loads(content.decode("utf-8").lstrip("\ufeff"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        place = f"{path}:{line or error.lineno}"
-        raise ConfigError(f"{place}: not JSON: {error.msg} (column {error.colno})") from None
+        place, found = f"{path}:{line or error.lineno}", error.doc[error.pos : error.pos + 20].strip()
+        hint = next((hint for start, hint in _HINTS.items() if found.startswith(start)), "")
+        found = f", found {shown(found)}" if found else ""
+        raise ConfigError(f"{place}: not JSON: {error.msg}{found} (column {error.colno}){hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: not UTF-8 text (byte {error.start}). Save the file as UTF-8") from None
     except RecursionError:

@@ -5,7 +5,7 @@ choices, whether null is), so it is read from the JSON schema of the settings, a
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -19,12 +19,14 @@ _WORDS = {"string": "text", "boolean": "true or false", "array": "a list", "obje
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
-def validated(model: type[Model], values: Mapping[str, Any], place: str = "", source: str = "") -> Model:
+def validated(
+    model: type[Model], values: Mapping[str, Any], place: str = "", source: str | Callable[[str], str] = ""
+) -> Model:
     """The values as that model of settings.
 
     Args:
         place: the dotted key where they stand, such as `reward_settings.options.safety`; "" for a whole configuration.
-        source: the end of the error, such as the file that they came from.
+        source: the end of the error, such as the file that they came from; or what gives it for the error's sentence.
 
     Raises:
         ConfigError: one line on the first mistake, and the number of the others.
@@ -36,7 +38,7 @@ def validated(model: type[Model], values: Mapping[str, Any], place: str = "", so
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key is missing, too
     lines = list(dict.fromkeys(_sentence(problem, place, _schema(model)) for problem in problems))
     more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-    raise ConfigError(printable(lines[0]) + more + source)
+    raise ConfigError(printable(lines[0]) + more + (source(lines[0]) if callable(source) else source))
 
 
 def forms_of(model: type[BaseModel], keys: Sequence[str]) -> list[Schema]:

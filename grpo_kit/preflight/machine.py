@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from grpo_kit.config import Config, KitError, hardware, one_line
 from grpo_kit.config.prompts import load_prompts
+from grpo_kit.runs.surroundings import world_size
 
 WEIGHTS = ("*.safetensors", "*.bin")
 NEEDED = "torch torchvision transformers diffusers peft open_clip_torch papermill ipykernel ipywidgets".split()
@@ -62,11 +65,12 @@ def _found(name: str, look: Callable[[], str]) -> Finding:
 def _libraries() -> str:
     versions = hardware.library_versions()
     if missing := [name for name in NEEDED if name not in versions]:
-        raise KitError(f"missing: {', '.join(missing)}. Install them: pip install -e .")
+        raise KitError(f"missing: {', '.join(missing)}. Install them: pip install {' '.join(missing)}")
     return ", ".join(f"{name} {versions[name]}" for name in NEEDED)
 
 
 def _device(config: Config) -> str:
+    world_size()  # of a launcher that is not there
     placed = hardware.placement(config.model_settings)
     device, why = placed["device"]
     dtype, reason = hardware.choose_dtype(device, config.model_settings.dtype)
@@ -138,9 +142,18 @@ def _load(config: Config) -> str:
 def _kernel() -> str:
     from jupyter_client.kernelspec import KernelSpecManager
 
-    if "python3" not in KernelSpecManager().find_kernel_specs():
-        raise KitError("no Jupyter kernel named python3. Install it: python -m ipykernel install --sys-prefix")
-    return f"python3 (ipykernel {importlib.metadata.version('ipykernel')})"
+    manager, mend = KernelSpecManager(), f"{sys.executable} -m ipykernel install --sys-prefix"
+    if "python3" not in manager.find_kernel_specs():
+        raise KitError(f"no Jupyter kernel named python3. Install it: {mend}")
+    found = manager.get_kernel_spec("python3")
+    program, own = Path(found.argv[0] if found.argv else "nothing"), Path(sys.executable)
+    is_own = (program.parent.resolve(), program.resolve()) == (own.parent.resolve(), own.resolve())
+    if not is_own and not re.fullmatch(r"python[\d.]*(\.exe)?", str(program)):  # Jupyter puts its own in its place
+        raise KitError(
+            f"python3, in {found.resource_dir}, is {program}, not this Python: JupyterLab and VS Code would use it "
+            f"(grpo-kit run takes {sys.executable}). Choose another kernel there, or make it this one: {mend}"
+        )
+    return f"python3 (ipykernel {importlib.metadata.version('ipykernel')}): this Python"
 
 
 def _wandb(mode: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo_kit.config import KitError
-from grpo_kit.runs.durable import flush, flush_tree, remove
+from grpo_kit.runs.durable import flush, flush_tree, remove, replace
 from grpo_kit.runs.iterations import checkpoints_of, iteration_name
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ def save_checkpoint(
     flush_tree(aside)
     if place.exists():
         _drop(place)  # it was found damaged, and is computed again
-    os.replace(aside, place)
+    replace(aside, place)
     flush(folder)
     keep_newest(folder, keep, iteration)
     return place
@@ -103,7 +102,7 @@ def _drop(place: Path) -> None:
     """Remove a checkpoint; it is renamed first: one of which a part is gone never looks committed."""
     aside = place.with_name(f".writing-dropped-{place.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    os.replace(place, aside)
+    replace(place, aside)
     remove(aside)
 
 

@@ -1,10 +1,16 @@
 """Files that outlive a power cut: flushed to the disk before anything says that they are there."""
 
+import errno
 import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
+
+_FOR_FSYNC = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what is open for writing
+_NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # of file systems that flush no folders, such as SMB
+_IN_USE = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
 
 
 def flush(path: Path) -> None:
@@ -13,11 +19,32 @@ def flush(path: Path) -> None:
     Raises:
         OSError: the disk does not take it.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else _FOR_FSYNC)
+    except PermissionError:  # Windows opens no folder
+        if is_folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in _NO_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`; on Windows again for two seconds where another program, a virus scanner, has one of them open."""
+    for wait in (0.01, 0.03, 0.1, 0.3, 0.6, 1.0):
+        try:
+            return os.replace(source, target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _IN_USE:
+                raise
+        time.sleep(wait)
+    return os.replace(source, target)
 
 
 def flush_tree(folder: Path) -> None:
@@ -33,7 +60,7 @@ def replace_file(place: Path, content: bytes) -> None:
     aside = place.with_name(f".writing-{place.name}")
     aside.write_bytes(content)
     flush(aside)
-    os.replace(aside, place)
+    replace(aside, place)
 
 
 def remove(place: Path) -> None:

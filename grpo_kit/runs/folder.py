@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.config.contents import HELD_OUT
 from grpo_kit.config.hardware import computing_machine, library_versions
-from grpo_kit.runs.durable import flush, flush_tree, json_bytes, remove, replace_file, without_nan
+from grpo_kit.runs.durable import flush, flush_tree, json_bytes, remove, replace, replace_file, without_nan
 from grpo_kit.runs.iterations import checkpoints_of, files_of_iterations, iteration_of
 from grpo_kit.runs.log_file import log_into
 from grpo_kit.runs.record import metrics_lines, read_json, read_metrics, read_validations
@@ -159,7 +159,7 @@ class RunFolder:
                 remove(left)
         replaced = self.path / _REPLACED
         if replaced.exists() and not self.best.exists():
-            os.replace(replaced, self.best)
+            replace(replaced, self.best)
         remove(replaced)
 
     @contextlib.contextmanager
@@ -213,7 +213,7 @@ class RunFolder:
         """One line a finished iteration."""
         line = json.dumps(without_nan(metrics), allow_nan=False) + "\n"
         self._unflushed.add(self.metrics_file)
-        with self.file_errors("metrics.jsonl"), self.metrics_file.open("a", encoding="utf-8") as file:
+        with self.file_errors("metrics.jsonl"), self.metrics_file.open("a", encoding="utf-8", newline="\n") as file:
             file.write(line)
 
     def metrics(self) -> list[dict[str, float]]:
@@ -286,8 +286,8 @@ class RunFolder:
             save_pretrained(aside)
             flush_tree(aside)
             if self.best.exists():
-                os.replace(self.best, replaced)
-            os.replace(aside, self.best)
+                replace(self.best, replaced)
+            replace(aside, self.best)
             remove(replaced)
 
 

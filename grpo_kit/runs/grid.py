@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from grpo_kit.config import KitError, load_config
+from grpo_kit.config.strict_yaml import UniqueKeys
 from grpo_kit.runs.durable import json_bytes, replace_file
 from grpo_kit.runs.notebooks import Executed, Planned, execute, plan, write_profile
 from grpo_kit.runs.record import RecordError, read_json
@@ -73,18 +74,6 @@ class TrialResult:
         return sum(notebook.minutes for notebook in self.ran)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a name that stands twice: the second would silently replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """A mapping of the file as a dict."""
-        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for name, count in counts.items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r:.40} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_grid(path: Path) -> list[Trial]:
     """Read a grid file, YAML or JSON, and return its trials.
 
@@ -97,7 +86,7 @@ def read_grid(path: Path) -> list[Trial]:
     """
     path = Path(path).expanduser()
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), UniqueKeys)
     except OSError as error:
         raise GridError(f"grid {path}: cannot be read: {error.strerror}. Give a YAML or JSON file") from None
     except UnicodeDecodeError:

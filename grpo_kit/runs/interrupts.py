@@ -4,6 +4,7 @@ import contextlib
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ UNWINDING_SECONDS = 8.0  # the longest that it may take after a signal
 
 def command_line(arguments: Sequence[str]) -> str:
     """The kit's command with these arguments, as a shell reads it."""
-    return shlex.join(["grpo-kit", *arguments])
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)(["grpo-kit", *arguments])
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def resumable(arguments: Sequence[str], how: str = "it goes on where it stopped"
     timers: list[threading.Timer] = []
 
     def report() -> None:
-        is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # started by a launcher, which reports
+        is_one_of_several = os.environ.get("WORLD_SIZE", "") not in ("", "1")  # started by a launcher, which reports
         with contextlib.suppress(OSError):  # stderr may be closed (SIGHUP)
             if not is_one_of_several:
                 print(f"\ninterrupted; {how} with: {command_line(arguments)}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, load_config, nearest, one_line, printable
+from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, load_config, nearest, one_line, printable, working_folder
 from grpo_kit.runs.durable import json_bytes, replace_file
 from grpo_kit.runs.parameters import NotebookError, Parameter, declared_parameters
 
@@ -45,7 +45,7 @@ def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> 
     folder = NOTEBOOK_FOLDER if folder is None else Path(folder)
     series = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
     if not series:
-        raise NotebookError(f"{folder}: no numbered notebooks. Run from a checkout of the whole repository")
+        raise NotebookError(f"{folder}: no numbered notebooks. Install the kit again: they come with it")
     chosen = set()
     for name in wanted or series:
         stem = name.strip().removesuffix(".ipynb")
@@ -54,6 +54,23 @@ def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> 
             raise NotebookError(f"notebook {name!r:.60}: allowed: {', '.join(series)}, or their numbers")
         chosen.update(found)
     return sorted(chosen)
+
+
+def lay_out_notebooks(folder: Path) -> list[Path]:
+    """Copy the series, its map and its pictures into a folder, where they can be edited; returns the notebooks there.
+
+    Raises:
+        NotebookError: one of the files is there already and differs; nothing is written.
+    """
+    files = [file for file in sorted(NOTEBOOK_FOLDER.rglob("*.*")) if file.is_file() and ".ipynb_" not in str(file)]
+    places = {file: Path(folder) / file.relative_to(NOTEBOOK_FOLDER) for file in files}
+    for file, place in places.items():
+        if place.exists() and place.read_bytes() != file.read_bytes():
+            raise NotebookError(f"{place}: there already, and differs. Name another folder, or move it away")
+    for file, place in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    return [place for place in places.values() if place.suffix == ".ipynb"]
 
 
 def plan(
@@ -151,10 +168,12 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
             parameters=dict(notebook.parameters),
             kernel_name="python3",
             progress_bar=False,
-            # the kernel's own log would stand between the progress lines, and be a traceback where it is interrupted
-            extra_arguments=["--log-level=CRITICAL"],
+            kernel_manager_class=_own_kernel(),
+            # the kernel's own log would stand between the progress lines, and be a traceback where it is interrupted;
+            # PYTHONSTARTUP is for a person's own sessions
+            extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.exec_PYTHONSTARTUP=False"],
             execution_timeout=max(1, round(minutes_per_cell * 60)),
-            cwd=str(PROJECT_ROOT),
+            cwd=str(working_folder()),
         )
     except papermill.PapermillExecutionError as failure:
         error = printable(one_line(f"cell [{failure.exec_count}]: {failure.ename}: {failure.evalue}", 300))
@@ -171,6 +190,18 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"] if output.exists() else {}
     seconds = metadata.get("papermill", {}).get("duration") or 0.0
     return Executed(notebook.name, output, seconds / 60, error, died)
+
+
+def _own_kernel() -> type:
+    """Kernels of this Python, whatever Jupyter knows under the name python3."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    class OwnKernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict())
+
+    return OwnKernel
 
 
 def _note_stop(output: Path, error: str) -> None:

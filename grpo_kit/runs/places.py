@@ -1,18 +1,18 @@
 """Where runs are: a new run's folder, and the folders that a path or a name in reports/ means."""
 
-import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_kit.config import PROJECT_ROOT, KitError
+from grpo_kit.config import KitError, working_folder
 from grpo_kit.runs.grid import trial_folders
+from grpo_kit.runs.surroundings import world_size
 
 
 def dated_report(what: str) -> Path:
     """A path in reports/ that is named after what it is and the time."""
-    return PROJECT_ROOT / "reports" / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return working_folder() / "reports" / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def new_run_folder(profile: str, run_dir: Path | None, name: str) -> Path:
@@ -25,13 +25,15 @@ def new_run_folder(profile: str, run_dir: Path | None, name: str) -> Path:
         raise KitError("--run-dir and --name: both given. Give one of them")
     if run_dir is not None:
         return run_dir.expanduser().resolve()
-    if not name and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not name and world_size() > 1:
         raise KitError("--run-dir: not given, but several processes have to agree on one. Give --run-dir or --name")
     if not name:
         return dated_report(profile)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise KitError(f"run name {name!r:.60}: allowed: up to 100 letters, digits, '.', '_', '-', the first no sign")
-    return PROJECT_ROOT / "reports" / name
+    if name.endswith(".") or re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        raise KitError(f"run name {name!r:.60}: Windows has no such folder. Choose another name")
+    return working_folder() / "reports" / name
 
 
 def existing_runs(texts: Sequence[str]) -> list[Path]:
@@ -56,14 +58,14 @@ def existing_run(text: str) -> Path:
     for folder in _folders(text):
         if (folder / "config.json").is_file() or (folder / "final_results.json").is_file():
             return folder
-    runs = sorted(path.parent.name for path in (PROJECT_ROOT / "reports").glob("*/config.json"))
+    runs = sorted(path.parent.name for path in (working_folder() / "reports").glob("*/config.json"))
     known = ", ".join(runs[-5:]) or "none yet. Make one: grpo-kit run"
     raise KitError(f"run {text!r:.100}: no run folder (one with a config.json); runs in reports/: {known}")
 
 
 def _folders(text: str) -> list[Path]:
     """The folders that a path, or a name below reports/, can mean."""
-    reports = (PROJECT_ROOT / "reports").resolve()
+    reports = (working_folder() / "reports").resolve()
     try:
         below = (reports / text).resolve()
         places = [Path(text).expanduser().resolve(), *([below] if below.is_relative_to(reports) else [])]

@@ -171,6 +171,9 @@ def write_comparison(pools: Sequence[Pool], path: Path) -> Path:
 def _run_link(run: RunRecord, folder: Path) -> dict[str, str | None]:
     """A run's name, and where its page lies as seen from the folder of this one."""
     page = run.path.resolve() / "index.html"
-    address = Path(os.path.relpath(page, folder.resolve())).as_posix()
-    link = f"./{quote(address)}"  # with ./, so that no name can be read as javascript: or a host
+    try:
+        address = Path(os.path.relpath(page, folder.resolve())).as_posix()
+        link = f"./{quote(address)}"  # with ./, so that no name can be read as javascript: or a host
+    except ValueError:  # another drive of Windows
+        link = page.as_uri()
     return {"name": plain_text(run.path.resolve().name, 100), "link": link if page.is_file() else None}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def share_pages(run_dir: Path, folder: Path) -> list[Path]:
 
 def without_places(text: str, run_dir: Path) -> str:
     """Paths under the project count from there, the run's folder elsewhere is its name."""
-    return text.replace(f"{PROJECT_ROOT}/", "").replace(str(run_dir), run_dir.name)
+    return text.replace(f"{PROJECT_ROOT}{os.sep}", "").replace(str(run_dir), run_dir.name)
 
 
 def _smaller(match: re.Match) -> str:

@@ -1,7 +1,6 @@
 """A new run that has another one's history up to an iteration, and goes on from there with other settings."""
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ from grpo_kit.config.prompts import load_prompts
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards.loading import check_reward_settings
 from grpo_kit.runs.durable import flush, flush_tree
+from grpo_kit.runs.durable import replace as replace_folder
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.iterations import files_of_iterations, iteration_of
 from grpo_kit.runs.record import BRANCH_FILE, Origin, metrics_lines
@@ -137,7 +137,7 @@ def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, ne
     flush_tree(aside)
     if new.is_dir():
         new.rmdir()
-    os.replace(aside, new)
+    replace_folder(aside, new)
     flush(new.parent)
 
 

@@ -21,11 +21,17 @@ import torch
 
 from grpo_kit.config import Config, KitError
 from grpo_kit.runs.folder import commit_status
+from grpo_kit.runs.surroundings import world_size
 from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, require_sharable
 
 _LONGEST_COLLECTIVE = timedelta(days=7)
 _LOOK_EVERY = 0.5  # seconds between two looks at the other processes
 _TO_UNWIND = 5.0  # seconds that a process has to end by itself once another one has ended
+_TELL_AFTER = 20.0  # seconds
+_WAITING = (
+    "process {RANK} of {WORLD_SIZE} waits for the others at {MASTER_ADDR}:{MASTER_PORT}. If nothing started them, "
+    "unset WORLD_SIZE, which something else left behind"
+)
 _LAUNCHER = "GRPO_KIT_LAUNCHER"  # set where `launch` started the processes and says itself which of them was killed
 
 
@@ -42,7 +48,7 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     Raises:
         ProcessError: another process has ended.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if world_size() < 2:
         yield ALONE
         return
     from accelerate import Accelerator
@@ -57,7 +63,11 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a vision tower
     handlers = [InitProcessGroupKwargs(timeout=_LONGEST_COLLECTIVE), unused]
+    waiting = threading.Timer(_TELL_AFTER, print, [f"grpo-kit: {_WAITING.format(**os.environ)}"], {"file": sys.stderr})
+    waiting.daemon = True
+    waiting.start()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+    waiting.cancel()
     processes = Launched(accelerator)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # by which the launcher ends what is left
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 from support.config_files import save_config
 
-from grpo_kit.config import PROFILES, Config, ConfigError, load_config, loading, validated, validation
+from grpo_kit.config import PROFILES, Config, ConfigError, load_config, loading, prompt_files, validated, validation
 from grpo_kit.config import prompts as prompts_module
 from grpo_kit.config.prompts import MAX_LINE_BYTES, Prompt, load_prompts
 
@@ -273,26 +273,22 @@ def test_any_line_is_a_prompt_or_an_error_with_its_place(count: int, tmp_path: P
     assert min(outcomes["valid"], outcomes["one line"]) > count / 50
 
 
-def parsed_as_it_is(line: bytes, path: Path, number: int) -> Prompt:
-    record = json.loads(line)
+def parsed_as_it_is(record: dict, where: str) -> Prompt:
     return Prompt(record.pop("user_prompt"), metadata=record)
 
 
-def parsed_without_its_place(line: bytes, path: Path, number: int) -> Prompt:
-    try:
-        return SOUND(line, path, number)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(f"{path}:{number}", str(path))) from None
+def parsed_without_its_place(record: object, where: str) -> Prompt:
+    return SOUND(record, where.rpartition(":")[0])
 
 
-SOUND = prompts_module._parsed
+SOUND = prompts_module._prompt
 
 
 @pytest.mark.parametrize("broken", [parsed_as_it_is, parsed_without_its_place])
 def test_a_parser_that_is_less_careful_is_caught(
     broken: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts_module, "_parsed", broken)
+    monkeypatch.setattr(prompts_module, "_prompt", broken)
     with pytest.raises((AssertionError, ValueError, RecursionError, AttributeError, TypeError, KeyError)) as caught:
         check_lines(SOME, tmp_path)
     assert not isinstance(caught.value, ConfigError)
@@ -320,5 +316,5 @@ def test_a_line_of_50_mb_takes_no_50_mb(tmp_path: Path, monkeypatch: pytest.Monk
     print(f"peak {peak / 1e6:.1f} MB")
     assert error.startswith(f"{place}:2: longer than {MAX_LINE_BYTES:,} bytes")
     assert peak < 5 * MAX_LINE_BYTES
-    monkeypatch.setattr(prompts_module, "_lines", lambda file, _path: [(1, file.read())])
+    monkeypatch.setattr(prompt_files, "_lines", lambda file, *_: [("1", file.read())])
     assert peak_of(place)[1] > 50e6  # the measure sees a reader that takes the line whole

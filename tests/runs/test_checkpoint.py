@@ -302,7 +302,7 @@ def test_a_checkpoint_without_its_manifests_check_would_load_damaged_weights(
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["save_file", "flush_tree", "os.replace"])
+@pytest.mark.parametrize("moment", ["save_file", "flush_tree", "replace"])
 def test_writing_that_is_cut_leaves_the_checkpoints_before(folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str):
     def cut(*args: object) -> None:
         raise KeyboardInterrupt
