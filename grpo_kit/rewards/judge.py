@@ -106,7 +106,7 @@ class Judge(Service):
         )
         output = self.network.generate(  # which knows every family's positions and padding
             **inputs.to(self.device, dtype=self.network.dtype),
-            max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         yes, no = (output.logits[0][:, ids].double().logsumexp(dim=1) for ids in self.sides)
         return torch.sigmoid(yes - no).cpu()

@@ -1,7 +1,9 @@
 """The reward `judge`: a vision-language model on this machine, and the same one behind OpenAI's protocol."""
 
+import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,15 @@ def test_share_does_not_depend_on_its_batch(folder: Path):
     judges = [Judge(model=str(folder), batch_size=size) for size in (1, 4)]
     one, four = (judge(IMAGES, TEXTS, [""] * 4) for judge in judges)
     torch.testing.assert_close(one, four, rtol=0, atol=1e-5)
+
+
+def test_how_a_model_samples_by_itself_does_not_matter(folder: Path, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    own = {"do_sample": True, "temperature": 0.1, "top_k": 1, "repetition_penalty": 1.5, "num_beams": 3}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    plain, own = (Judge(model=str(place))(IMAGES, PLAIN, PLAIN) for place in (folder, tmp_path / "model"))
+    assert torch.equal(plain, own)
 
 
 @pytest.mark.parametrize("family", [one for one in families.FAMILIES if one.sees], ids=lambda one: one.name)
