@@ -115,7 +115,13 @@ def _with_settings(kit: Experiment, config: Config) -> Experiment:
         for one in (kit.config, config)
     )
     shaping = {name: kind for name, kind in kit.rewards.shaping.items() if name not in before - after}
-    return replace(kit, config=config, rewards=replace(kit.rewards, shaping=shaping))
+    kit = replace(kit, rewards=replace(kit.rewards, shaping=shaping))
+    old, new = kit.config, config
+    if old.training_settings.train_prompts != new.training_settings.train_prompts:
+        kit = replace(kit, train_prompts=load_prompts(new.training_settings.train_prompts))
+    if old.evaluation_settings.val_prompts != new.evaluation_settings.val_prompts:
+        kit = replace(kit, val_prompts=load_prompts(new.evaluation_settings.val_prompts))
+    return replace(kit, config=new)
 
 
 def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, new: Path, origin: Origin) -> None:
