@@ -12,7 +12,7 @@ _OPEN, _CLOSE = rf"(?:<{_THOUGHT}>|\[THINK\])", rf"(?:</{_THOUGHT}>|\[/THINK\])"
 _LEAD = r"(?:^|[:：])[\s*_>]*"  # quotation marks in the middle of a sentence are the sentence's
 _QUOTED = (
     r'"(?:\w+_)?prompt"\s*:\s*"((?:[^"\\]|\\.)+)',  # {"prompt": "…"}
-    r'(?s)```(?:\w*\n)?\s*["“]?(.+?)["”]?\s*(?:```|\Z)',
+    r'(?s)`{3}(?:\w*\n)?\s*["“]?(.+?)["”]?\s*(?:`{3}|\Z)',
     rf'(?m){_LEAD}"((?:[^"]|(?<=\s)"[^"\n]*"(?!\w))+)',  # with words in quotation marks inside
     rf"(?m){_LEAD}[“„«「『‹]([^“”»」』›]+)",
     rf"(?m){_LEAD}[‘'](.+?)[’']\W*$",

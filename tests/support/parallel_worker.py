@@ -24,12 +24,14 @@ from grpo_kit.grpo import LOSS_TYPES
 from grpo_kit.grpo.advantages import group_advantages
 from grpo_kit.grpo.loss import token_weights
 from grpo_kit.models.policy import Policy
+from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rollout import Rollout
 from grpo_kit.training import step as step_module
 from grpo_kit.training.accumulation import Accumulation, Part
 from grpo_kit.training.launch import joined
 from grpo_kit.training.loop import train
 from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, collect_shared_rollout, full_tensor
+from grpo_kit.training.resampling import collect
 from grpo_kit.training.step import grpo_step
 
 SETTINGS = {
@@ -228,6 +230,25 @@ def compare_rollouts(kit: Experiment, processes: Processes) -> dict[str, object]
     }
 
 
+def compare_groups_drawn_again(kit: Experiment, processes: Processes) -> dict[str, object]:
+    """As `compare_rollouts`, where there are at times fewer groups to draw again than processes."""
+    training = {"prompts_per_iteration": 3, "max_resampling": 6, "group_size": 4}
+    config = load_config(kit.config, {f"training_settings.{name}": value for name, value in training.items()})
+
+    def long(images: list, prompts: list[str], enhanced_prompts: list[str]) -> list[float]:
+        return [float(len(text) > 54) for text in enhanced_prompts]
+
+    own = dataclasses.replace(kit, config=config).with_rewards(Rewards({"long": long}, {"long": 1.0}))
+    one, several = collect(own, 1, ALONE), collect(own, 1, processes)
+    return {
+        "attempts": one.attempts.tolist(),
+        "several": several.attempts.tolist(),
+        "texts": one.enhanced_prompts == several.enhanced_prompts,
+        "rewards": torch.equal(one.rewards, several.rewards),
+        "pictures": sum(image is not None for row in several.images for image in row),
+    }
+
+
 def failures(processes: Processes) -> list[str]:
     """What every process hears of an error in the second one, and of one in the main one."""
     heard = []
@@ -265,6 +286,7 @@ def main(scratch: Path, everything: bool) -> None:
         spread = Launched(processes.accelerator)
         spread.sharded = True
         found = {} if everything else {"rollouts": compare_rollouts(kit, processes), "processes": processes.count}
+        found |= {} if everything else {"again": compare_groups_drawn_again(kit, processes)}
         expected = steps_of_one(kit, rollout, processes, everything)
         for name, workers in {"ddp": processes, "fsdp": spread}.items():
             steps, broken = compare_steps(kit, rollout, workers, everything, expected)

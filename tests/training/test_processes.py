@@ -105,6 +105,12 @@ def test_an_error_in_one_process_is_heard_in_all(worked: tuple[Path, dict]):
     assert worked[1]["heard"] == [["process 1 of 2: broken in 1", "broken in 0"]] * 2
 
 
+def test_two_processes_draw_the_groups_again_that_one_does(worked: tuple[Path, dict]):
+    found = worked[1]["again"]
+    assert found["attempts"] == found["several"] and len(set(found["attempts"])) > 1  # one group alone at last
+    assert found["texts"] and found["rewards"] and found["pictures"] == 12
+
+
 def _weights(folder: Path) -> torch.Tensor:
     """Of the newest checkpoint."""
     kit = load_experiment(load_config("tiny", SETTINGS))
