@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo_kit.config import Config
-from grpo_kit.config.contents import HELD_OUT, TRAINED_ON, file_contents, prompts_digest
+from grpo_kit.config.contents import decisive_contents
 from grpo_kit.config.hardware import placement
 from grpo_kit.config.prompts import Prompt, load_prompts
 from grpo_kit.config.schedule import scheduled_rates
@@ -36,9 +36,8 @@ class Experiment:
         return placed["generator_device"][0] != placed["reward_device"][0] if wanted is None else wanted
 
     def contents(self) -> dict[str, str]:
-        """Dotted key → digest of what decides its result beside the settings: the prompts, and what lies in files."""
-        prompts = {TRAINED_ON: self.train_prompts, HELD_OUT: self.val_prompts}
-        return file_contents(self.config) | {key: prompts_digest(value) for key, value in prompts.items()}
+        """Dotted key → digest of what decides its result beside the settings: its prompts, and what lies in files."""
+        return decisive_contents(self.config, self.train_prompts, self.val_prompts)
 
     def with_rewards(self, rewards: Rewards) -> "Experiment":
         """The same experiment under other rewards, whose failures are treated as its `on_bad_reward` says."""

@@ -5,7 +5,7 @@ Paths do not count: a file that was moved is the same, one that was edited in pl
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from grpo_kit.config.errors import ConfigError
@@ -13,7 +13,7 @@ from grpo_kit.config.paths import MODEL_PATHS, PROMPT_PATHS, REWARD_PATHS
 from grpo_kit.config.prompts import Prompt, load_prompts
 from grpo_kit.config.settings import Config
 
-TRAINED_ON, HELD_OUT = PROMPT_PATHS
+HELD_OUT = PROMPT_PATHS[1]
 _BLOCKS, _BLOCK = 64, 1 << 16  # a file of at most 4 MiB is read whole; of a larger one so many blocks, evenly spaced
 _CARD = "README.md"  # an evaluation writes its results into it
 
@@ -61,11 +61,16 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
     return f"{count} prompts, {digest.hexdigest()}"
 
 
-def file_contents(config: Config) -> dict[str, str]:
-    """Dotted key → digest of each file or folder on this machine that a setting of models or rewards names.
+def decisive_contents(
+    config: Config, train_prompts: Sequence[Prompt] | None = None, val_prompts: Sequence[Prompt] | None = None
+) -> dict[str, str]:
+    """Dotted key → digest of the prompts, and of each file or folder on this machine that models and rewards are from.
+
+    Args:
+        train_prompts, val_prompts: those that are used; None reads those that the config names.
 
     Raises:
-        ConfigError: one of them cannot be read.
+        ConfigError: one of the files cannot be read.
     """
     found, settings = {}, config.model_dump()
     for key in MODEL_PATHS + REWARD_PATHS:
@@ -77,10 +82,7 @@ def file_contents(config: Config) -> dict[str, str]:
                 found[key] = content_digest(Path(value))
         except OSError as error:
             raise ConfigError(f"{key}: {error.filename} cannot be read: {error.strerror}. Allow reading it") from None
+    named = (config.training_settings.train_prompts, config.evaluation_settings.val_prompts)
+    for key, path, prompts in zip(PROMPT_PATHS, named, (train_prompts, val_prompts), strict=True):
+        found[key] = prompts_digest(load_prompts(path) if prompts is None else prompts)
     return found
-
-
-def config_contents(config: Config) -> dict[str, str]:
-    """What `Experiment.contents` will be of an experiment that is loaded as its config says."""
-    files = {TRAINED_ON: config.training_settings.train_prompts, HELD_OUT: config.evaluation_settings.val_prompts}
-    return file_contents(config) | {key: prompts_digest(load_prompts(path)) for key, path in files.items()}

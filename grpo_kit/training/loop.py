@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from grpo_kit.config import Config, KitError
-from grpo_kit.config.contents import config_contents
+from grpo_kit.config.contents import decisive_contents
 from grpo_kit.config.hardware import library_versions
 from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.evaluation.reward_hacking import check_for_reward_hacking, held_out_score
@@ -61,30 +61,25 @@ def train(
     """Train the kit's policy as its config says and leave everything in `run_dir`.
 
     A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
-    if it had not stopped. Iterations are committed every `save_every`, after `save_minutes`, and where training is
-    interrupted (Ctrl-C, SIGTERM, a notebook's stop): then the last one that is complete.
-
-    After each validation the run is checked for reward hacking: findings are logged, and with `stop_on_divergence` the
-    run ends there, its checkpoint committed.
+    if it had not stopped. Committed is every `save_every` iterations, after `save_minutes`, and what is complete when
+    training is interrupted. After each validation the run is checked for reward hacking: findings are logged, and with
+    `stop_on_divergence` the run ends there, its checkpoint committed.
 
     Args:
         progress: show a progress bar.
         until: commit after this iteration and stop there, as if interrupted; None goes on to `num_iterations`.
         on_iteration: called with each iteration's metrics, after all that the iteration writes is on disk.
-        processes: those that share the work, each of which calls this; the main one alone writes, and calls back. The
-            number of processes may change when a run is continued.
+        processes: those that share the work and call this; their number may change when a run is continued.
 
     Raises:
         KitError: the folder belongs to another run, is in use, or cannot be written; the settings name no held-out
             score; steps were skipped again and again (`NonFiniteError`); or another process failed (`ProcessError`).
     """
-    settings = kit.config.training_settings
     logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
     _held_out(kit)
     require_sharable(kit.config, processes.count)
+    settings, optimizer = kit.config.training_settings, make_optimizer(kit, kit.config)
     folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config, kit.contents()))
-    kit.policy.recover()
-    optimizer = make_optimizer(kit, kit.config)
     with ExitStack() as stack:
         processes.only_main(lambda: folder.hold(stack))  # as its writer, until the stack is closed
         tracker = processes.only_main(lambda: stack.enter_context(Tracker(kit.config, folder.path)))
@@ -97,9 +92,9 @@ def train(
             commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
         commits = stack.enter_context(_Commits(kit, optimizer, folder, start, processes))
         stopped = processes.on_main(lambda: _check_for_reward_hacking(kit, folder, announce=False))
-        last = start if stopped else min(settings.num_iterations, math.inf if until is None else until)
-        numbers, hidden = range(start + 1, last + 1), not (progress and processes.is_main)
-        bar = tqdm(numbers, "GRPO", last, initial=start, unit="it", mininterval=1.0, disable=hidden)
+        last = start if stopped else min(settings.num_iterations, until or settings.num_iterations)
+        hidden = not (progress and processes.is_main)
+        bar = tqdm(range(start + 1, last + 1), "GRPO", last, initial=start, unit="it", mininterval=1.0, disable=hidden)
         for iteration in bar:
             metrics, non_finite = _iterate(kit, optimizer, folder, iteration, processes)
             processes.on_main(partial(_log, folder, tracker, metrics, non_finite, settings.updates_per_rollout))
@@ -125,7 +120,8 @@ def _log(
 
 
 def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
-    """AdamW over what the policy trains."""
+    """AdamW over what the policy trains; what an interrupt left of an adapter is put right before."""
+    kit.policy.recover()
     settings = config.training_settings
     parameters = kit.policy.trainable_parameters()
     return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
@@ -414,6 +410,6 @@ def start(config: Config, folder: Path) -> bool:
             print(f"run folder: {folder}", flush=True)
             RunFolder(folder).require_free()  # before the models are loaded
             if (folder / "config.json").is_file():
-                RunFolder(folder).require_contents(config_contents(config))
+                RunFolder(folder).require_contents(decisive_contents(config))
         train(load_experiment(config), folder, processes=processes)
     return processes.is_main

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from grpo_kit.config import load_config
-from grpo_kit.config.contents import config_contents
+from grpo_kit.config.contents import decisive_contents
 from grpo_kit.config.hardware import computing_machine, library_versions
 from grpo_kit.experiment import Experiment
 from grpo_kit.rollout import Rollout
@@ -145,7 +145,7 @@ def changed_since(run_dir: Path) -> dict[str, tuple[str, str]]:
     here = {name: version for name, version in library_versions().items() if name in DECISIVE}
     config, contents = load_config(run_dir), recorded.get("contents", {})
     then = {**recorded.get("versions", {}), **recorded.get("machine", {}), **contents}
-    now = {**here, **computing_machine(config.model_settings), **(config_contents(config) if contents else {})}
+    now = {**here, **computing_machine(config.model_settings), **(decisive_contents(config) if contents else {})}
     pairs = {name: (then.get(name, "not recorded"), value) for name, value in now.items()}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

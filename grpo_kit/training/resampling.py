@@ -9,14 +9,12 @@ from dataclasses import replace
 
 import torch
 
-from grpo_kit.config import TrainingSettings
 from grpo_kit.config.prompts import Prompt, balanced_batch
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.experiment import Experiment
-from grpo_kit.grpo.advantages import group_spread
-from grpo_kit.rewards.bad_rewards import usable_rewards
 from grpo_kit.rollout import Rollout, with_groups, with_rewards
 from grpo_kit.training.processes import Processes, collect_shared_rollout
+from grpo_kit.training.step import rollout_advantages
 
 
 def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
@@ -29,7 +27,8 @@ def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
         return rollout
     rollout = replace(rollout, attempts=torch.zeros(len(prompts), dtype=torch.int64))
     for attempt in range(1, settings.max_resampling + 1):
-        places = without_spread(rollout, settings)
+        advantages, _ = rollout_advantages(rollout, settings)
+        places = [group for group in range(len(prompts)) if not advantages[rollout.group_ids == group].any()]
         if not places:
             break
         others = _other_prompts(kit.train_prompts, rollout.prompts, len(places), settings.seed, iteration, attempt)
@@ -43,12 +42,6 @@ def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
 def rollout_seed(seed: int, iteration: int, attempt: int = 0) -> int:
     """The seed of an iteration's rollout, or of an attempt to draw some of its groups again."""
     return derive_seed(seed, "rollout", iteration, *([attempt] if attempt else []))
-
-
-def without_spread(rollout: Rollout, settings: TrainingSettings) -> list[int]:
-    """The groups whose usable rewards differ by no more than `reward_noise_floor`, or of which there are none."""
-    rewards = usable_rewards(rollout.rewards, rollout.group_ids, settings.on_bad_reward, rollout.reward_parts)
-    return (group_spread(rewards, rollout.group_ids) <= settings.reward_noise_floor).nonzero().flatten().tolist()
 
 
 def _other_prompts(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_kit.config import Config
+from grpo_kit.config import Config, TrainingSettings
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.advantages import group_advantages
 from grpo_kit.grpo.finite import NonFinite
@@ -32,6 +32,20 @@ class StepStats:
     skipped: int  # optimizer steps left out because something was not finite
     non_finite: NonFinite | None = None  # what, in the first of them
     ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference, where the loss needed them
+
+
+def rollout_advantages(rollout: Rollout, settings: TrainingSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) advantages, and (N,) bool which rows take part; raises what `usable_rewards` raises."""
+    rewards = usable_rewards(rollout.rewards, rollout.group_ids, settings.on_bad_reward, rollout.reward_parts)
+    advantages = group_advantages(
+        rewards,
+        rollout.group_ids,
+        scale_rewards=settings.scale_rewards,
+        baseline=settings.baseline,
+        eps=settings.advantage_eps,
+        noise_floor=settings.reward_noise_floor,
+    )
+    return advantages, ~rewards.isnan()
 
 
 def grpo_step(
@@ -56,16 +70,7 @@ def grpo_step(
         ValueError: shapes that do not fit each other.
     """
     settings = config.training_settings
-    rewards = usable_rewards(rollout.rewards, rollout.group_ids, settings.on_bad_reward, rollout.reward_parts)
-    advantages = group_advantages(
-        rewards,
-        rollout.group_ids,
-        scale_rewards=settings.scale_rewards,
-        baseline=settings.baseline,
-        eps=settings.advantage_eps,
-        noise_floor=settings.reward_noise_floor,
-    )
-    kept = ~rewards.isnan()
+    advantages, kept = rollout_advantages(rollout, settings)
     metrics = rollout.metrics() | {"unscored": float((~kept).sum())}
     if not kept.any() or is_idle(rollout, advantages, kept, settings):
         skipped, reason = (0, None) if kept.any() else (settings.updates_per_rollout, why_unscored(rollout))
