@@ -77,10 +77,12 @@ def evaluate(
         raise KitError(f"prompts: found {len(prompts)}, allowed: at least 2, since intervals are taken over prompts")
     named = name_variants(compare)
     reworded = reword(kit, prompts) if (settings.paraphrases if paraphrases is None else paraphrases) else []
-    rows, reworded_rows, images = [], [], {}
+    rows, reworded_rows, images, unmatched = [], [], {}, {}
     for name, variant in named.items():
         write = writer(kit, variant)
-        requests = map(Request, range(len(prompts)), prompts, write([prompt.user_prompt for prompt in prompts]))
+        texts = write([prompt.user_prompt for prompt in prompts])
+        unmatched |= {name: count} if (count := count_unmatched(texts)) else {}
+        requests = map(Request, range(len(prompts)), prompts, texts)
         scored, drawn = draw_and_score(kit, list(requests), name, seeds_per_prompt or settings.seeds_per_prompt)
         rows, images = rows + scored, images | drawn
         if variant != "oracle":  # the oracle is not asked to paraphrase
@@ -88,7 +90,7 @@ def evaluate(
     frame, other = pd.DataFrame(rows), pd.DataFrame(reworded_rows)
     results = summarize(frame, settings, other)
     saved = {name: variant for name, variant in named.items() if variant not in VARIANTS}
-    results |= {"policies": saved} if saved else {}
+    results |= ({"policies": saved} if saved else {}) | ({"unmatched": unmatched} if unmatched else {})
     result = EvalResult(frame, results, images, other)
     if run_dir is not None:
         _write(RunFolder(Path(run_dir)), result)
@@ -178,6 +180,11 @@ def writer(kit: Experiment, variant: str) -> Callable[[list[str]], list[str]]:
         return list(policy.enhance_prompts(texts, seen, reference=variant == "initial"))
 
     return write
+
+
+def count_unmatched(texts: Sequence[str]) -> int:
+    """In how many of a policy's texts `prompt_part` found no prompt."""
+    return sum(not getattr(text, "matched", True) for text in texts)
 
 
 def _oracle(kit: Experiment, texts: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ import pandas as pd
 from grpo_kit.config import EvaluationSettings
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.evaluation.diversity import rewrite_diversity
-from grpo_kit.evaluation.evaluate import Request, answer_reworded, draw_and_score, reword, writer
+from grpo_kit.evaluation.evaluate import Request, answer_reworded, count_unmatched, draw_and_score, reword, writer
 from grpo_kit.evaluation.intervals import interval, success_rate
 from grpo_kit.experiment import Experiment
 from grpo_kit.runs.folder import RunFolder
@@ -35,6 +35,7 @@ def validate(kit: Experiment, iteration: int, folder: RunFolder) -> dict:
     result = {
         "iteration": iteration,
         "num_prompts": len(prompts),
+        **({"unmatched": count} if (count := count_unmatched(texts)) else {}),
         **_mean_scores(frame),
         "intervals": {name: interval(values, settings).to_dict() for name, values in _score_columns(samples).items()},
         **{

@@ -40,9 +40,13 @@ logger = logging.getLogger(__name__)
 
 
 class EnhancedPrompt(str):
-    """A rewrite; `fell_back` is True where the policy gave nothing usable and this is the user's own prompt."""
+    """A rewrite; `fell_back` is True where the policy gave nothing usable and this is the user's own prompt.
+
+    `matched` is False where `prompt_part` found no prompt in what the policy wrote.
+    """
 
     fell_back: bool = False
+    matched: bool = True
 
     @classmethod
     def of(cls, rewrite: str, user_prompt: str) -> "EnhancedPrompt":
@@ -301,8 +305,11 @@ class Policy(PromptFormat, torch.nn.Module):
         self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None, *, reference: bool = False
     ) -> list[EnhancedPrompt]:
         """`enhance_prompt` for many prompts at once; with `reference`, by the policy as it was before training."""
-        texts = self.sample(prompts, 1, seed=0, images=images, greedy=True, reference=reference).texts
-        return [EnhancedPrompt.of(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
+        written = self.sample(prompts, 1, seed=0, images=images, greedy=True, reference=reference)
+        found = [EnhancedPrompt.of(text, prompt) for text, prompt in zip(written.texts, prompts, strict=True)]
+        for one, unmatched in zip(found, [] if written.unmatched is None else written.unmatched.tolist(), strict=False):
+            one.matched = not unmatched
+        return found
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,14 @@ import torch
 from support.quick_runs import fresh
 
 from grpo_kit.config import ConfigError, load_config
-from grpo_kit.evaluation.evaluate import rewrites
+from grpo_kit.evaluation.evaluate import evaluate, rewrites
+from grpo_kit.evaluation.validation import validate
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.card import model_card
 from grpo_kit.models.policy import Policy
 from grpo_kit.models.prompt_part import part_patterns, prompt_part
 from grpo_kit.rollout import collect_rollout
+from grpo_kit.runs.folder import RunFolder
 from grpo_kit.training.loop import train
 from grpo_kit.training.replay import replay
 
@@ -122,8 +124,16 @@ def test_plain_use_and_evaluation_follow_the_rule_and_fall_back_where_nothing_wa
     asked = ["a red ball", "a blue box", "two green rings"]
     plain, chatty = kit.policy.enhance_prompts(asked), _chatty(kit, "quoted").enhance_prompts(asked)
     assert chatty == [*plain[:2], asked[2]] and [text.fell_back for text in chatty] == [False, False, True]
+    assert [text.matched for text in chatty] == [True, True, False] and plain[0].matched
     own = dataclasses.replace(kit, policy=_chatty(kit, "quoted"))
     assert rewrites(own, kit.val_prompts[:2], "trained") == rewrites(kit, kit.val_prompts[:2], "trained")
+
+
+def test_validations_and_evaluations_count_what_has_no_prompt(kit: Experiment, tmp_path: Path):
+    own = dataclasses.replace(fresh(kit, {"evaluation_settings.validation_prompts": 3}), policy=_chatty(kit, "quoted"))
+    assert validate(own, 0, RunFolder(tmp_path))["unmatched"] == 1
+    found = evaluate(own, kit.val_prompts[:3], ("raw", "trained"), seeds_per_prompt=1, paraphrases=False)
+    assert found.results["unmatched"] == {"trained": 1}
 
 
 FIRST = r"^(\w+ \w+ \w+)"
