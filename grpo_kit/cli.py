@@ -302,6 +302,18 @@ def push(
 
 
 @app.command()
+def merge(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="A new folder; merged/ in the run when left out.")] = None,
+) -> None:
+    """Write a run's LoRA policy as whole weights, for servers that take no adapter."""
+    from grpo_kit.models.merge import merge_run
+    from grpo_kit.runs.places import existing_run
+
+    print(f"written: {merge_run(existing_run(run), out)}")
+
+
+@app.command()
 def doctor(
     loss: Annotated[str, typer.Argument(help="A loss function, as module:function.")],
     advantages: Annotated[str, typer.Option(help="The advantage function that goes with it, as module:function.")] = "",

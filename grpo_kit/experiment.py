@@ -8,6 +8,7 @@ from grpo_kit.config.contents import decisive_contents
 from grpo_kit.config.hardware import placement
 from grpo_kit.config.prompts import Prompt, load_prompts
 from grpo_kit.config.schedule import scheduled_rates
+from grpo_kit.models.adapters import base_and_adapter
 from grpo_kit.models.generator import Generator, load_generator
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.rewards.composition import Rewards
@@ -58,6 +59,7 @@ def load_experiment(config: Config, trained: Path | str | None = None) -> Experi
     placement(config.model_settings)  # what is wrong is said before any model is loaded
     check_reward_settings(config)
     scheduled_rates(config.training_settings, 1)
+    base_and_adapter(config.model_settings)
     generator = load_generator(config)
     return Experiment(
         config=config,

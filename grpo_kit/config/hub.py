@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from grpo_kit.config.errors import KitError, one_line
+from grpo_kit.config.paths import PROJECT_ROOT
 
 _MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 _OPEN = {  # models of the same kind that ask for no licence
@@ -44,12 +45,19 @@ def load_failure(setting: str, name: str, error: Exception, repository: str | No
     return ModelError(f"{setting}: could not load {name!r} ({type(error).__name__}: {one_line(error, 300)}); {advice}")
 
 
+def how_to_restore(folder: str | Path) -> str:
+    """What to do about a damaged folder: the repository's own come back by git, others from where they came from."""
+    if any(Path(folder).is_relative_to(PROJECT_ROOT / "data" / own) for own in ("shapeworld", "demo_run")):
+        return "restore it (git checkout), or train it again: make models"
+    return "fetch or copy it again, or take a folder that save_pretrained wrote"
+
+
 def _advice(setting: str, name: str, error: Exception) -> str:
     """What to do, by the kind of name and by what the hub answered."""
     repository = "/".join(name.removeprefix("hf-hub:").split("/")[:2])  # the rest is a file in the repository
     page = f"https://huggingface.co/{repository}"
-    if Path(name).is_dir():
-        return "a file there is missing or damaged: restore it (git checkout), or train it again (make models)"
+    if Path(name).exists():
+        return f"a file there is missing or damaged: {how_to_restore(name)}"
     if Path(name).is_absolute():
         return "there is no such folder on this machine: check the path, or give a hub id"
     if mirror := _MIRRORS.get(name):

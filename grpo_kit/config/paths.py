@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from grpo_kit.config.errors import ConfigError, shown
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = _PACKAGE / "shipped"  # only in a wheel: data/, notebooks/ and docs/plans.json, which setup.py puts there
 PROJECT_ROOT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent  # what comes with the kit counts from here
+_MODELS = "vlm_model policy_adapter sd_model generator_config generator_lora clip_model clip_pretrained".split()
 # A model may also be a hub id, so it is a path only where something lies there.
-MODEL_PATHS = tuple(f"model_settings.{name}" for name in ("vlm_model", "sd_model", "clip_model", "clip_pretrained"))
+MODEL_PATHS = tuple(f"model_settings.{name}" for name in _MODELS)
 PROMPT_PATHS = ("training_settings.train_prompts", "evaluation_settings.val_prompts")
 _REWARD_OPTIONS = (
     "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights judge.model".split()
@@ -35,8 +37,17 @@ def change_paths(data: dict[str, Any], change: Callable[[str, str], str]) -> Non
             place[section] = dict(place[section])
             place = place[section]
         else:
-            if isinstance(place.get(name), str) and place[name]:
-                place[name] = change(key, place[name])
+            if name in place:
+                place[name] = _changed(place[name], partial(change, key))
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A path, or the paths in a list or in entries that have a "path", after the change."""
+    if isinstance(value, list):
+        return [_changed(one, change) for one in value]
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _changed(value["path"], change)}
+    return change(value) if isinstance(value, str) and value else value
 
 
 def resolve_paths(data: dict[str, Any], bases: Sequence[Path]) -> None:

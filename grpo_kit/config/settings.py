@@ -55,11 +55,31 @@ class LoraSettings(Section):
     target_modules: list[Name] | None = Field(None, description="null: all linear layers of the language model")
 
 
+class GeneratorLora(Section):
+    """A LoRA that changes the generator (diffusers' `load_lora_weights`)."""
+
+    path: Name = Field(description="file, folder or hub id")
+    weight: Number = Field(1.0, description="strength; 0 leaves the generator as it is")
+    weight_name: Name | None = Field(None, description="the file, where the folder or hub id has several")
+
+
+def _as_loras(value: object) -> object:
+    """One LoRA, or a path alone, as the list that it stands for."""
+    values = value if isinstance(value, list) else [value]
+    return value if value is None else [{"path": one} if isinstance(one, str) else one for one in values]
+
+
+GeneratorLoras = Annotated[list[GeneratorLora], Field(min_length=1), BeforeValidator(_as_loras)]
+
+
 class ModelSettings(Section):
     """Which models, where they run and what the policy is told."""
 
-    vlm_model: Name = Field(description="the policy: hub id or folder of a transformers model")
-    sd_model: Name = Field(description="the generator: hub id or folder of a diffusers pipeline")
+    vlm_model: Name = Field(description="the policy: hub id or folder of a transformers model or a LoRA adapter")
+    policy_adapter: Name | None = Field(None, description="LoRA on vlm_model to go on from: hub id or peft folder")
+    sd_model: Name = Field(description="the generator: hub id or folder of a diffusers pipeline, or one file")
+    generator_config: Name | None = Field(None, description="pipeline whose configs an sd_model of one file has")
+    generator_lora: GeneratorLoras | None = Field(None, description="LoRAs on the generator, which stay as they are")
     clip_model: Name = Field(description="the reward model: hub id, folder or open_clip name")
     clip_pretrained: Name | None = Field(None, description="open_clip's tag of the weights, where clip_model is a name")
     device: Device = Field("auto", description="auto is the best one here")
@@ -109,6 +129,7 @@ class GenerationSettings(Section):
     num_inference_steps: Count
     rollout_steps: Count | None = Field(None, description="denoising steps in training; null: num_inference_steps")
     guidance_scale: Number = Field(ge=0)
+    negative_prompt: str | None = Field(None, description="what pictures should not show; needs guidance_scale above 1")
     height: Pixels | None = Field(None, description="pixels; null: the generator's own size")
     width: Pixels | None = Field(None, description="pixels; null: the generator's own size")
     images_per_prompt: Count = 1
@@ -288,6 +309,11 @@ class Config(Section):
             raise ValueError(
                 "model_settings.base_8bit: found true, allowed with lora: weights in 8 bits cannot be trained. Set "
                 'lora, such as {"r": 16, "alpha": 32}, or base_8bit: false'
+            )
+        if self.generation_settings.negative_prompt is not None and self.generation_settings.guidance_scale <= 1:
+            raise ValueError(
+                "generation_settings.negative_prompt: found one, allowed with guidance_scale above 1, since at "
+                f"{self.generation_settings.guidance_scale:g} there is no guidance away from it. Raise it, or set null"
             )
         if self.model_settings.offload_generator and self.model_settings.text_encoders_on_cpu:
             raise ValueError(

@@ -13,6 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from grpo_kit.config import Config, KitError, one_line
 from grpo_kit.config.hardware import library_versions
+from grpo_kit.config.paths import inside_project
+from grpo_kit.models.adapters import base_and_adapter
 from grpo_kit.runs.durable import replace_file
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def save_with_card(
     policy.save_pretrained(folder, state)
     adapter = folder / "adapter_config.json"
     if adapter.is_file():  # peft writes the base model's path on this machine
-        base = _public_name(config.to_dict()["model_settings"]["vlm_model"])
+        base = _public_name(base_and_adapter(config.model_settings, fetch=False)[0])
         content = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
         adapter.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(policy, config, iteration, num_prompts), encoding="utf-8")
@@ -62,10 +64,11 @@ def model_card(policy: "Policy", config: Config, iteration: int, num_prompts: in
     Args: as for `save_with_card`.
     """
     settings, data = config.model_settings, config.to_dict()
-    is_local = Path(settings.vlm_model).is_absolute()
+    base, adapter = base_and_adapter(settings, fetch=False)
+    is_local = Path(base).is_absolute()
     card = ModelCard.from_template(
         ModelCardData(
-            base_model=None if is_local else settings.vlm_model,  # the hub refuses a name that it does not have
+            base_model=None if is_local else base,  # the hub refuses a name that it does not have
             library_name="peft" if settings.lora else "transformers",
             pipeline_tag="image-text-to-text" if policy.sees else "text-generation",
             tags=["grpo", "prompt-enhancement", "text-to-image"],
@@ -76,7 +79,11 @@ def model_card(policy: "Policy", config: Config, iteration: int, num_prompts: in
         dtype=str(policy.model.dtype).removeprefix("torch."),
         is_local=is_local,
         settings=settings,
-        models={name: _public_name(data["model_settings"][name]) for name in ("vlm_model", "sd_model", "clip_model")},
+        models={name: _public_name(data["model_settings"][name]) for name in ("sd_model", "clip_model")},
+        base=_public_name(base),
+        adapter=adapter and _public_name(adapter),
+        loras=[f"`{_public_name(one.path)}` ({one.weight:g})" for one in settings.generator_lora or ()],
+        negative_prompt=config.generation_settings.negative_prompt,
         weights={_public_name(name): weight for name, weight in data["reward_settings"]["weights"].items()},
         monitors=[_public_name(name) for name in data["reward_settings"]["monitors"]],
         train_prompts=_public_name(data["training_settings"]["train_prompts"]),
@@ -91,6 +98,7 @@ def model_card(policy: "Policy", config: Config, iteration: int, num_prompts: in
 
 def _public_name(name: str) -> str:
     """A model or file without this machine's folders: relative to the project, or its last part outside of it."""
+    name = inside_project("", name)
     return Path(name).name if Path(name).is_absolute() else name
 
 

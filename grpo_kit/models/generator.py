@@ -23,6 +23,7 @@ from grpo_kit.config.hub import ModelError
 from grpo_kit.config.threads import computes_best_alone, fitting_threads
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
 from grpo_kit.models.pipeline import load_pipeline, place, save_memory, size_multiple, use_scheduler
+from grpo_kit.models.single_file import add_loras
 from grpo_kit.models.text_embeddings import TextEmbeddings, has_separate_encoding
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Generator:
         pipeline: a diffusers text-to-image pipeline.
         num_inference_steps: denoising steps an image.
         guidance_scale: classifier-free guidance; at 1 the negative branch is not computed.
+        negative_prompt: what the negative branch reads; None means what the pipeline has by itself.
         height, width: pixels; None means the pipeline's own size.
         max_sequence_length: tokens for a T5 encoder, where the pipeline has one; None means its default.
         batch_size: most images in one call; "auto" measures how many fit, when more than one is first drawn.
@@ -54,6 +56,7 @@ class Generator:
         *,
         num_inference_steps: int,
         guidance_scale: float,
+        negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
@@ -65,15 +68,16 @@ class Generator:
         self.pipeline.set_progress_bar_config(disable=True)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
         self.height, self.width = height, width
         self.max_sequence_length = max_sequence_length
         self.memory = memory
         self.flagged = 0  # images that the pipeline's own safety checker replaced by black ones
         self._batch_size = batch_size
         self._takes = inspect.signature(pipeline.__call__).parameters
-        self._texts = (
-            TextEmbeddings(pipeline, max_sequence_length, text_device) if has_separate_encoding(pipeline) else None
-        )
+        self._texts = None
+        if has_separate_encoding(pipeline):
+            self._texts = TextEmbeddings(pipeline, max_sequence_length, text_device, negative_prompt)
         _check_arguments(self)
 
     @cached_property
@@ -199,7 +203,8 @@ class Generator:
     def _text_inputs(self, texts: list[str]) -> dict[str, object]:
         """The prompts as kept embeddings, or as texts for pipelines that the kit cannot encode for."""
         if self._texts is None:
-            return {"prompt": texts}
+            unwanted = {} if self.negative_prompt is None else {"negative_prompt": [self.negative_prompt] * len(texts)}
+            return {"prompt": texts} | unwanted
         return self._texts.inputs(texts, guided=self.guidance_scale > 1)
 
     def _measured_batch(self) -> int:
@@ -232,6 +237,7 @@ def load_generator(config: Config) -> Generator:
     device, _ = placement(settings)["generator_device"]
     dtype, _ = choose_dtype(device, settings.generator_dtype or settings.dtype)
     pipeline = load_pipeline(settings, dtype)
+    add_loras(pipeline, settings.generator_lora or [])
     if generation.scheduler is not None:
         use_scheduler(pipeline, generation.scheduler)
     save_memory(pipeline, settings)
@@ -241,6 +247,7 @@ def load_generator(config: Config) -> Generator:
         text_device=place(pipeline, device, settings),
         num_inference_steps=generation.num_inference_steps,
         guidance_scale=generation.guidance_scale,
+        negative_prompt=generation.negative_prompt,
         height=generation.height,
         width=generation.width,
         max_sequence_length=generation.max_sequence_length,
@@ -262,6 +269,10 @@ def _check_arguments(generator: Generator) -> None:
         raise ConfigError(
             f"generation_settings.guidance_scale: found {generator.guidance_scale}, but {kind} takes none; set 1"
         )
+    takes_none = "negative_prompt" not in generator._takes or "true_cfg_scale" in generator._takes  # FLUX: distilled
+    if generator.negative_prompt is not None and (takes_none or generator.guidance_scale <= 1):
+        reason = f"{kind} takes none" if takes_none else f"guidance_scale is {generator.guidance_scale:g}, not above 1"
+        raise ConfigError(f"generation_settings.negative_prompt: found one, but {reason}; set null")
     multiple = size_multiple(generator.pipeline)
     for name in ("height", "width"):
         pixels = getattr(generator, name)

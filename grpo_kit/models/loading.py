@@ -7,18 +7,26 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from grpo_kit.config import ConfigError, LoraSettings
 from grpo_kit.config.hub import ModelError, load_failure, require_weights
 from grpo_kit.config.seeds import derive_seed
+from grpo_kit.models.adapters import load_adapter
 
 _LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's linear layers are Conv1D
 
 
 def load_language_model(
-    name: str, dtype: torch.dtype, trust_remote_code: bool = False, base_8bit: bool = False
+    name: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    base_8bit: bool = False,
+    adapter: str | None = None,
 ) -> tuple[torch.nn.Module, object]:
     """A vision-language model with its processor, or a text-only one with its tokenizer, by folder or hub id.
+
+    The processor is that of the `adapter` which will stand on the model, where it brings one.
 
     Raises:
         ModelError: it cannot be loaded, or lacks weights.
@@ -34,9 +42,17 @@ def load_language_model(
         else:
             model_class, processor_class = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
         model, found = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **options, **quantised)
-        processor = processor_class.from_pretrained(name, **options)
+        own = "processor_config.json" if processor_class is transformers.AutoProcessor else "tokenizer_config.json"
+        source = adapter if adapter and _has_file(adapter, own) else name
+        processor = processor_class.from_pretrained(source, **options)
     except Exception as error:  # the libraries raise a dozen kinds
-        raise load_failure("model_settings.vlm_model", name, error) from error
+        failure = load_failure("model_settings.vlm_model", name, error)
+        if adapter is None:
+            raise failure from error
+        raise ModelError(
+            f"{failure}. It is the model below the adapter {adapter!r}: set vlm_model to where it is, and "
+            "policy_adapter to the adapter"
+        ) from error
     require_weights(found["missing_keys"], "model_settings.vlm_model", name)
     if base_8bit and not any(hasattr(weight, "qdata") for weight in model.parameters()):
         raise ConfigError(
@@ -44,6 +60,12 @@ def load_language_model(
             "false"
         )
     return model.eval(), processor
+
+
+def _has_file(name: str, file: str) -> bool:
+    """Whether a model, by folder or hub id, has a file."""
+    absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    return cached_file(name, file, **absent) is not None
 
 
 def eight_bits(setting: str) -> dict[str, object]:
@@ -66,10 +88,10 @@ def eight_bits(setting: str) -> dict[str, object]:
 
 def add_lora(model: torch.nn.Module, lora: LoraSettings, trained: Path | None, seed: int) -> torch.nn.Module:
     """The model with a new adapter, initialised from the seed, or with the trained adapter in a folder."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if trained is not None:
-        return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
+        return load_adapter(model, str(trained))
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -1,21 +1,31 @@
 """A diffusers pipeline: loading it, its scheduler, the devices of its models, and memory traded for time."""
 
+import logging
+import re
 from collections.abc import Collection, Mapping
 from inspect import signature
 from math import lcm
+from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, FluxPipeline, LCMScheduler, SanaPipeline, TCDScheduler
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel, T5EncoderModel
 from transformers import logging as transformers_logging
 
 from grpo_kit.config import ConfigError, ModelSettings
 from grpo_kit.config.hub import load_failure, require_weights
 from grpo_kit.models.loading import eight_bits
+from grpo_kit.models.single_file import load_single_file
 
+logger = logging.getLogger(__name__)
+_FILES = re.compile(  # of weights, whole or in shards, with the name of their variant
+    r"(?:model|pytorch_model|diffusion_pytorch_model)(?:-\d+-of-\d+)?(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+_VARIANTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}  # preferred where there are several
 _FEW_STEPS = {"LCMScheduler": LCMScheduler, "TCDScheduler": TCDScheduler}  # no scheduler lists them as compatible
 _OWN_NOISE = {"DPMSolverSDEScheduler"}  # it has a random stream of its own: a seed would not fix the picture
 
@@ -36,11 +46,16 @@ def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipel
         left_out |= {"text_encoder_3": None, "tokenizer_3": None}
     if not settings.safety_checker:
         left_out |= {"safety_checker": None, "requires_safety_checker": False}
-    try:
-        parts, missing = _transformers_parts(name, dtype, left_out, t5_options)
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **left_out, **parts)
-    except Exception as error:  # the libraries raise a dozen kinds
-        raise load_failure("model_settings.sd_model", name, error) from error
+    if Path(name).is_file():
+        parts, missing, pipeline = {}, {}, load_single_file(name, settings.generator_config, dtype, left_out)
+    else:
+        try:
+            variant, having_it = _variant(name, dtype, left_out)
+            variants = dict.fromkeys(having_it, variant)
+            parts, missing = _transformers_parts(name, dtype, left_out, t5_options, variants)
+            pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant, **left_out, **parts)
+        except Exception as error:  # the libraries raise a dozen kinds
+            raise load_failure("model_settings.sd_model", name, error) from error
     for part, model in pipeline.components.items():
         if isinstance(model, torch.nn.Module):  # diffusers leaves weights that are in no file without a value
             absent = [weight for weight, values in model.state_dict().items() if values.is_meta]
@@ -53,8 +68,34 @@ def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipel
     return pipeline
 
 
+def _variant(name: str, dtype: torch.dtype, left_out: Collection[str]) -> tuple[str | None, list[str]]:
+    """The variant of weights (`model.fp16.safetensors`) to load, and the parts that have it.
+
+    It is None where all parts have plain files; of several variants, that of the dtype.
+    """
+    index = try_to_load_from_cache(name, "model_index.json") if not Path(name).is_dir() else f"{name}/model_index.json"
+    if not isinstance(index, str):
+        return None, []  # still to be fetched
+    folders = [folder for folder in Path(index).parent.iterdir() if folder.is_dir() and folder.name not in left_out]
+    files = {folder.name: [_FILES.fullmatch(file.name) for file in folder.iterdir()] for folder in folders}
+    found = {part: {match[1] for match in matches if match} for part, matches in files.items()}
+    lacking = [variants for variants in found.values() if variants and None not in variants]
+    if not lacking:
+        return None, []
+    shared = sorted(set.intersection(*lacking), key=lambda variant: (variant != _VARIANTS.get(dtype), variant))
+    if not shared:
+        named = "; ".join(f"{part}: {', '.join(sorted(map(str, variants)))}" for part, variants in found.items())
+        raise ValueError(f"no variant of weights that all parts have ({named})")
+    logger.info("generator: %s has weights as variants only; loading %s", name, shared[0])
+    return shared[0], [part for part, variants in found.items() if shared[0] in variants]
+
+
 def _transformers_parts(
-    name: str, dtype: torch.dtype, left_out: Collection[str], t5_options: Mapping[str, object]
+    name: str,
+    dtype: torch.dtype,
+    left_out: Collection[str],
+    t5_options: Mapping[str, object],
+    variants: Mapping[str, str],
 ) -> tuple[dict[str, PreTrainedModel], dict[str, Collection[str]]]:
     """part → a model of transformers, and part → its weights that are in no file.
 
@@ -67,7 +108,12 @@ def _transformers_parts(
         if part not in left_out and isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             options = t5_options if issubclass(model_class, T5EncoderModel) else {}
             parts[part], found = model_class.from_pretrained(
-                name, subfolder=part, dtype=dtype, output_loading_info=True, **options
+                name,
+                subfolder=part,
+                dtype=dtype,
+                variant=variants.get(part),
+                output_loading_info=True,
+                **options,
             )
             missing[part] = found["missing_keys"]
     return parts, missing

@@ -20,6 +20,7 @@ from grpo_kit.config.hardware import choose_device, choose_dtype
 from grpo_kit.config.hub import ModelError
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.logprobs import completion_mask, is_truncated, logprobs_and_entropy
+from grpo_kit.models.adapters import base_and_adapter, frozen_copy, load_adapter, merged
 from grpo_kit.models.decoding import decode, row_seeds, row_uniforms, stacked
 from grpo_kit.models.loading import add_lora, load_language_model
 from grpo_kit.models.prompt_format import EncodedPrompts, PromptFormat
@@ -370,17 +371,29 @@ class Policy(PromptFormat, torch.nn.Module):
 
 
 def load_policy(config: Config, trained: Path | None = None) -> Policy:
-    """The policy of a config, its reference beside it; with `trained`, the weights of a run's `best/` or checkpoint."""
+    """The policy of a config, its reference beside it; with `trained`, the weights of a run's `best/` or checkpoint.
+
+    An adapter that the settings name is merged where all weights are trained. Else training goes on from it, and the
+    reference is a copy of it.
+    """
     settings, generation = config.model_settings, config.generation_settings
     device, _ = choose_device(settings.device)
     dtype, _ = choose_dtype(device, settings.dtype)
-    model, processor = load_language_model(settings.vlm_model, dtype, settings.trust_remote_code, settings.base_8bit)
+    base, adapter = base_and_adapter(settings)
+    model, processor = load_language_model(base, dtype, settings.trust_remote_code, settings.base_8bit, adapter)
+    reference = None
     if settings.lora is None:
+        model = model if adapter is None else merged(load_adapter(model, adapter))
         reference = copy.deepcopy(model).requires_grad_(False)
         if trained is not None:
             model, _ = load_language_model(str(trained), dtype)
+    elif adapter is None:
+        model = add_lora(model, settings.lora, trained, config.training_settings.seed)
     else:
-        reference, model = None, add_lora(model, settings.lora, trained, config.training_settings.seed)
+        model = load_adapter(model.to(device), adapter)
+        reference = frozen_copy(model)
+        if trained is not None:
+            load_weights(model, trained)
     policy = Policy(
         model.to(device),
         processor,

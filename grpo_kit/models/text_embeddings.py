@@ -44,12 +44,18 @@ class TextEmbeddings:
         pipeline: one that `has_separate_encoding`.
         max_sequence_length: tokens for a T5 encoder; None means the pipeline's default.
         device: where the text encoders are; None means where the pipeline computes.
+        negative_prompt: what the negative branch reads; None means what the pipeline has by itself.
     """
 
     def __init__(
-        self, pipeline: DiffusionPipeline, max_sequence_length: int | None = None, device: torch.device | None = None
+        self,
+        pipeline: DiffusionPipeline,
+        max_sequence_length: int | None = None,
+        device: torch.device | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.negative_prompt = negative_prompt
         self.device = device
         self.truncated = 0
         self._options = _encoding_options(pipeline, max_sequence_length)
@@ -74,6 +80,8 @@ class TextEmbeddings:
             rows = self._encoded(part + [""] * (self._at_once - len(part)))
             self._kept.update(zip(part, rows, strict=False))
         if guided and None not in self._kept:
+            if self.negative_prompt is not None:
+                self._count_truncated(self.negative_prompt)
             self._kept[None] = self._encoded([""] * self._at_once, guided=True)[0]
         for key in (*texts, *([None] if guided else [])):
             self._kept.move_to_end(key)
@@ -85,6 +93,8 @@ class TextEmbeddings:
         """The embeddings of each text, or with `guided` those of the negative branch beside it."""
         draws_on = self.pipeline._execution_device
         options = self._options | {"device": self.device or draws_on, "do_classifier_free_guidance": guided}
+        if self.negative_prompt is not None:
+            options["negative_prompt"] = [self.negative_prompt] * len(texts)
         takes = inspect.signature(type(self.pipeline).encode_prompt).parameters
         returned = self.pipeline.encode_prompt(texts, **{name: options[name] for name in takes if name in options})
         named = zip(_RETURNS[type(self.pipeline)], returned, strict=False)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_kit.config import Config, KitError, hardware, one_line
+from grpo_kit.config.hub import how_to_restore
 from grpo_kit.config.prompts import load_prompts
 from grpo_kit.runs.surroundings import world_size
 
 WEIGHTS = ("*.safetensors", "*.bin")
 NEEDED = "torch torchvision transformers diffusers peft open_clip_torch papermill ipykernel ipywidgets".split()
-_RESTORE = "Restore it (git checkout), or train it again: make models"
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,22 @@ def weights_text(where: str) -> str:
     folder = Path(where)
     if not folder.is_absolute():
         return _cached(where)
-    if not folder.is_dir():
-        raise KitError(f"{folder}: no such folder. {_RESTORE}")
-    weights = sorted(file for pattern in WEIGHTS for file in folder.rglob(pattern))
+    restore = how_to_restore(folder).capitalize()
+    if not folder.exists():
+        raise KitError(f"{folder}: no such folder. {restore}")
+    weights = [folder] if folder.is_file() else sorted(file for pattern in WEIGHTS for file in folder.rglob(pattern))
     card = folder / "card.json"
     sums = json.loads(card.read_text(encoding="utf-8")).get("sha256", {}) if card.exists() else {}
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
-            raise KitError(f"{path}: missing. {_RESTORE}")
+            raise KitError(f"{path}: missing. {restore}")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != expected:
-            raise KitError(f"{path}: damaged: sha256 {found[:12]}…, its card says {expected[:12]}…. {_RESTORE}")
+            raise KitError(f"{path}: damaged: sha256 {found[:12]}…, its card says {expected[:12]}…. {restore}")
     if not weights:
-        raise KitError(f"{folder}: no weight file ({', '.join(WEIGHTS)}). {_RESTORE}")
+        raise KitError(f"{folder}: no weight file ({', '.join(WEIGHTS)}). {restore}")
     size = sum(file.stat().st_size for file in weights) / 1e6
     compared = f"{len(sums)} files match their card" if sums else "no card to compare with"
     return f"{where}: {size:.1f} MB of weights, {compared}"

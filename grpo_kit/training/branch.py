@@ -22,7 +22,7 @@ from grpo_kit.training.restore import own_experiment, require_iteration, restore
 
 logger = logging.getLogger(__name__)
 # what the weights and the optimizer's state at the branch's start belong to
-FIXED = ("model_settings.vlm_model", "model_settings.lora", "model_settings.base_8bit", "model_settings.dtype")
+FIXED = tuple(f"model_settings.{name}" for name in ("vlm_model", "policy_adapter", "lora", "base_8bit", "dtype"))
 
 
 def branch(

@@ -7,6 +7,7 @@ launch asks for it, adds up their gradients.
 How they are started and how they end is told in `launch.py`.
 """
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -240,6 +241,7 @@ def _shard(policy: Policy, optimizer: torch.optim.Optimizer, count: int) -> list
     state = optimizer.state_dict()
     mesh = init_device_mesh(policy.device.type, (count,))
     kinds = set(getattr(policy.model, "_no_split_modules", None) or ())
+    policy.reference = copy.deepcopy(policy.reference)  # may share weights with the policy, which FSDP does not allow
     shards = [layer for layer in policy.modules() if type(layer).__name__ in kinds] + [policy]
     for layer in shards:
         fully_shard(layer, mesh=mesh)

@@ -30,7 +30,7 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     """
     diffusers_logging.set_verbosity_error()
     settings, training, models = config.generation_settings, config.training_settings, config.model_settings
-    shape = pipeline_shape(models.sd_model)
+    shape = pipeline_shape(models.generator_config or models.sd_model)
     if models.generator_dtype not in (None, "auto"):
         dtype, _ = choose_dtype("cpu", models.generator_dtype)
     pipeline, pieces = _build(shape, config, dtype)

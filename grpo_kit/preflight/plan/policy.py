@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 
 from grpo_kit.config import Config
 from grpo_kit.config.prompts import load_prompts
+from grpo_kit.models.adapters import base_and_adapter
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
 from grpo_kit.models.prompt_format import EncodedPrompts
@@ -58,21 +59,22 @@ def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tupl
     """The policy as `load_policy` makes it, without values: with its model, where the shape was read, and notes."""
     settings, generation = config.model_settings, config.generation_settings
     mode, reference = FakeTensorMode(), None
-    model, source = language_model(settings.vlm_model, dtype)
+    name, _ = base_and_adapter(settings, fetch=False)
+    model, source = language_model(name, dtype)
     in_8_bits = linear_layers(model) if settings.base_8bit else []
     if settings.lora is None:
-        reference = weightless(language_model(settings.vlm_model, dtype)[0].requires_grad_(False), mode).eval()
+        reference = weightless(language_model(name, dtype)[0].requires_grad_(False), mode).eval()
     else:
         model = add_lora(model, settings.lora, None, config.training_settings.seed)
     kind, notes = Policy, ()
     try:
-        processor = AutoProcessor.from_pretrained(settings.vlm_model, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
         if settings.use_image:
             raise PlanError(
-                f"model_settings.use_image: found true, but no processor of {settings.vlm_model!r} is on this machine, "
+                f"model_settings.use_image: found true, but no processor of {name!r} is on this machine, "
                 "which knows how many tokens a picture becomes; fetch it where there is network, a few kB: "
-                f"hf download {settings.vlm_model} --include '*.json' '*.txt'"
+                f"hf download {name} --include '*.json' '*.txt'"
             ) from error
         kind, processor = _PolicyWithoutTokenizer, SimpleNamespace(pad_token_id=0, eos_token_id=0)
         notes = (f"prompt lengths supposed: {_CHARACTERS_A_TOKEN} characters a token",)
@@ -160,7 +162,8 @@ def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
     pictures = None
     if config.model_settings.use_image:
         width, height = config.generation_settings.width, config.generation_settings.height
-        side = width if width and height else pipeline_shape(config.model_settings.sd_model).side
+        named = config.model_settings.generator_config or config.model_settings.sd_model
+        side = width if width and height else pipeline_shape(named).side
         pictures = [Image.new("RGB", (width or side, height or side))] * len(prompts)
     return Rollout(
         prompts=prompts,
