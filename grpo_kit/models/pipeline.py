@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _FILES = re.compile(  # of weights, whole or in shards, with the name of their variant
     r"(?:model|pytorch_model|diffusion_pytorch_model)(?:-\d+-of-\d+)?(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
-_VARIANTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}  # preferred where there are several
+_PREFERRED = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _FEW_STEPS = {"LCMScheduler": LCMScheduler, "TCDScheduler": TCDScheduler}  # no scheduler lists them as compatible
 _OWN_NOISE = {"DPMSolverSDEScheduler"}  # it has a random stream of its own: a seed would not fix the picture
 
@@ -46,14 +46,22 @@ def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipel
         left_out |= {"text_encoder_3": None, "tokenizer_3": None}
     if not settings.safety_checker:
         left_out |= {"safety_checker": None, "requires_safety_checker": False}
+    if settings.generator_config and not Path(name).is_file():
+        raise ConfigError(
+            f"model_settings.generator_config: found {settings.generator_config!r}, allowed where sd_model is one "
+            "file. Set null"
+        )
     if Path(name).is_file():
         parts, missing, pipeline = {}, {}, load_single_file(name, settings.generator_config, dtype, left_out)
     else:
         try:
-            variant, having_it = _variant(name, dtype, left_out)
-            variants = dict.fromkeys(having_it, variant)
-            parts, missing = _transformers_parts(name, dtype, left_out, t5_options, variants)
-            pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant, **left_out, **parts)
+            folder = _folder(name)
+            variants = _variants(folder, dtype)
+            if variants:
+                logger.info("generator: %s has variants of weights alone; loading %s", name, variants)
+            source = str(folder) if variants else name
+            parts, missing = _parts(source, dtype, left_out, t5_options, variants)
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **left_out, **parts)
         except Exception as error:  # the libraries raise a dozen kinds
             raise load_failure("model_settings.sd_model", name, error) from error
     for part, model in pipeline.components.items():
@@ -68,54 +76,54 @@ def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipel
     return pipeline
 
 
-def _variant(name: str, dtype: torch.dtype, left_out: Collection[str]) -> tuple[str | None, list[str]]:
-    """The variant of weights (`model.fp16.safetensors`) to load, and the parts that have it.
+def _folder(name: str) -> Path | None:
+    """Where a pipeline's files are on this machine; None where they are still to be fetched."""
+    if Path(name).is_dir():
+        return Path(name)
+    index = try_to_load_from_cache(name, "model_index.json")
+    return Path(index).parent if isinstance(index, str) else None
 
-    It is None where all parts have plain files; of several variants, that of the dtype.
+
+def _variants(folder: Path | None, dtype: torch.dtype) -> dict[str, str]:
+    """part → the variant of its weights (`model.fp16.safetensors`) to load, where it has no plain ones.
+
+    Of several variants it is that of the dtype.
     """
-    index = try_to_load_from_cache(name, "model_index.json") if not Path(name).is_dir() else f"{name}/model_index.json"
-    if not isinstance(index, str):
-        return None, []  # still to be fetched
-    folders = [folder for folder in Path(index).parent.iterdir() if folder.is_dir() and folder.name not in left_out]
-    files = {folder.name: [_FILES.fullmatch(file.name) for file in folder.iterdir()] for folder in folders}
-    found = {part: {match[1] for match in matches if match} for part, matches in files.items()}
-    lacking = [variants for variants in found.values() if variants and None not in variants]
-    if not lacking:
-        return None, []
-    shared = sorted(set.intersection(*lacking), key=lambda variant: (variant != _VARIANTS.get(dtype), variant))
-    if not shared:
-        named = "; ".join(f"{part}: {', '.join(sorted(map(str, variants)))}" for part, variants in found.items())
-        raise ValueError(f"no variant of weights that all parts have ({named})")
-    logger.info("generator: %s has weights as variants only; loading %s", name, shared[0])
-    return shared[0], [part for part, variants in found.items() if shared[0] in variants]
+    chosen = {}
+    for part in [] if folder is None else filter(Path.is_dir, folder.iterdir()):
+        found = {match[1] for file in part.iterdir() if (match := _FILES.fullmatch(file.name))}
+        if found and None not in found:
+            chosen[part.name] = min(found, key=lambda variant: (variant != _PREFERRED.get(dtype), variant))
+    return chosen
 
 
-def _transformers_parts(
+def _parts(
     name: str,
     dtype: torch.dtype,
     left_out: Collection[str],
     t5_options: Mapping[str, object],
     variants: Mapping[str, str],
-) -> tuple[dict[str, PreTrainedModel], dict[str, Collection[str]]]:
-    """part → a model of transformers, and part → its weights that are in no file.
+) -> tuple[dict[str, torch.nn.Module], dict[str, Collection[str]]]:
+    """part → a model of transformers, or one in a variant; and part → its weights that are in no file.
 
     They are loaded one by one: transformers initialises such weights at random, and a pipeline does not report them.
     """
     parts, missing = {}, {}
     for part, kind in DiffusionPipeline.load_config(name).items():
         library, class_name = kind if isinstance(kind, list) else (None, "")
-        model_class = getattr(transformers, class_name, None) if library == "transformers" else None
-        if part not in left_out and isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        if part in left_out or not (library == "transformers" or part in variants):
+            continue
+        home = {"transformers": transformers, "diffusers": diffusers}.get(library)
+        model_class = getattr(home or getattr(diffusers.pipelines, library), class_name, None)
+        if not isinstance(model_class, type):
+            continue
+        place = {"subfolder": part, "dtype": dtype, "variant": variants.get(part)}
+        if issubclass(model_class, PreTrainedModel):
             options = t5_options if issubclass(model_class, T5EncoderModel) else {}
-            parts[part], found = model_class.from_pretrained(
-                name,
-                subfolder=part,
-                dtype=dtype,
-                variant=variants.get(part),
-                output_loading_info=True,
-                **options,
-            )
+            parts[part], found = model_class.from_pretrained(name, output_loading_info=True, **place, **options)
             missing[part] = found["missing_keys"]
+        elif part in variants:
+            parts[part] = model_class.from_pretrained(name, **place)
     return parts, missing
 
 

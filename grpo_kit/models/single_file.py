@@ -1,5 +1,6 @@
 """Generators and LoRAs that come as files: a pipeline's checkpoint in one file, and LoRAs on a pipeline."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import diffusers
@@ -26,25 +27,21 @@ def load_single_file(
     Raises:
         ModelError: the file cannot be read, or its configuration is not on this machine.
     """
+    advice = "the file is damaged, or holds more than tensors: fetch it again"
     try:
-        layout = layout or fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
-    except Exception as error:  # the libraries raise a dozen kinds
-        raise _failure(file, error, "the file is damaged, or holds no model: fetch it again") from error
-    try:
-        kind = getattr(diffusers, DiffusionPipeline.load_config(layout)["_class_name"])
-        return kind.from_single_file(file, config=layout, dtype=dtype, **left_out)
-    except Exception as error:
+        inferred = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
         advice = (
-            "one file holds weights alone, and its configuration and tokenizers are taken from "
-            f"{layout!r}: fetch these once where there is network (hf download {layout} --include '*.json' '*.txt' "
-            "'*.model'), or set model_settings.generator_config to a pipeline of its kind that is on this machine"
+            f"check that generator_config is a pipeline of the file's kind, such as {inferred!r}"
+            if layout
+            else f"its configuration and tokenizers are those of {inferred!r}: fetch them once where there is network (hf "
+            f"download {inferred} --include '*.json' '*.txt' '*.model'), or set model_settings.generator_config to a "
+            "pipeline of its kind on this machine"
         )
-        raise _failure(file, error, advice) from error
-
-
-def _failure(file: str, error: Exception, advice: str) -> ModelError:
-    found = f"{type(error).__name__}: {one_line(error, 300)}"
-    return ModelError(f"model_settings.sd_model: could not load the file {file!r} ({found}); {advice}")
+        kind = getattr(diffusers, DiffusionPipeline.load_config(layout or inferred)["_class_name"])
+        return kind.from_single_file(file, config=layout or inferred, dtype=dtype, **left_out)
+    except Exception as error:  # the libraries raise a dozen kinds
+        found = f"{type(error).__name__}: {one_line(error, 300)}"
+        raise ModelError(f"model_settings.sd_model: could not load the file {file!r} ({found}); {advice}") from error
 
 
 def add_loras(pipeline: DiffusionPipeline, loras: Sequence[GeneratorLora]) -> None:
@@ -57,7 +54,8 @@ def add_loras(pipeline: DiffusionPipeline, loras: Sequence[GeneratorLora]) -> No
     for name, lora in zip(names, loras, strict=True):
         try:
             given = pipeline.lora_state_dict(lora.path, weight_name=lora.weight_name)
-            pipeline.load_lora_weights(lora.path, adapter_name=name, weight_name=lora.weight_name)
+            with warnings.catch_warnings(action="ignore"):  # of other LoRAs beside it
+                pipeline.load_lora_weights(lora.path, adapter_name=name, weight_name=lora.weight_name)
         except Exception as error:  # the libraries raise a dozen kinds
             raise ModelError(
                 f"model_settings.generator_lora: could not load {lora.path!r} onto {type(pipeline).__name__} "
