@@ -33,8 +33,8 @@ def load_single_file(
         advice = (
             f"check that generator_config is a pipeline of the file's kind, such as {inferred!r}"
             if layout
-            else f"its configuration and tokenizers are those of {inferred!r}: fetch them once where there is network (hf "
-            f"download {inferred} --include '*.json' '*.txt' '*.model'), or set model_settings.generator_config to a "
+            else f"its configuration and tokenizers are those of {inferred!r}: fetch them once where there is network "
+            f"(hf download {inferred} --include '*.json' '*.txt' '*.model'), or set model_settings.generator_config to a "
             "pipeline of its kind on this machine"
         )
         kind = getattr(diffusers, DiffusionPipeline.load_config(layout or inferred)["_class_name"])
