@@ -10,6 +10,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, ModelSettings, load_config, one_line
 from grpo_kit.config.hub import ModelError, load_failure
+from grpo_kit.config.paths import working_folder
 
 
 def base_and_adapter(settings: ModelSettings, *, fetch: bool = True) -> tuple[str, str | None]:
@@ -61,12 +62,13 @@ def _base_of(adapter: str, content: dict) -> str:
                 continue
             if not Path(base).is_absolute() or Path(base).is_dir():
                 return base
-    named = content.get("base_model_name_or_path") or ""
-    if (PROJECT_ROOT / named).is_dir() and named:
-        return str(PROJECT_ROOT / named)
+    named = content.get("base_model_name_or_path")
+    for root in (working_folder(), PROJECT_ROOT) if named else ():
+        if (root / named).is_dir():
+            return str(root / named)
     if not named or Path(named).is_absolute() or named.startswith("."):
         raise ModelError(
-            f"model_settings.vlm_model: found the adapter {adapter!r}, trained on {named or None!r}, which is not "
+            f"model_settings.vlm_model: found the adapter {adapter!r}, trained on {named!r}, which is not "
             "here. Set vlm_model to that model's folder or hub id, and model_settings.policy_adapter to the adapter"
         )
     return named

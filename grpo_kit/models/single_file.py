@@ -29,16 +29,13 @@ def load_single_file(
     """
     advice = "the file is damaged, or holds more than tensors: fetch it again"
     try:
-        inferred = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+        own = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
         advice = (
-            f"check that generator_config is a pipeline of the file's kind, such as {inferred!r}"
-            if layout
-            else f"its configuration and tokenizers are those of {inferred!r}: fetch them once where there is network "
-            f"(hf download {inferred} --include '*.json' '*.txt' '*.model'), or set model_settings.generator_config to a "
-            "pipeline of its kind on this machine"
+            f"its configuration and tokenizers are those of {own!r}: fetch them once where there is network (hf "
+            f"download {own} --include '*.json' '*.txt' '*.model'), or set model_settings.generator_config to such a pipeline"
         )
-        kind = getattr(diffusers, DiffusionPipeline.load_config(layout or inferred)["_class_name"])
-        return kind.from_single_file(file, config=layout or inferred, dtype=dtype, **left_out)
+        kind = getattr(diffusers, DiffusionPipeline.load_config(layout or own)["_class_name"])
+        return kind.from_single_file(file, config=layout or own, dtype=dtype, **left_out)
     except Exception as error:  # the libraries raise a dozen kinds
         found = f"{type(error).__name__}: {one_line(error, 300)}"
         raise ModelError(f"model_settings.sd_model: could not load the file {file!r} ({found}); {advice}") from error

@@ -257,7 +257,7 @@ def test_file_that_is_no_generator_is_one_line(written: Callable[[Callable[[Path
     torch.save({"state_dict": {}, "code": Path("x")}, tmp_path / "code.ckpt")  # more than tensors: not unpickled
     for name, said in (
         ("cut.safetensors", "damaged"),
-        ("vae.safetensors", "check that generator_config"),
+        ("vae.safetensors", "appear to be missing"),
         ("code.ckpt", "damaged"),
     ):
         with pytest.raises(KitError, match=f"could not load the file .*{name}.*{said}") as error:
