@@ -1,7 +1,9 @@
-"""Give notebooks what they need to start on Colab: a link at their top, and a cell that gets the kit there.
+"""Give notebooks what they need to start where the kit is not installed: a cell that installs it, and a link to Colab.
 
-Colab opens a notebook by its address on GitHub and brings nothing else of the repository, so the address has to stand
-in the notebook. `python -m tools.colab owner/name` writes it into all of them.
+The cell serves Colab, Kaggle and a new kernel of VS Code alike: it takes the kit's wheel, where one was put beside the
+notebook or attached on Kaggle, or the checkout in which the notebook lies. `python -m tools.colab` writes it into all
+notebooks. Who publishes the repository gives its address, `python -m tools.colab owner/name`: then the cell gets the
+kit from there, and a link opens the notebook on Colab, which brings nothing else of the repository.
 """
 
 from __future__ import annotations
@@ -9,43 +11,53 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import nbformat
+import typer
 
 from grpo_kit.config import PROJECT_ROOT, KitError
 
-UNSET = "OWNER/grpo_kit"  # until somebody publishes the repository
 TAG = "colab"  # of the cell, which JupyterLab shows folded and a report not at all
 LABEL = "▶ Open in Colab"
 LINK = "https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}"
 CELL = """\
-# Only for Colab: gets the kit, in 2 to 4 minutes. Elsewhere it does nothing.
-import sys
+# Where the kit is missing (Colab, Kaggle, a new kernel): installs it in 2 to 4 minutes.
+import importlib.util
 
-if "google.colab" in sys.modules:
-    import os
-    import site
+if importlib.util.find_spec("grpo_kit") is None:
     import subprocess
+    import sys
+    from pathlib import Path
 
-    source, here = "https://github.com/{repository}", "grpo_kit_checkout"
-    if not os.path.isdir(here):
-        subprocess.run(["git", "clone", "-q", "--depth=1", source, here], check=True)
-    install = [sys.executable, "-m", "pip", "install", "-q", "-e", here]
+    here, kaggle = Path.cwd(), Path("/kaggle/input")
+    kits = [*here.glob("grpo_kit-*.whl"), *kaggle.rglob("grpo_kit-*.whl")]
+    kits += [p for p in (here, *here.parents) if (p / "grpo_kit/cli.py").is_file()]
+"""
+PUBLISHED = '    kits += ["git+https://github.com/{repository}"]\n'
+UNPUBLISHED = '    assert kits, "Put the kit\'s wheel beside this notebook; `pip wheel .` makes it"\n'
+INSTALL = """\
+    install = [sys.executable, "-m", "pip", "install", "-q", str(kits[0])]
     subprocess.run(install, check=True)
-    site.addsitedir(here)"""
+    importlib.invalidate_caches()"""
 
 
-def set_repository(notebooks: Sequence[Path], repository: str) -> list[Path]:
-    """Write link and cell into notebooks, in place of those that are there; return the notebooks that changed.
+def cell_source(repository: str = "") -> str:
+    """The cell's code; of a published repository, `owner/name`, with its address."""
+    return CELL + (PUBLISHED.format(repository=repository) if repository else UNPUBLISHED) + INSTALL
+
+
+def set_repository(notebooks: Sequence[Path], repository: str = "") -> list[Path]:
+    """Write cell and link into notebooks, in place of those that are there; return the notebooks that changed.
 
     Args:
         notebooks: their files.
-        repository: `owner/name` on GitHub.
+        repository: `owner/name` on GitHub; "" before it is published: no link.
 
     Raises:
         KitError: the repository is not of that form, or a notebook does not begin with text.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+", repository):
+    if repository and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+", repository):
         raise KitError(f"repository {repository!r:.80}: allowed: owner/name, as on GitHub")
     return [path for path in notebooks if _prepare(path, repository)]
 
@@ -56,12 +68,13 @@ def _prepare(path: Path, repository: str) -> bool:
     if not notebook.cells or notebook.cells[0].cell_type != "markdown":
         raise KitError(f"{path}: does not begin with a text cell. Give it a title first")
     first = notebook.cells[0]
-    text = re.sub(rf"\s*\[{LABEL}\]\([^)]*\)\s*\Z", "", first.source)
-    first.source = f"{text}\n\n[{LABEL}]({LINK.format(repository=repository, name=path.name)})"
-    _place_cell(notebook, CELL.format(repository=repository))
+    first.source = re.sub(rf"\s*\[{LABEL}\]\([^)]*\)\s*\Z", "", first.source)
+    if repository:
+        first.source += f"\n\n[{LABEL}]({LINK.format(repository=repository, name=path.name)})"
+    _place_cell(notebook, cell_source(repository))
     after = nbformat.writes(notebook) + "\n"
     if after != before:
-        path.write_text(after, encoding="utf-8")
+        path.write_text(after, encoding="utf-8", newline="\n")
     return after != before
 
 
@@ -76,12 +89,15 @@ def _place_cell(notebook: nbformat.NotebookNode, source: str) -> None:
     ran = [other for other in notebook.cells if other.cell_type == "code" and other.execution_count]
     for other in ran:  # as if the notebook had been run with it
         other.execution_count += 1
+        for output in other.outputs:
+            if "execution_count" in output:
+                output.execution_count = other.execution_count
     cell.execution_count = 1 if ran else None
     notebook.cells.insert(1, cell)
 
 
-def main(repository: str) -> None:
-    """Set the repository in all notebooks of the series and in its index."""
+def main(repository: Annotated[str, typer.Argument()] = "") -> None:
+    """Write the cell, and for a REPOSITORY, owner/name, the link, into all notebooks of the series and its map."""
     folder = PROJECT_ROOT / "notebooks"
     notebooks = [folder / "index.ipynb", *sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
     changed = set_repository(notebooks, repository)
@@ -89,8 +105,6 @@ def main(repository: str) -> None:
 
 
 if __name__ == "__main__":
-    import typer
-
     try:
         typer.run(main)
     except KitError as mistake:

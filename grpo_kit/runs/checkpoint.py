@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from grpo_kit.config import KitError
-from grpo_kit.runs.durable import flush, flush_tree, remove, replace
+from grpo_kit.runs.durable import flush, flush_tree, is_in_use, remove, replace
 from grpo_kit.runs.iterations import checkpoints_of, iteration_name
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def save_checkpoint(
         "versions": dict(versions or {}),
     }
     manifest["sha256"] = _digest(manifest)
-    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     flush_tree(aside)
     if place.exists():
         _drop(place)  # it was found damaged, and is computed again
@@ -93,7 +93,12 @@ def keep_newest(folder: Path, keep: int, iteration: int) -> None:
         if number > iteration:
             continue
         if sound >= keep:
-            _drop(place)
+            try:
+                _drop(place)
+            except PermissionError as error:
+                if not is_in_use(error):
+                    raise
+                logger.warning("checkpoint %s: another program has it open; it is left", place.name)
         else:
             sound += _verifies(place)
 
@@ -178,7 +183,7 @@ def sha256(file: Path) -> str:
 
 def _verified(place: Path) -> dict[str, object]:
     """A checkpoint's manifest, after every file that it lists was compared with it."""
-    manifest = json.loads((place / _MANIFEST).read_text())
+    manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
     if manifest.pop("sha256") != _digest(manifest):
         raise CheckpointError(f"checkpoint {place.name}: {_MANIFEST} is damaged (its sha256 is not its own)")
     for name, written in manifest["files"].items():

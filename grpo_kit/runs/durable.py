@@ -10,7 +10,6 @@ from pathlib import Path
 
 _FOR_FSYNC = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what is open for writing
 _NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # of file systems that flush no folders, such as SMB
-_IN_USE = (5, 32, 33)  # Windows: access denied, sharing violation, lock violation
 
 
 def flush(path: Path) -> None:
@@ -35,13 +34,18 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_in_use(error: OSError) -> bool:
+    """Whether Windows refused something because a program has the file open: a reader, a virus scanner, a mapping."""
+    return getattr(error, "winerror", None) in (5, 32, 33)  # access denied, sharing violation, lock violation
+
+
 def replace(source: Path, target: Path) -> None:
     """`os.replace`; on Windows again for two seconds where another program, a virus scanner, has one of them open."""
     for wait in (0.01, 0.03, 0.1, 0.3, 0.6, 1.0):
         try:
             return os.replace(source, target)
         except PermissionError as error:
-            if getattr(error, "winerror", None) not in _IN_USE:
+            if not is_in_use(error):
                 raise
         time.sleep(wait)
     return os.replace(source, target)

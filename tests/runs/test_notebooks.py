@@ -151,19 +151,16 @@ def test_the_readme_leads_to_the_troubleshooting_page_and_to_every_notebook() ->
     assert wanted <= set(found)
 
 
-def test_a_notebook_with_a_link_to_colab_can_start_there() -> None:
-    repositories = set()
-    for path in [INDEX, *NOTEBOOKS]:
-        notebook = nbformat.read(path, as_version=4)
-        link = re.search(rf"\[{colab.LABEL}\]\((.+?)\)", notebook.cells[0].source)
-        cells = [cell for cell in notebook.cells if colab.TAG in cell.metadata.get("tags", [])]
-        assert bool(link) == bool(cells) and (link or path != INDEX)
-        if link:
-            repository = re.search(r"/github/([^/]+/[^/]+)/", link[1])[1]
-            repositories.add(repository)
-            assert link[1] == colab.LINK.format(repository=repository, name=path.name)
-            assert notebook.cells[1] == cells[0] and cells[0].source == colab.CELL.format(repository=repository)
-    assert len(repositories) == 1
+@pytest.mark.field("F20")
+@pytest.mark.parametrize("path", [INDEX, *NOTEBOOKS], ids=by_name)
+def test_its_first_cell_is_that_of_all_and_names_no_placeholder(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    assert colab.TAG in cells[1].metadata.tags and not cells[1].outputs
+    link = re.search(rf"\[{colab.LABEL}\]\((.+?)\)", cells[0].source)
+    repository = re.search(r"/github/([^/]+/[^/]+)/", link[1])[1] if link else ""
+    assert cells[1].source == colab.cell_source(repository)
+    assert not link or link[1] == colab.LINK.format(repository=repository, name=path.name)
+    assert "OWNER" not in path.read_text(encoding="utf-8")
 
 
 def test_setting_the_repository_twice_changes_nothing_more(tmp_path: Path) -> None:
@@ -184,23 +181,38 @@ def test_setting_the_repository_twice_changes_nothing_more(tmp_path: Path) -> No
         assert counts == list(range(1, len(counts) + 1)) or not any(counts)
 
 
-@pytest.mark.parametrize("repository", ["", "owner", "a/b/c", "https://github.com/a/b", "a/b;ls", '"/x', "-a/b"])
+@pytest.mark.parametrize("repository", ["owner", "a/b/c", "https://github.com/a/b", "a/b;ls", '"/x', "-a/b"])
 def test_what_is_no_repository_is_refused(repository: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="allowed: owner/name"):
         colab.set_repository([INDEX], repository)
 
 
-def test_the_colab_cell_installs_there_and_does_nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.field("F20")
+@pytest.mark.parametrize("where", ["Colab", "Kaggle", "VS Code", "VS Code in the checkout's root", "published"])
+def test_the_first_cell_finds_the_kit(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = (
+        tmp_path / {"Colab": "here", "Kaggle": "input/datasets/someone/kit"}.get(where, "elsewhere") / "grpo_kit-1.whl"
+    )
+    for folder in (wheel.parent, tmp_path / "here"):
+        folder.mkdir(parents=True, exist_ok=True)
+    wheel.touch()
+    places = {"VS Code": PROJECT_ROOT / "notebooks", "VS Code in the checkout's root": PROJECT_ROOT}
+    monkeypatch.chdir(places.get(where, tmp_path / "here"))
+    expected = {"Colab": wheel, "Kaggle": wheel, "published": "git+https://github.com/someone/kit"}
+    source = colab.cell_source("someone/kit" if where == "published" else "")
+    source = source.replace("/kaggle/input", str(tmp_path / "input"))
     asked: list[list[str]] = []
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
-    source = colab.CELL.format(repository="someone/kit")
     exec(source, {})
-    assert asked == []
-    monkeypatch.setitem(sys.modules, "google.colab", sys)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert asked == []  # the kit is there
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     exec(source, {})
-    clone, install = asked
-    assert clone[:2] == ["git", "clone"] and clone[-2:] == ["https://github.com/someone/kit", "grpo_kit_checkout"]
-    assert install[:4] == [sys.executable, "-m", "pip", "install"] and install[-1] == "grpo_kit_checkout"
-    assert str(tmp_path / "grpo_kit_checkout") in sys.path
+    install = [sys.executable, "-m", "pip", "install", "-q", str(expected.get(where, PROJECT_ROOT))]
+    assert asked == [install]
+
+
+def test_the_first_cell_says_what_to_do_where_there_is_no_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(AssertionError, match="Put the kit's wheel beside this notebook"):
+        exec(colab.cell_source(), {})

@@ -101,4 +101,4 @@ def _save(place: Path, recipe: Recipe, optimizer, schedule, average, progress: d
     }
     torch.save(state, half_written)
     os.replace(half_written, place)
-    place.with_suffix(".json").write_text(json.dumps({**progress, "losses": progress["losses"][-1:]}))
+    place.with_suffix(".json").write_text(json.dumps({**progress, "losses": progress["losses"][-1:]}), encoding="utf-8")

@@ -99,6 +99,7 @@ def save_reward_model(model: open_clip.CLIP, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = clip_tokenizer()
     tokenizer.save_pretrained(folder)
-    (folder / "open_clip_config.json").write_text(json.dumps(model_config(len(tokenizer)), indent=2) + "\n")
+    text = json.dumps(model_config(len(tokenizer)), indent=2) + "\n"
+    (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
