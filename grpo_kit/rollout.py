@@ -19,6 +19,7 @@ from grpo_kit.models.generator import Generator, Pair, even_batches
 from grpo_kit.models.policy import Policy, Scores
 from grpo_kit.models.prompt_format import EncodedPrompts
 from grpo_kit.rewards.composition import Rewards
+from grpo_kit.rewards.protocol import ABSTAINED
 from grpo_kit.rewards.slow import started
 
 _UNWIND_SECONDS = 2.0  # that a call of the rewards has to end after an error or Ctrl-C; it cannot be stopped
@@ -37,7 +38,7 @@ class Samples:
     enhanced_prompts: list[str]  # N decoded texts: for the generator and for people, never tokenised again
     images: Pictures  # N x M
     image_seeds: torch.Tensor  # (N, M) int64
-    reward_parts: dict[str, torch.Tensor]  # name → (N,) raw mean over the M images, NaN where none could be scored
+    reward_parts: dict[str, torch.Tensor]  # name → (N,) raw mean over the M images; NaN: none scored, inf: abstained
     old_logprobs: torch.Tensor | None  # (N, T) of the sampled ids, when they were sampled
     truncated: torch.Tensor | None = None  # (N,) bool: ended by the length limit
     unmatched: torch.Tensor | None = None  # (N,) bool: `prompt_part` found no prompt in it; None where that is "whole"
@@ -73,6 +74,8 @@ class Rollout(Samples):
             found["resampled_groups"] = float(self.attempts.sum())
         for name, values in self.reward_parts.items():
             found[f"rewards/{name}/mean"], found[f"rewards/{name}/std"] = _mean_and_std(values)
+            if abstained := int((values == ABSTAINED).sum()):
+                found[f"rewards/{name}/abstained"] = float(abstained)
         return found
 
 
@@ -212,8 +215,10 @@ def collect_samples(
     sampling_seconds = time.perf_counter() - clock
     group_ids = first_prompt + torch.arange(len(prompts)).repeat_interleave(num_generations)
     seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
-    asked = [texts[group - first_prompt] for group in group_ids]
-    drawn = draw_and_score(generator, rewards, DrawRequest(asked, completions.texts, group_ids, seeds), overlap=overlap)
+    asked = [prompts[group - first_prompt] for group in group_ids]
+    fields = [prompt.metadata for prompt in asked]
+    request = DrawRequest([prompt.user_prompt for prompt in asked], completions.texts, group_ids, seeds, fields)
+    drawn = draw_and_score(generator, rewards, request, overlap=overlap)
     return Samples(
         prompts=prompts,
         group_ids=group_ids,
@@ -338,10 +343,11 @@ class DrawRequest:
     rewrites: list[str]  # N
     group_ids: torch.Tensor  # (N,), ascending
     seeds: torch.Tensor  # (N, M)
+    metadata: list[dict] = field(default_factory=list)  # N, the prompts' further fields; empty: none has any
 
     def __getitem__(self, rows: slice) -> "DrawRequest":
         """Some consecutive rows of it."""
-        return DrawRequest(self.prompts[rows], self.rewrites[rows], self.group_ids[rows], self.seeds[rows])
+        return DrawRequest(*(values[rows] for values in vars(self).values()))
 
     def pairs(self) -> list[list[Pair]]:
         """N x M pairs of a text and a seed; equal ones are one picture."""
@@ -429,7 +435,13 @@ def _score(rewards: Rewards, request: DrawRequest, images: Pictures) -> dict[str
     """Each part's mean over a rewrite's images that could be scored: {name: (N,)}."""
     count = request.seeds.shape[1]
     flat = [image for row in images for image in row]
-    repeated = ([text for text in texts for _ in range(count)] for texts in (request.prompts, request.rewrites))
-    groups = request.group_ids.repeat_interleave(count)
-    scores = rewards.score(flat, *repeated, group_ids=groups, image_seeds=request.seeds.flatten())
-    return {name: values.reshape(-1, count).nanmean(dim=1) for name, values in scores.items()}
+    columns = (request.prompts, request.rewrites, request.metadata)
+    prompts, rewrites, metadata = ([value for value in column for _ in range(count)] for column in columns)
+    context = {"group_ids": request.group_ids.repeat_interleave(count), "image_seeds": request.seeds.flatten()}
+    scores = rewards.score(flat, prompts, rewrites, metadata=metadata, **context)
+    means = {}
+    for name, values in scores.items():
+        abstained = (values == ABSTAINED).reshape(-1, count).any(dim=1)
+        means[name] = values.masked_fill(values == ABSTAINED, torch.nan).reshape(-1, count).nanmean(dim=1)
+        means[name] = means[name].masked_fill(abstained & means[name].isnan(), ABSTAINED)
+    return means

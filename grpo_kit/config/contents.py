@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from grpo_kit.config.errors import ConfigError
-from grpo_kit.config.paths import MODEL_PATHS, PROMPT_PATHS, REWARD_PATHS
+from grpo_kit.config.paths import OWN_REWARDS, PROMPT_PATHS, change_paths
 from grpo_kit.config.prompts import Prompt, load_prompts
 from grpo_kit.config.settings import Config
 
@@ -73,15 +73,16 @@ def decisive_contents(
         ConfigError: one of the files cannot be read.
     """
     found, settings = {}, config.model_dump()
-    for key in MODEL_PATHS + REWARD_PATHS:
-        value: object = settings
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+
+    def note(key: str, value: str) -> str:
         try:
-            if isinstance(value, str) and Path(value).is_absolute() and Path(value).exists():
-                found[key] = content_digest(Path(value))
+            if key not in (*PROMPT_PATHS, OWN_REWARDS) and Path(value).is_absolute() and Path(value).exists():
+                found[key] = found.get(key, "") + content_digest(Path(value))  # of a list, all
         except OSError as error:
             raise ConfigError(f"{key}: {error.filename} cannot be read: {error.strerror}. Allow reading it") from None
+        return value
+
+    change_paths(settings, note)
     named = (config.training_settings.train_prompts, config.evaluation_settings.val_prompts)
     for key, path, prompts in zip(PROMPT_PATHS, named, (train_prompts, val_prompts), strict=True):
         found[key] = prompts_digest(load_prompts(path) if prompts is None else prompts)

@@ -16,7 +16,7 @@ from grpo_kit.config.strict_json import strict_json
 from grpo_kit.config.strict_yaml import SUFFIXES, line_of, strict_yaml
 from grpo_kit.config.validation import forms_of, validated
 
-RECORDS = ("versions", "machine", "contents")  # what a run's config.json says of its making; no settings
+RECORDS = ("versions", "machine", "contents", "rewards")  # what a run's config.json says of its making; no settings
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null"}
 
 
@@ -148,7 +148,7 @@ def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(data: dict[str, Any], key: str, value: object) -> None:
     """Set one dotted key; the checks of `Config` say whether key and value are allowed."""
-    *parts, name = key.split(".")
+    *parts, name = _keys(key)
     if not parts and name in TrainingSettings.model_fields:
         raise ConfigError(f"{key}: no section named. Write training_settings.{key}")
     section = data
@@ -161,11 +161,21 @@ def _override(data: dict[str, Any], key: str, value: object) -> None:
     section[name] = _value(key, value) if isinstance(value, str) else value
 
 
+def _keys(key: str) -> list[str]:
+    """The parts of a dotted key; the dots in a reward's `file.py:function` divide nothing."""
+    before, colon, after = key.partition(":")
+    if not colon:
+        return key.split(".")
+    *sections, home = before.split(".", 2)
+    function, *rest = after.split(".")
+    return [*sections, f"{home}:{function}", *rest]
+
+
 def _value(key: str, text: str) -> object:
     """Read an override given as text: JSON where the setting takes what it says, else the text itself."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    types = {form.get("type") for form in forms_of(Config, key.split("."))}
+    types = {form.get("type") for form in forms_of(Config, _keys(key))}
     return text if "string" in types and _JSON_TYPES.get(type(value)) not in types else value

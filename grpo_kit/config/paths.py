@@ -18,7 +18,7 @@ PROMPT_PATHS = ("training_settings.train_prompts", "evaluation_settings.val_prom
 _REWARD_OPTIONS = (
     "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights judge.model".split()
 )
-REWARD_PATHS = tuple(f"reward_settings.options.{option}" for option in _REWARD_OPTIONS)
+OWN_REWARDS = "reward_settings"  # the key of the file in a reward's name, `path/to/file.py:function`
 
 
 def working_folder() -> Path:
@@ -27,18 +27,37 @@ def working_folder() -> Path:
 
 
 def change_paths(data: dict[str, Any], change: Callable[[str, str], str]) -> None:
-    """Replace each path in settings by `change(dotted key, path)`; sections on the way are copied, not changed."""
-    for key in MODEL_PATHS + PROMPT_PATHS + REWARD_PATHS:
-        *sections, name = key.split(".")
-        place = data
-        for section in sections:
-            if not isinstance(place.get(section), dict):
-                break
-            place[section] = dict(place[section])
-            place = place[section]
-        else:
-            if name in place:
-                place[name] = _changed(place[name], partial(change, key))
+    """Replace each path in settings by `change(key, path)`; sections on the way are copied, not changed."""
+
+    def named(name: object) -> object:  # a reward of the user's own may be named wherever a reward is
+        file, _, function = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+        return f"{change(OWN_REWARDS, file)}:{function}" if file.endswith(".py") else name
+
+    for key in MODEL_PATHS + PROMPT_PATHS:
+        section, name = key.split(".")
+        if isinstance(data.get(section), dict):
+            data[section] = _with_path(data[section], name, key, change)
+    if isinstance(judged := data.get("evaluation_settings"), dict) and "held_out" in judged:
+        data["evaluation_settings"] = judged | {"held_out": named(judged["held_out"])}
+    if isinstance(data.get(OWN_REWARDS), dict):
+        rewards = data[OWN_REWARDS] = dict(data[OWN_REWARDS])
+        for key, value in rewards.items():
+            if isinstance(value, dict):
+                rewards[key] = {named(name): one for name, one in value.items()}
+            elif isinstance(value, list):
+                rewards[key] = [named(name) for name in value]
+        options = rewards.get("options")
+        for name, given in options.items() if isinstance(options, dict) else ():
+            if isinstance(given, dict):
+                given = given | ({"reward": named(given["reward"])} if "reward" in given else {})
+                for kind, option in (text.split(".") for text in _REWARD_OPTIONS):
+                    if kind in (name, given.get("reward")):
+                        given = _with_path(given, option, f"{OWN_REWARDS}.options.{name}.{option}", change)
+                options[name] = given
+
+
+def _with_path(section: dict[str, Any], name: str, key: str, change: Callable[[str, str], str]) -> dict[str, Any]:
+    return section | {name: _changed(section[name], partial(change, key))} if name in section else section
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
@@ -53,7 +72,8 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 def resolve_paths(data: dict[str, Any], bases: Sequence[Path]) -> None:
     """Make the paths in settings absolute: each counts from the first of the folders `bases` where it exists.
 
-    A model that exists in none of them is a hub id, unless it looks like a path.
+    A model that exists in none of them is a hub id, unless it looks like a path. A reward's file counts from where the
+    command was given, too, before the kit's own folders; but not where a run wrote the settings down (`versions`).
 
     Raises:
         ConfigError: a path with a NUL character.
@@ -64,13 +84,16 @@ def resolve_paths(data: dict[str, Any], bases: Sequence[Path]) -> None:
             raise ConfigError(f"{key}: found {shown(value)}, allowed: text without NUL characters")
         try:
             path = Path(value).expanduser()
-            candidates = [Path(os.path.normpath(base / path)) for base in bases]
+            folders = [base for base in bases if base not in (working_folder(), PROJECT_ROOT)]  # a file's own
+            folders += [Path.cwd()] if key == OWN_REWARDS and "versions" not in data else []
+            candidates = [Path(os.path.normpath(base / path)) for base in (*folders, *bases)]
             found = next((candidate for candidate in candidates if candidate.exists()), None)
         except (OSError, RuntimeError):  # a name that is too long for the file system; no home folder
             return value
         if found is None and value.startswith("data/"):
             found = Path(os.path.normpath(PROJECT_ROOT / path))
-        if found is None and (key in PROMPT_PATHS or path.is_absolute() or value.startswith((".", "~"))):
+        is_path = key in (*PROMPT_PATHS, OWN_REWARDS) or path.is_absolute() or value.startswith((".", "~"))
+        if found is None and is_path:
             found = candidates[0]
         return value if found is None else str(found)
 

@@ -13,7 +13,7 @@ from scipy import stats
 from grpo_kit.config import KitError
 from grpo_kit.evaluation.intervals import Interval, bootstrap_interval, percentile_interval
 from grpo_kit.rewards.composition import Rewards
-from grpo_kit.rewards.protocol import Reward
+from grpo_kit.rewards.protocol import ABSTAINED, Reward
 
 IDLE_WORDS = ("masterpiece", "beautiful")  # praise: says nothing of what a picture shows
 _EDGE = 0.01  # of its range: so near to its extreme a score counts as being there
@@ -109,7 +109,7 @@ def _scored(name: str, reward: Reward, samples: pd.DataFrame) -> np.ndarray:
         group_ids=torch.tensor(samples["group"].to_numpy()),
         image_seeds=torch.tensor(samples["seed"].to_numpy()) if "seed" in samples else None,
     )
-    return found[name].numpy()
+    return found[name].masked_fill(found[name] == ABSTAINED, torch.nan).numpy()
 
 
 def _statistics(

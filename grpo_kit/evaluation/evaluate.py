@@ -1,8 +1,10 @@
 """Does the trained policy help? A paired comparison on held-out prompts, on the same latents for every variant."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +22,16 @@ from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.card import add_results
 from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.gold import best_prompt
+from grpo_kit.rewards.loading import reward_record
+from grpo_kit.rewards.protocol import ABSTAINED
 from grpo_kit.rollout import picture_prompts
 from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.own_rewards import Entries, changed_rewards, lost_rewards, recorded_rewards
 from grpo_kit.runs.places import dated_report
 from grpo_kit.runs.record import ImageKey
 from grpo_kit.shapeworld.captions import paraphrase
+
+logger = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -72,6 +79,8 @@ def evaluate(
         KitError: an unknown variant, fewer than two prompts, or an oracle where there is none.
     """
     settings = kit.config.evaluation_settings
+    if run_dir is not None:
+        _require_own_rewards(Path(run_dir), kit.config, kit.rewards.record())
     prompts = test_prompts(kit) if prompts is None else list(prompts)
     if len(prompts) < 2:
         raise KitError(f"prompts: found {len(prompts)}, allowed: at least 2, since intervals are taken over prompts")
@@ -262,8 +271,10 @@ def draw_and_score(
         [request.text for request, _ in cells],
         group_ids=torch.tensor([request.prompt_id for request, _ in cells]),
         image_seeds=torch.tensor(latents),
+        metadata=[request.prompt.metadata for request, _ in cells],
     )
     totals = kit.rewards.total(parts, in_groups=False)
+    parts = {name: values.masked_fill(values == ABSTAINED, torch.nan) for name, values in parts.items()}
     rows = [
         {
             "prompt_id": request.prompt_id,
@@ -307,12 +318,29 @@ def evaluate_runs(config: Config, folders: Sequence[Path], out: Path | None = No
         raise KitError(f"--out {place}: one of the runs, whose own evaluation would be lost. Name another folder")
     policies = map(str, folders) if several else ["trained"]
     oracle = ["oracle"] if config.evaluation_settings.gold else []
+    _require_own_rewards(folders[0], config, reward_record(config))
     kit = load_experiment(config, trained=None if several else folders[0] / "best")
     result = evaluate(kit, compare=("raw", "initial", *policies, *oracle), run_dir=place)
     pooled = _pooled(result, folders) if several else {}
     if pooled:
         RunFolder(place).write_json("final_results.json", result.results | {"pooled": pooled})
     return place
+
+
+def _require_own_rewards(run_dir: Path, config: Config, rewards: Entries) -> None:
+    """Refuse to judge a run by other rewards than its own, where no setting asks for that; warn of changed code."""
+    own = load_config(run_dir if (run_dir / "config.json").is_file() else config)
+    if config.reward_settings == own.reward_settings:
+        there = recorded_rewards(run_dir)
+        if difference := lost_rewards(there, rewards):
+            raise KitError(f"run {run_dir}: {difference}")
+        if difference := changed_rewards(there, rewards):
+            _warn_once(f"run {run_dir}: {difference}: all variants are judged by what it is now")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _pooled(result: EvalResult, folders: Sequence[Path]) -> dict[str, dict]:

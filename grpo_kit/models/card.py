@@ -16,6 +16,7 @@ from grpo_kit.config.hardware import library_versions
 from grpo_kit.config.paths import inside_project
 from grpo_kit.models.adapters import base_and_adapter
 from grpo_kit.runs.durable import replace_file
+from grpo_kit.runs.own_rewards import Entries, rewarded, watched
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ def save_with_card(
     state: "dict[str, torch.Tensor] | None" = None,
     *,
     num_prompts: int | None = None,
+    rewards: Entries | None = None,
 ) -> None:
     """Write a policy as transformers (or peft) loads it, and its card.
 
@@ -46,6 +48,7 @@ def save_with_card(
         iteration: the iteration after which the policy is saved.
         state: as for `Policy.save_pretrained`.
         num_prompts: how many prompts it was trained on.
+        rewards: what it was trained on (`Rewards.record`); None is what the config names.
     """
     policy.save_pretrained(folder, state)
     adapter = folder / "adapter_config.json"
@@ -53,10 +56,16 @@ def save_with_card(
         base = _public_name(base_and_adapter(config.model_settings, fetch=False)[0])
         content = json.loads(adapter.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
         adapter.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(model_card(policy, config, iteration, num_prompts), encoding="utf-8")
+    (folder / CARD).write_text(model_card(policy, config, iteration, num_prompts, rewards), encoding="utf-8")
 
 
-def model_card(policy: "Policy", config: Config, iteration: int, num_prompts: int | None = None) -> str:
+def model_card(
+    policy: "Policy",
+    config: Config,
+    iteration: int,
+    num_prompts: int | None = None,
+    rewards: Entries | None = None,
+) -> str:
     """The card's text. Its code gives the policy's likeliest rewrite with transformers (and peft) alone.
 
     The code replaces the base model's own generation settings (a repetition penalty, say), which training does not use.
@@ -84,8 +93,8 @@ def model_card(policy: "Policy", config: Config, iteration: int, num_prompts: in
         adapter=adapter and _public_name(adapter),
         loras=[f"`{_public_name(one.path)}` ({one.weight:g})" for one in settings.generator_lora or ()],
         negative_prompt=config.generation_settings.negative_prompt,
-        weights={_public_name(name): weight for name, weight in data["reward_settings"]["weights"].items()},
-        monitors=[_public_name(name) for name in data["reward_settings"]["monitors"]],
+        rewarded=rewarded(known := rewards or _named(data["reward_settings"])),
+        watched=watched(known),
         train_prompts=_public_name(data["training_settings"]["train_prompts"]),
         val_prompts=_public_name(data["evaluation_settings"]["val_prompts"]),
         num_prompts=num_prompts,
@@ -94,6 +103,12 @@ def model_card(policy: "Policy", config: Config, iteration: int, num_prompts: in
         repr=repr,
     )
     return card.content + "\n"
+
+
+def _named(settings: Mapping) -> Entries:
+    """The rewards that a config names."""
+    weights = {name: settings["weights"].get(name) for name in (*settings["weights"], *settings["monitors"])}
+    return {_public_name(name): {"weight": weight, "reward": name} for name, weight in weights.items()}
 
 
 def _public_name(name: str) -> str:

@@ -27,7 +27,7 @@ def usable_rewards(
     bad = ~rewards.isfinite()
     if on_bad_reward == "raise" and bad.any():
         rows = bad.nonzero().flatten().tolist()
-        blamed = [name for name, values in (parts or {}).items() if not values[rows[0]].isfinite()]
+        blamed = [name for name, values in (parts or {}).items() if values[rows[0]].isnan()]
         source = f", from {', '.join(blamed)}" if blamed else ""
         raise BadRewardError(
             f"rewards: found {float(rewards[rows[0]])} in row {rows[0]} ({len(rows)} of {len(rewards)} rows are not "

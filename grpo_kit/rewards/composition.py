@@ -2,13 +2,26 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
 
-from grpo_kit.rewards.protocol import CONTEXT, Reward, RewardError, as_column, context_of, failed_reward
+from grpo_kit.config.own_code import origin
+from grpo_kit.rewards.protocol import (
+    ABSTAINED,
+    COLUMNS,
+    Reward,
+    RewardContractError,
+    RewardError,
+    as_column,
+    call,
+    context_of,
+    failed_reward,
+    require_callable,
+)
 from grpo_kit.rewards.shaping import RunningMoments, Shaping, within_groups
 
 logger = logging.getLogger(__name__)
@@ -20,18 +33,21 @@ class Rewards:
     """Named rewards with weights, and monitors, which are scored and logged but never rewarded.
 
     Args:
-        parts: name → reward; any callable `(images, prompts, enhanced_prompts) -> (N,)`. One whose signature names
-            `group_ids` or `image_seeds` is handed those too.
+        parts: name → reward; any callable `(images, prompts, enhanced_prompts) -> (N,)`, handed what else its
+            signature names (see `protocol`).
         weights: name → weight in the total.
         monitors: name → reward, without weight.
         shaping: name → how a part is clipped, scaled and normalised before training weights it.
         combine: "sum_then_normalize" normalises the sum only, in the advantages; "normalize_then_sum" normalises every
             part within its group first, so that the weights alone decide its share (GDPO, arXiv 2601.05242).
-        on_error: where a part raises, or returns something else than N numbers: "raise" a `RewardError`, or "nan" for
-            all samples of that call. `failures` counts such calls; the first of each part is logged.
+        on_error: where a part raises: "raise" a `RewardError`, or "nan" for all samples of that call. `failures` counts
+            such calls; the first of each part is logged. A part that returns something else than N numbers raises in
+            either case, unless it has returned them before.
+        made_from: name → what `load_rewards` made of a config, and how it is recorded.
 
     Raises:
-        RewardError: a part without a weight, a name that is used twice, a shaping without a part.
+        RewardError: a part without a weight, a name that is used twice, a shaping without a part, a signature that
+            cannot take what a reward is given.
     """
 
     parts: Mapping[str, Reward]
@@ -42,12 +58,16 @@ class Rewards:
     on_error: str = "raise"
     failures: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
     running: dict[str, RunningMoments] = field(default_factory=dict, repr=False, compare=False)
+    made_from: Mapping[str, tuple[Reward, dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
+    sound: set[str] = field(default_factory=set, repr=False, compare=False)  # parts that returned what they must
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINATIONS:
             raise RewardError(f"combine: found {self.combine!r}, allowed: {', '.join(COMBINATIONS)}")
         if self.on_error not in ("raise", "nan"):
             raise RewardError(f"on_error: found {self.on_error!r}, allowed: raise, nan")
+        for name, reward in {**self.parts, **self.monitors}.items():
+            require_callable(name, reward)
         for name in self.parts:
             if name not in self.weights:
                 raise RewardError(f"weights: found {', '.join(self.weights) or 'none'}; the part {name!r} has none")
@@ -72,35 +92,42 @@ class Rewards:
         *,
         group_ids: torch.Tensor | None = None,
         image_seeds: torch.Tensor | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        references: Sequence[Any] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Each part and monitor, raw: {name: (N,) float64}, NaN where there is no image or the part could not score.
+        """Each part and monitor, raw: {name: (N,) float64}.
+
+        NaN where there is no image or the part could not score, infinity (`ABSTAINED`) where it answered None.
 
         Args:
             group_ids: (N,) integers, the prompt that a row belongs to, for rewards that ask for it.
             image_seeds: (N,) integers, the latent seed of the row's image, for rewards that ask for it.
+            metadata: N dicts, the further fields of the row's prompt; none by default.
+            references: N, the row's own pictures; None by default.
         """
         drawn = [i for i, image in enumerate(images) if image is not None]
-        columns = [[values[i] for i in drawn] for values in (images, prompts, enhanced_prompts)]
-        given = {
-            name: None if values is None else torch.as_tensor(values).cpu()[drawn]
-            for name, values in zip(CONTEXT, (group_ids, image_seeds), strict=True)
-        }
+        rows = (metadata or [{}] * len(images), references or [None] * len(images))
+        lists = zip((*COLUMNS, "metadata", "references"), (images, prompts, enhanced_prompts, *rows), strict=True)
+        batch: dict[str, Any] = {name: [values[i] for i in drawn] for name, values in lists}
+        for name, values in {"group_ids": group_ids, "image_seeds": image_seeds}.items():
+            batch[name] = None if values is None else torch.as_tensor(values).cpu()[drawn]
         scores = {}
         for name, reward in {**self.parts, **self.monitors}.items():
             scores[name] = torch.full((len(images),), torch.nan, dtype=torch.float64)
             if drawn:
-                scores[name][drawn] = self._column(name, reward, columns, given)
+                scores[name][drawn] = self._column(name, reward, batch)
         return scores
 
-    def _column(
-        self, name: str, reward: Reward, columns: list[list], given: Mapping[str, torch.Tensor | None]
-    ) -> torch.Tensor:
-        count = len(columns[0])
+    def _column(self, name: str, reward: Reward, batch: Mapping[str, Any]) -> torch.Tensor:
+        count = len(batch["images"])
         try:
-            return as_column(reward(*columns, **{key: given[key] for key in context_of(reward)}), count)
+            column = as_column(call(reward, batch), count)
+            self.sound.add(name)
+            return column
         except Exception as error:  # whatever a user's function raises; an interrupt passes through
             problem = failed_reward(name, error)
-            if self.on_error == "raise":
+            breaks_contract = isinstance(error, RewardContractError) and name not in self.sound
+            if self.on_error == "raise" or breaks_contract:
                 raise problem from error
             self.failures[name] += 1
             if self.failures[name] == 1:
@@ -108,7 +135,9 @@ class Rewards:
             return torch.full((count,), torch.nan, dtype=torch.float64)
 
     def total(self, scores: Mapping[str, torch.Tensor], *, in_groups: bool = True) -> torch.Tensor:
-        """(N,) weighted sum of the raw parts, for people and evaluation; NaN where any part is NaN.
+        """(N,) weighted sum of the raw parts, for people and evaluation; NaN where any part is NaN, or all abstained.
+
+        A part that abstained adds nothing to a row, as in TRL.
 
         Args:
             in_groups: whether the rows are groups of rewrites. Where they are not, as in an evaluation, the parts that
@@ -123,19 +152,30 @@ class Rewards:
                 f"reward_settings.weights: found {', '.join(self.parts)} alone, which compares the rewrites of a "
                 "group; evaluation has one rewrite a prompt. Weigh a reward beside it that scores an image by itself"
             )
-        return sum(self.weights[name] * scores[name] for name in kept)
+        total = sum(self.weights[name] * scores[name].where(scores[name] != ABSTAINED, 0.0) for name in kept)
+        return total.masked_fill(_where_all_abstained(scores, kept), torch.nan)
 
     def combined(self, scores: Mapping[str, torch.Tensor], group_ids: torch.Tensor) -> torch.Tensor:
         """(N,) what training uses: the parts shaped, then weighted and summed; NaN where any part is NaN.
 
         A sample with a NaN is left out of the statistics of all parts. Without shaping this is `total`, bit for bit.
+        Where a part abstained from some rows of a group, its mean over the others stands in for it, so that it neither
+        lifts nor lowers them: their advantage is that of the parts that answered.
         Running statistics are updated with these scores first, so call it once for each rollout.
         """
-        if not self.is_shaped:
+        abstained = {name: scores[name] == ABSTAINED for name in self.parts}
+        if not self.is_shaped and not any(rows.any() for rows in abstained.values()):
             return self.total(scores)
         unscored = torch.stack([scores[name].isnan() for name in self.parts]).any(dim=0)
-        kept = {name: scores[name].masked_fill(unscored, torch.nan) for name in self.parts}
-        return self.total({name: self._shaped(name, values, group_ids) for name, values in kept.items()})
+        kept = {name: scores[name].masked_fill(unscored | abstained[name], torch.nan) for name in self.parts}
+        if self.is_shaped:
+            kept = {name: self._shaped(name, values, group_ids) for name, values in kept.items()}
+        for name, rows in abstained.items():
+            for group in group_ids[rows].unique():
+                own = group_ids == group
+                kept[name][own & rows] = kept[name][own].nanmean().nan_to_num(0.0)
+        nothing = unscored | _where_all_abstained(scores, self.parts)
+        return self.total(kept).masked_fill(nothing, torch.nan)
 
     def _shaped(self, name: str, values: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
         shaping = self.shaping.get(name, Shaping())
@@ -146,6 +186,20 @@ class Rewards:
         if shaping.normalize == "group" or self.combine == "normalize_then_sum":
             values = within_groups(values, group_ids)
         return values
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """What decides these rewards, as a run writes it down: name → weight (None of a monitor), where it comes from.
+
+        One of a config has its name there as `reward`; a function of the user's own its name, its file and sha256.
+        """
+        found = {}
+        for name, reward in {**self.parts, **self.monitors}.items():
+            made, entry = self.made_from.get(name, (None, {}))
+            passed = origin(reward) if made is not reward else {}
+            if passed and self.is_shaped:  # of what a config names, these are settings
+                passed |= {"combine": self.combine, "shaping": asdict(self.shaping.get(name, Shaping()))}
+            found[name] = {"weight": self.weights.get(name) if name in self.parts else None, **(passed or entry)}
+        return found
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The running statistics: name of a part → (3,) float64, for the parts that are normalised so."""
@@ -184,3 +238,7 @@ class Rewards:
     def calculate_reward(self, image: Image.Image, prompt: str, enhanced_prompt: str | None = None) -> float:
         """The total of one image for one user's prompt."""
         return float(self([image], [prompt], None if enhanced_prompt is None else [enhanced_prompt])[0])
+
+
+def _where_all_abstained(scores: Mapping[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
+    return torch.stack([scores[name] == ABSTAINED for name in names]).all(dim=0)

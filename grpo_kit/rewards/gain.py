@@ -1,13 +1,24 @@
 """Gain: the reward of the rewrite's image less that of the raw prompt's image from the same latents."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
-from grpo_kit.rewards.protocol import Images, Reward, RewardError, Texts, as_column, context_of
+from grpo_kit.rewards.protocol import (
+    ABSTAINED,
+    COLUMNS,
+    Images,
+    Reward,
+    RewardError,
+    Texts,
+    as_answer,
+    as_column,
+    call,
+    context_of,
+)
 
 _KEPT_CALLS = 16
 
@@ -44,35 +55,43 @@ class Gain:
         self._kept: OrderedDict[tuple, torch.Tensor] = OrderedDict()
 
     def __call__(
-        self, images: Images, prompts: Texts, enhanced_prompts: Texts, image_seeds: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(N,) differences; `image_seeds` (N,) are the latent seeds of the images.
+        self,
+        images: Images,
+        prompts: Texts,
+        enhanced_prompts: Texts,
+        image_seeds: torch.Tensor | None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> torch.Tensor | list[float | None]:
+        """(N,) differences; `image_seeds` (N,) are the latent seeds of the images, `metadata` is for the inner reward.
 
         Raises:
             RewardError: no seeds, or an inner reward that does not return N numbers.
         """
         if image_seeds is None:
             raise RewardError("draws raw prompts with the images' seeds, and found no image_seeds. Pass them to score")
-        seeds = torch.as_tensor(image_seeds).tolist()
+        fields = metadata or [{}] * len(prompts)
+        rows = list(zip(images, prompts, enhanced_prompts, torch.as_tensor(image_seeds).tolist(), fields, strict=True))
         steps = getattr(self.generator, "num_inference_steps", None)  # fewer in training than in evaluation
-        key = (steps, *zip(prompts, seeds, strict=True))
+        key = (steps, *((prompt, seed, repr(known)) for _, prompt, _, seed, known in rows))
         if key not in self._kept:
-            self._kept[key] = self._raw_scores(prompts, seeds)
+            self._kept[key] = self._raw_scores(rows)
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT_CALLS:
             self._kept.popitem(last=False)
-        return self._score(images, prompts, enhanced_prompts, seeds) - self._kept[key]
+        own, raw = self._score(rows), self._kept[key]
+        return as_answer((own - raw).masked_fill((own == ABSTAINED) | (raw == ABSTAINED), ABSTAINED))
 
-    def _score(self, images: Images, prompts: Texts, enhanced_prompts: Texts, seeds: list[int]) -> torch.Tensor:
-        given = {"image_seeds": torch.tensor(seeds)} if context_of(self.reward) else {}
-        return as_column(self.reward(images, prompts, enhanced_prompts, **given), len(images))
+    def _score(self, rows: Sequence[tuple]) -> torch.Tensor:
+        images, prompts, enhanced_prompts, seeds, fields = map(list, zip(*rows, strict=True))
+        batch = dict(zip(COLUMNS, (images, prompts, enhanced_prompts), strict=True)) | {"group_ids": None}
+        batch |= {"image_seeds": torch.tensor(seeds), "metadata": fields, "references": [None] * len(rows)}
+        return as_column(call(self.reward, batch), len(rows))
 
-    def _raw_scores(self, prompts: Texts, seeds: list[int]) -> torch.Tensor:
+    def _raw_scores(self, rows: Sequence[tuple]) -> torch.Tensor:
         """(N,) inner rewards of the raw prompts' images, in float64."""
-        images = self.generator.generate_images(prompts, seeds)
-        drawn = [row for row, image in enumerate(images) if image is not None]
-        result = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
+        images = self.generator.generate_images([row[1] for row in rows], [row[3] for row in rows])
+        drawn = [place for place, image in enumerate(images) if image is not None]
+        result = torch.full((len(rows),), torch.nan, dtype=torch.float64)
         if drawn:
-            texts = [prompts[row] for row in drawn]
-            result[drawn] = self._score([images[row] for row in drawn], texts, texts, [seeds[row] for row in drawn])
+            result[drawn] = self._score([(images[row], rows[row][1], rows[row][1], *rows[row][3:]) for row in drawn])
         return result

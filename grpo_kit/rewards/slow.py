@@ -1,14 +1,14 @@
 """Slow rewards: a batch split among threads, and a limit on the time that a call takes."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from functools import wraps
 
 import torch
 
-from grpo_kit.rewards.protocol import Images, Reward, RewardError, Texts, as_column
+from grpo_kit.rewards.protocol import Reward, RewardError, as_answer, as_column, finished
 
 
 def in_threads(reward: Reward, workers: int) -> Reward:
@@ -25,18 +25,22 @@ def in_threads(reward: Reward, workers: int) -> Reward:
         raise RewardError(f"workers: found {workers}, allowed: at least 1")
 
     @wraps(reward, updated=())
-    def split(images: Images, prompts: Texts, enhanced_prompts: Texts, **context: torch.Tensor | None) -> torch.Tensor:
-        parts = list(_parts(len(images), workers, context))
-        calls = []
+    def split(*columns: Sequence, **named: Sequence | None) -> object:
+        def some(values: Sequence | None, rows: list[int]) -> object:
+            if values is None or isinstance(values, torch.Tensor):
+                return None if values is None else values[rows]
+            return [values[row] for row in rows]
+
+        count = len(next(values for values in (*columns, *named.values()) if values is not None))
+        parts, calls = list(_parts(count, workers, named)), []
         for rows in parts:
-            columns = [[column[row] for row in rows] for column in (images, prompts, enhanced_prompts)]
-            given = {name: None if values is None else values[rows] for name, values in context.items()}
-            calls.append(started(reward, *columns, **given))
+            given = {name: some(values, rows) for name, values in named.items()}
+            calls.append(started(_answer, reward, *(some(values, rows) for values in columns), **given))
         wait(calls)
-        result = torch.empty(len(images), dtype=torch.float64)
+        result = torch.empty(count, dtype=torch.float64)
         for rows, call in zip(parts, calls, strict=True):
             result[rows] = as_column(call.result(), len(rows))
-        return result
+        return as_answer(result)
 
     return split
 
@@ -54,8 +58,8 @@ def with_time_limit(reward: Reward, seconds: float) -> Reward:
         raise RewardError(f"seconds: found {seconds}, allowed: more than 0")
 
     @wraps(reward, updated=())
-    def limited(*columns: Sequence, **context: torch.Tensor | None) -> object:
-        call = started(reward, *columns, **context)
+    def limited(*columns: Sequence, **named: Sequence | None) -> object:
+        call = started(_answer, reward, *columns, **named)
         try:
             return call.result(seconds)
         except TimeoutError:
@@ -66,6 +70,10 @@ def with_time_limit(reward: Reward, seconds: float) -> Reward:
             ) from None
 
     return limited
+
+
+def _answer(reward: Reward, *columns: Sequence, **named: Sequence | None) -> object:
+    return finished(reward(*columns, **named))
 
 
 def started(function: Callable[..., object], *args: object, **options: object) -> Future:
@@ -91,7 +99,7 @@ def started(function: Callable[..., object], *args: object, **options: object) -
     return future
 
 
-def _parts(count: int, workers: int, context: dict[str, torch.Tensor | None]) -> Iterator[list[int]]:
+def _parts(count: int, workers: int, context: Mapping[str, Sequence | None]) -> Iterator[list[int]]:
     """Rows for each thread: slices of the batch, or whole groups where the reward takes `group_ids`."""
     if "group_ids" not in context:
         yield from (rows.tolist() for rows in torch.arange(count).chunk(workers))

@@ -21,6 +21,7 @@ from grpo_kit.config.hardware import computing_machine, library_versions
 from grpo_kit.runs.durable import flush, flush_tree, json_bytes, remove, replace, replace_file, without_nan
 from grpo_kit.runs.iterations import checkpoints_of, files_of_iterations, iteration_of
 from grpo_kit.runs.log_file import log_into
+from grpo_kit.runs.own_rewards import Entries, changed_rewards, is_own, lost_rewards, recorded_rewards
 from grpo_kit.runs.record import metrics_lines, read_json, read_metrics, read_validations
 
 if TYPE_CHECKING:
@@ -41,38 +42,61 @@ class RunError(KitError):
 class RunFolder:
     """The writer of one run's files, all of them inside `path`. A file is whole or not there; a commit flushes all."""
 
-    def __init__(self, path: Path, config: Config | None = None, contents: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Config | None = None,
+        contents: Mapping[str, str] | None = None,
+        rewards: Entries | None = None,
+    ) -> None:
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
-        self._config, self.contents = config, dict(contents or {})
+        self._config, self.contents, self._rewards = config, dict(contents or {}), rewards
         self._unflushed: set[Path] = set()  # files, and folders whose entries changed, since the last commit
 
     @classmethod
-    def open(cls, path: Path | str, config: Config, contents: Mapping[str, str] | None = None) -> RunFolder:
+    def open(
+        cls,
+        path: Path | str,
+        config: Config,
+        contents: Mapping[str, str] | None = None,
+        rewards: Entries | None = None,
+    ) -> RunFolder:
         """Create the folder, or find it again with the same settings (more iterations are fine).
 
         Args:
             contents: dotted key → digest of what decides the result and lies in files; see `config.contents`.
+            rewards: what decides them (`Rewards.record`); None is not compared, and not written.
 
         Raises:
-            RunError: it holds a run with other settings or contents, or cannot be written to.
+            RunError: it holds a run with other settings, contents or rewards, or cannot be written to.
         """
-        folder = cls(Path(path), config, contents)
+        folder = cls(Path(path), config, contents, rewards)
         with folder.file_errors(""):
             if not folder.path.is_dir():
                 folder.path.mkdir(parents=True, exist_ok=True)
                 flush(folder.path.parent)
-            folder._agrees_with(config)
+            folder.require_same(config)
         return folder
 
-    def _agrees_with(self, config: Config) -> None:
+    def require_same(self, config: Config) -> None:
+        """Refuse a config or rewards that are not the run's, where a run is here.
+
+        Raises:
+            RunError: one line on the first difference, and how to go on.
+        """
         if not (self.path / "config.json").is_file():
             return
+        rewards = recorded_rewards(self.path), self._rewards or {}
+        if difference := lost_rewards(*rewards):
+            raise RunError(f"run folder {self.path}: {difference}")
+        if difference := changed_rewards(*rewards):
+            raise RunError(f"run folder {self.path}: {difference}. {self._put_back()}")
         then = read_json(self.path / "config.json").get("contents", {})
         moved = [key for key, digest in self.contents.items() if then.get(key) == digest]  # the same, wherever it is
-        if difference := first_difference(load_config(self.path / "config.json").to_dict(), config.to_dict(), moved):
+        if difference := first_difference(load_config(self.path).to_dict(), self.decisive(config), moved):
             raise RunError(
                 f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
             )
@@ -91,10 +115,12 @@ class RunFolder:
         """
         for key, what in self._other_contents(contents).items():
             if key != HELD_OUT:
-                last = last_commit(self.path)
-                branch = f"in a branch: grpo-kit replay {self.path} --iteration {last} --branch"
-                advice = branch if last else "in a new folder"
-                raise RunError(f"run folder {self.path}: {what}. Put back what it was, or go on {advice}")
+                raise RunError(f"run folder {self.path}: {what}. {self._put_back()}")
+
+    def _put_back(self) -> str:
+        last = last_commit(self.path)
+        branch = f"in a branch: grpo-kit replay {self.path} --iteration {last} --branch"
+        return f"Put back what it was, or go on {branch if last else 'in a new folder'}"
 
     def _other_contents(self, contents: Mapping[str, str]) -> dict[str, str]:
         """Dotted key → a part of a sentence, for what is other by content than the run recorded."""
@@ -102,6 +128,14 @@ class RunFolder:
         differing = [key for key in contents if then.get(key, contents[key]) != contents[key]]
         text = "{}: other content than when the run began (found {:.24}, recorded {:.24})"
         return {key: text.format(key, contents[key], then[key]) for key in differing}
+
+    def decisive(self, config: Config) -> dict[str, dict]:
+        """A config's settings, without the names of rewards of the user's own, whose code is compared instead."""
+        settings = config.to_dict()
+        if is_own(self._rewards or {}) or is_own(recorded_rewards(self.path)):
+            for name in ("weights", "monitors", "options"):
+                del settings["reward_settings"][name]
+        return settings
 
     def hold(self, stack: contextlib.ExitStack) -> None:
         """Be the folder's only writer until the stack is closed: the config written, leftovers removed, the log open.
@@ -116,7 +150,7 @@ class RunFolder:
         other: dict[str, str] = {}
         with self.file_errors(""):
             if self._config is not None:
-                self._agrees_with(self._config)  # another process may have written it since
+                self.require_same(self._config)  # another process may have written it since
                 other = self._other_contents(self.contents)
                 self.write_config(self._config)
             self._tidy()
@@ -128,6 +162,7 @@ class RunFolder:
         """Write the settings; versions and machine, which decide on the last bits; digests of what lies in files."""
         made_by = {"versions": library_versions(), "machine": computing_machine(config.model_settings)}
         made_by |= {"contents": self.contents} if self.contents else {}
+        made_by |= {} if self._rewards is None else {"rewards": dict(self._rewards)}
         self.write_json("config.json", config.to_dict() | made_by)
 
     def require_free(self) -> None:

@@ -16,6 +16,7 @@ from grpo_kit.runs.durable import flush, flush_tree
 from grpo_kit.runs.durable import replace as replace_folder
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.iterations import files_of_iterations, iteration_of
+from grpo_kit.runs.own_rewards import Entries
 from grpo_kit.runs.record import BRANCH_FILE, Origin, metrics_lines
 from grpo_kit.training.loop import best_iteration, commit, make_optimizer
 from grpo_kit.training.restore import own_experiment, require_iteration, restore_after
@@ -65,7 +66,8 @@ def branch(
     best = best_iteration(kit, run)
     has_best = best is not None and best <= iteration and run.best.is_dir()
     origin = Origin(run.path.resolve().name, iteration, settings, has_best, differs)
-    _write(_with_settings(kit, config), optimizer, run, new, origin)
+    rewards = kit.rewards.record() if old.reward_settings == config.reward_settings else None
+    _write(_with_settings(kit, config), optimizer, run, new, origin, rewards)
     return origin
 
 
@@ -84,7 +86,9 @@ def changed_settings(old: Config, new: Config) -> dict[str, list]:
 def _without_folder(value: object) -> object:
     """A value in which no text is a path of this machine."""
     if isinstance(value, dict):
-        return {key: _without_folder(one) for key, one in value.items()}
+        return {_without_folder(key): _without_folder(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folder(one) for one in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
@@ -124,11 +128,22 @@ def _with_settings(kit: Experiment, config: Config) -> Experiment:
     return replace(kit, config=new)
 
 
-def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, new: Path, origin: Origin) -> None:
-    """Write the branch aside and rename it into place, so that a half-made one is never trained on."""
+def _write(
+    kit: Experiment,
+    optimizer: torch.optim.Optimizer,
+    run: RunFolder,
+    new: Path,
+    origin: Origin,
+    rewards: Entries | None,
+) -> None:
+    """Write the branch aside and rename it into place, so that a half-made one is never trained on.
+
+    Args:
+        rewards: what decides its rewards; None where the branch has other ones, which its first iteration writes down.
+    """
     aside = new.with_name(f".writing-{new.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    folder = RunFolder.open(aside, kit.config, kit.contents())
+    folder = RunFolder.open(aside, kit.config, kit.contents(), rewards)
     folder.write_config(kit.config)
     folder.metrics_file.write_bytes(b"".join(line + b"\n" for line in metrics_lines(run.path)[: origin.iteration]))
     for place in files_of_iterations(run.path):

@@ -22,6 +22,7 @@ from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.grpo.finite import NonFinite
 from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.models.card import save_with_card
+from grpo_kit.rewards.loading import reward_record, short_names
 from grpo_kit.rollout import Rollout, rollout_table, score_rows, with_encoded
 from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, decisive_settings
@@ -78,8 +79,9 @@ def train(
     logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
     _held_out(kit)
     require_sharable(kit.config, processes.count)
+    record = kit.rewards.record()
     settings, optimizer = kit.config.training_settings, make_optimizer(kit, kit.config)
-    folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config, kit.contents()))
+    folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config, kit.contents(), record))
     with ExitStack() as stack:
         processes.only_main(lambda: folder.hold(stack))  # as its writer, until the stack is closed
         tracker = processes.only_main(lambda: stack.enter_context(Tracker(kit.config, folder.path)))
@@ -135,7 +137,7 @@ def resume(
     Returns:
         Its iteration, None where nothing is committed yet.
     """
-    settings = decisive_settings(kit.config.to_dict())
+    settings = decisive_settings(folder.decisive(kit.config))
     compared = {name: value for name, value in settings.items() if name not in folder.contents}  # else by content
     checkpoint = load_latest(folder.checkpoints, compared)
     if checkpoint is None:
@@ -323,7 +325,8 @@ def _saving(kit: Experiment, iteration: int, processes: Processes) -> Callable[[
     """What writes the policy into the folder that it is given; weights that are spread are gathered here, by all."""
     weights = processes.full(kit.policy.trainable_state()) if processes.sharded else None
     count = len(kit.train_prompts)
-    return lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights, num_prompts=count)
+    known = {"num_prompts": count, "rewards": kit.rewards.record()}
+    return lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights, **known)
 
 
 def _validate(
@@ -367,7 +370,8 @@ def comparable(validations: list[dict]) -> list[dict]:
 
 def _held_out(kit: Experiment) -> str | None:
     """The monitor that this experiment is judged by; raises where the settings need one that is not there."""
-    held_out = held_out_score(kit.rewards.monitors, kit.config.evaluation_settings.held_out)
+    named = kit.config.evaluation_settings.held_out
+    held_out = held_out_score(kit.rewards.monitors, short_names(kit.config.reward_settings).get(named, named))
     if held_out is None and kit.config.training_settings.stop_on_divergence:
         raise KitError(
             "training_settings.stop_on_divergence: found true, but no score is held out. Add a second scorer to "
@@ -410,6 +414,6 @@ def start(config: Config, folder: Path) -> bool:
             print(f"run folder: {folder}", flush=True)
             RunFolder(folder).require_free()  # before the models are loaded
             if (folder / "config.json").is_file():
-                RunFolder(folder).require_contents(decisive_contents(config))
+                RunFolder(folder, None, decisive_contents(config), reward_record(config)).require_same(config)
         train(load_experiment(config), folder, processes=processes)
     return processes.is_main

@@ -1,6 +1,7 @@
 """The state of a run after any of its iterations, computed again from a checkpoint or from the run's start."""
 
 import copy
+import logging
 import math
 from pathlib import Path
 
@@ -13,14 +14,17 @@ from grpo_kit.config import KitError, load_config
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.grpo.logprobs import is_truncated
+from grpo_kit.rewards.loading import reward_record
 from grpo_kit.rollout import Rollout, Samples, picture_prompts, with_rewards
 from grpo_kit.runs.checkpoint import newest_checkpoint
 from grpo_kit.runs.folder import first_difference
+from grpo_kit.runs.own_rewards import changed_rewards, lost_rewards, recorded_rewards
 from grpo_kit.runs.record import metrics_lines, read_origin, refuse_branch_without_checkpoint
 from grpo_kit.training.difference import Comparison, compare_line
 from grpo_kit.training.loop import log_line, restore, run_iteration
 from grpo_kit.training.resampling import rollout_seed
 
+logger = logging.getLogger(__name__)
 # columns of a kept rollout that a step on it needs
 NEEDED = "group_id user_prompt category difficulty enhanced_prompt image_seed completion_ids old_logprobs".split()
 
@@ -33,9 +37,14 @@ def own_experiment(run_dir: Path, kit: Experiment | None) -> Experiment:
     """The run's experiment, loaded as its config says, or the one given, if it is the run's.
 
     Raises:
-        ReplayError: the one given has other settings.
+        ReplayError: the one given has other settings, or the rewards are not the run's.
     """
     config = load_config(run_dir)
+    there, here = recorded_rewards(run_dir), reward_record(config) if kit is None else kit.rewards.record()
+    if difference := lost_rewards(there, here):
+        raise ReplayError(f"run {run_dir}: {difference}")
+    if difference := changed_rewards(there, here):
+        logger.warning("run %s: %s", run_dir, difference)
     if kit is None:
         return load_experiment(config)
     if difference := first_difference(config.to_dict(), kit.config.to_dict()):

@@ -45,14 +45,17 @@ def hanging() -> Iterator[Reward]:
 
 WHOLE_CALL = {
     "raises": (_raises, r"KeyError: 'no such thing"),
-    "None": (lambda *columns: None, "found NoneType, 12 numbers are needed"),
+    "raises TypeError": (lambda *columns: columns + 1, "TypeError: can only concatenate tuple"),
+    "no server": (lambda *columns: open("/no/such/socket"), "FileNotFoundError"),
+}
+CONTRACT = {
+    "a tuple": (lambda *columns: ([1.0] * 12, {}), "found tuple, 12 numbers are needed"),
     "a string": (lambda *columns: "0.5", "found str, 12 numbers are needed"),
     "too few": (lambda *columns: [1.0] * 11, r"found shape \(11,\), needed \(12,\)"),
     "too many": (lambda *columns: torch.ones(13), r"found shape \(13,\), needed \(12,\)"),
     "a table": (lambda *columns: torch.ones(12, 2), r"found shape \(12, 2\)"),
     "complex": (lambda *columns: torch.ones(12, dtype=torch.complex64), "found complex numbers"),
     "huge integers": (lambda *columns: [10**400] * 12, "found list, 12 numbers are needed"),
-    "no function": ("words", "TypeError: 'str' object is not callable"),
 }
 ONE_SAMPLE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "infinite in float32": 1e39}
 
@@ -94,6 +97,24 @@ def test_call_that_fails_raises_one_line_or_leaves_all_samples_out(
         stats = _step(kit, own_policy, rollout, bad, on_bad_reward)
         assert stats.metrics["unscored"] == 12 and stats.updates == 0 and not stats.advantages.any()
     assert torch.equal(_weights(own_policy), before)  # nothing was learned from made-up numbers
+
+
+@pytest.mark.parametrize("fault", CONTRACT)
+@pytest.mark.parametrize("on_bad_reward", POLICIES)
+def test_first_call_that_returns_no_column_of_numbers_raises_whatever_the_settings_say(
+    kit: Experiment, own_policy: Policy, rollout: Rollout, fault: str, on_bad_reward: str
+):
+    bad, reason = CONTRACT[fault]
+    with pytest.raises(RewardError, match=rf"'bad': {reason}.* A reward is a function \(images") as error:
+        _step(kit, own_policy, rollout, bad, on_bad_reward)
+    assert "\n" not in str(error.value)
+
+
+def test_later_call_that_returns_another_number_of_values_is_a_call_that_fails(rollout: Rollout):
+    answers = iter([[0.5] * 12, [0.5] * 11, [0.5] * 12])
+    rewards = Rewards({"bad": lambda *columns: next(answers)}, {"bad": 1.0}, on_error="nan")
+    found = [rewards([row[0] for row in rollout.images], [""] * 12).isnan().all() for _ in range(3)]
+    assert found == [False, True, False] and rewards.failures == {"bad": 1}
 
 
 @pytest.mark.parametrize("on_bad_reward", POLICIES)
@@ -310,7 +331,7 @@ def test_threads_and_limits_ask_for_what_the_reward_asks_for(rollout: Rollout):
     assert torch.equal(given["seeds"], rollout.image_seeds[:, 0])
 
 
-@pytest.mark.parametrize("bad", [_raises, lambda images, *texts: None, lambda images, *texts: [1.0]])
+@pytest.mark.parametrize("bad", [_raises, lambda images, *texts: ([], {}), lambda images, *texts: [1.0]])
 def test_error_in_one_thread_is_the_rewards_error(rollout: Rollout, bad: Reward):
     rewards = Rewards({"bad": in_threads(bad, 3)}, {"bad": 1.0})
     with pytest.raises(RewardError, match=r"reward 'bad': (KeyError|found)") as error:
