@@ -378,7 +378,7 @@ def test_flipped_bit_is_found_and_named(weights: Path):
     content = bytearray(file.read_bytes())
     content[500] ^= 1
     file.write_bytes(content)
-    with pytest.raises(KitError, match=r"model\.safetensors: damaged: sha256 .* Restore it"):
+    with pytest.raises(KitError, match=r"model\.safetensors: damaged: sha256 .* Fetch or copy it again"):
         check.weights_text(str(weights))
 
 
@@ -411,7 +411,7 @@ def test_check_reports_each_problem_in_one_line_and_exits_with_1(
     assert _run("check", "--config", str(tmp_path / "c.json")) == 1
     lines = {line[9:22].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert lines["policy"].startswith("OK") and lines["python"].startswith("OK") and lines["kernel"].startswith("OK")
-    assert lines["generator"].startswith("PROBLEM") and "make models" in lines["generator"]
+    assert lines["generator"].startswith("PROBLEM") and "Fetch or copy it again" in lines["generator"]
     assert lines["train prompts"].startswith("PROBLEM") and "broken.jsonl:2: not JSON" in lines["train prompts"]
     assert "models load" not in lines  # nothing to load where files are missing
 

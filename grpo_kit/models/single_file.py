@@ -32,7 +32,7 @@ def load_single_file(
         own = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
         advice = (
             f"its configuration and tokenizers are those of {own!r}: fetch them once where there is network (hf "
-            f"download {own} --include '*.json' '*.txt' '*.model'), or set model_settings.generator_config to such a pipeline"
+            f"download {own} --include '*.json' '*.txt' '*.model'), or set generator_config to such a pipeline"
         )
         kind = getattr(diffusers, DiffusionPipeline.load_config(layout or own)["_class_name"])
         return kind.from_single_file(file, config=layout or own, dtype=dtype, **left_out)

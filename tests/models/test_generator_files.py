@@ -240,7 +240,7 @@ def test_one_file_takes_its_configuration_from_the_hubs_cache_or_says_what_to_fe
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
     with pytest.raises(KitError, match="hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include") as error:
         _load(file)
-    assert "or set model_settings.generator_config" in str(error.value) and "\n" not in str(error.value)
+    assert "or set generator_config" in str(error.value) and "\n" not in str(error.value)
     repository = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
     snapshot = repository / "snapshots" / ("0" * 40)
     shutil.copytree(plain, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
