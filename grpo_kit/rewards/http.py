@@ -20,8 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from grpo_kit.config import Count, Name, Whole, one_line, shown
 from grpo_kit.config.settings import Positive
-from grpo_kit.rewards.protocol import Images, RewardError, Texts
-from grpo_kit.rewards.slow import started
+from grpo_kit.rewards.protocol import Images, RewardContractError, RewardError, Texts, finished
 
 logger = logging.getLogger(__name__)
 _LONGEST_PAUSE, _LONGEST_ASKED = 30.0, 300.0  # seconds between two tries: by itself, and where the server asks for it
@@ -34,6 +33,10 @@ Url = Annotated[
     Field(pattern=r"^https?://[^\s/?#]+\S*$", json_schema_extra={"allowed": _URL}),
 ]
 Variable = Annotated[Name, Field(pattern=r"^[A-Za-z_]\w*$", json_schema_extra={"allowed": "an environment variable"})]
+
+
+class WrongAnswerError(RewardContractError):
+    """A server that refuses what it is sent, or answers something else than scores: it is mended, not waited for."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -88,9 +91,9 @@ class Service:
             read: an answer, the number of its rows → their scores; raises `RewardError("what is expected")`.
 
         Raises:
-            RewardError: no call went through.
+            RewardError: no call went through; `WrongAnswerError` where that is not for an outage.
         """
-        found = started(asyncio.run, self._answers(url, parts, body, read)).result()  # a notebook has a loop of its own
+        found = finished(self._answers(url, parts, body, read))
         failed = [one for one in found if isinstance(one, RewardError)]
         if failed and len(failed) == len(parts):
             raise failed[0]
@@ -115,7 +118,7 @@ class Service:
     async def _answer(self, client: httpx.AsyncClient, url: str, body: dict, read: Callable) -> list | RewardError:
         for number in itertools.count(1):
             again, pause = number <= self.retries, min(self.backoff * 2 ** (number - 1), _LONGEST_PAUSE)
-            pause *= _JITTER.uniform(0.5, 1)
+            pause, is_outage = pause * _JITTER.uniform(0.5, 1), True
             try:
                 async with asyncio.timeout(self.timeout):  # httpx's own limits begin again with every byte
                     answer = await client.post(url, json=body)
@@ -124,18 +127,20 @@ class Service:
                 if answer.is_success:
                     return read(answer.json())
                 problem += "status 200"
-                again = again and (answer.status_code == 429 or answer.status_code >= 500)
+                is_outage = answer.status_code == 429 or answer.status_code >= 500
+                again = again and is_outage
                 pause = max(pause, _asked_pause(answer.headers.get("retry-after", "0")))
             except TimeoutError:
                 problem = f"no answer within {self.timeout:g} s"
             except httpx.HTTPError as error:
                 problem = f"{type(error).__name__}: {one_line(error)}"
             except (ValueError, LookupError, TypeError, AttributeError) as error:
+                is_outage = False
                 problem += str(error) if isinstance(error, RewardError) else "JSON as in docs/rewards.md"
             problem = f"{url.partition('?')[0]}: {problem} (try {number} of {self.retries + 1})"
             self.failed_tries += 1
             if not again:
-                return RewardError(problem)
+                return RewardError(problem) if is_outage else WrongAnswerError(problem)
             level = logging.WARNING if self.failed_tries == 1 else logging.INFO
             logger.log(level, "%s; %d tries failed so far", problem, self.failed_tries)
             await asyncio.sleep(pause)

@@ -179,7 +179,7 @@ def as_answer(column: torch.Tensor) -> torch.Tensor | list[float | None]:
 
 def failed_reward(name: str, error: Exception) -> RewardError:
     """One line for a reward that failed: which, how, and in which line of code."""
-    if isinstance(error, RewardContractError):
+    if type(error) is RewardContractError:
         return RewardContractError(f"reward {name!r}: {error}. A reward is a function {WANTED}")
     if isinstance(error, RewardError):
         return RewardError(f"reward {name!r}: {error}")

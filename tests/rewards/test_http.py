@@ -222,13 +222,41 @@ def test_server_that_goes_away_is_one_line_after_the_tries_of_one_call():
     assert text.startswith(f"{server.url}/score: ConnectError") and "try 3 of 3" in text and scorer.failed_tries == 3
 
 
-def test_rewards_treat_it_as_on_bad_reward_says():
-    with serving(lambda asked: Raw(404)) as server:
-        scorer = HttpScorer(url=server.url)
-        with pytest.raises(RewardError, match=r"reward 'http': http://127.*found status 404"):
+def test_outage_is_treated_as_on_bad_reward_says():
+    with serving(lambda asked: Raw(503)) as server:
+        scorer = HttpScorer(url=server.url, retries=0)
+        with pytest.raises(RewardError, match=r"reward 'http': http://127.*found status 503"):
             Rewards({"http": scorer}, {"http": 1.0}).score(IMAGES, TEXTS, REWRITES)
         rewards = Rewards({"http": scorer}, {"http": 1.0}, on_error="nan")
         assert rewards.score(IMAGES, TEXTS, REWRITES)["http"].isnan().all() and rewards.failures["http"] == 1
+
+
+@pytest.mark.parametrize("wrong", [Raw(404), Raw(200, b"<html>"), {"scores": [1]}])
+def test_server_that_cannot_score_ends_the_run_at_once_and_one_that_could_does_not(wrong: object):
+    answers = itertools.chain([wrong, [1] * 5], itertools.repeat(wrong))
+    with serving(lambda asked: next(answers)) as server:
+        scorer = HttpScorer(url=server.url, retries=0)
+        rewards = Rewards({"http": scorer}, {"http": 1.0}, on_error="nan")
+        with pytest.raises(RewardError, match=r"reward 'http': http://127.*expected") as error:
+            rewards.score(IMAGES, TEXTS, REWRITES)
+        assert "a function" not in str(error.value)
+        assert rewards.score(IMAGES, TEXTS, REWRITES)["http"].eq(1).all()
+        assert rewards.score(IMAGES, TEXTS, REWRITES)["http"].isnan().all() and rewards.failures["http"] == 1
+
+
+def test_name_of_ones_own_gets_its_rows_fields_and_may_abstain(kit: Experiment):
+    fields = [{"place": row} for row in range(5)]
+
+    def answer(asked: dict) -> list:
+        return [None if row["place"] == 1 else row["place"] for row in asked["metadata"]]
+
+    with serving(answer) as server:
+        settings = {"weights": {"gold": 1.0, "places": 1.0}, "monitors": [], "threads": {"places": 2}}
+        settings |= {"options": {"places": {"url": server.url, "metadata": True}}, "timeout": {"places": 60}}
+        rewards = load_rewards(load_config(kit.config, {"reward_settings": settings}))
+        scores = rewards.score(IMAGES, TEXTS, REWRITES, metadata=fields)
+    assert scores["places"].tolist() == [0, float("inf"), 2, 3, 4]  # infinity: it abstained
+    assert rewards.total(scores)[1] == scores["gold"][1] and len(server.calls) == 2
 
 
 def test_local_server_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch):

@@ -141,6 +141,14 @@ def test_settings_reach_the_judge_and_its_address_is_recorded(kit: Experiment, f
     assert config.to_dict()["reward_settings"]["options"]["judge"] == options
 
 
+def test_judge_under_a_name_of_ones_own_is_the_judge(kit: Experiment, folder: Path):
+    settings = {"weights": {"is_it": 1.0}, "monitors": []}
+    settings["options"] = {"is_it": {"reward": "judge", "model": str(folder), "question": QUESTION}}
+    rewards = load_rewards(load_config(kit.config, {"reward_settings": settings}))
+    assert torch.equal(rewards(IMAGES, PLAIN), Judge(model=str(folder), question=QUESTION)(IMAGES, PLAIN, PLAIN))
+    assert rewards.record()["is_it"]["options"]["model"] == str(folder)
+
+
 def test_words_are_taken_where_a_server_has_no_logprobs(caplog: pytest.LogCaptureFixture):
     said = iter(["Yes.", "**No**, it is not: yes and no", "I cannot say", "Yes"])
 
