@@ -1,11 +1,12 @@
 """Do a policy's rewrites differ, or do they all end in the same words?"""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.spatial.distance import pdist
+
+from grpo_kit.rewards.words import phrase, words
 
 COMMON = 0.5  # an ending that this share of the rewrites has is what they converge to
 
@@ -31,7 +32,7 @@ def rewrite_diversity(prompts: Sequence[str], rewrites: Sequence[str]) -> dict[s
         raise ValueError(f"rewrites: found {len(rewrites)} of {len(prompts)} prompts, allowed: one each, at least one")
     added, endings = [], []
     for prompt, rewrite in zip(prompts, rewrites, strict=True):
-        known, written = set(words(prompt)), words(rewrite)
+        known, written = set(words(prompt, compounds=True)), words(rewrite, compounds=True)
         added.append(set(written) - known)
         last_known = max((place for place, word in enumerate(written) if word in known), default=-1)
         endings.append(written[last_known + 1 :])
@@ -40,14 +41,9 @@ def rewrite_diversity(prompts: Sequence[str], rewrites: Sequence[str]) -> dict[s
         "distinct": len(set(rewrites)) / len(rewrites),
         "added_words": float(np.mean([len(one) for one in added])),
         "added_distance": mean_jaccard_distance(added),
-        "suffix": " ".join(suffix),
+        "suffix": phrase(suffix),
         "suffix_share": share,
     }
-
-
-def words(text: str) -> list[str]:
-    """A text's words in order, without case and punctuation."""
-    return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
 
 
 def mean_jaccard_distance(sets: Sequence[set[str]]) -> float:

@@ -1,7 +1,6 @@
 """Rewards without a model: an image's sharpness, contrast and JPEG size; a rewrite's length and repetition."""
 
 import io
-import re
 
 import numpy as np
 from PIL import Image
@@ -9,6 +8,7 @@ from scipy import ndimage
 
 from grpo_kit.config import Count, Whole
 from grpo_kit.rewards.protocol import Images, RewardError, Texts
+from grpo_kit.rewards.words import words
 
 
 def sharpness(images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
@@ -61,8 +61,8 @@ class JpegSize:
 class Length:
     """A penalty for rewrites of more than `max_words` words: -min(1, excess / max_words), in [-1, 0].
 
-    0 up to the limit, -1 from twice the limit on. A word is a run of letters and digits, so a text in a script without
-    spaces counts as few.
+    0 up to the limit, -1 from twice the limit on. In a script without spaces, such as Chinese, each letter counts
+    (`rewards.words`), so the limit must be higher there.
 
     Raises:
         RewardError: a limit below 1.
@@ -75,8 +75,8 @@ class Length:
 
     def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
         """(N,) penalties of the rewrites."""
-        excess = [max(0, len(_words(text)) - self.max_words) for text in enhanced_prompts]
-        return [0 - min(1.0, words / self.max_words) for words in excess]
+        excess = [max(0, len(words(text)) - self.max_words) for text in enhanced_prompts]
+        return [0 - min(1.0, count / self.max_words) for count in excess]
 
 
 class Repetition:
@@ -96,12 +96,8 @@ class Repetition:
 
     def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
         """(N,) penalties of the rewrites."""
-        return [self._penalty(_words(text)) for text in enhanced_prompts]
+        return [self._penalty(words(text)) for text in enhanced_prompts]
 
-    def _penalty(self, words: list[str]) -> float:
-        runs = [tuple(words[start : start + self.size]) for start in range(len(words) - self.size + 1)]
+    def _penalty(self, written: list[str]) -> float:
+        runs = [tuple(written[start : start + self.size]) for start in range(len(written) - self.size + 1)]
         return len(set(runs)) / len(runs) - 1 if runs else 0.0
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_kit.evaluation.diversity import common_ending, mean_jaccard_distance, rewrite_diversity, words
+from grpo_kit.evaluation.diversity import common_ending, mean_jaccard_distance, rewrite_diversity
+from grpo_kit.rewards.words import words
 
 PROMPTS = ["a cat", "two red dogs", "the sea at night", "an old man"]
 SUFFIX = "highly detailed, 8k, masterpiece"
@@ -43,7 +44,14 @@ def test_what_the_user_said_is_no_suffix():
 
 
 def test_case_and_punctuation_make_no_difference():
-    assert words("Sharp, 8K; a cat's well-lit coat!") == ["sharp", "8k", "a", "cat's", "well-lit", "coat"]
+    assert words("Sharp, 8K; a cat's well-lit coat!", compounds=True) == [
+        "sharp",
+        "8k",
+        "a",
+        "cat's",
+        "well-lit",
+        "coat",
+    ]
     one, other = (rewrite_diversity(PROMPTS, [f"{p}{end}" for p in PROMPTS]) for end in (", Sharp.", " sharp"))
     assert one == other
 
