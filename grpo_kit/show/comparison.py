@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from grpo_kit.evaluation.pairs import VARIANTS
 from grpo_kit.evaluation.pools import (
     METRICS,
     Pool,
@@ -14,12 +15,12 @@ from grpo_kit.evaluation.pools import (
     setting_texts,
     value_text,
 )
+from grpo_kit.evaluation.table import VARIANT_NAMES, interval_text, metric_name, number_text
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.curves import seeds_figure
 from grpo_kit.show.intervals import interval_figure
 from grpo_kit.show.pages import figure_uri, write_page
-from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, Drawing, aligned, metric_name, number_text, plain_text
-from grpo_kit.show.summary import interval_text
+from grpo_kit.show.style import Drawing, aligned, plain_text
 
 Row = tuple[str, list[str]]
 

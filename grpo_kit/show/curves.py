@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.table import metric_name
 from grpo_kit.show import style
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -72,7 +73,7 @@ def curve_figure(
             words = dict(va="center", color=look["color"], annotation_clip=False)
             style.label(axes, style.plain_text(name, 40), (x[-1], y[-1]), (8, shift), **words)
         _scale(axes, sorted({float(v) for x, _ in curves.values() for v in x}), log_x, log_y)
-        axes.set(title=style.plain_text(style.metric_name(title), 60), xlabel=style.plain_text(xlabel))
+        axes.set(title=style.plain_text(metric_name(title), 60), xlabel=style.plain_text(xlabel))
         axes.margins(x=0.06, y=0.12)
     figure.axes[0].set_ylabel(style.plain_text(ylabel))
     return figure
@@ -131,7 +132,7 @@ def training_curves(
 def _draw_logged(axes: Axes, values: pd.Series, validations: Sequence[Mapping], name: str) -> None:
     """Draw one logged column and, where the validations have it too, what they found."""
     score = name.removeprefix("rewards/").removesuffix("/mean")
-    title, reading, validated = CURVES.get(name, (style.metric_name(score), "", score))
+    title, reading, validated = CURVES.get(name, (metric_name(score), "", score))
     smooth = _moving_average(values, len(values) // 8)
     draw_curve(axes, smooth.index, smooth, values, color=style.BLUE, marker="o" if len(values) == 1 else "")
     axes.set_title(title, pad=17)
@@ -178,7 +179,7 @@ def seeds_figure(curves: pd.DataFrame) -> style.Drawing:
     for axes, name in zip(style.panel_grid(figure, len(drawn)), drawn, strict=True):
         for setting in settings:
             _draw_setting(axes, curves[curves["setting"] == setting], name, looks[setting])
-        axes.set(title=style.metric_name(name), xlabel="iteration")
+        axes.set(title=metric_name(name), xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.margins(x=0.03)
     style.legend_above(figure, looks, columns=3 if len(drawn) > 2 else 2)

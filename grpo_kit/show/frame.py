@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from grpo_kit.show.style import BLUE, GREY, VERMILION, number_text
+from grpo_kit.evaluation.table import number_text
+from grpo_kit.show.style import BLUE, GREY, VERMILION
 
 FULL = 2.0  # the advantage from which a frame no longer grows
 DASHES = (0, (2.2, 0.9))

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import VARIANT_NAMES, format_metric, number_text
 from grpo_kit.runs.record import ImageKey
 from grpo_kit.show import style
 from grpo_kit.show.frame import frame_of
@@ -91,7 +93,7 @@ def group_figure(
     ):
         frame = frame_of(advantage)
         show_image(axes, image, *frame)
-        title = f"{style.format_metric('reward', reward)}   {style.number_text(advantage, '+.2f')}"
+        title = f"{format_metric('reward', reward)}   {number_text(advantage, '+.2f')}"
         axes.set_title(title, color=frame.colour if advantage else style.INK, fontsize=10.5, loc="center", pad=7)
         axes.set_xlabel(style.wrap(text, 27, 4), fontsize=8.5, labelpad=6)
     return figure
@@ -115,11 +117,11 @@ def gallery_figure(
     cases = [case for case in cases if case in table.index]
     if not cases:
         raise KitError("gallery_figure: found no row of these prompts and seeds. Choose from the evaluation's rows.")
-    variants = [v for v in style.VARIANTS if v in set(rows["variant"])]
+    variants = [v for v in VARIANTS if v in set(rows["variant"])]
     figure = style.new_figure(2.2 * len(variants), 0.5 + 2.7 * len(cases))
     panels = style.panel_grid(figure, len(cases) * len(variants), len(variants))
     for axes, variant in zip(panels, variants, strict=False):
-        axes.set_title(style.VARIANT_NAMES[variant], color=style.VARIANT_COLOURS[variant], fontsize=11.5, loc="center")
+        axes.set_title(VARIANT_NAMES[variant], color=style.VARIANT_COLOURS[variant], fontsize=11.5, loc="center")
     places = [(prompt_id, seed, variant) for prompt_id, seed in cases for variant in variants]
     for axes, (prompt_id, seed, variant) in zip(panels, places, strict=True):
         style.bare(axes)

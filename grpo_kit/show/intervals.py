@@ -6,6 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import SHARES, VARIANT_NAMES, format_metric, metric_name, number_text
 from grpo_kit.show import style
 
 Interval = Mapping[str, float]  # mean, low, high
@@ -38,8 +40,8 @@ def name_rows(axes: Axes, names: Sequence[str], width: int = 40, lines: int = 1,
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.1)
-    if metric in style.SHARES:
-        axes.xaxis.set_major_formatter(lambda value, _: style.number_text(100 * value, ".0f"))
+    if metric in SHARES:
+        axes.xaxis.set_major_formatter(lambda value, _: number_text(100 * value, ".0f"))
 
 
 @style.styled
@@ -71,7 +73,7 @@ def interval_figure(panels: Panels, zero_line: bool = False) -> style.Drawing:
         for shift, look, intervals in zip(shifts, looks, series.values(), strict=False):
             for y, row in enumerate(rows):
                 draw_interval(axes, y + shift, intervals.get(row), look["color"], look["marker"])
-        axes.set_title(style.plain_text(style.metric_name(title), 60))
+        axes.set_title(style.plain_text(metric_name(title), 60))
         name_rows(axes, rows)
     if named:
         style.legend_above(figure, named, len(named))
@@ -93,14 +95,14 @@ def comparison_plot(results: Mapping, metrics: Sequence[str] = ("reward", "gold"
     measured = [m for m in metrics if any(m in values for values in found.values())]
     if not measured:
         raise KitError(f"comparison_plot: found no results for {', '.join(metrics)}. Run the evaluation first.")
-    variants = [v for v in style.VARIANTS if v in found]
-    variants += [v for v in found if v not in style.VARIANTS]  # saved runs come last
+    variants = [v for v in VARIANTS if v in found]
+    variants += [v for v in found if v not in VARIANTS]  # saved runs come last
     pairs = list(results.get("differences", {}))
     figure = style.new_figure(5.4 * len(measured), 1.9 + 0.42 * (len(variants) + len(pairs)))
     heights = [len(variants) + 0.5, len(pairs) + 0.5] if pairs else [1]
     grid = figure.subplots(len(heights), len(measured), squeeze=False, height_ratios=heights, sharey="row")
     for column, metric in enumerate(measured):
-        grid[0][column].set_title(f"{style.metric_name(metric)}, mean over prompts")
+        grid[0][column].set_title(f"{metric_name(metric)}, mean over prompts")
         _draw_results(grid[0][column], {v: (v, found[v]) for v in variants}, metric)
         if pairs:
             grid[1][column].set_title("paired difference (0: no change)")
@@ -116,11 +118,11 @@ def _draw_results(
     """Draw a row for each variant or each pair: its name → the variant whose look it has, and its intervals."""
     for y, (variant, intervals) in enumerate(rows.values()):
         value = intervals.get(metric)
-        text = style.format_metric(metric, value["mean"], signed) if value else ""
+        text = format_metric(metric, value["mean"], signed) if value else ""
         draw_interval(
             axes, y, value, style.VARIANT_COLOURS.get(variant, style.INK), style.VARIANT_MARKERS.get(variant, "o"), text
         )
-    names = [name.replace("-", " − ") if signed else style.VARIANT_NAMES.get(name, name) for name in rows]
+    names = [name.replace("-", " − ") if signed else VARIANT_NAMES.get(name, name) for name in rows]
     name_rows(axes, names, metric=metric)
 
 
@@ -143,19 +145,19 @@ def category_plot(results: Mapping, metrics: Sequence[str] = ("reward", "gold"))
     for axes, metric in zip(style.panel_grid(figure, len(measured), sharey=True), measured, strict=True):
         for y, values in enumerate(categories.values()):
             _draw_category(axes, y, values, metric)
-        axes.set_title(style.metric_name(metric))
+        axes.set_title(metric_name(metric))
         name_rows(axes, list(categories), metric=metric)
-    present = [v for v in style.VARIANTS if any(v in values for values in categories.values())]
+    present = [v for v in VARIANTS if any(v in values for values in categories.values())]
     looks = {
         v: {"marker": style.VARIANT_MARKERS[v], "color": style.VARIANT_COLOURS[v], "linestyle": ""} for v in present
     }
-    style.legend_above(figure, {style.VARIANT_NAMES[v]: look for v, look in looks.items()}, 4)
+    style.legend_above(figure, {VARIANT_NAMES[v]: look for v, look in looks.items()}, 4)
     return figure
 
 
 def _draw_category(axes: Axes, y: int, values: Mapping, metric: str) -> None:
     """Draw one category: a line from raw to trained, a mark for each variant that was measured."""
-    points = {v: values[v][metric] for v in style.VARIANTS if values.get(v, {}).get(metric) is not None}
+    points = {v: values[v][metric] for v in VARIANTS if values.get(v, {}).get(metric) is not None}
     if "raw" in points and "trained" in points:
         axes.plot([points["raw"], points["trained"]], [y, y], color=style.BLUE, lw=2.6, alpha=0.35, zorder=1)
     for variant, x in points.items():

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from grpo_kit.config import KitError
-from grpo_kit.show.style import BLUE, FAINT, GREY, INK, PAPER, VERMILION, Drawing, bare, number_text, styled
+from grpo_kit.evaluation.table import number_text
+from grpo_kit.show.style import BLUE, FAINT, GREY, INK, PAPER, VERMILION, Drawing, bare, styled
 
 STAGES = {
     "prompts": "what the user asks for",

@@ -7,6 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import VARIANT_NAMES, format_metric, number_text, percent
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import summary
 from grpo_kit.show.curves import CURVES, training_curves
@@ -14,7 +16,7 @@ from grpo_kit.show.images import SMOOTH_FROM
 from grpo_kit.show.intervals import category_plot, comparison_plot
 from grpo_kit.show.loop import loop_figure
 from grpo_kit.show.pages import NotebookPage, figure_uri, image_uri, write_notebook_pages, write_page
-from grpo_kit.show.style import VARIANT_NAMES, VARIANTS, Drawing, format_metric, number_text, percent, score_text
+from grpo_kit.show.style import Drawing, score_text
 
 CASES, LOSSES = 8, 3
 

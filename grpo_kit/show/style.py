@@ -8,18 +8,21 @@ pyplot's registry: nothing leaks over a long session, and no backend has to be c
 import io
 import textwrap
 import unicodedata
-import warnings
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 
-from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import format_metric
+from grpo_kit.show.fonts import drawable, use_fonts
 
 STYLE = mpl.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
 INK, GREY, FAINT, PAPER = (STYLE[key] for key in ("text.color", "axes.edgecolor", "grid.color", "figure.facecolor"))
@@ -30,21 +33,8 @@ _SERIES = tuple(zip((BLUE, VERMILION, GREEN, PURPLE, ORANGE, INK), "oD^svP", str
 _LINES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MOST_SERIES = len(_SERIES) * len(_LINES)
 
-VARIANT_NAMES = dict(zip(VARIANTS, ("raw prompt", "initial policy", "trained policy", "oracle rewrite"), strict=True))
 VARIANT_COLOURS = {"raw": GREY, "initial": ORANGE, "trained": BLUE, "oracle": GREEN}
 VARIANT_MARKERS = {"raw": "o", "initial": "s", "trained": "D", "oracle": "^"}
-
-METRIC_NAMES = {
-    "gold": "gold check",
-    "kl": "KL from the initial policy",
-    "keeps_objects": "keeps the objects",
-    "clip_similarity": "CLIP similarity",
-    "gain": "gain over the raw prompt",
-    "consistency": "agrees with its rewrite",
-    "meaning_kept": "keeps the meaning",
-    "jpeg_size": "JPEG size",
-}
-SHARES = frozenset({"gold", "keeps_objects", "grammatical"})  # metrics in 0..1 that people read as per cent
 
 # Runs a drawing function under the kit's style; the caller's own matplotlib settings stay as they are.
 styled = mpl.rc_context(STYLE)
@@ -55,8 +45,14 @@ class Drawing(Figure):
 
     def savefig(self, fname: object, **kwargs: object) -> None:
         """Save as matplotlib does, under the kit's style (ticks are made as late as here)."""
-        with mpl.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing")  # it is drawn as a box
+        with mpl.rc_context(STYLE):
+            own = findfont(FontProperties())
+            for axis in (axis for axes in self.axes for axis in (axes.xaxis, axes.yaxis)):
+                names = [name.get_text() for name in axis.get_ticklabels()]
+                kept = [drawable(name, own) for name in names]
+                if kept != names:
+                    axis.set_ticks(axis.get_ticklocs(), labels=kept)
+            use_fonts(self.findobj(Text))
             super().savefig(fname, **kwargs)
 
     def to_png(self, dpi: int = 100) -> bytes:
@@ -129,9 +125,20 @@ def legend_above(figure: Drawing, looks: Mapping[str, Mapping[str, object]], col
 
 
 def plain_text(text: object, limit: int = 400) -> str:
-    """Return `text` as any font can lay it out: no control characters or lone surrogates, at most `limit` long."""
+    """Return `text` as any font can lay it out: no control characters, no half ones, at most `limit` cells wide."""
     clean = "".join(_printable(character) for character in str(text)[: limit + 1])
-    return clean if len(clean) <= limit else clean[: limit - 1].rstrip() + "…"
+    return clean if cells(clean) <= limit else _ended(clean, limit)
+
+
+def cells(text: str) -> int:
+    """Return how many columns of a terminal, or letters of a figure, a text takes: East Asian ones and emoji two."""
+    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
+def _ended(text: str, width: int) -> str:
+    """What of a text leaves a cell of `width` for the ellipsis."""
+    ends = accumulate(map(cells, text))
+    return text[: sum(end < width for end in ends)].rstrip() + "…"
 
 
 def _printable(character: str) -> str:
@@ -141,35 +148,12 @@ def _printable(character: str) -> str:
 
 
 def wrap(text: object, width: int, lines: int) -> str:
-    """Return `text` broken to `lines` lines of at most `width` characters, the rest cut with an ellipsis."""
-    parts = [textwrap.wrap(plain_text(line), width) or [""] for line in str(text).split("\n")]
-    broken = [line for part in parts for line in part]
+    """Return `text` broken to `lines` lines of at most `width` cells, the rest cut with an ellipsis."""
+    wide = ["".join(c + "\0" * (cells(c) - 1) for c in plain_text(line)) for line in str(text).split("\n")]
+    broken = [part.replace("\0", "") for line in wide for part in textwrap.wrap(line, width) or [""]]
     if len(broken) > lines:
-        broken = [*broken[: lines - 1], broken[lines - 1][: width - 1].rstrip() + "…"]
+        broken = [*broken[: lines - 1], _ended(broken[lines - 1], width)]
     return "\n".join(broken)
-
-
-def metric_name(metric: str) -> str:
-    """Return what people call a metric."""
-    return METRIC_NAMES.get(metric, metric.replace("_", " "))
-
-
-def number_text(value: float | None, form: str) -> str:
-    """Return a number in a format such as `+.2f`, with a true minus sign; a dash where there is none."""
-    return "–" if value is None or value != value else f"{value:{form}}".replace("-", "−")
-
-
-def percent(value: float | None) -> str:
-    """Return a share as whole per cent; a dash where there is none."""
-    return "–" if value is None or value != value else f"{number_text(100 * value, '.0f')} %"
-
-
-def format_metric(metric: str, value: float | None, signed: bool = False) -> str:
-    """Return a value as people read it: shares as per cent (differences as points), the rest with 3 digits."""
-    sign = "+" if signed else ""
-    if metric not in SHARES or value is None or value != value:
-        return number_text(value, f"{sign}.3f")
-    return number_text(100 * value, f"{sign}.1f") + ("" if signed else " %")
 
 
 def score_text(row: Mapping[str, float]) -> str:
@@ -182,5 +166,6 @@ def score_text(row: Mapping[str, float]) -> str:
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table of texts, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
+    padded = [[cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=True)] for row in table]
+    return ["  ".join(row).rstrip() for row in padded]

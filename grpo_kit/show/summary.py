@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import MAIN, SHARES, comparison_rows, format_metric, interval_text, metric_name, percent
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show import style
 from grpo_kit.show.intervals import Interval
 
 RISES, FALLS, UNCLEAR = "rises", "falls", "unclear"
-MAIN = ("reward", "gold")
 NO_BREAK = "\N{NO-BREAK SPACE}"
 Case = tuple[int, int]  # (prompt_id, seed)
 
@@ -75,7 +76,7 @@ def _reward_hacking_sentence(sentinel: Mapping) -> str:
     looks, held_out = sentinel.get("looks", 0), sentinel.get("held_out")
     if held_out is None or looks < 3:
         return ""
-    found = f"the reward rose while the score held out ({style.metric_name(held_out)}) fell"
+    found = f"the reward rose while the score held out ({metric_name(held_out)}) fell"
     if change := sentinel["divergence"]:
         return f"From iteration {change['since']} to {change['iteration']} {found}: the policy games its reward."
     return f"In none of {looks} validations did the sentinel find that {found}."
@@ -84,48 +85,13 @@ def _reward_hacking_sentence(sentinel: Mapping) -> str:
 def _change_sentence(variants: Mapping, change: Mapping, metric: str) -> str:
     if metric not in change:
         return ""
-    start, end = (style.format_metric(metric, variants[v][metric]["mean"]) for v in ("raw", "trained"))
+    start, end = (format_metric(metric, variants[v][metric]["mean"]) for v in ("raw", "trained"))
     name = {
         "reward": "The reward",
         "gold": "The gold check, a program that reads the image and that training never saw,",
     }
     difference = interval_text(metric, change[metric], signed=True)
     return f"{name[metric]} goes from {start} to {end}: {difference}{_unit(metric)}."
-
-
-def interval_text(metric: str, value: Interval | None, signed: bool = False) -> str:
-    """Return a mean with its interval: `0.673 [0.652, 0.694]`; shares as per cent."""
-    if value is None:
-        return "–"
-    low, high = (style.format_metric(metric, value[end], signed).removesuffix(" %") for end in ("low", "high"))
-    return f"{style.format_metric(metric, value['mean'], signed)} [{low}, {high}]"
-
-
-def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[str], str]]]:
-    """Return the comparison as a table: the metrics' names, then rows of (label, cells, kind).
-
-    The kind is `variant`, `difference` or `share`.
-    """
-    variants, changes = results.get("variants", {}), results.get("differences", {})
-    found = {metric for values in variants.values() for metric in values}
-    order = ["reward", "gold", "keeps_objects", "grammatical"]
-    metrics = [m for m in order if m in found] + sorted(found - set(order))
-    rows = []
-    for variant in [v for v in style.VARIANTS if v in variants] + [v for v in variants if v not in style.VARIANTS]:
-        cells = [interval_text(m, variants[variant].get(m)) for m in metrics]
-        rows.append((style.VARIANT_NAMES.get(variant, variant), cells, "variant"))
-    for pair, change in changes.items():
-        cells = [interval_text(m, change.get(m), signed=True) for m in metrics]
-        rows.append((pair.replace("-", " − "), cells, "difference"))
-    for key, label in (("gap_closed", "way from raw to oracle"), ("success_rate", "prompts better than raw")):
-        values = results.get(key, {})
-        if any(values.get(m) is not None for m in metrics):
-            rows.append((label, [style.percent(values.get(m)) for m in metrics], "share"))
-    wins = results.get("win_rate", {}).get("trained-raw", {})
-    if wins:
-        shares = [style.percent(wins[m]["mean"]) if m in wins and m in MAIN else "–" for m in metrics]
-        rows.append(("images better than raw", shares, "share"))
-    return [style.metric_name(m) for m in metrics], rows
 
 
 def comparison_table(final_results: Mapping) -> str:
@@ -137,7 +103,7 @@ def comparison_table(final_results: Mapping) -> str:
     names, rows = comparison_rows(final_results)
     if not rows:
         return "not evaluated yet"
-    confidence = style.percent(final_results.get("confidence", 0.95))
+    confidence = percent(final_results.get("confidence", 0.95))
     count, seeds = final_results.get("num_prompts", "?"), final_results.get("seeds_per_prompt", "?")
     title = f"{count} held-out prompts, {seeds} images each; mean [{confidence} interval over prompts]"
     blocks = [_text_block(names, rows, slice(start, start + 2)) for start in range(0, len(names), 2)]
@@ -157,17 +123,15 @@ def evaluation_notes(results: Mapping) -> list[str]:
     notes = []
     asked = results.get("paraphrases", {})
     changes = asked.get("from_originals", {}).get(policy, {})
-    texts = [
-        f"{style.metric_name(m)} {interval_text(m, changes[m], signed=True)}{_unit(m)}" for m in MAIN if m in changes
-    ]
+    texts = [f"{metric_name(m)} {interval_text(m, changes[m], signed=True)}{_unit(m)}" for m in MAIN if m in changes]
     if texts:
         same = f"The same {asked['num_prompts']} requests in other words change"
         notes.append(f"{same} the {policy} policy's {' and '.join(texts)}.")
     found = results.get("diversity", {}).get(policy)
     if found and found["suffix"]:
-        share, ending = style.percent(found["suffix_share"]), style.plain_text(found["suffix"], 60)
+        share, ending = percent(found["suffix_share"]), style.plain_text(found["suffix"], 60)
         end = f"{share} of the {policy} policy's rewrites end in “{ending}”"
-        notes.append(f"{end}; {style.percent(found['distinct'])} are distinct.")
+        notes.append(f"{end}; {percent(found['distinct'])} are distinct.")
     return [*notes, *filter(None, [detectable_note(results)])]
 
 
@@ -187,13 +151,13 @@ def detectable_note(results: Mapping) -> str:
         return ""
 
     def sizes(key: str) -> str:
-        return " and ".join(f"{style.format_metric(m, by_metric[m][key], True).lstrip('+')}{_unit(m)}" for m in metrics)
+        return " and ".join(f"{format_metric(m, by_metric[m][key], True).lstrip('+')}{_unit(m)}" for m in metrics)
 
-    names = " and ".join(style.metric_name(m) for m in metrics)
+    names = " and ".join(metric_name(m) for m in metrics)
     more = [("twice the prompts", "with_twice_the_prompts"), ("twice the images of each", "with_twice_the_seeds")]
     known = [f"{sizes(key)} with {text}" for text, key in more if by_metric[metrics[0]][key] is not None]
-    error = style.percent(1 - results.get("confidence", 0.95)).replace(" ", NO_BREAK)
-    chance = style.percent(found["power"]).replace(" ", NO_BREAK)
+    error = percent(1 - results.get("confidence", 0.95)).replace(" ", NO_BREAK)
+    chance = percent(found["power"]).replace(" ", NO_BREAK)
     return (
         f"A difference {pair.replace('-', ' − ')} in {names} is found with a chance of {chance} (two-sided "
         f"{error}) from {sizes('difference')} on; {'; '.join(known)}."
@@ -201,7 +165,7 @@ def detectable_note(results: Mapping) -> str:
 
 
 def _unit(metric: str) -> str:
-    return " points" if metric in style.SHARES else ""
+    return " points" if metric in SHARES else ""
 
 
 def _text_block(names: Sequence[str], rows: Sequence[tuple[str, list[str], str]], columns: slice) -> str:
@@ -241,13 +205,13 @@ def worst_cases(rows: pd.DataFrame, count: int, metric: str = "gold") -> list[Ca
 def category_rows(record: RunRecord, metrics: Sequence[str] = ("reward", "gold")) -> tuple[list[str], list[list[str]]]:
     """Return a table by category: the header, then per category its prompts and each metric of each variant."""
     categories = record.results.get("by_category", {})
-    present = [v for v in style.VARIANTS if any(v in values for values in categories.values())]
+    present = [v for v in VARIANTS if any(v in values for values in categories.values())]
     columns = [
         (m, v) for m in metrics for v in present if any(m in values.get(v, {}) for values in categories.values())
     ]
     counts = record.evaluation.groupby("category")["prompt_id"].nunique() if len(record.evaluation) else {}
     body = [
-        [name, str(counts.get(name, "–")), *(style.format_metric(m, values.get(v, {}).get(m)) for m, v in columns)]
+        [name, str(counts.get(name, "–")), *(format_metric(m, values.get(v, {}).get(m)) for m, v in columns)]
         for name, values in sorted(categories.items())
     ]
-    return ["category", "prompts", *(f"{style.metric_name(m)}: {v}" for m, v in columns)], body
+    return ["category", "prompts", *(f"{metric_name(m)}: {v}" for m, v in columns)], body

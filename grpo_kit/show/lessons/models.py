@@ -9,6 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.table import metric_name
 from grpo_kit.show import style
 from grpo_kit.show.curves import Curve
 from grpo_kit.show.intervals import name_rows
@@ -43,7 +44,7 @@ def seed_figure(table: pd.DataFrame, value: str = "reward", prompt: str = "user_
             values, [y] * len(values), ls="", marker="o", ms=4.5, color=style.BLUE, alpha=0.35, mec="none", zorder=2
         )
         axes.plot(mean, y, marker="|", ms=11, mew=2.6, color=style.INK, zorder=3)
-    axes.set_title(f"{style.metric_name(value)}: a dot a picture, a bar the prompt's mean")
+    axes.set_title(f"{metric_name(value)}: a dot a picture, a bar the prompt's mean")
     name_rows(axes, list(means.index), width=56)
     axes.tick_params(axis="y", labelsize=8.5)
     return figure

@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.table import metric_name, number_text
 from grpo_kit.show import style
 from grpo_kit.show.images import show_image
 from grpo_kit.show.intervals import draw_interval, name_rows
@@ -42,7 +43,7 @@ def vectors_figure(vectors: Mapping[str, Sequence[float]], anchor: str) -> style
     for name, unit in units.items():
         colour = style.INK if name == anchor else style.BLUE if unit @ units[anchor] > 0 else style.VERMILION
         axes.annotate("", unit, (0, 0), arrowprops=dict(arrowstyle="-|>", color=colour, lw=2.2, shrinkA=0, shrinkB=0))
-        cosine = "" if name == anchor else f"\ncosine {style.number_text(unit @ units[anchor], '+.2f')}"
+        cosine = "" if name == anchor else f"\ncosine {number_text(unit @ units[anchor], '+.2f')}"
         side = dict(ha="left" if unit[0] >= 0 else "right", va="bottom" if unit[1] >= 0 else "top")
         style.label(axes, style.plain_text(name, 60) + cosine, unit, 5 * unit, color=colour, **side)
     axes.set(xlim=(-2.4, 2.4), ylim=(-1.25, 1.35), aspect="equal")
@@ -75,7 +76,7 @@ def similarity_figure(
     axes = figure.add_subplot(grid[1, :])
     axes.imshow(table, cmap="Blues", vmin=table.min(), vmax=table.max() + 0.35 * np.ptp(table), aspect="auto")
     for (row, column), value in np.ndenumerate(table):
-        axes.text(column, row, style.number_text(value, ".2f"), ha="center", va="center", path_effects=style.HALO)
+        axes.text(column, row, number_text(value, ".2f"), ha="center", va="center", path_effects=style.HALO)
     for row, best in enumerate(table.argmax(axis=1)):
         axes.add_patch(Rectangle((best - 0.47, row - 0.44), 0.94, 0.88, fill=False, edgecolor=style.VERMILION, lw=2.2))
     style.bare(axes).set_yticks(range(len(texts)), [style.wrap(text, 34, 2) for text in texts])
@@ -106,7 +107,7 @@ def agreement_figure(proxy: Sequence[float], gold: Sequence[float], title: str =
         inside = pairs[(pairs[:, 0] >= low) & ((pairs[:, 0] < high) | (high == 1)), 1]
         if len(inside):
             axes.plot([low + 0.015, high - 0.015], [inside.mean()] * 2, color=style.INK, lw=2.2)
-            words = f"mean {style.number_text(inside.mean(), '.2f')}"
+            words = f"mean {number_text(inside.mean(), '.2f')}"
             style.label(axes, words, ((low + high) / 2, inside.mean()), (0, 4), ha="center")
     axes.set(xlabel="gold check: share of what was asked that the picture shows", ylabel="proxy reward")
     axes.set_title(style.plain_text(title))
@@ -126,7 +127,7 @@ def winners_figure(chosen: Mapping[str, Mapping[str, float]], random_choice: flo
     for y, value in enumerate(chosen.values()):
         better = value["low"] > random_choice
         look = {"color": style.BLUE, "marker": "o"} if better else {"color": style.VERMILION, "marker": "s"}
-        draw_interval(axes, y, value, **look, text=style.number_text(value["mean"], ".2f"))
+        draw_interval(axes, y, value, **look, text=number_text(value["mean"], ".2f"))
     axes.axvline(random_choice, color=style.GREY, lw=1.2, ls=style.DASHED)
     name_rows(axes, list(chosen))
     style.label(axes, "chosen blindly", (random_choice, len(chosen) - 0.45), (4, 2), va="bottom", color=style.GREY)
@@ -164,7 +165,7 @@ def audit_figure(audits: Audit | Sequence[Audit]) -> style.Drawing:
     for axes, (name, title, limits) in zip(style.panel_grid(figure, len(panels), sharey=True), panels, strict=True):
         _audit_panel(axes, table, name)
         axes.set_title(title, fontsize=8.5)
-        name_rows(axes, [style.metric_name(reward) for reward in table.index], width=30)
+        name_rows(axes, [metric_name(reward) for reward in table.index], width=30)
         axes.set(**({"xlim": limits} if limits else {}))
     return figure
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from grpo_kit.show.frame import Frame, frame_of
 from grpo_kit.show.images import SMOOTH_FROM
-from grpo_kit.show.style import FAINT, GREY, INK, Drawing, bare, plain_text, styled, wrap
+from grpo_kit.show.style import FAINT, GREY, INK, Drawing, bare, cells, plain_text, styled, wrap
 from grpo_kit.show.widgets.tokens import Token
 
 WIDTH = 11.4  # inches of a sheet, and below: of its head, a card's title, a line of text, a line of its note
@@ -117,18 +117,18 @@ def draw_tokens(axes: Axes, tokens: Sequence[Token], left: float, top: float, ch
     column, line = 0, 0
     for token in tokens:
         text = token.text[:characters]
-        if column + len(text) > characters:
+        if column + cells(text) > characters:
             column, line = 0, line + 1
             text = text.lstrip() or text
         if line == lines:
             axes.text(left + LETTER * characters, top + LINE * (lines - 0.5), "…", va="center", ha="right")
             return
         _draw_token(axes, token, text, left + LETTER * column, top + LINE * line)
-        column += len(text)
+        column += cells(text)
 
 
 def _draw_token(axes: Axes, token: Token, text: str, left: float, top: float) -> None:
-    width, edge = LETTER * len(text), INK if token.clipped else "none"
+    width, edge = LETTER * cells(text), INK if token.clipped else "none"
     if token.clipped or abs(token.tint) > 0.04:
         box = dict(facecolor=(token.colour, DEEPEST * abs(token.tint)), edgecolor=edge, linewidth=0.9)
         axes.add_patch(Rectangle((left, top + 0.02), width, LINE - 0.03, **box))

@@ -6,8 +6,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
+from grpo_kit.evaluation.table import format_metric
 from grpo_kit.show.frame import signed
-from grpo_kit.show.style import GREY, VERMILION, Drawing, format_metric, styled
+from grpo_kit.show.style import GREY, VERMILION, Drawing, styled
 from grpo_kit.show.widgets.cards import DEEPEST, GAP, WIDTH, Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import GroupBox, open_image, parts_text, range_text
 from grpo_kit.show.widgets.picture_box import button, on_change, row

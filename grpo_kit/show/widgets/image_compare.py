@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import VARIANT_NAMES, format_metric
 from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.style import VARIANT_COLOURS, VARIANT_NAMES, VARIANTS, Drawing, format_metric, plain_text, score_text
+from grpo_kit.show.style import VARIANT_COLOURS, Drawing, plain_text, score_text
 from grpo_kit.show.widgets.cards import Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import open_run
 from grpo_kit.show.widgets.picture_box import PictureBox, button, dropdown, on_change, row

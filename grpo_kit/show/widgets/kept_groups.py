@@ -8,8 +8,9 @@ import pandas as pd
 from PIL import Image
 
 from grpo_kit.config import KitError
+from grpo_kit.evaluation.table import format_metric, metric_name
 from grpo_kit.runs.record import RunRecord, read_run
-from grpo_kit.show.style import format_metric, metric_name, plain_text
+from grpo_kit.show.style import plain_text
 from grpo_kit.show.widgets.picture_box import PictureBox, dropdown, on_change
 
 

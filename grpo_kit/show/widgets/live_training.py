@@ -7,10 +7,11 @@ from pathlib import Path
 import ipywidgets
 from IPython.display import DisplayHandle
 
+from grpo_kit.evaluation.table import format_metric
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.curves import training_curves
 from grpo_kit.show.frame import signed
-from grpo_kit.show.style import GREY, Drawing, format_metric, new_figure, styled
+from grpo_kit.show.style import GREY, Drawing, new_figure, styled
 from grpo_kit.show.widgets.cards import Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import open_image, range_text
 from grpo_kit.show.widgets.picture_box import DPI, PictureBox, paragraphs

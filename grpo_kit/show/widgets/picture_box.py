@@ -19,8 +19,10 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
+from grpo_kit.show.fonts import use_fonts
 from grpo_kit.show.style import INK, PAPER, STYLE, Drawing, plain_text
 
 DPI = 150  # of a live picture: sharp on a projector; its twin has 100
@@ -46,6 +48,7 @@ class LiveFigure:
         self._canvas = FigureCanvasAgg(figure)
         figure.set_dpi(DPI)
         with mpl.rc_context(STYLE):
+            use_fonts(figure.findobj(Text))
             self._canvas.draw()
         self._frame = self._canvas.copy_from_bbox(figure.bbox)
 
@@ -58,6 +61,7 @@ class LiveFigure:
         with mpl.rc_context(STYLE):
             yield self.figure.axes
         drawn = [artist for axes in self.figure.axes for artist in axes.get_children() if artist not in staying]
+        use_fonts(artist for artist in drawn if isinstance(artist, Text))
         self._changing = sorted(drawn, key=lambda artist: artist.zorder)
 
     def to_png(self, dpi: int = 100) -> bytes:
