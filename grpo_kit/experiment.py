@@ -5,8 +5,10 @@ from pathlib import Path
 
 from grpo_kit.config import Config
 from grpo_kit.config.contents import decisive_contents
+from grpo_kit.config.display import Shown, table
 from grpo_kit.config.hardware import placement
 from grpo_kit.config.prompts import Prompt, load_prompts
+from grpo_kit.config.quiet import loading_quietly
 from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.models.adapters import base_and_adapter
 from grpo_kit.models.generator import Generator, load_generator
@@ -15,8 +17,8 @@ from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.loading import check_reward_settings, load_rewards
 
 
-@dataclass(frozen=True)
-class Experiment:
+@dataclass(frozen=True, repr=False)
+class Experiment(Shown):
     """A policy, a generator, rewards and prompts that belong together."""
 
     config: Config
@@ -25,6 +27,14 @@ class Experiment:
     rewards: Rewards
     train_prompts: list[Prompt]
     val_prompts: list[Prompt]
+
+    def _shown(self) -> dict[str, object]:
+        models = {"policy": type(self.policy.model).__name__, "generator": type(self.generator.pipeline).__name__}
+        prompts = {name: len(getattr(self, name)) for name in ("train_prompts", "val_prompts")}
+        return {"profile": self.config.profile, **models, "rewards": ", ".join(self.rewards.parts), **prompts}
+
+    def _repr_html_(self) -> str:
+        return table("Experiment", ((name, repr(getattr(self, name))) for name in self.__dataclass_fields__))
 
     @property
     def overlap(self) -> bool:
@@ -46,6 +56,7 @@ class Experiment:
         return replace(self, rewards=replace(rewards, on_error=on_error))
 
 
+@loading_quietly()
 def load_experiment(config: Config, trained: Path | str | None = None) -> Experiment:
     """Load models, rewards and prompts.
 

@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from grpo_kit.config.display import GROUPS, Shown, cell, group_table
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.grpo.advantages import group_spread
+from grpo_kit.grpo.advantages import group_advantages, group_spread
 from grpo_kit.models.decoding import stacked
 from grpo_kit.models.generator import Generator, Pair, even_batches
 from grpo_kit.models.policy import Policy, Scores
@@ -27,8 +28,8 @@ _UNWIND_SECONDS = 2.0  # that a call of the rewards has to end after an error or
 Pictures = list[list[Image.Image | None]]  # N x M; None where a picture came out unusable
 
 
-@dataclass(frozen=True, kw_only=True)
-class Samples:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Samples(Shown):
     """N = P·G rows, group-major: G rewrites of each of P prompts, what was drawn of them, each reward's scores."""
 
     prompts: list[Prompt]  # P
@@ -47,8 +48,13 @@ class Samples:
     encoded: EncodedPrompts | None = None  # the P prompts as the policy read them; None: to be encoded again
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, and what the rewards take beyond them
 
+    def _shown(self) -> dict[str, object]:
+        scores = ({"reward": self.rewards} if isinstance(self, Rollout) else {}) | self.reward_parts
+        shown = {"prompts": len(self.prompts), "rewrites": len(self.images)}
+        return shown | {name: float(values.nanmean()) for name, values in scores.items()}
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Rollout(Samples):
     """Samples with the rewards that training uses: all that is needed to compute the step on them."""
 
@@ -77,6 +83,15 @@ class Rollout(Samples):
             if abstained := int((values == ABSTAINED).sum()):
                 found[f"rewards/{name}/abstained"] = float(abstained)
         return found
+
+    def _repr_html_(self) -> str:
+        parts, groups = [], self.group_ids.unique()
+        for group in groups[:GROUPS]:
+            at = (self.group_ids == group).nonzero().flatten()
+            rewards = self.rewards[at].nan_to_num(torch.nan, torch.nan, torch.nan)  # infinite ones are none
+            some = [(self.images[row][0], self.enhanced_prompts[row]) for row in at]
+            parts.append(group_table(self.prompts[group].user_prompt, some, rewards, group_advantages(rewards, 0 * at)))
+        return f"{cell(self)}{''.join(parts)}<div>{len(groups):,} groups, {len(parts)} shown</div>"
 
 
 class SampleOptions(TypedDict, total=False):

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_kit.config.errors import ConfigError, KitError, nearest, shown
 from grpo_kit.config.paths import MODEL_PATHS, PROJECT_ROOT, PROMPT_PATHS, resolve_paths, working_folder
-from grpo_kit.config.settings import PROFILE_FOLDER, PROFILES, Config, TrainingSettings
+from grpo_kit.config.settings import PROFILES, Config, TrainingSettings, merged, profile_settings
 from grpo_kit.config.strict_json import strict_json
 from grpo_kit.config.strict_yaml import SUFFIXES, line_of, strict_yaml
 from grpo_kit.config.validation import forms_of, validated
@@ -40,7 +40,7 @@ def load_config(
     elif isinstance(name_or_path, Mapping):
         data = _complete(name_or_path)
     elif str(name_or_path) in PROFILES:
-        data = _profile(str(name_or_path))
+        data = profile_settings(str(name_or_path))
     else:
         path = _config_file(name_or_path)
         data = _complete(_read(path), f" (in {path})")
@@ -115,14 +115,6 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _profile(name: str) -> dict[str, Any]:
-    """A profile's settings, with those of the profile that it builds on."""
-    data = json.loads((PROFILE_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    resolve_paths(data, [PROJECT_ROOT])
-    below = _profile(data["profile"]) if "profile" in data else {}
-    return _merged(below, data) | {"profile": name}
-
-
 def _complete(given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
     """Fill what a user's settings leave out from the profile that they build on."""
     data = {key: value for key, value in given.items() if key not in RECORDS}
@@ -134,16 +126,7 @@ def _complete(given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
     if name not in PROFILES:
         hint = nearest(str(name), PROFILES)
         raise ConfigError(f"profile: found {shown(name)}{hint}; allowed: {', '.join(PROFILES)}{source}")
-    return _merged(_profile(name), data) | {"profile": name}
-
-
-def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key; a value inside a section, a dict too, replaces the one below it."""
-    result = dict(base)
-    for key, value in changes.items():
-        below = base.get(key)
-        result[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return result
+    return merged(profile_settings(name), data) | {"profile": name}
 
 
 def _override(data: dict[str, Any], key: str, value: object) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_kit.config.display import LINE, Shown, cut, line, table
 from grpo_kit.config.errors import ConfigError, one_line, shown
 from grpo_kit.config.prompt_files import MAX_LINE_BYTES as MAX_LINE_BYTES
 from grpo_kit.config.prompt_files import read_records
@@ -18,19 +19,45 @@ from grpo_kit.config.seeds import derive_seed
 if TYPE_CHECKING:
     import numpy as np
 
+_SHOWN = 10  # prompts of a list in a notebook
 TEXTS = ("user_prompt", "category", "difficulty")
 _FORMS = "a JSONL, JSON, CSV or parquet file, or a folder of `datasets`"
 _ONE_BY_ONE = 2048  # of a longer list many swaps are found together
 
 
-@dataclass(frozen=True)
-class Prompt:
+@dataclass(frozen=True, repr=False)
+class Prompt(Shown):
     """What a user asks for, and where it belongs."""
 
     user_prompt: str
     category: str = "basic"
     difficulty: str = "medium"
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __repr__(self) -> str:
+        parts = [f"{name}={getattr(self, name)!r}" for name in TEXTS]
+        whole = f"Prompt({', '.join(parts)}, metadata={self.metadata!r})"
+        most = (90, 35, 35)  # characters of each, where it would be too long
+        cutting = ", ".join(cut(part, limit) for part, limit in zip(parts, most, strict=True))
+        return whole if len(whole) <= LINE else f"Prompt({cutting}, {len(self.metadata)} metadata)"
+
+
+class Prompts(list[Prompt]):
+    """A list of prompts that shows itself by its size and its first ones."""
+
+    def __getitem__(self, place: Any) -> Any:
+        """One of them, or some of them as such a list again."""
+        found = super().__getitem__(place)
+        return Prompts(found) if isinstance(place, slice) else found
+
+    def __repr__(self) -> str:
+        first = {"first": f"{self[0].user_prompt[:LINE]!r}"} if self else {}
+        return line("Prompts", {"count": len(self), "categories": len({one.category for one in self}), **first})
+
+    def _repr_html_(self) -> str:
+        rows = [(one.user_prompt, one.category, one.difficulty, one.metadata or "") for one in self[:_SHOWN]]
+        left = f"and {len(self) - _SHOWN:,} more" if len(self) > _SHOWN else ""
+        return table(f"{len(self):,} prompts", rows, (*TEXTS, "metadata"), left)
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
@@ -51,7 +78,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         raise ConfigError(f"{path}: cannot be read: {why}. Name {_FORMS}") from None
     if not prompts:
         raise ConfigError(f'{path}: empty, allowed: one JSON object a line, such as {{"user_prompt": "a cat"}}')
-    return prompts
+    return Prompts(prompts)
 
 
 def _prompt(record: object, where: str) -> Prompt:

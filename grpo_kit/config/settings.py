@@ -2,16 +2,35 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from grpo_kit.config.display import line, table
 from grpo_kit.config.errors import nearest, shown
-from grpo_kit.config.paths import change_paths, inside_project
+from grpo_kit.config.paths import PROJECT_ROOT, change_paths, inside_project, resolve_paths
 
 PROFILE_FOLDER = Path(__file__).resolve().parent / "profiles"
 PROFILES = tuple(sorted(path.stem for path in PROFILE_FOLDER.glob("*.json")))
+
+
+def profile_settings(name: str) -> dict[str, Any]:
+    """A profile's settings, with those of the profile that it builds on."""
+    data = json.loads((PROFILE_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    resolve_paths(data, [PROJECT_ROOT])
+    below = profile_settings(data["profile"]) if "profile" in data else {}
+    return merged(below, data) | {"profile": name}
+
+
+def merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; a value inside a section, a dict too, replaces the one below it."""
+    result = dict(base)
+    for key, value in changes.items():
+        below = base.get(key)
+        result[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return result
 
 
 def _not_a_bool(value: object) -> object:
@@ -44,6 +63,15 @@ class Section(BaseModel):
     """What all sections share: unknown keys are errors, values never change, numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def __repr__(self) -> str:
+        return line(type(self).__name__, dict(self))
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        fields = type(self).model_fields
+        return table(type(self).__name__, ((name, value, fields[name].description or "") for name, value in self))
 
 
 class LoraSettings(Section):
@@ -321,6 +349,27 @@ class Config(Section):
                 "moves the text encoders in turn, too; set one of the two"
             )
         return self
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """The settings that differ from the profile's: dotted key → (here, in the profile)."""
+        base = Config.model_validate(profile_settings(self.profile))
+        pairs = [(name, key) for name, section in self if name != "profile" for key, _ in section]
+        found = {f"{n}.{key}": tuple(getattr(getattr(one, n), key) for one in (self, base)) for n, key in pairs}
+        return {key: both for key, both in found.items() if both[0] != both[1]}
+
+    def __repr__(self) -> str:
+        changed = {key.split(".", 1)[-1]: own for key, (own, _) in self.changes().items()}
+        return line("Config", {"profile": self.profile, **changed})
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        rows = [(key, *values) for key, values in self.changes().items()]
+        note = "" if rows else f"as the profile {self.profile}"
+        header = ("setting", "here", f"in {self.profile}") if rows else ()
+        whole = "".join(section._repr_html_() for name, section in self if name != "profile")
+        changed = table(f"Config: {self.profile}", rows, header, note)
+        return f"{changed}<details><summary>all settings</summary>{whole}</details>"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values, with paths inside the project relative to it, so that they can move."""

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import stats
 
 from grpo_kit.config import KitError
+from grpo_kit.config.display import Shown
 from grpo_kit.evaluation.intervals import Interval, bootstrap_interval, percentile_interval
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.protocol import ABSTAINED, Reward
@@ -19,8 +20,8 @@ IDLE_WORDS = ("masterpiece", "beautiful")  # praise: says nothing of what a pict
 _EDGE = 0.01  # of its range: so near to its extreme a score counts as being there
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, repr=False)
+class Audit(Shown):
     """Some rewards, audited on the same samples; `show.audit_figure` draws it.
 
     Args:

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from grpo_kit.config import Config, KitError, load_config
+from grpo_kit.config.display import Shown, line, table
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.conclusions import summarize
 from grpo_kit.evaluation.pairs import VARIANTS
 from grpo_kit.evaluation.pools import pool_evaluations, pool_runs, read_runs
+from grpo_kit.evaluation.table import comparison_rows, percent
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.card import add_results
 from grpo_kit.models.policy import load_policy
@@ -32,6 +34,7 @@ from grpo_kit.runs.record import ImageKey
 from grpo_kit.shapeworld.captions import paraphrase
 
 logger = logging.getLogger(__name__)
+_SHOWN_METRICS = 8  # of an evaluation in a notebook
 
 
 class Request(NamedTuple):
@@ -42,8 +45,8 @@ class Request(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True)
-class EvalResult:
+@dataclass(frozen=True, repr=False)
+class EvalResult(Shown):
     """A tidy row for every (prompt, variant, seed), what was concluded from them, and the pictures.
 
     `paraphrases` has the rows of the reworded prompts, with the column `paraphrase`; empty where there are none.
@@ -53,6 +56,17 @@ class EvalResult:
     results: dict
     images: Mapping[ImageKey, Image.Image]
     paraphrases: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def _shown(self) -> dict[str, object]:
+        rewards = {name: found["reward"]["mean"] for name, found in self.results.get("variants", {}).items()}
+        return {"prompts": self.results.get("num_prompts"), "rows": len(self.rows), "reward": rewards}
+
+    def _repr_html_(self) -> str:
+        names, rows = comparison_rows(self.results)
+        left = f"; {len(names) - _SHOWN_METRICS} metrics more in .results" if len(names) > _SHOWN_METRICS else ""
+        note = f"means with intervals ({percent(self.results.get('confidence'))}) over prompts{left}"
+        shown = [(label, *cells[:_SHOWN_METRICS]) for label, cells, _ in rows]
+        return table(line("EvalResult", self._shown()), shown, ["", *names[:_SHOWN_METRICS]], note)
 
 
 def evaluate(

@@ -16,13 +16,14 @@ import pandas as pd
 from scipy import integrate, stats
 
 from grpo_kit.config import KitError
+from grpo_kit.config.display import Shown
 from grpo_kit.evaluation.intervals import Interval, percentile_interval
 
 PARTS = ("rewrite", "seed", "rest")
 
 
-@dataclass(frozen=True)
-class VarianceSplit:
+@dataclass(frozen=True, repr=False)
+class VarianceSplit(Shown):
     """The variance of rewards within a prompt, in its three parts.
 
     Args:
@@ -126,8 +127,8 @@ def _variances_and_shares(variances: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(names, [*variances, *shares], strict=True))
 
 
-@dataclass(frozen=True)
-class Advice:
+@dataclass(frozen=True, repr=False)
+class Advice(Shown):
     """What to do with a number of images an iteration, and what the other choices are worth (see `advise`)."""
 
     prompts: int

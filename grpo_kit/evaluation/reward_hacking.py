@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import special
 
 from grpo_kit.config import KitError
+from grpo_kit.config.display import Shown
 from grpo_kit.evaluation.intervals import Interval, t_interval
 
 ALPHA = 0.05  # of the runs have a false report, at most
@@ -63,8 +64,8 @@ class Caution:
         return f"iteration {self.iteration}: {self.text}"
 
 
-@dataclass(frozen=True)
-class RewardHackingReport:
+@dataclass(frozen=True, repr=False)
+class RewardHackingReport(Shown):
     """What a run's validations show so far."""
 
     held_out: str | None  # the score that the reward is compared with

@@ -17,6 +17,10 @@ class LossOutput:
     loss: torch.Tensor
     metrics: dict[str, float]
 
+    def __repr__(self) -> str:
+        parts = (f"{name}={value:.4g}" for name, value in {"loss": self.loss.item(), **self.metrics}.items())
+        return f"LossOutput({', '.join(parts)}"[:199] + ")"
+
 
 def token_weights(
     mask: torch.Tensor,

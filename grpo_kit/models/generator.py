@@ -18,8 +18,10 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from grpo_kit.config import Config, ConfigError
+from grpo_kit.config.display import Shown
 from grpo_kit.config.hardware import choose_dtype, placement
 from grpo_kit.config.hub import ModelError
+from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import computes_best_alone, fitting_threads
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
 from grpo_kit.models.pipeline import load_pipeline, place, save_memory, size_multiple, use_scheduler
@@ -32,7 +34,7 @@ _SMALLEST_CONTRAST = 2 / 255  # an image whose lightest and darkest values diffe
 Pair = tuple[str, int]  # a text and a seed, which fix a picture
 
 
-class Generator:
+class Generator(Shown):
     """A frozen pipeline with its sampling settings.
 
     Args:
@@ -79,6 +81,10 @@ class Generator:
         if has_separate_encoding(pipeline):
             self._texts = TextEmbeddings(pipeline, max_sequence_length, text_device, negative_prompt)
         _check_arguments(self)
+
+    def _shown(self) -> dict[str, object]:
+        settings = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+        return {"pipeline": type(self.pipeline).__name__, **settings, "device": self.pipeline.device}
 
     @cached_property
     def batch_size(self) -> int:
@@ -173,6 +179,7 @@ class Generator:
         twin.pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
         return twin
 
+    @quiet_libraries()
     def _draw(self, pairs: list[Pair]) -> list[Image.Image | None]:
         """One call of the pipeline; each image's noise comes from its own seed, on the CPU: the same on all devices."""
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]

@@ -11,12 +11,14 @@ from transformers.utils import cached_file
 
 from grpo_kit.config import ConfigError, LoraSettings
 from grpo_kit.config.hub import ModelError, load_failure, require_weights
+from grpo_kit.config.quiet import loading_quietly
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.models.adapters import load_adapter
 
 _LINEAR = (torch.nn.Linear, Conv1D)  # GPT-2's linear layers are Conv1D
 
 
+@loading_quietly()
 def load_language_model(
     name: str,
     dtype: torch.dtype,
@@ -34,7 +36,6 @@ def load_language_model(
     """
     quantised = eight_bits("base_8bit") if base_8bit else {}
     options = {"trust_remote_code": trust_remote_code}
-    transformers.logging.disable_progress_bar()
     try:
         kind = transformers.AutoConfig.from_pretrained(name, **options).model_type
         if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:

@@ -11,13 +11,12 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, FluxPipeline, LCMScheduler, SanaPipeline, TCDScheduler
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel, T5EncoderModel
-from transformers import logging as transformers_logging
 
 from grpo_kit.config import ConfigError, ModelSettings
 from grpo_kit.config.hub import load_failure, require_weights
+from grpo_kit.config.quiet import loading_quietly
 from grpo_kit.models.loading import eight_bits
 from grpo_kit.models.single_file import load_single_file
 
@@ -30,6 +29,7 @@ _FEW_STEPS = {"LCMScheduler": LCMScheduler, "TCDScheduler": TCDScheduler}  # no 
 _OWN_NOISE = {"DPMSolverSDEScheduler"}  # it has a random stream of its own: a seed would not fix the picture
 
 
+@loading_quietly()
 def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline of `sd_model`, a folder or hub id, on the CPU, without the parts that the settings leave out.
 
@@ -38,9 +38,6 @@ def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipel
         ConfigError: `t5_8bit` without a T5, or without torchao.
     """
     t5_options = eight_bits("t5_8bit") if settings.t5_8bit else {}
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()  # they warn of every cut prompt; the generator counts them instead
     name, left_out = settings.sd_model, {}
     if settings.drop_t5:
         left_out |= {"text_encoder_3": None, "tokenizer_3": None}

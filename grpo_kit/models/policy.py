@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from grpo_kit.config import Config
+from grpo_kit.config.display import Shown
 from grpo_kit.config.hardware import choose_device, choose_dtype
 from grpo_kit.config.hub import ModelError
+from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.logprobs import completion_mask, is_truncated, logprobs_and_entropy
 from grpo_kit.models.adapters import base_and_adapter, frozen_copy, load_adapter, merged
@@ -58,8 +60,8 @@ class EnhancedPrompt(str):
         return prompt
 
 
-@dataclass(frozen=True)
-class Completions:
+@dataclass(frozen=True, repr=False)
+class Completions(Shown):
     """What G samples for each of P prompts came out as, N = P·G rows, group-major."""
 
     ids: torch.Tensor  # (N, T) int64
@@ -70,15 +72,15 @@ class Completions:
     unmatched: torch.Tensor | None = None  # (N,) bool: no prompt was found in it; None where all of it is the prompt
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, repr=False)
+class Scores(Shown):
     """Log-probabilities (N, T) of given ids, with gradient where it is enabled, and the entropy (N, T) beside them."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
 
 
-class Policy(PromptFormat, torch.nn.Module):
+class Policy(Shown, PromptFormat, torch.nn.Module):
     """A model with its processor, its instruction and its reference; as a module its forward pass is `score`.
 
     Args:
@@ -136,6 +138,12 @@ class Policy(PromptFormat, torch.nn.Module):
             self.tokenizer.pad_token_id = self.eos_token_ids[0]
         opens_thinking = prompt_part != "whole" and self.format_prompt("a").rstrip().endswith("<think>")
         self.part_patterns = part_patterns(prompt_part, opens_thinking)
+
+    def _shown(self) -> dict[str, object]:
+        base = getattr(self.model, "get_base_model", lambda: self.model)()  # below an adapter
+        sizes = [sum(map(torch.numel, some)) / 1e6 for some in (self.model.parameters(), self.trainable_parameters())]
+        told = {name: getattr(self, name) for name in ("device", "temperature", "max_new_tokens", "instruction")}
+        return {"model": type(base).__name__, "parameters": "{:,.1f} M, {:,.1f} M trained".format(*sizes), **told}
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -337,6 +345,7 @@ class Policy(PromptFormat, torch.nn.Module):
             )
         self.model.load_state_dict(state, strict=False)
 
+    @quiet_libraries()
     def save_pretrained(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write model (or adapter) and processor as transformers (or peft) loads them; see `save_weights`."""
         save_weights(self.model, folder, state)
@@ -358,16 +367,14 @@ class Policy(PromptFormat, torch.nn.Module):
 
     @contextmanager
     def _answering(self, reference: bool) -> Iterator[torch.nn.Module]:
-        """The model that answers: the policy, or its reference."""
-        with fitting_threads(self.model):
-            if not reference:
-                yield self.model
-            elif self.reference is not None:
-                yield self.reference
-            else:
-                adapter_off = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
-                with adapter_off:
-                    yield self.model
+        """The model that answers: the policy, or its reference, which may be the policy with its adapter off."""
+        adapter_off = reference and self.reference is None and hasattr(self.model, "disable_adapter")
+        with (
+            quiet_libraries(),
+            fitting_threads(self.model),
+            self.model.disable_adapter() if adapter_off else nullcontext(),
+        ):
+            yield self.reference if reference and self.reference is not None else self.model
 
 
 def load_policy(config: Config, trained: Path | None = None) -> Policy:

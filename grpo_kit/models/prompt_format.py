@@ -7,7 +7,9 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 
+from grpo_kit.config.display import Shown
 from grpo_kit.config.hub import ModelError
+from grpo_kit.config.quiet import quiet_libraries
 
 _TEMPLATE = "vlm_model: its chat template does not fit"
 _WITHOUT_SYSTEM = (
@@ -15,8 +17,8 @@ _WITHOUT_SYSTEM = (
 )
 
 
-@dataclass(frozen=True)
-class EncodedPrompts:
+@dataclass(frozen=True, repr=False)
+class EncodedPrompts(Shown):
     """P prompts as a model reads them, tokenised once: they lie on the CPU until some of them are run."""
 
     prompts: list[str]  # P, the users'
@@ -95,6 +97,7 @@ class PromptFormat:
             rows = {name: [len(one[name]) for one in alone] for name in uneven}
         return EncodedPrompts(list(prompts), images and list(images), inputs, rows)
 
+    @quiet_libraries()
     def _processed(self, texts: Sequence[str], images: Sequence[Image.Image] | None) -> dict[str, torch.Tensor]:
         """What processor or tokenizer make of formatted prompts and their pictures."""
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from grpo_kit.config.hub import ModelError, load_failure
+from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.grpo.finite import non_finite_weight
 
 
@@ -65,6 +66,7 @@ def _own(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
+@quiet_libraries()
 def _read(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     """The weights in a folder, checked for the names and shapes of the model's own."""
     try:

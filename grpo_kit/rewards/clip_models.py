@@ -102,6 +102,7 @@ def _fingerprint(images: Images) -> bytes:
     return digest.digest()
 
 
+@torch.random.fork_rng(devices=[])  # it fills a model with random numbers first: the user's stay as they are
 def load_open_clip(name: str, pretrained: str | None, setting: str, **options: object) -> Loaded:
     """Model, preprocessing and tokenizer in open_clip's form, by folder, hub id ("hf-hub:…"), or name and weights.
 

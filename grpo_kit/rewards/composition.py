@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from grpo_kit.config.display import Shown
 from grpo_kit.config.own_code import origin
+from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.rewards.protocol import (
     ABSTAINED,
     COLUMNS,
@@ -28,8 +30,8 @@ logger = logging.getLogger(__name__)
 COMBINATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
-@dataclass(frozen=True)
-class Rewards:
+@dataclass(frozen=True, repr=False)
+class Rewards(Shown):
     """Named rewards with weights, and monitors, which are scored and logged but never rewarded.
 
     Args:
@@ -79,11 +81,18 @@ class Rewards:
             if shaping.normalize == "running":
                 self.running.setdefault(name, RunningMoments())
 
+    def _shown(self) -> dict[str, object]:
+        weights = {name: f"{self.weights[name]:+g}" for name in self.parts}
+        rest = {"monitors": ", ".join(self.monitors), "combine": self.combine if self.is_shaped else ""}
+        rest["failed calls"] = dict(self.failures)
+        return weights | {name: value for name, value in rest.items() if value}
+
     @property
     def is_shaped(self) -> bool:
         """Whether training uses something else than the weighted sum of the raw parts."""
         return self.combine != "sum_then_normalize" or any(kind != Shaping() for kind in self.shaping.values())
 
+    @quiet_libraries()
     def score(
         self,
         images: Sequence[Image.Image | None],

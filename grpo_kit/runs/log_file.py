@@ -36,6 +36,13 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
+def log_from(level: str, stack: contextlib.ExitStack) -> None:
+    """Let the kit's messages be logged from a level on, until the stack is closed."""
+    root = logging.getLogger("grpo_kit")
+    stack.callback(root.setLevel, root.level)
+    root.setLevel(level)
+
+
 def log_into(place: Path, stack: contextlib.ExitStack) -> None:
     """Write the kit's messages into a file, and its warnings onto the screen, until the stack is closed."""
     file, screen = LogFile(place, encoding="utf-8"), logging.StreamHandler()
@@ -47,5 +54,5 @@ def log_into(place: Path, stack: contextlib.ExitStack) -> None:
     for handler in (file, screen):
         stack.callback(root.removeHandler, handler)
         root.addHandler(handler)
-    stack.callback(setattr, root, "propagate", True)
+    stack.callback(setattr, root, "propagate", root.propagate)
     root.propagate = False  # other libraries' handlers would print every line a second time

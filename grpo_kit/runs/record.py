@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo_kit.config import KitError, printable
+from grpo_kit.config.display import Shown
 from grpo_kit.runs.iterations import iteration_name, rollouts_of, validations_of
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class RecordError(KitError):
     """A run folder holds something that cannot be read."""
 
 
-@dataclass(frozen=True)
-class Origin:
+@dataclass(frozen=True, repr=False)
+class Origin(Shown):
     """Where a branch comes from, as `branch.json` says it: nothing in it is a path of this machine."""
 
     parent: str  # the run's name
@@ -48,8 +49,8 @@ class Origin:
     differs: str | None = None  # how the state that was computed again differs from the parent's record, if it does
 
 
-@dataclass(frozen=True)
-class RunRecord:
+@dataclass(frozen=True, repr=False)
+class RunRecord(Shown):
     """What a run left on disk. Tables are made when they are asked for, which is when pandas is loaded."""
 
     path: Path
@@ -59,6 +60,10 @@ class RunRecord:
     results: dict = field(repr=False)
     sentinel: dict = field(default_factory=dict, repr=False)  # sentinel.json: what reward hacking showed
     branch: dict = field(default_factory=dict, repr=False)  # branch.json: where a branch comes from
+
+    def _shown(self) -> dict[str, object]:
+        counts = {"iterations": self.iterations, "validations": len(self.validations)}
+        return {"path": self.path, **counts, "evaluated": bool(self.results)}
 
     @cached_property
     def metrics(self) -> pd.DataFrame:

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 PICTURES = 4  # samples of the newest group that are shown at a validation
 _FAILED, _INTERRUPTED = 1, 130  # what a shell reports for an error, and for Ctrl-C
 _RECORD = "tracking.json"
+_SERVICE = "WANDB_SERVICE"  # an environment variable: where wandb's own process listens
 _START_SECONDS, _FINISH_SECONDS = 30, 60  # how long a network that does not answer may hold up a run
 
 Picture = tuple[Path, str]  # its file and its caption
@@ -42,16 +45,23 @@ class WandbMirror:
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._config, self._run_dir, self._run = config, run_dir, None
         self._record: dict = {}
+        self._undo = contextlib.ExitStack()  # what wandb changed in this process
 
     def start(self) -> None:
         """Begin the wandb run, or go on where an earlier part of this run left it."""
         import wandb
 
+        for name in ("excepthook", "exit"):  # wandb replaces them, and never puts them back
+            self._undo.callback(setattr, sys, name, getattr(sys, name))
+        if _SERVICE not in os.environ:
+            self._undo.callback(os.environ.pop, _SERVICE, None)
         self._record = read_json(self._run_dir / _RECORD)
         if not self._record:
             self._write({"wandb_id": uuid.uuid4().hex[:8], "open": {"since": -1, "part": None}})
         settings, online = self._config.tracking_settings, self._config.tracking_settings.wandb == "online"
-        wandb.setup(wandb.Settings(silent=True))
+        shared = wandb.setup().settings
+        self._undo.callback(setattr, shared, "silent", shared.silent)
+        shared.silent = True
         if online and not wandb.login(prompt=False):
             raise KitError("no key on this machine. Log in (wandb login), or set tracking_settings.wandb=offline")
         self._run = wandb.init(
@@ -61,6 +71,7 @@ class WandbMirror:
             resume="allow" if online else None,  # offline parts of one id are joined by `wandb sync`
             dir=str(self._run_dir),
             mode=settings.wandb,
+            reinit="create_new",  # a run that the user has open stays theirs
             config=self._config.to_dict(),
             settings=wandb.Settings(
                 silent=True,
@@ -111,10 +122,11 @@ class WandbMirror:
 
     def finish(self, exit_code: int) -> None:
         """Close it, also where it was never opened; 0 is a run that ended well."""
-        if self._run is not None:
-            self._run.finish(exit_code=exit_code)
-            if exit_code != _FAILED:  # a mirror that lost something is closed with this code, too
-                self._write({**self._record, "open": None})
+        with self._undo:
+            if self._run is not None:
+                self._run.finish(exit_code=exit_code)
+                if exit_code != _FAILED:  # a mirror that lost something is closed with this code, too
+                    self._write({**self._record, "open": None})
 
 
 class TensorBoardMirror:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from grpo_kit.config import Config, KitError
 from grpo_kit.config.contents import decisive_contents
+from grpo_kit.config.display import Shown
 from grpo_kit.config.hardware import library_versions
 from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.evaluation.reward_hacking import check_for_reward_hacking, held_out_score
@@ -27,6 +28,7 @@ from grpo_kit.rollout import Rollout, rollout_table, score_rows, with_encoded
 from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, decisive_settings
 from grpo_kit.runs.iterations import iteration_name
+from grpo_kit.runs.log_file import log_from
 from grpo_kit.runs.record import first_own_validation, refuse_branch_without_checkpoint
 from grpo_kit.runs.tracking import Tracker, validation_line
 from grpo_kit.training.accumulation import micro_batches, set_rate
@@ -39,15 +41,18 @@ from grpo_kit.training.step import StepStats, grpo_step
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainResult:
+@dataclass(frozen=True, repr=False)
+class TrainResult(Shown):
     """Where a run lies, how far it is, and what its last iteration logged."""
 
     run_dir: Path
     iterations: int
     started_from: int  # 0, or the committed iteration that was continued
-    metrics: dict[str, float]
+    metrics: dict[str, float] = field(repr=False)
     stopped: str | None = None  # why it ended before its last iteration: the reward hacking that was found
+
+    def _shown(self) -> dict[str, object]:
+        return super()._shown() | {"stopped": self.stopped or "no"} | self.metrics
 
 
 def train(
@@ -76,13 +81,13 @@ def train(
         KitError: the folder belongs to another run, is in use, or cannot be written; the settings name no held-out
             score; steps were skipped again and again (`NonFiniteError`); or another process failed (`ProcessError`).
     """
-    logging.getLogger("grpo_kit").setLevel(kit.config.tracking_settings.log_level)
     _held_out(kit)
     require_sharable(kit.config, processes.count)
     record = kit.rewards.record()
     settings, optimizer = kit.config.training_settings, make_optimizer(kit, kit.config)
     folder = processes.on_main(lambda: RunFolder.open(run_dir, kit.config, kit.contents(), record))
     with ExitStack() as stack:
+        log_from(kit.config.tracking_settings.log_level, stack)
         processes.only_main(lambda: folder.hold(stack))  # as its writer, until the stack is closed
         tracker = processes.only_main(lambda: stack.enter_context(Tracker(kit.config, folder.path)))
         committed = resume(kit, optimizer, folder, processes)

@@ -16,6 +16,7 @@ import torch
 
 from grpo_kit.config import load_config
 from grpo_kit.config.contents import decisive_contents
+from grpo_kit.config.display import Shown
 from grpo_kit.config.hardware import computing_machine, library_versions
 from grpo_kit.experiment import Experiment
 from grpo_kit.rollout import Rollout
@@ -43,8 +44,8 @@ COMPUTED_BY_THE_STEP = ["reward", "advantage", "ref_logprobs", "new_logprobs"]  
 DECISIVE = "grpo_kit torch torchvision transformers diffusers peft open_clip_torch numpy pandas pyarrow pillow".split()
 
 
-@dataclass(frozen=True)
-class Replay:
+@dataclass(frozen=True, repr=False)
+class Replay(Shown):
     """An iteration that was computed again, beside its record; in a notebook it shows itself as a table."""
 
     run_dir: Path

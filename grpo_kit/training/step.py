@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo_kit.config import Config, TrainingSettings
+from grpo_kit.config.display import Shown
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.advantages import group_advantages
 from grpo_kit.grpo.finite import NonFinite
@@ -22,8 +23,8 @@ from grpo_kit.training.accumulation import Accumulation, is_idle, skip_metrics, 
 from grpo_kit.training.processes import ALONE, Processes
 
 
-@dataclass(frozen=True)
-class StepStats:
+@dataclass(frozen=True, repr=False)
+class StepStats(Shown):
     """What a step did: metrics under TRL's names, the advantages it used, whether the optimizer ran each time."""
 
     metrics: dict[str, float]
@@ -32,6 +33,9 @@ class StepStats:
     skipped: int  # optimizer steps left out because something was not finite
     non_finite: NonFinite | None = None  # what, in the first of them
     ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference, where the loss needed them
+
+    def _shown(self) -> dict[str, object]:
+        return {"updates": self.updates, "skipped": self.skipped, **self.metrics}
 
 
 def rollout_advantages(rollout: Rollout, settings: TrainingSettings) -> tuple[torch.Tensor, torch.Tensor]:

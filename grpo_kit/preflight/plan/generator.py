@@ -5,12 +5,12 @@ import math
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5EncoderModel
 
 from grpo_kit.config import Config, one_line
 from grpo_kit.config.hardware import choose_dtype
+from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.models.pipeline import save_memory, use_scheduler
 from grpo_kit.models.text_embeddings import KEPT_BYTES, KEPT_TEXTS, TEXTS_AT_ONCE
 from grpo_kit.preflight.plan.architectures import PipelineShape, PlanError, component, pipeline_shape
@@ -22,13 +22,13 @@ _SETTING = "generation_settings.image_batch_size"
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
+@quiet_libraries()
 def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     """The generator's part of a plan: no picture is drawn twice, no text comes again.
 
     Raises:
         PlanError: the pipeline's shape is not known here, or the planner does not know how it is called.
     """
-    diffusers_logging.set_verbosity_error()
     settings, training, models = config.generation_settings, config.training_settings, config.model_settings
     shape = pipeline_shape(models.generator_config or models.sd_model)
     if models.generator_dtype not in (None, "auto"):
