@@ -10,11 +10,17 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from support import left_as_found
 from support.wandb_files import parts, records
 
 from grpo_kit.config.quiet import loading_quietly, quiet_libraries
+from grpo_kit.experiment import Experiment
+from grpo_kit.models.decoding import row_uniforms
+from grpo_kit.rollout import Rollout
+from grpo_kit.training.loop import make_optimizer
+from grpo_kit.training.step import grpo_step
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +101,17 @@ def test_threads_that_come_and_go_leave_the_verbosity_as_it_was():
         thread.join()
     assert levels == {logging.ERROR}
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.field("F10")
+def test_a_step_is_made_and_tokens_are_the_same_whatever_torch_is_set_to(own_kit: Experiment, rollout: Rollout):
+    before, optimizer = row_uniforms([1, 2], 5), make_optimizer(own_kit, own_kit.config)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(row_uniforms([1, 2], 5), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        stats = grpo_step(own_kit.policy, optimizer, rollout, own_kit.config)
+        assert not torch.is_grad_enabled()
+    assert stats.updates > 0 and stats.metrics["grad_norm"] > 0

@@ -12,7 +12,8 @@ NextLogits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (N,), step) →
 
 def row_uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
     """(N, length) uniform numbers, each row from its own seed, so that its sample does not depend on the batch."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    own = torch.float32  # whatever the default is here: the numbers would be others
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=own) for seed in seeds]
     return torch.stack(rows)
 
 

@@ -52,6 +52,7 @@ def rollout_advantages(rollout: Rollout, settings: TrainingSettings) -> tuple[to
     return advantages, ~rewards.isnan()
 
 
+@torch.enable_grad()
 def grpo_step(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
