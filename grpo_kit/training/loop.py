@@ -24,7 +24,7 @@ from grpo_kit.grpo.finite import NonFinite
 from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.models.card import save_with_card
 from grpo_kit.rewards.loading import reward_record, short_names
-from grpo_kit.rollout import Rollout, rollout_table, score_rows, with_encoded
+from grpo_kit.rollout import Rollout, score_rows, with_encoded
 from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, decisive_settings
 from grpo_kit.runs.iterations import iteration_name
@@ -36,6 +36,7 @@ from grpo_kit.training.launch import joined
 from grpo_kit.training.nonfinite import warn_or_end
 from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
 from grpo_kit.training.resampling import collect
+from grpo_kit.training.rollout_table import rollout_table
 from grpo_kit.training.step import StepStats, grpo_step
 
 logger = logging.getLogger(__name__)
