@@ -41,12 +41,13 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         if packed := next((name for magic, name in _PACKED.items() if head.startswith(magic)), None):
             raise ConfigError(f"{path}: found {packed}. Unpack it, or save it as CSV or JSONL in UTF-8")
         suffix, encoding = path.suffix.lower(), _encoding(head)
-        if head.startswith((b"PAR1", b"ARROW1")) or suffix in (".parquet", ".arrow"):
+        if head.startswith(b"PAR1") or suffix in (".parquet", ".arrow"):
             yield from _table_rows(path, [path])
         elif suffix in (".csv", ".tsv"):
             yield from _csv_rows(_whole_text(file, path, encoding), path)
         elif head.decode(encoding, "ignore").lstrip("\ufeff \t\r\n").startswith("["):
-            yield from _array(_whole_text(file, path, encoding), path)
+            entries = strict_json(_whole_text(file, path, encoding).encode(), path)
+            yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries, start=1))
         else:
             yield from _lines(file, path, encoding)
 
@@ -86,32 +87,26 @@ def _lines(file: BinaryIO, path: Path, encoding: str) -> Iterator[tuple[str, Any
                 yield f"{path}:{number}", strict_json(part, path, number)
 
 
-def _array(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(strict_json(text.encode(), path), start=1):
-        yield f"{path}: entry {number}", record
-
-
 def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows below a header; an empty cell is a key left out, one that begins with [ or { is JSON, all else is text."""
-    first = text.partition("\n")[0]
-    count = {separator: first.count(separator) for separator in _SEPARATORS}
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(count, key=count.__getitem__), strict=True)
-    names, last = None, 0
+    first, last = text.partition("\n")[0], 0
+    separator = max(_SEPARATORS, key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
+        names = [name.strip() for name in next(reader, [])]
+        _require_columns(names, f"{path}:1")
+        last = reader.line_num
         for row in reader:
             line, last = last + 1, reader.line_num
-            if names is None:
-                names = [name.strip() for name in row]
-                _require_columns(names, f"{path}:{line}")
-            elif len(row) > 1 or "".join(row).strip():
-                if len(row) != len(names):
-                    raise ConfigError(f"{path}:{line}: found {len(row)} cells, the header has {len(names)}")
-                cells = {name: cell for name, cell in zip(names, row, strict=True) if cell.strip()}
-                is_json = {name for name, cell in cells.items() if name != NEEDED and cell.startswith(("[", "{"))}
-                yield (
-                    f"{path}:{line}",
-                    {n: strict_json(c.encode(), path, line) if n in is_json else c for n, c in cells.items()},
-                )
+            if len(row) <= 1 and not "".join(row).strip():
+                continue
+            if len(row) != len(names):
+                raise ConfigError(f"{path}:{line}: found {len(row)} cells, the header has {len(names)}")
+            record: dict[str, Any] = {name: cell for name, cell in zip(names, row, strict=True) if cell.strip()}
+            for name, cell in record.items():
+                if name != NEEDED and cell.startswith(("[", "{")):
+                    record[name] = strict_json(cell.encode(), path, line)
+            yield f"{path}:{line}", record
     except csv.Error as error:
         raise ConfigError(f"{path}:{last + 1}: not CSV: {error}") from None
 
@@ -144,15 +139,9 @@ def _batches(file: Path) -> Iterator[Any]:
     from pyarrow import ipc, memory_map, parquet
 
     with memory_map(str(file)) as source:
-        head = source.read(6)
+        is_stream = file.suffix.lower() == ".arrow" and not source.read(4).startswith(b"PAR1")
         source.seek(0)
-        if head.startswith(b"PAR1") or file.suffix.lower() == ".parquet":
-            yield from parquet.ParquetFile(source).iter_batches()
-        elif head == b"ARROW1":
-            reader = ipc.open_file(source)
-            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            yield from ipc.open_stream(source)
+        yield from ipc.open_stream(source) if is_stream else parquet.ParquetFile(source).iter_batches()
 
 
 def _plain(value: object) -> object:

@@ -85,13 +85,11 @@ def _prompt(record: object, where: str) -> Prompt:
     if not isinstance(record, dict) or "user_prompt" not in record:
         example = 'an object with user_prompt, such as {"user_prompt": "a cat"}'
         raise ConfigError(f"{where}: found {shown(record)}, allowed: {example}")
-    for key, value in record.items():
-        try:  # whether it can be written again
-            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        except (ValueError, TypeError, RecursionError):
-            allowed = "finite numbers, whole characters (no lone surrogate such as \\ud800), a few levels, no bytes"
-            found = f"{shown(key)}: found a value that JSON cannot hold"
-            raise ConfigError(f"{where}: {found}, allowed: {allowed}") from None
+    try:  # whether it can be written again
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, TypeError, RecursionError):
+        allowed = "finite numbers, whole characters (no lone surrogate such as \\ud800), a few levels, no bytes"
+        raise ConfigError(f"{where}: found a value that JSON cannot hold, allowed: {allowed}") from None
     given = {name: record.pop(name) for name in TEXTS if name in record}
     texts = {name: _text(value, name, where) for name, value in given.items() if value is not None or name == TEXTS[0]}
     return Prompt(**texts, metadata=record)

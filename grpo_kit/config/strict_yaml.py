@@ -38,17 +38,9 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 class _Settings(UniqueKeys):
-    """Values by the core schema of YAML 1.2, keys as texts."""
+    """Values by the core schema of YAML 1.2."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012, since PyYAML copies it into a subclass
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """A mapping of the file as a dict."""
-        for key, _ in node.value:
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                found = f"the key {getattr(key, 'value', '?')!r:.40} is no text. Put quotes around it"
-                raise yaml.constructor.ConstructorError(None, None, found, key.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 for _tag, (_pattern, _first) in _CORE.items():

@@ -80,7 +80,7 @@ def test_a_profile_says_the_same_in_yaml_and_in_json_and_anchors_are_followed(tm
         ("training_settings:\n\tgroup_size: 4\n", ["c.yaml:2: not YAML", "cannot start any token"]),
         ("a: 1\n---\nb: 2\n", ["c.yaml:2: not YAML"]),
         ("model_settings: !!python/object:os.system {}\n", ["c.yaml:1: not YAML"]),
-        ("reward_settings:\n  weights:\n    1: 2\n", ["c.yaml:3: ", "the key '1' is no text. Put quotes around it"]),
+        ("reward_settings:\n  weights:\n    1: 2\n", ["reward_settings.weights.1: found 1, allowed: ", "(in c.yaml"]),
         (b"profile: tiny\n# caf\xe9\n", ["c.yaml: not UTF-8 text (byte 19)"]),
         ("- profile\n", ["c.yaml: found ['profile'], allowed"]),
         ("", ["c.yaml: found null, allowed"]),
