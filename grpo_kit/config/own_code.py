@@ -51,8 +51,7 @@ def _module(home: str) -> ModuleType:
             f"file {home:.200}: cannot be read: {error.strerror}. Put it back, or name the place where it is"
         ) from None
     folder = str(Path(home).parent.resolve() if is_file else Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)  # last, so that no file of the user's hides a library
+    sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
         return _executed(Path(home), source) if is_file else importlib.import_module(home)
@@ -61,6 +60,10 @@ def _module(home: str) -> ModuleType:
         raise KitError(
             f"{kind} {home!r:.200}: cannot be imported: {one_line(f'{type(error).__name__}: {error}', 300)}"
         ) from error
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # for later imports; last, so that no file of the user's hides a library
 
 
 @lru_cache(maxsize=64)

@@ -82,7 +82,8 @@ def require_callable(name: str, reward: Reward) -> None:
     try:
         signature.bind(*columns, **named)
     except TypeError as error:
-        raise RewardContractError(f"reward {name!r}: found {signature} ({error}), needed: {WANTED}") from None
+        found = f"found the signature {signature} ({error})"
+        raise RewardContractError(f"reward {name!r}: {found}, needed: {WANTED}") from None
 
 
 def _signature(reward: Reward) -> inspect.Signature | None:
