@@ -114,7 +114,9 @@ def group_table(
     cells = []
     for (image, text), reward, advantage in some:
         edge = "3px solid #0072b2" if advantage > 0 else "3px dashed #d55e00" if advantage < 0 else "1px solid #6a737d"
-        numbers = "no reward" if math.isnan(reward) else f"{reward:.3f}, advantage {advantage:+.2f}".replace("-", "−")
+        numbers = (
+            "no reward" if math.isnan(reward) else f"reward {reward:.3f}, advantage {advantage:+.2f}".replace("-", "−")
+        )
         cells.append((picture(image, edge), numbers, cell(text, 120)))
     columns = 4 if len(cells) % 4 == 0 else 6
     parts = [cells[start : start + columns] for start in range(0, len(cells), columns)]
