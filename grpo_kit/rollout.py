@@ -161,33 +161,6 @@ def joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
     )
 
 
-def with_groups(samples: Samples, again: Samples, places: Sequence[int], pad_token_id: int) -> Samples:
-    """Samples in which the groups at some places are others, as if these had been sampled there.
-
-    Args:
-        again: their groups 0, 1, … take these places.
-    """
-    group_ids = torch.tensor(places)[again.group_ids]
-    both, old = joined([samples, replace(again, group_ids=group_ids)], pad_token_id), samples.group_ids
-    rows = torch.cat([(~torch.isin(old, group_ids)).nonzero().flatten(), len(old) + torch.arange(len(group_ids))])
-    rows = rows[both.group_ids[rows].argsort(stable=True)]
-    longest = int(both.completion_mask[rows].sum(dim=1).max())
-    groups = torch.arange(len(samples.prompts))
-    groups[list(places)] = len(groups) + torch.arange(len(places))
-
-    def taken(name: str, value: object) -> object:
-        if value is None or isinstance(value, dict):
-            return value and {key: column[rows] for key, column in value.items()}
-        if torch.is_tensor(value):
-            return value[rows][:, :longest] if value.shape == both.completion_ids.shape else value[rows]
-        return [value[place] for place in (groups if name in ("prompts", "prompt_images") else rows)]
-
-    seconds = {name: samples.seconds.get(name, 0.0) + spent for name, spent in again.seconds.items()}
-    attempts = samples.attempts.index_add(0, torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
-    columns = {name: taken(name, value) for name, value in vars(both).items()}
-    return Samples(**columns | {"seconds": samples.seconds | seconds, "attempts": attempts})
-
-
 def collect_samples(
     policy: Policy,
     generator: Generator,
@@ -215,9 +188,7 @@ def collect_samples(
         ValueError: fewer than two generations, or no prompts.
     """
     if num_generations < 2:
-        raise ValueError(
-            f"num_generations: found {num_generations}, allowed: at least 2 (a group of 1 has nothing to compare)"
-        )
+        raise ValueError(f"num_generations: found {num_generations}, allowed: at least 2 (1 has nothing to compare)")
     if not prompts:
         raise ValueError("prompts: found none, allowed: at least one")
     prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]

@@ -82,7 +82,7 @@ class RunFolder:
         return folder
 
     def require_same(self, config: Config) -> None:
-        """Refuse a config or rewards that are not the run's, where a run is here.
+        """Refuse a config, rewards, or files with other contents than the run's, where a run is here.
 
         Raises:
             RunError: one line on the first difference, and how to go on.
@@ -94,28 +94,15 @@ class RunFolder:
             raise RunError(f"run folder {self.path}: {difference}")
         if difference := changed_rewards(*rewards):
             raise RunError(f"run folder {self.path}: {difference}. {self._put_back()}")
+        for key, what in self._other_contents(self.contents).items():
+            if key != HELD_OUT:  # held-out prompts decide no weights
+                raise RunError(f"run folder {self.path}: {what}. {self._put_back()}")
         then = read_json(self.path / "config.json").get("contents", {})
         moved = [key for key, digest in self.contents.items() if then.get(key) == digest]  # the same, wherever it is
         if difference := first_difference(load_config(self.path).to_dict(), self.decisive(config), moved):
             raise RunError(
                 f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
             )
-        self.require_contents(self.contents)
-
-    def require_contents(self, contents: Mapping[str, str]) -> None:
-        """Refuse to go on with what decides the result, where it is other by content than the run recorded.
-
-        Held-out prompts may be others, since they decide no weights; what was not recorded is not compared.
-
-        Args:
-            contents: dotted key → digest; see `config.contents`.
-
-        Raises:
-            RunError: which setting's files are other, and how to go on with them.
-        """
-        for key, what in self._other_contents(contents).items():
-            if key != HELD_OUT:
-                raise RunError(f"run folder {self.path}: {what}. {self._put_back()}")
 
     def _put_back(self) -> str:
         last = last_commit(self.path)

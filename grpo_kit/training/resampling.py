@@ -12,7 +12,7 @@ import torch
 from grpo_kit.config.prompts import Prompt, balanced_batch
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.experiment import Experiment
-from grpo_kit.rollout import Rollout, with_groups, with_rewards
+from grpo_kit.rollout import Rollout, Samples, joined, with_rewards
 from grpo_kit.training.processes import Processes, collect_shared_rollout
 from grpo_kit.training.step import rollout_advantages
 
@@ -37,6 +37,37 @@ def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
         samples = with_groups(rollout, again, places, kit.policy.tokenizer.pad_token_id)
         rollout = with_rewards(samples, kit.rewards, settings.truncation_penalty)
     return rollout
+
+
+def with_groups(samples: Samples, again: Samples, places: Sequence[int], pad_token_id: int) -> Samples:
+    """Samples in which the groups at some places are others, as if these had been sampled there.
+
+    Args:
+        again: their groups 0, 1, … take these places.
+    """
+    group_ids = torch.tensor(places)[again.group_ids]
+    both, old = joined([samples, replace(again, group_ids=group_ids)], pad_token_id), samples.group_ids
+    rows = torch.cat([(~torch.isin(old, group_ids)).nonzero().flatten(), len(old) + torch.arange(len(group_ids))])
+    rows = rows[both.group_ids[rows].argsort(stable=True)]
+    longest = int(both.completion_mask[rows].sum(dim=1).max())
+    groups = torch.arange(len(samples.prompts))
+    groups[list(places)] = len(groups) + torch.arange(len(places))
+
+    def taken(name: str, value: object) -> object:
+        if value is None or isinstance(value, dict):
+            return value and {key: column[rows] for key, column in value.items()}
+        if torch.is_tensor(value):
+            return (
+                value[rows][:, :longest]
+                if name in ("completion_ids", "completion_mask", "old_logprobs")
+                else value[rows]
+            )
+        return [value[place] for place in (groups if name in ("prompts", "prompt_images") else rows)]
+
+    seconds = {name: samples.seconds.get(name, 0.0) + spent for name, spent in again.seconds.items()}
+    attempts = samples.attempts.index_add(0, torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
+    columns = {name: taken(name, value) for name, value in vars(both).items()}
+    return Samples(**columns | {"seconds": samples.seconds | seconds, "attempts": attempts})
 
 
 def rollout_seed(seed: int, iteration: int, attempt: int = 0) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from support.config_files import save_config
 from support.quick_runs import committed, fresh, left
 
@@ -32,27 +31,22 @@ def whole(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return left(folder)
 
 
-class Interrupting:
-    """A reward that interrupts its n-th call, as Ctrl-C does in the middle of scoring."""
-
-    def __init__(self, reward: object, call: int, stop: type[BaseException]) -> None:
-        self.reward, self.left, self.stop = reward, call, stop
-
-    def __call__(self, images: list[Image.Image], prompts: list[str], enhanced_prompts: list[str]) -> torch.Tensor:
-        self.left -= 1
-        if self.left == 0:
-            raise self.stop
-        return self.reward(images, prompts, enhanced_prompts)
-
-
 def _interrupted_in_scoring(own: Experiment, call: int, stop: type[BaseException], folder: Path) -> None:
-    (name,), rewards = own.rewards.parts, own.rewards
-    watched = Rewards({name: Interrupting(rewards.parts[name], call, stop)}, rewards.weights, rewards.monitors)
-    with pytest.raises(stop):
-        train(own.with_rewards(watched), folder, progress=False)
+    """Train, with an interrupt in the n-th scoring, as Ctrl-C makes it."""
+    right, calls = Rewards.score, []
+
+    def score(self: Rewards, *args: object, **options: object) -> dict[str, torch.Tensor]:
+        calls.append(right(self, *args, **options))
+        if len(calls) == call:
+            raise stop
+        return calls[-1]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(stop):
+        patch.setattr(Rewards, "score", score)
+        train(own, folder, progress=False)
 
 
-# the reward is asked once in each validation (0, 2, 4) and once an iteration: calls 1 | 2, 3, 4 | 5, 6, 7
+# pictures are scored once in each validation (0, 2, 4) and once an iteration: calls 1 | 2, 3, 4 | 5, 6, 7
 @pytest.mark.parametrize(
     ("call", "stop", "kept"),
     [
