@@ -85,6 +85,7 @@ def model_card(
         ),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         policy=policy,
+        oldest="5.6" if policy.model.config.model_type.startswith("llava") else "5.0",  # its vision tower's names
         dtype=str(policy.model.dtype).removeprefix("torch."),
         is_local=is_local,
         settings=settings,

@@ -14,6 +14,7 @@ from support.families import FAMILIES, Family
 from support.gpt2 import write_gpt2
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from grpo_kit.cli import main
 from grpo_kit.config import PROJECT_ROOT, Config, KitError, load_config
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.card import save_with_card
@@ -291,3 +292,13 @@ def test_adapter_on_shared_embeddings_is_not_merged_but_gone_on_from(kit: Experi
         load_policy(load_config(kit.config, names | {"model_settings.lora": None}))
     policy = load_policy(load_config(kit.config, names | {"model_settings.lora": {"r": 4, "alpha": 8}}))
     assert torch.equal(_logprobs(policy), _logprobs(policy, reference=True))
+
+
+def test_merge_is_a_command(run: tuple[Path, torch.Tensor], capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as done:
+        main(["merge", str(run[0])])
+    assert done.value.code == 0 and capsys.readouterr().out == f"written: {run[0] / 'merged'}\n"
+    with pytest.raises(SystemExit) as done:
+        main(["merge", str(run[0])])
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and said.count("\n") == 1 and "is there already" in said
