@@ -18,7 +18,7 @@ ROWS = 40  # of a table; what comes after them is counted
 GROUPS, _SAMPLES = 4, 8  # groups of a rollout, samples of a group
 _JOINERS = "\u200c\u200d"  # inside words of Persian and Hindi, and inside emoji
 _SIDE = 128  # pixels of a picture's longer side, and how wide a smaller one is shown
-_CELL = 'style="text-align:left;vertical-align:top;padding:3px 10px 3px 0"'
+_CELL = 'style="text-align:left;vertical-align:top;padding:3px 10px 3px 0;max-width:32em;overflow-wrap:break-word"'
 
 
 class Html(str):
