@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 Profile = Annotated[
-    str, typer.Option("--profile", "--config", help="A profile (tiny, workshop, full, classic) or a JSON or YAML file.")
+    str, typer.Option("--profile", "--config", help="A profile (tiny, full, …), or a JSON or YAML file.")
 ]
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; an existing run is continued.")]
 Name = Annotated[str, typer.Option(help="The run's name, a folder in reports/.")]
@@ -126,9 +126,7 @@ def train(
 @app.command()
 def evaluate(
     context: typer.Context,
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN [RUN]...", help="A run, several, or a grid: folders, or names.")
-    ],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN]...", help="Runs, or a grid: folders, or names.")],
     override: Annotated[Texts, typer.Option("-o", help="evaluation_settings.key=value; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for what several, or another evaluation, gave.")] = None,
 ) -> None:
@@ -195,9 +193,7 @@ def compare(
 def replay(
     run: Run,
     iteration: Annotated[int, typer.Option(help="Which one; of a branch, its last one that both runs have.")],
-    step_only: Annotated[
-        bool, typer.Option("--step-only", help="Only the step, on the recorded rollout; nothing is drawn.")
-    ] = False,
+    step_only: Annotated[bool, typer.Option("--step-only", help="Only the step, on its recorded rollout.")] = False,
     branch: Annotated[bool, typer.Option("--branch", help="Make a new run that goes on from there.")] = False,
     override: Annotated[Texts, typer.Option("-o", help="section.key=value of the branch.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The branch's folder.")] = None,
@@ -241,9 +237,7 @@ def replay(
 def plan(
     profile: Profile = "full",
     override: Overrides = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, mps, cuda:N: measured here; or a name such as t4, l4, a100, m1: as stated.")
-    ] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda:N (measured), or t4, a100, m1 … (stated).")] = "",
     memory: Annotated[str, typer.Option(help="What there is of it, such as 24GB; all of the device's.")] = "",
     json_too: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -302,10 +296,7 @@ def push(
 
 
 @app.command()
-def merge(
-    run: Run,
-    out: Annotated[Path | None, typer.Option(help="A new folder; merged/ in the run when left out.")] = None,
-) -> None:
+def merge(run: Run, out: Annotated[Path | None, typer.Option(help="A new folder; else merged/ in it.")] = None) -> None:
     """Write a run's LoRA policy as whole weights, for servers that take no adapter."""
     from grpo_kit.models.merge import merge_run
     from grpo_kit.runs.places import existing_run
@@ -325,8 +316,8 @@ def doctor(
     The loss may take any of: logprobs, old_logprobs, ref_logprobs, mask (each one value a token), advantages or rewards
     with group_ids (one value a row), beta, epsilon, epsilon_high, delta, loss_type, importance_sampling_level,
     kl_estimator, use_bias_correction_kl, weights, num_items_in_batch, max_completion_length. It returns a scalar
-    tensor, or an object with one in .loss. An advantage function takes rewards and group_ids: one value a row in, one
-    out. Exit code 1 where a trap is fallen into.
+    tensor, or an object with one in .loss. An advantage function takes rewards and group_ids, and returns a value a
+    row. Exit code 1 where a trap is fallen into.
     """
     from grpo_kit.preflight.loss_checks import FALLS_IN, examine, load_subject, table
 
