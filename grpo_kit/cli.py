@@ -22,9 +22,7 @@ app = typer.Typer(
     help="Teach a vision-language model to write better text-to-image prompts, with GRPO.",
 )
 
-Profile = Annotated[
-    str, typer.Option("--profile", "--config", help="A profile (tiny, full, …), or a JSON or YAML file.")
-]
+Profile = Annotated[str, typer.Option("--profile", "--config", help="A profile (tiny, full, …), a JSON or YAML file.")]
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; an existing run is continued.")]
 Name = Annotated[str, typer.Option(help="The run's name, a folder in reports/.")]
 Run = Annotated[str, typer.Argument(help="A run: its folder, or its name in reports/.")]
