@@ -278,8 +278,8 @@ def test_terminated_run_takes_its_kernel_along(tmp_path: Path, name: str):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
     pid = wait_for_number(tmp_path / "pid")
     process.send_signal(number)
-    assert process.wait(30) == 128 + number
-    deadline = time.monotonic() + 10
+    assert process.wait(600) == 128 + number
+    deadline = time.monotonic() + 600
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(pid)

@@ -227,7 +227,7 @@ def scores_during_the_next_batch(generator: Generator, overlap: bool, patience: 
 
 
 def test_a_part_is_scored_while_the_next_is_drawn(kit: Experiment):
-    assert scores_during_the_next_batch(kit.generator, overlap=True, patience=60)
+    assert scores_during_the_next_batch(kit.generator, overlap=True, patience=600)
     assert not scores_during_the_next_batch(kit.generator, overlap=False, patience=0.1)
 
 
@@ -355,7 +355,7 @@ def test_ctrl_c_ends_a_process_whose_reward_hangs():
     try:
         assert process.stdout.readline() == "scoring\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == -signal.SIGINT and said.rstrip().endswith("KeyboardInterrupt")

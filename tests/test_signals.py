@@ -207,7 +207,7 @@ def test_kernel_that_is_interrupted_goes_on_with_the_same_objects(profile: Path,
         manager.interrupt_kernel()
         assert _reply(client, asked)["ename"] == "KeyboardInterrupt"
         said = []
-        reply = client.execute_interactive(AFTER.format(**places), timeout=120, output_hook=said.append)["content"]
+        reply = client.execute_interactive(AFTER.format(**places), timeout=600, output_hook=said.append)["content"]
         assert reply["status"] == "ok", reply
     finally:
         client.stop_channels()
@@ -218,14 +218,14 @@ def test_kernel_that_is_interrupted_goes_on_with_the_same_objects(profile: Path,
 
 
 def _wait_for(place: Path) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not place.exists():
         assert time.monotonic() < until, f"{place.name} did not come"
         time.sleep(0.01)
 
 
 def _reply(client: object, asked: str) -> dict:
-    while (message := client.get_shell_msg(timeout=120))["parent_header"].get("msg_id") != asked:
+    while (message := client.get_shell_msg(timeout=600))["parent_header"].get("msg_id") != asked:
         pass
     return message["content"]
 

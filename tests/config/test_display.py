@@ -173,7 +173,7 @@ def test_a_notebook_shows_the_views_without_widgets_or_the_shows_import(tmp_path
     cells = [start, "config", "config.training_settings", "gk.load_prompts(config.training_settings.train_prompts)"]
     cells.append("import sys\n[name for name in sys.modules if name == 'torch' or name.startswith('grpo_kit.show')]")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     shown = [cell.outputs[0].data for cell in notebook.cells[1:]]
     for data in shown[:-1]:
         assert set(data) == {"text/plain", "text/html"} and len(data["text/plain"]) <= 200

@@ -101,7 +101,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             yield lab
         finally:
             server.terminate()
-            server.wait(timeout=30)
+            server.wait(timeout=300)
 
 
 def write_notebook(path: Path, cells: list[str]) -> None:
@@ -150,7 +150,7 @@ def wait_for_server(lab: Lab, server: subprocess.Popen, log: Path) -> None:
     request = urllib.request.Request(f"{lab.address}/api/status", headers={"Authorization": f"token {lab.token}"})
     while time.monotonic() < ends and server.poll() is None:
         try:
-            with urllib.request.urlopen(request, timeout=5):
+            with urllib.request.urlopen(request, timeout=60):
                 return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.2)

@@ -289,7 +289,7 @@ def test_threads_run_at_the_same_time():
     meeting = threading.Barrier(4)
 
     def meets(images, prompts, enhanced_prompts):
-        meeting.wait(timeout=30)  # breaks where the four are not there together
+        meeting.wait(timeout=600)  # breaks where the four are not there together
         return [1.0] * len(images)
 
     assert in_threads(meets, 4)([0] * 8, [""] * 8, [""] * 8).tolist() == [1.0] * 8

@@ -184,7 +184,7 @@ def test_a_continued_run_is_the_same_wandb_run(run: Path):
 
 def test_wandb_sync_finds_both_parts(run: Path):
     command = [sys.executable, "-m", "wandb", "sync", "--dry-run", str(run / "wandb")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0
     assert "Would sync 2 run(s)" in done.stdout + done.stderr
 
@@ -332,7 +332,7 @@ def _run_apart(modes: str, folder: Path, *arguments: str, **variables: str) -> t
     known |= {"WANDB_HTTP_TIMEOUT": "1"}  # seconds; wandb's own 10 would only make the test slow
     environment = known | {"HOME": str(folder), "NETRC": str(folder / "none")} | variables
     command = [sys.executable, "-c", PROCESS, modes, str(folder), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr.strip().splitlines()
 

@@ -41,7 +41,7 @@ def _synced(run: Path, home: Path) -> Received:
         environment = _without_wandb() | {"WANDB_BASE_URL": received.url, "WANDB_API_KEY": "k" * 40, "HOME": str(home)}
         parts = sorted(map(str, run.glob("wandb/offline-run-*")))
         command = [sys.executable, "-m", "wandb", "sync", *parts]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return received
 

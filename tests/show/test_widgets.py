@@ -252,7 +252,7 @@ def test_a_headless_run_leaves_a_picture_for_each(synthetic_run: Path, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
     cells = [nbformat.v4.new_code_cell(text.strip()) for text in HEADLESS.format(run=str(synthetic_run)).split("---")]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": "/"}}).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": "/"}}).execute()
     for cell in notebook.cells:
         shown = [output for output in cell.outputs if "data" in output]
         assert len(shown) == 1, cell.source

@@ -45,7 +45,7 @@ def command(*arguments: str) -> int:
 
 
 def wait_for_number(path: Path) -> int:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if path.is_file() and path.read_text():
             return int(path.read_text())

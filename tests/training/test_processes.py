@@ -191,7 +191,7 @@ def started(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[su
     process = subprocess.Popen(
         command, env=ENVIRONMENT, cwd=PROJECT_ROOT, stdout=log, stderr=log, start_new_session=True, text=True
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while last_commit(run) in (None, 0):
         assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.2)
@@ -209,7 +209,7 @@ def _workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
 
 def _ends(process: subprocess.Popen, workers: dict[int, psutil.Process], seconds: float) -> None:
     process.wait(timeout=seconds)
-    assert not psutil.wait_procs(workers.values(), timeout=5)[1]
+    assert not psutil.wait_procs(workers.values(), timeout=120)[1]
 
 
 def _told(run: Path) -> list[str]:
