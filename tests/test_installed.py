@@ -31,7 +31,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (shipped / "data").mkdir(parents=True)
     for part in ("shapeworld", "prompts"):
         (shipped / "data" / part).symlink_to(PROJECT_ROOT / "data" / part)
-    for module in ("paths", "loading"):
+    for module in ("paths", "loading", "settings"):
         monkeypatch.setattr(f"grpo_kit.config.{module}.PROJECT_ROOT", shipped)
     monkeypatch.setattr(paths, "_SHIPPED", shipped)
     (tmp_path / "mine").mkdir()
