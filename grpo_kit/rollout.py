@@ -200,9 +200,8 @@ def collect_samples(
     sampling_seconds = time.perf_counter() - clock
     group_ids = first_prompt + torch.arange(len(prompts)).repeat_interleave(num_generations)
     seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
-    asked = [prompts[group - first_prompt] for group in group_ids]
-    fields = [prompt.metadata for prompt in asked]
-    request = DrawRequest([prompt.user_prompt for prompt in asked], completions.texts, group_ids, seeds, fields)
+    asked = [(one.user_prompt, one.metadata) for one in prompts for _ in range(num_generations)]
+    request = DrawRequest([text for text, _ in asked], completions.texts, group_ids, seeds, [row for _, row in asked])
     drawn = draw_and_score(generator, rewards, request, overlap=overlap)
     return Samples(
         prompts=prompts,

@@ -30,8 +30,8 @@ def imported(place: str) -> Any:
     home, _, name = place.rpartition(":")
     if not home or not name:
         raise KitError(
-            f"function {place!r:.200}: allowed: path/to/file.py:function, or module:function such as "
-            "grpo_kit.grpo:grpo_loss"
+            f"function {place!r:.200}: allowed: module:function, such as grpo_kit.grpo:grpo_loss, or "
+            "path/to/file.py:function"
         )
     module = _module(home)
     try:

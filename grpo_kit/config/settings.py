@@ -201,7 +201,9 @@ class ShapingSettings(Section):
 class RewardSettings(Section):
     """What is rewarded, and what is only watched."""
 
-    weights: dict[Name, Number] = Field(min_length=1, description="weight of each reward in the total")
+    weights: dict[Name, Number] = Field(
+        min_length=1, description="weight of each reward in the total; of one's own: file.py:function"
+    )
     monitors: list[Name] = Field([], description="scored and logged, never rewarded")
     options: dict[Name, dict[Name, Any]] = Field({}, description='such as {"safety": {"avoid": ["blood"]}}')
     shaping: dict[Name, ShapingSettings] = Field({}, description="how a reward is changed before it is weighted")

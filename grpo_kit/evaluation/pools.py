@@ -18,6 +18,7 @@ from grpo_kit.config import RECORDS, Config, KitError, Section, printable
 from grpo_kit.evaluation.intervals import Interval, paired_interval, pooled_interval, t_interval
 from grpo_kit.evaluation.pairs import compared_pairs, complete_cells
 from grpo_kit.runs.grid import trial_folders
+from grpo_kit.runs.own_rewards import in_words, is_own
 from grpo_kit.runs.record import RunRecord, read_run
 
 SEED = "training_settings.seed"
@@ -130,6 +131,9 @@ def _settings(record: RunRecord) -> dict[str, object]:
         values = {name: one.get_default(call_default_factory=True) for name, one in optional.items()} | values
         flat |= {f"{section}.{name}": values[name] for name in dict.fromkeys([*fields, *values]) if name in values}
     flat = {name: v for name, v in flat.items() if name not in IDLE and name.split(".")[0] not in IDLE_SECTIONS}
+    if is_own(rewards := record.config.get("rewards") or {}):  # one of which no setting tells, or not which code
+        codes = [entry["sha256"][:8] for entry in rewards.values() if "sha256" in entry]
+        flat |= {"rewards": in_words(rewards), "code of rewards": ", ".join(codes)}
     return flat | ({"branch": record.branch_text()} if record.branch else {})
 
 

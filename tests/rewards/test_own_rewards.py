@@ -206,7 +206,7 @@ def test_record_has_the_sha256_of_all_that_a_reward_imports_from_its_folder(kit:
         ("my_rewards.py:rednes", None, "found no function 'rednes' in {folder}/my_rewards.py, did you mean redness?"),
         ("no.such.module:f", None, "module 'no.such.module': cannot be imported: ModuleNotFoundError"),
         ("broken.py:f", None, "cannot be imported: SyntaxError"),
-        ("my_rewards.py:", None, "allowed: path/to/file.py:function, or module:function"),
+        ("my_rewards.py:", None, "allowed: module:function, such as grpo_kit.grpo:grpo_loss, or path/to/file"),
         ("redness", None, "or one of your own: path/to/file.py:function, package.module:function"),
         ("mine", {"reward": "beauty"}, "found 'beauty', allowed: aesthetic, "),
         ("my_rewards.py:channel", {"nmber": 0}, "channel.nmber: unknown, did you mean number?; allowed: number, scale"),

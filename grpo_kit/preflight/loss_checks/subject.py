@@ -1,17 +1,15 @@
 """The function that is examined: found by its name, called by the names of the arguments that it has."""
 
 import functools
-import importlib
 import inspect
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from grpo_kit.config import KitError, one_line
+from grpo_kit.config.own_code import imported
 from grpo_kit.grpo import LOSS_TYPES
 from grpo_kit.preflight.loss_checks.cases import Batch, drifted, unlike_groups
 
@@ -127,7 +125,7 @@ class Subject:
 
 
 def load_subject(loss: str, advantages: str = "") -> Subject:
-    """The functions at two places of the form module:function; modules are looked for where the command is called too.
+    """The functions at two places of the form module:function, as `imported` finds them.
 
     Raises:
         KitError: a place that names no function, and what `subject_of` raises.
@@ -150,19 +148,9 @@ def subject_of(loss: Callable | None, name: str = "", advantages: Callable | Non
 
 
 def _imported(place: str) -> Callable:
-    module, _, attribute = place.partition(":")
-    if not module or not attribute:
-        raise KitError(f"function {place!r:.100}: allowed: module:function, such as grpo_kit.grpo:grpo_loss")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever a foreign module does while it is imported
-        raise KitError(f"module {module!r:.100}: cannot be imported: {_named(error)}") from error
-    function = getattr(found, attribute, None)
+    function = imported(place)
     if not callable(function):
-        raise KitError(f"function {place!r:.100}: found no function {attribute!r:.60} in {module}")
+        raise KitError(f"function {place!r:.100}: found {type(function).__name__}, allowed: a function")
     return function
 
 

@@ -1,5 +1,6 @@
 """The groups of a run's kept rollouts: a widget that shows one, and what rows of a rollout say in words."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def ranges(rollout: pd.DataFrame) -> pd.Series:
 def parts_text(row: Mapping[str, object]) -> str:
     """Return the single rewards of a row of a rollout in a line: `CLIP similarity 0.882 · gold check 60.0 %`."""
     names = [str(name).removeprefix("reward/") for name in row if str(name).startswith("reward/")]
+    names = [name for name in names if row[f"reward/{name}"] != math.inf]  # it abstained
     parts = [f"{metric_name(name)} {format_metric(name, row[f'reward/{name}'])}" for name in names]
     return " · ".join(parts).replace(" %", "\N{NO-BREAK SPACE}%")
 
