@@ -118,13 +118,12 @@ def load_adapter(model: torch.nn.Module, name: str) -> torch.nn.Module:
             f"model_settings: could not load the adapter {name!r} onto {type(model).__name__} ({type(error).__name__}: "
             f"{one_line(error, 300)}); set the model that it was trained on, or fetch the adapter again"
         ) from error
-    for wrong, keys in (("lacks", found.missing_keys), ("does not know", found.unexpected_keys)):
-        if keys:
-            left = "file" if wrong == "lacks" else type(model).__name__
-            raise ModelError(
-                f"model_settings: found the adapter {name!r}, of which the {left} {wrong} {len(keys)} weights "
-                f"({min(keys)} …); set the model that it was trained on, or fetch the adapter again"
-            )
+    if lost := [*found.missing_keys, *found.unexpected_keys]:
+        raise ModelError(
+            f"model_settings: found the adapter {name!r}, whose file lacks {len(found.missing_keys)} weights and has "
+            f"{len(found.unexpected_keys)} that {type(model).__name__} has no place for ({min(lost)} …); set the model "
+            "that it was trained on, or fetch the adapter again"
+        )
     return adapted
 
 

@@ -52,13 +52,8 @@ def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipel
         parts, missing, pipeline = {}, {}, load_single_file(name, settings.generator_config, dtype, left_out)
     else:
         try:
-            folder = _folder(name)
-            variants = _variants(folder, dtype)
-            if variants:
-                logger.info("generator: %s has variants of weights alone; loading %s", name, variants)
-            source = str(folder) if variants else name
-            parts, missing = _parts(source, dtype, left_out, t5_options, variants)
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **left_out, **parts)
+            parts, missing = _parts(name, dtype, left_out, t5_options)
+            pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **left_out, **parts)
         except Exception as error:  # the libraries raise a dozen kinds
             raise load_failure("model_settings.sd_model", name, error) from error
     for part, model in pipeline.components.items():
@@ -73,49 +68,38 @@ def load_pipeline(settings: ModelSettings, dtype: torch.dtype) -> DiffusionPipel
     return pipeline
 
 
-def _folder(name: str) -> Path | None:
-    """Where a pipeline's files are on this machine; None where they are still to be fetched."""
-    if Path(name).is_dir():
-        return Path(name)
-    index = try_to_load_from_cache(name, "model_index.json")
-    return Path(index).parent if isinstance(index, str) else None
-
-
-def _variants(folder: Path | None, dtype: torch.dtype) -> dict[str, str]:
+def _variants(name: str, dtype: torch.dtype) -> dict[str, str]:
     """part → the variant of its weights (`model.fp16.safetensors`) to load, where it has no plain ones.
 
-    Of several variants it is that of the dtype.
+    Of several variants it is that of the dtype. What is still to be fetched from the hub has none.
     """
+    index = f"{name}/model_index.json" if Path(name).is_dir() else try_to_load_from_cache(name, "model_index.json")
     chosen = {}
-    for part in [] if folder is None else filter(Path.is_dir, folder.iterdir()):
+    for part in filter(Path.is_dir, Path(index).parent.iterdir()) if isinstance(index, str) else ():
         found = {match[1] for file in part.iterdir() if (match := _FILES.fullmatch(file.name))}
         if found and None not in found:
             chosen[part.name] = min(found, key=lambda variant: (variant != _PREFERRED.get(dtype), variant))
+    if chosen:
+        logger.info("generator: %s has variants of weights alone; loading %s", name, chosen)
     return chosen
 
 
 def _parts(
-    name: str,
-    dtype: torch.dtype,
-    left_out: Collection[str],
-    t5_options: Mapping[str, object],
-    variants: Mapping[str, str],
+    name: str, dtype: torch.dtype, left_out: Collection[str], t5_options: Mapping[str, object]
 ) -> tuple[dict[str, torch.nn.Module], dict[str, Collection[str]]]:
     """part → a model of transformers, or one in a variant; and part → its weights that are in no file.
 
     They are loaded one by one: transformers initialises such weights at random, and a pipeline does not report them.
     """
-    parts, missing = {}, {}
+    parts, missing, variants = {}, {}, _variants(name, dtype)
     for part, kind in DiffusionPipeline.load_config(name).items():
         library, class_name = kind if isinstance(kind, list) else (None, "")
         if part in left_out or not (library == "transformers" or part in variants):
             continue
         home = {"transformers": transformers, "diffusers": diffusers}.get(library)
         model_class = getattr(home or getattr(diffusers.pipelines, library), class_name, None)
-        if not isinstance(model_class, type):
-            continue
         place = {"subfolder": part, "dtype": dtype, "variant": variants.get(part)}
-        if issubclass(model_class, PreTrainedModel):
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             options = t5_options if issubclass(model_class, T5EncoderModel) else {}
             parts[part], found = model_class.from_pretrained(name, output_loading_info=True, **place, **options)
             missing[part] = found["missing_keys"]

@@ -56,7 +56,7 @@ def existing_run(text: str) -> Path:
         KitError: no run is there; the line names the newest that are.
     """
     for folder in _folders(text):
-        if (folder / "config.json").is_file() or (folder / "final_results.json").is_file():
+        if any((folder / f"{name}.json").is_file() for name in ("config", "final_results", "adapter_config")):
             return folder
     runs = sorted(path.parent.name for path in (working_folder() / "reports").glob("*/config.json"))
     known = ", ".join(runs[-5:]) or "none yet. Make one: grpo-kit run"

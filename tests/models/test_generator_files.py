@@ -383,3 +383,18 @@ def test_negative_prompt_that_is_cut_is_counted(
     with caplog.at_level(logging.WARNING, "grpo_kit"):
         _pictures(generator)
     assert generator.truncated == 1 and "was cut" in caplog.text
+
+
+@pytest.mark.field("F8")
+def test_variants_load_by_id_from_the_hubs_cache(
+    written: Callable[[Callable[[Path], None]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plain = written(stable_diffusion)
+    repository = tmp_path / "hub" / "models--somebody--half"
+    _all_fp16(plain, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for module in ("huggingface_hub.constants", "diffusers.configuration_utils", "diffusers.models.modeling_utils"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    config = load_config(_config(plain), {"model_settings.sd_model": "somebody/half"})
+    assert _differ_by(_pictures(load_generator(config)), _pictures(_load(plain))) == 0
