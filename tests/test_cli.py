@@ -313,15 +313,18 @@ def test_interrupted_training_says_how_to_go_on(
     assert f"grpo-kit train --run-dir {tmp_path / 'r'}" in capsys.readouterr().err
 
 
-def test_run_that_is_there_goes_on_with_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_that_is_there_goes_on_with_its_own_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     seen = []
     monkeypatch.setattr(loop, "load_experiment", seen.append)
     monkeypatch.setattr(loop, "train", lambda kit, run_dir, processes: None)
     config = load_config("workshop", {"training_settings.seed": 5})
     save_config(config, tmp_path / "config.json")
     assert _run("train", "--run-dir", str(tmp_path)) == 0
-    assert _run("train", "--run-dir", str(tmp_path), "--profile", "tiny") == 0
-    assert seen == [config, load_config("tiny")]
+    assert _run("train", "--run-dir", str(tmp_path), "--profile", "tiny") == 2  # before models are loaded
+    assert "training_settings.seed: found 5 in the run, 0 in the config" in capsys.readouterr().err
+    assert seen == [config]
 
 
 def test_evaluate_compares_the_trained_policy_of_the_run(
