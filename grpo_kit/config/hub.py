@@ -48,7 +48,8 @@ def load_failure(setting: str, name: str, error: Exception, repository: str | No
 def how_to_restore(folder: str | Path) -> str:
     """What to do about a damaged folder: the repository's own come back by git, others from where they came from."""
     if any(Path(folder).is_relative_to(PROJECT_ROOT / "data" / own) for own in ("shapeworld", "demo_run")):
-        return "restore it (git checkout), or train it again: make models"
+        is_checkout = (PROJECT_ROOT / "Makefile").is_file()
+        return "restore it (git checkout), or train it again: make models" if is_checkout else "install the kit again"
     return "fetch or copy it again, or take a folder that save_pretrained wrote"
 
 

@@ -173,7 +173,9 @@ def test_whole_weights_of_a_run_open_everywhere_and_answer_alike(
 
 
 @pytest.mark.field("F7")
-@pytest.mark.parametrize("family", [one for one in FAMILIES if one.name in ("SmolVLM", "GPT-2", "Llama 3")], ids=str)
+@pytest.mark.parametrize(
+    "family", [one for one in FAMILIES if one.name in ("SmolVLM", "GPT-2", "Llama 3")], ids=lambda one: one.name
+)
 def test_adapters_of_peft_itself_are_gone_on_from(kit: Experiment, family: Family, tmp_path: Path):
     """As other trainers leave them: peft's own defaults, names of layers that peft chooses."""
     family.write(tmp_path / "base")
