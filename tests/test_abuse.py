@@ -56,6 +56,9 @@ NAMED_EXCEPTIONS = {
     ("grpo_kit/rewards/learned.py", "from pickle import UnpicklingError"),
     # classes of the kit's own, derived from yaml.SafeLoader (shown below)
     ("grpo_kit/runs/grid.py", "yaml.load(path.read_text(encoding='utf-8-sig'), UniqueKeys)"),
+    # a reward of the user's own, from the file that the user's config names
+    ("grpo_kit/config/own_code.py", "compile(source, path, 'exec')"),
+    ("grpo_kit/config/own_code.py", "exec(compile(source, path, 'exec'), vars(module))"),
     ("grpo_kit/config/strict_yaml.py", "yaml.load(content.decode('utf-8-sig'), _Settings)"),
 }
 

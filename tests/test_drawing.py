@@ -348,6 +348,7 @@ draw_and_score(Draws(), Rewards({"hangs": hangs}, {"hangs": 1.0}), wanted, overl
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process_whose_reward_hangs():
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED], cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -50,6 +50,7 @@ print(happened["folder"] > 0, happened["in use"] > 3)
 """
 
 
+@pytest.mark.slow
 def test_every_command_works_without_what_windows_lacks_on_terminals_of_few_letters(tmp_path: Path) -> None:
     demo, codes = str(PROJECT_ROOT / "data" / "demo_run"), {"doctor": 1, "plan": 2}
     code = COMMANDS.format(run=str(tmp_path / "run"), demo=demo, code=codes)

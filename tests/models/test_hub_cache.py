@@ -84,6 +84,7 @@ def test_classic_config_loads_by_its_ids_from_the_hub_cache_and_takes_a_step(tmp
     assert found["places"] == [f"{name}: in the hub cache" for name in CLASSIC["model_settings"].values()]
 
 
+@pytest.mark.slow
 def test_each_missing_model_is_one_line_that_says_which_and_how_to_get_it(tmp_path: Path):
     messages = _offline(MISSING, tmp_path)
     assert [message.split(":")[0] for message in messages] == [

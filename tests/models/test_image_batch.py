@@ -139,6 +139,7 @@ def memory_of_a_measured_batch(stated: int) -> tuple[int, int]:
     return found, memory_of(lambda: generator.generate_images(*zip(*pairs, strict=True)), CPU)
 
 
+@pytest.mark.slow
 def test_measured_batch_keeps_to_the_memory_that_was_stated():
     stated = 96 * MB
     code = f"import test_image_batch as test; print(*test.memory_of_a_measured_batch({stated}))"

@@ -68,7 +68,9 @@ def test_a_device_of_no_kind_is_refused_with_the_settings(setting: str):
 def test_several_processes_cannot_share_one_numbered_device(
     setting: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     config = load_config("tiny", CPU | {f"model_settings.{setting}": "cuda:1"})
     with pytest.raises(ProcessError, match=f"model_settings.{setting}: found cuda:1, which several"):
         launch.joined(config, tmp_path).__enter__()

@@ -83,6 +83,7 @@ def test_the_processes_are_those_of_a_launcher_that_is_there(
         assert str(caught.value).startswith(expected) and "Unset it" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_training_with_what_another_launcher_left_is_one_line(tmp_path: Path) -> None:
     done = command(tmp_path, "train", "--run-dir", "run", WORLD_SIZE="4", RANK="0")
     errors = done.communicate()[1]
