@@ -65,7 +65,7 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 		exit 2; fi; \
 	$$base -m venv $(VENV)
 	@echo "setting up $(VENV): 7 GB, 1 to 5 minutes, once" >&2
-	@# uv installs the same versions in half the time; where it cannot be had, or fails, pip does it
+	@# uv installs the same versions faster; where it cannot be had, or fails, pip does it
 	@{ $(PY) -m pip install --quiet --disable-pip-version-check uv && \
 		$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) -c requirements.lock -e ".[dev]"; } || \
 		$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[dev]"
