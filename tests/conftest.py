@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -48,6 +49,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Let a test's report say what it shows, so that a worker's report does too."""
     item.user_properties.extend(("trap", claim) for claim in traps.claims(item))
     item.user_properties.extend(("abuse", claim) for claim in abuse.claims(item))
+
+
+def pytest_runtest_teardown() -> None:
+    """Give back the locks of logging that a test's interrupt left held: other threads would wait for them for ever."""
+    handlers = [reference() for reference in logging._handlerList]
+    for lock in (logging._lock, *(handler.lock for handler in handlers if handler is not None)):
+        while lock is not None and lock._is_owned():
+            lock.release()
 
 
 @pytest.fixture
