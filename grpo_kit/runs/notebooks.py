@@ -200,7 +200,6 @@ def _own_kernel() -> type:
 
     class OwnKernel(AsyncKernelManager):
         kernel_spec = KernelSpec(**get_kernel_dict())
-        shutdown_wait_time = 60.0  # seconds from the interrupt that ends it, in which a run is committed
 
     return OwnKernel
 
