@@ -1,0 +1,86 @@
+"""How many denoising steps are enough while training? Held-out checks at full quality, several training seeds each.
+
+An arm is `steps` or `steps-beta`: training draws with so many steps (`generation_settings.rollout_steps`), `beta` is
+the weight of the KL term. The last policy's likeliest rewrites of held-out prompts are drawn with all steps.
+`python -m benchmarks.studies.drafts` writes `reports/drafts/`: scores and CPU-seconds of each run, and table.json. A
+stopped measurement goes on with the first run that is missing.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+
+import grpo_kit as gk
+from grpo_kit.config import PROJECT_ROOT, Config
+from grpo_kit.evaluation.intervals import t_interval
+from grpo_kit.training.loop import make_optimizer, run_iteration
+
+ARMS = "8,4,3,2"
+METRICS = ["reward", "reward/gold", "reward/keeps_objects", "reward/grammatical"]
+
+
+def main(
+    seeds: Annotated[int, typer.Option(min=1, help="training seeds of each arm")] = 10,
+    arms: Annotated[str, typer.Option(help="denoising steps in training, '2-0.1' with another beta")] = ARMS,
+    profile: Annotated[str, typer.Option(help="a profile of the embedded world")] = "tiny",
+    out: Annotated[Path, typer.Option(help="where scores and the table go")] = PROJECT_ROOT / "reports" / "drafts",
+) -> None:
+    """Train and evaluate what is missing, seed by seed so that a stopped measurement is balanced; print the table."""
+    for seed in range(seeds):
+        for arm in arms.split(","):
+            measure(out / f"{arm}_{seed}.parquet", configured(profile, arm, seed))
+        table = results(out)
+        table.to_json(out / "table.json", orient="records", indent=2)
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
+
+
+def configured(profile: str, arm: str, seed: int) -> Config:
+    """The settings of one run."""
+    steps, _, beta = arm.partition("-")
+    changes = {"training_settings.seed": seed, "generation_settings.rollout_steps": int(steps)}
+    return gk.load_config(profile, changes | ({"training_settings.beta": float(beta)} if beta else {}))
+
+
+def measure(place: Path, config: Config) -> None:
+    """Train one run and keep the scores of its last policy and what it cost, unless that was done."""
+    if place.is_file():
+        return
+    kit, started = gk.load_experiment(config), time.process_time()
+    optimizer = make_optimizer(kit, config)
+    for iteration in range(1, config.training_settings.num_iterations + 1):
+        run_iteration(kit, optimizer, iteration)
+    seconds = time.process_time() - started
+    rows = gk.evaluate(kit, None, ("trained",), paraphrases=False).rows
+    place.parent.mkdir(parents=True, exist_ok=True)
+    kept = rows[["prompt_id", "user_prompt", "text", "seed", *METRICS]].assign(cpu_seconds=seconds)
+    kept.to_parquet(place.with_suffix(".part"), index=False)
+    place.with_suffix(".part").replace(place)
+    scores = ", ".join(f"{metric} {rows[metric].mean():.3f}" for metric in METRICS)
+    typer.echo(f"{place.stem}: {seconds:.0f} CPU-seconds, {scores}")
+    gk.release(kit)
+
+
+def results(out: Path) -> pd.DataFrame:
+    """A row an arm: means over training seeds with t-intervals, CPU-seconds, and gold less that of all steps."""
+    runs = pd.concat(pd.read_parquet(place).assign(run=place.stem) for place in out.glob("*_[0-9]*.parquet"))
+    each = runs.groupby("run")[[*METRICS, "cpu_seconds"]].mean()
+    each.index = pd.MultiIndex.from_tuples([name.rsplit("_", 1) for name in each.index], names=["arm", "seed"])
+    full, table = each["reward/gold"].get("8", pd.Series(dtype=float)), []
+    for arm, scores in each.groupby("arm"):
+        scores = scores.droplevel("arm")
+        paired = (scores["reward/gold"] - full).dropna().rename("gold less 8 steps'")
+        row: dict[str, object] = {"arm": arm, "training seeds": len(scores)}
+        for values in (*(scores[name] for name in scores), paired):
+            found = t_interval(values) if len(values) > 1 else None
+            row[str(values.name)] = np.nan if values.empty else values.mean()
+            row[f"{values.name} ±"] = (found.high - found.low) / 2 if found else np.nan
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
