@@ -9,6 +9,7 @@ from pathlib import Path
 
 from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, load_config, nearest, one_line, printable, working_folder
 from grpo_kit.runs.durable import json_bytes, replace_file
+from grpo_kit.runs.kernels import own_kernel
 from grpo_kit.runs.parameters import NotebookError, Parameter, declared_parameters
 
 NOTEBOOK_FOLDER = PROJECT_ROOT / "notebooks"
@@ -168,7 +169,7 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
             parameters=dict(notebook.parameters),
             kernel_name="python3",
             progress_bar=False,
-            kernel_manager_class=_own_kernel(),
+            kernel_manager_class=own_kernel(),
             # the kernel's own log would stand between the progress lines, and be a traceback where it is interrupted;
             # PYTHONSTARTUP is for a person's own sessions
             extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.exec_PYTHONSTARTUP=False"],
@@ -190,18 +191,6 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"] if output.exists() else {}
     seconds = metadata.get("papermill", {}).get("duration") or 0.0
     return Executed(notebook.name, output, seconds / 60, error, died)
-
-
-def _own_kernel() -> type:
-    """Kernels of this Python, whatever Jupyter knows under the name python3."""
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-
-    class OwnKernel(AsyncKernelManager):
-        kernel_spec = KernelSpec(**get_kernel_dict())
-
-    return OwnKernel
 
 
 def _note_stop(output: Path, error: str) -> None:
