@@ -54,12 +54,11 @@ PICKLES = {"pickle", "cPickle", "_pickle", "dill", "joblib", "cloudpickle", "she
 NAMED_EXCEPTIONS = {
     # the name of an exception, which torch.load(weights_only=True) raises
     ("grpo_kit/rewards/learned.py", "from pickle import UnpicklingError"),
-    # classes of the kit's own, derived from yaml.SafeLoader (shown below)
-    ("grpo_kit/runs/grid.py", "yaml.load(path.read_text(encoding='utf-8-sig'), UniqueKeys)"),
+    # a class of the kit's own, derived from yaml.SafeLoader (shown below)
+    ("grpo_kit/config/strict.py", "yaml.load(text, _Loader)"),
     # a reward of the user's own, from the file that the user's config names
     ("grpo_kit/config/own_code.py", "compile(source, path, 'exec')"),
     ("grpo_kit/config/own_code.py", "exec(compile(source, path, 'exec'), vars(module))"),
-    ("grpo_kit/config/strict_yaml.py", "yaml.load(content.decode('utf-8-sig'), _Settings)"),
 }
 
 

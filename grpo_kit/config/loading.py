@@ -12,8 +12,7 @@ from typing import Any
 from grpo_kit.config.errors import ConfigError, KitError, nearest, shown
 from grpo_kit.config.paths import MODEL_PATHS, PROJECT_ROOT, PROMPT_PATHS, resolve_paths, working_folder
 from grpo_kit.config.settings import PROFILES, Config, TrainingSettings, merged, profile_settings
-from grpo_kit.config.strict_json import strict_json
-from grpo_kit.config.strict_yaml import SUFFIXES, line_of, strict_yaml
+from grpo_kit.config.strict import line_of, read_strictly
 from grpo_kit.config.validation import forms_of, validated
 
 RECORDS = ("versions", "machine", "contents", "rewards")  # what a run's config.json says of its making; no settings
@@ -47,21 +46,17 @@ def load_config(
     for key, value in (overrides or {}).items():
         _override(data, key, value)
     resolve_paths(data, [working_folder(), PROJECT_ROOT])
-    return validated(Config, data, source="" if path is None else lambda sentence: _place(path, sentence))
 
+    def place(sentence: str) -> str:
+        """Where in the file the key stands with which an error begins."""
+        line = path and line_of(path.read_bytes(), sentence.partition(":")[0].split("."))
+        return f" (in {path}:{line})" if line else f" (in {path})" if path else ""
 
-def _place(path: Path, sentence: str) -> str:
-    """Where in a file the key stands with which an error begins."""
-    line = line_of(path.read_bytes(), sentence.partition(":")[0].split("."))
-    return f" (in {path})" if line is None else f" (in {path}:{line})"
+    return validated(Config, data, source=place)
 
 
 def settings_from_texts(texts: Sequence[str]) -> dict[str, object]:
-    """Overrides from a command's `section.key=value` texts; a path that exists in the working folder counts from there.
-
-    Raises:
-        KitError: a text of another form, or a key twice.
-    """
+    """Overrides from a command's `section.key=value` texts; a path that exists here counts from the working folder."""
     settings: dict[str, object] = {}
     for key, value in pairs_from_texts(texts, "-o").items():
         is_here = key in MODEL_PATHS + PROMPT_PATHS and value and "\0" not in value and Path(value).exists()
@@ -70,11 +65,7 @@ def settings_from_texts(texts: Sequence[str]) -> dict[str, object]:
 
 
 def pairs_from_texts(texts: Sequence[str], option: str) -> dict[str, str]:
-    """Name → value of the `name=value` texts that a command's option was given.
-
-    Raises:
-        KitError: a text of another form, or a name twice.
-    """
+    """Name → value of the `name=value` texts that a command's option was given; else a `KitError`."""
     pairs: dict[str, str] = {}
     for text in texts:
         name, separator, value = text.partition("=")
@@ -94,21 +85,15 @@ def _config_file(name_or_path: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError):  # too long, a NUL inside, no home folder
         found = False
     if not found:
-        raise ConfigError(
-            f"configuration {shown(str(name_or_path))}: neither a profile nor a file"
-            f"{nearest(str(name_or_path), PROFILES)}; allowed: {', '.join(PROFILES)}, or the path of a JSON or YAML "
-            "file or run folder"
-        )
+        what = f"configuration {shown(str(name_or_path))}: neither a profile nor a file"
+        allowed = f"{', '.join(PROFILES)}, or the path of a JSON or YAML file or run folder"
+        raise ConfigError(f"{what}{nearest(str(name_or_path), PROFILES)}; allowed: {allowed}")
     return path
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The settings in a file, with its paths resolved."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    data = (strict_yaml if path.suffix.lower() in SUFFIXES else strict_json)(content, path)
+    data = read_strictly(path, as_yaml=path.suffix.lower() in (".yaml", ".yml"))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: found {shown(data)}, allowed: a JSON object with the sections of a profile")
     resolve_paths(data, [path.parent.resolve(), PROJECT_ROOT])

@@ -5,14 +5,13 @@ import csv
 import datetime
 import decimal
 import io
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from grpo_kit.config.errors import ConfigError, one_line, printable, shown
-from grpo_kit.config.strict_json import strict_json
+from grpo_kit.config.strict import strict_json
 
 MAX_LINE_BYTES = 1_000_000
 MAX_WHOLE_BYTES = 1_000_000_000  # of an array or a CSV file, which is read in one piece
@@ -26,30 +25,30 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record of a file with its place for an error: file:line, or file and row.
 
     What a file is its first bytes say, of tables without such bytes the end of its name (.csv, .tsv, .arrow). Lines are
-    read one by one, parquet and arrow in batches.
-
-    Raises:
-        ConfigError: one line with the place and what is wrong there.
-        OSError: the file cannot be read.
+    read one by one, parquet and arrow in batches. A `ConfigError` says what is wrong, and where.
     """
     if path.is_dir():
         yield from _table_rows(path, _dataset_files(path))
         return
-    with path.open("rb") as file:
-        head = file.read(4096)
-        file.seek(0)
+    with path.open("rb") as stream:
+        head = stream.read(4096)
+        stream.seek(0)
         if packed := next((name for magic, name in _PACKED.items() if head.startswith(magic)), None):
             raise ConfigError(f"{path}: found {packed}. Unpack it, or save it as CSV or JSONL in UTF-8")
         suffix, encoding = path.suffix.lower(), _encoding(head)
         if head.startswith(b"PAR1") or suffix in (".parquet", ".arrow"):
             yield from _table_rows(path, [path])
-        elif suffix in (".csv", ".tsv"):
-            yield from _csv_rows(_whole_text(file, path, encoding), path)
-        elif head.decode(encoding, "ignore").lstrip("\ufeff \t\r\n").startswith("["):
-            entries = strict_json(_whole_text(file, path, encoding).encode(), path)
+            return
+        if encoding != "utf-8":
+            content = _whole_text(stream, path, encoding).encode()
+            stream, head = io.BytesIO(content), content[:4096]
+        if suffix in (".csv", ".tsv"):
+            yield from _csv_rows(_whole_text(stream, path), path)
+        elif head.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+            entries = strict_json(_whole_text(stream, path).encode(), path)
             yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries, start=1))
         else:
-            yield from _lines(file, path, encoding)
+            yield from _lines(stream, path)
 
 
 def _encoding(head: bytes) -> str:
@@ -60,10 +59,10 @@ def _encoding(head: bytes) -> str:
     return {0: "utf-16-be", 1: "utf-16-le"}.get(zeros, "utf-8")
 
 
-def _whole_text(file: BinaryIO, path: Path, encoding: str) -> str:
-    content = file.read(MAX_WHOLE_BYTES + 1)
+def _whole_text(stream: BinaryIO, path: Path, encoding: str = "utf-8") -> str:
+    content = stream.read(MAX_WHOLE_BYTES + 1)
     if len(content) > MAX_WHOLE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_WHOLE_BYTES:,} bytes. Write JSONL, one object a line, or parquet")
+        raise ConfigError(f"{path}: larger than {MAX_WHOLE_BYTES:,} bytes. Write JSONL in UTF-8, or parquet")
     try:
         return content.decode(encoding).lstrip("\ufeff")
     except UnicodeDecodeError as error:
@@ -71,15 +70,9 @@ def _whole_text(file: BinaryIO, path: Path, encoding: str) -> str:
         raise ConfigError(f"{path}:{line}: not {encoding.upper()} text (byte {error.start}). Save as UTF-8") from None
 
 
-def _lines(file: BinaryIO, path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
-    text = None if encoding == "utf-8" else io.TextIOWrapper(file, encoding)
-    for number in itertools.count(1):
-        try:
-            line = file.readline(MAX_LINE_BYTES + 1) if text is None else text.readline(MAX_LINE_BYTES + 1).encode()
-        except UnicodeError:
-            raise ConfigError(f"{path}:{number}: not {encoding.upper()} text. Save the file as UTF-8") from None
-        if not line:
-            return
+def _lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
+    for number, line in enumerate(lines, start=1):
         if len(line) > MAX_LINE_BYTES:
             raise ConfigError(f"{path}:{number}: longer than {MAX_LINE_BYTES:,} bytes. Split it, or remove it")
         for part in line.replace(_JOINED, b"}\n{").split(b"\n"):

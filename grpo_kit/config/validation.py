@@ -1,7 +1,7 @@
 """Settings checked by pydantic, whose errors become one line: the key, the value found, and what is allowed.
 
-pydantic's own messages name the bound that was passed, or the type; what is allowed here is all of it (type, bounds,
-choices, whether null is), so it is read from the JSON schema of the settings, as their descriptions are.
+What is allowed (type, bounds, choices, whether null is) is read from the JSON schema of the settings, since pydantic's
+own messages name only the bound that was passed, or the type.
 """
 
 import functools
@@ -20,13 +20,13 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 def validated(
-    model: type[Model], values: Mapping[str, Any], place: str = "", source: str | Callable[[str], str] = ""
+    model: type[Model], values: Mapping[str, Any], place: str = "", source: Callable[[str], str] = lambda sentence: ""
 ) -> Model:
     """The values as that model of settings.
 
     Args:
         place: the dotted key where they stand, such as `reward_settings.options.safety`; "" for a whole configuration.
-        source: the end of the error, such as the file that they came from; or what gives it for the error's sentence.
+        source: gives the end of the error, such as the file that they came from, for its sentence.
 
     Raises:
         ConfigError: one line on the first mistake, and the number of the others.
@@ -38,11 +38,11 @@ def validated(
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key is missing, too
     lines = list(dict.fromkeys(_sentence(problem, place, _schema(model)) for problem in problems))
     more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-    raise ConfigError(printable(lines[0]) + more + (source(lines[0]) if callable(source) else source))
+    raise ConfigError(printable(lines[0]) + more + source(lines[0]))
 
 
 def forms_of(model: type[BaseModel], keys: Sequence[str]) -> list[Schema]:
-    """The forms that the setting at these keys may have, each as a JSON schema; `type` is JSON's name of its type."""
+    """The forms that the setting at these keys may have, each as a JSON schema."""
     return _forms(_node(_schema(model), keys), _schema(model))
 
 
@@ -76,24 +76,21 @@ def _sentence(problem: Mapping[str, Any], place: str, root: Schema) -> str:
     """One error of pydantic in words."""
     keys = [str(part) for part in problem["loc"] if part != "[key]"]
     message = problem["msg"].removeprefix("Value error, ")
-    if not keys and problem["type"] == "string_unicode":  # pydantic does not say where the key stands
-        return f"key {shown(problem['input'])}: allowed: text of whole characters (no lone surrogates)"
-    if not keys:  # from a check of several settings, which wrote the whole line
-        return message
+    if not keys:
+        if problem["type"] == "string_unicode":  # pydantic does not say where the key stands
+            return f"key {shown(problem['input'])}: allowed: text of whole characters (no lone surrogates)"
+        return message  # of a check of several settings, which wrote the whole line
     node, above = _node(root, keys), _node(root, keys[:-1])
     is_unknown = problem["type"] == "extra_forbidden"
     if node is above and not is_unknown and isinstance(problem["loc"][-1], str):
         keys = keys[:-1]  # pydantic's name for one side of an "or"
-    name = ".".join([place, *keys] if place else keys)
-    name = name if len(name) <= 100 else f"{name[:97]}..."
+    name = ".".join([place, *keys] if place else keys)[:100]
     if is_unknown:
         known = sorted(key for form in _forms(above, root) for key in form.get("properties", {}))
         return f"{name or repr(name)}: unknown key{nearest(keys[-1], known)}; allowed: {', '.join(known)}"
     about = f" ({node['description']})" if "description" in node and "properties" not in node else ""
     found = "missing" if problem["type"] == "missing" else f"found {shown(problem['input'])}"
-    allowed = (
-        message if problem["type"] == "value_error" else " or ".join(_allowed(form) for form in _forms(node, root))
-    )
+    allowed = message if problem["type"] == "value_error" else " or ".join(map(_allowed, _forms(node, root)))
     return f"{name}: {found}, allowed: {node.get('allowed', allowed)}{about}"
 
 

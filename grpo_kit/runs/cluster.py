@@ -1,10 +1,8 @@
 """Grids past one machine: each trial is a task of a Ray cluster, https://docs.ray.io (the extra `ray`).
 
-Ray decides where a trial runs, by the CPUs and GPUs that it takes. What it writes goes into the grid's folder, as
-without Ray, so every machine has to see that folder, and the kit with its notebooks, at the same path.
-
-A trial that fails by its own doing (a cell's error, a cell that takes too long) is not tried again: it would fail
-again. One that dies (its kernel, its worker, its machine) is, and its training goes on from its last checkpoint.
+Ray decides where a trial runs, by the CPUs and GPUs that it takes. Every machine has to see the grid's folder, and the
+kit with its notebooks, at the same path. A trial that fails by its own doing (a cell's error, a cell that takes too
+long) would fail again; one that dies (its kernel, its worker, its machine) is started again, and its training goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +14,10 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -41,37 +40,17 @@ _CANCEL_SECONDS = 20  # how long a trial may take to end its kernel
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster, what a trial takes of it as Ray counts it, and how many trials run at once.
+    """A Ray cluster, what a trial takes of it as Ray counts it, and how many trials run at once."""
 
-    Args:
-        address: `local`, or what `ray.init` takes: `auto`, `host:port`.
-        cpus: of a trial; a share of one is fine.
-        gpus: of a trial; with 0 it sees none.
-        workers: trials at once; None: as many as there is room for. A local cluster makes room for so many.
-    """
-
-    address: str = LOCAL
-    cpus: float = 1.0
-    gpus: float = 0.0
-    workers: int | None = None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A file in the grid's folder with a random word in it: a machine that can read the word sees that very folder."""
-
-    path: Path
-    word: str
-    version: str = grpo_kit.__version__  # of the kit here
+    address: str = LOCAL  # or what `ray.init` takes: `auto`, `host:port`
+    cpus: float = 1.0  # of a trial; a share of one is fine
+    gpus: float = 0.0  # of a trial; with 0 it sees none
+    workers: int | None = None  # trials at once; None: as many as there is room for
 
 
 @contextlib.contextmanager
 def connected(cluster: Cluster) -> Iterator[str]:
-    """Connect to a Ray cluster, or start one of this machine; yield a line about it; leave nothing running.
-
-    Raises:
-        GridError: Ray is not installed, or there is no cluster at that address.
-    """
+    """Connect to a Ray cluster, or start one of this machine; yield what it has; a `GridError` where there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics to Ray's makers
     try:
         import ray
@@ -101,33 +80,27 @@ def _connect(ray: ModuleType, cluster: Cluster) -> None:
         except Exception as error:  # Ray raises many, its bare Exception among them
             ray.shutdown()
             if not left:
-                raise GridError(
-                    f"--ray {cluster.address!r:.100}: no cluster there ({_text(error)}). "
-                    f"Start one (ray start --head) and give its host:port, or give {LOCAL}"
-                ) from None
+                what = f"--ray {cluster.address!r:.100}: no cluster there ({_text(error)})"
+                raise GridError(f"{what}. Start one (ray start --head) and give its host:port, or {LOCAL}") from None
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
-def probe_file(folder: Path) -> Iterator[Probe]:
-    """Keep a file in a grid's folder, by which machines are asked whether they see it, for as long as the grid runs."""
-    probe = Probe(Path(folder).resolve() / f".seen-{secrets.token_hex(4)}", secrets.token_hex(16))
-    probe.path.parent.mkdir(parents=True, exist_ok=True)
-    probe.path.write_text(probe.word, encoding="utf-8")
+def probe_file(folder: Path) -> Iterator[Path]:
+    """Keep a file of a random name, with the kit's version, in a grid's folder: who finds it sees that very folder."""
+    probe = Path(folder).resolve() / f".seen-{secrets.token_hex(16)}"
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    probe.write_text(grpo_kit.__version__, encoding="utf-8")
     try:
         yield probe
     finally:
-        probe.path.unlink(missing_ok=True)
+        probe.unlink(missing_ok=True)
 
 
-def check_machines(cluster: Cluster, probe: Probe, notebooks: Sequence[Path]) -> None:
-    """Ask every machine of the cluster that can take a trial whether it sees the grid's folder and the notebooks.
-
-    Raises:
-        GridError: no machine has what a trial takes, or one of them sees another folder or has another kit.
-    """
+def check_machines(cluster: Cluster, probe: Path, notebooks: Sequence[Path]) -> None:
+    """A `GridError` where no machine has what a trial takes, or one sees another folder, or other notebooks."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -135,10 +108,8 @@ def check_machines(cluster: Cluster, probe: Probe, notebooks: Sequence[Path]) ->
     able = [node for node in alive if all(node["Resources"].get(name, 0) >= count for name, count in takes.items())]
     if not able:
         most = {name: max(node["Resources"].get(name, 0) for node in alive) for name in takes}
-        raise GridError(
-            f"--cpus {cluster.cpus:g}, --gpus {cluster.gpus:g}: no machine of the Ray cluster has that for one trial, "
-            f"allowed: up to {most['CPU']:g} CPUs, {most['GPU']:g} GPUs. Ask for less, or start a larger machine"
-        )
+        asked = f"--cpus {cluster.cpus:g}, --gpus {cluster.gpus:g}: no machine of the cluster has that for one trial"
+        raise GridError(f"{asked}, allowed: up to {most['CPU']:g} CPUs, {most['GPU']:g} GPUs. Ask for less")
     task = ray.remote(num_cpus=0, max_retries=RETRIES)(check_here)
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in able]
     answers = [task.options(scheduling_strategy=place).remote(probe, notebooks) for place in places]
@@ -149,45 +120,25 @@ def check_machines(cluster: Cluster, probe: Probe, notebooks: Sequence[Path]) ->
             cause = getattr(error, "cause", None) or error  # what the task raised, in place of Ray's account of it
             if isinstance(cause, GridError):
                 raise cause from None
-            raise GridError(
-                f"Ray's machine {node['NodeManagerHostname']}: cannot run a trial ({_text(cause)}). "
-                "Install the kit and what it needs there, as here"
-            ) from None
+            here = f"Ray's machine {node['NodeManagerHostname']}"
+            raise GridError(f"{here}: cannot run a trial ({_text(cause)}). Install the kit there, as here") from None
 
 
-def check_here(probe: Probe, notebooks: Sequence[Path]) -> None:
+def check_here(probe: Path, notebooks: Sequence[Path]) -> None:
     """Raise a `GridError` where this machine does not see the grid's folder and notebooks, or has another version."""
-    here = f"Ray's machine {socket.gethostname()}"
-    if not probe.path.is_file() or probe.path.read_text(encoding="utf-8") != probe.word:
-        raise GridError(
-            f"{here}: does not see the grid's folder {probe.path.parent}. "
-            "Give --run-dir a folder on a disk that all machines share, at the same path"
-        )
-    absent = [path for path in notebooks if not path.is_file()]
-    if absent:
-        raise GridError(f"{here}: has no {absent[0]}. Put the kit on a disk that all machines share, at the same path")
-    if probe.version != grpo_kit.__version__:
-        raise GridError(
-            f"{here}: has grpo_kit {grpo_kit.__version__}, allowed: {probe.version}, as here. Install that there"
-        )
+    here, shared = f"Ray's machine {socket.gethostname()}", "on a disk that all machines share, at the same path"
+    if not probe.is_file():
+        raise GridError(f"{here}: does not see the grid's folder {probe.parent}. Give --run-dir a folder {shared}")
+    if absent := [path for path in notebooks if not path.is_file()]:
+        raise GridError(f"{here}: has no {absent[0]}. Put the kit {shared}")
+    if (version := probe.read_text(encoding="utf-8")) != (own := grpo_kit.__version__):
+        raise GridError(f"{here}: has grpo_kit {own}, allowed: {version}, as here. Install that there")
 
 
 def run_trials_on_ray(
-    trials: Sequence[PlannedTrial],
-    probe: Probe,
-    cluster: Cluster,
-    minutes_per_cell: float = 60.0,
-    retrying: Callable[[PlannedTrial, str], None] | None = None,
+    trials: Sequence[PlannedTrial], probe: Path, cluster: Cluster, minutes_per_cell: float = 60.0
 ) -> Iterator[TrialResult]:
-    """Run trials on the connected cluster and yield each result when it is there; closed early, it cancels the rest.
-
-    Args:
-        trials: from `plan_trials`.
-        probe: of the grid's folder, by `probe_file`.
-        cluster: what each takes, and how many run at once.
-        minutes_per_cell: the longest that a cell may take.
-        retrying: called with a trial that died, and why, before it is started again.
-    """
+    """Run trials on the connected cluster and yield each result when it is there; closed early, it cancels the rest."""
     import ray
 
     task = ray.remote(max_retries=0, num_cpus=cluster.cpus, num_gpus=cluster.gpus)(_run_here)
@@ -208,8 +159,7 @@ def run_trials_on_ray(
             again = death is not None and died < RETRIES
             if again:
                 waiting.appendleft((trial, died + 1))
-                if retrying is not None:
-                    retrying(trial, death)
+                print(f"      {trial.name} is started again: {death}", file=sys.stderr, flush=True)
             fill()  # before what is done with a result takes its time
             if not again:
                 yield result
@@ -222,7 +172,7 @@ def run_trials_on_ray(
                 ray.cancel(ref, force=True)  # its worker ends, and the kernel with it
 
 
-def _run_here(trial: PlannedTrial, minutes_per_cell: float, probe: Probe) -> TrialResult:
+def _run_here(trial: PlannedTrial, minutes_per_cell: float, probe: Path) -> TrialResult:
     """What a worker does; the check is for a machine that came to the cluster later."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # how Ray cancels; a cluster of a script ignores it
     check_here(probe, [notebook.path for notebook in trial.notebooks])

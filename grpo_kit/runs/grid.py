@@ -1,7 +1,6 @@
-"""Grids: several runs of the notebooks that differ in their parameters.
+"""Grids: several runs of the notebooks that differ in their parameters, all checked before the first one starts.
 
-Which trials there are is read, checked and laid out before the first one starts; a planned trial is a plain value, and
-`run_trial` a plain function of it, so that it may run in this process or be sent to another machine.
+A planned trial is a plain value, and `run_trial` a plain function of it, so that it may run on another machine.
 """
 
 import itertools
@@ -14,18 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-
-from grpo_kit.config import KitError, load_config
-from grpo_kit.config.strict_yaml import UniqueKeys
+from grpo_kit.config import ConfigError, KitError, load_config
+from grpo_kit.config.strict import read_strictly
 from grpo_kit.runs.durable import json_bytes, replace_file
-from grpo_kit.runs.notebooks import Executed, Planned, execute, plan, write_profile
-from grpo_kit.runs.record import RecordError, read_json
+from grpo_kit.runs.notebooks import Executed, Planned, execute_in_turn, plan, write_profile
+from grpo_kit.runs.record import read_json
 
-SEEDS = "seeds"  # in a grid file: a short word for the values of the parameter `seed`
 RECORD = "trial.json"  # in a trial's folder: what it is, and how it ended
 ORDER = "grid.json"  # in a grid's folder: the names of its trials
-DONE, FAILED, STARTED = "done", "failed", "started"
+DONE = "done"  # in the record of a trial that is not run again
 UNASKED = 24  # more trials than this need --yes
 MOST = 10_000
 NAME_LENGTH = 100  # characters of a trial's folder name
@@ -50,13 +46,9 @@ class PlannedTrial:
     name: str
     folder: Path
     values: Mapping[str, object]
+    settings: Mapping[str, object]  # those of the values that are settings of the profile
     profile: str
     notebooks: tuple[Planned, ...]
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """The values that are settings of the profile."""
-        return {key: value for key, value in self.values.items() if "." in key}
 
 
 @dataclass(frozen=True)
@@ -84,26 +76,14 @@ def read_grid(path: Path) -> list[Trial]:
     Raises:
         GridError: one line on what in the file is not a grid.
     """
-    path = Path(path).expanduser()
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), UniqueKeys)
-    except OSError as error:
-        raise GridError(f"grid {path}: cannot be read: {error.strerror}. Give a YAML or JSON file") from None
-    except UnicodeDecodeError:
-        raise GridError(f"grid {path}: not UTF-8 text. Save the file as UTF-8") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        place = getattr(error, "problem_mark", None)
-        where = f":{place.line + 1}" if place is not None else ""
-        what = getattr(error, "problem", None) or type(error).__name__
-        raise GridError(f"grid {path}{where}: neither YAML nor JSON: {what:.100}") from None
-    return grid_trials(content)
+        return grid_trials(read_strictly(Path(path).expanduser(), as_yaml=True))
+    except ConfigError as error:
+        raise GridError(f"grid {error}") from None
 
 
 def grid_trials(grid: Mapping[str, object] | Sequence[Mapping[str, object]]) -> list[Trial]:
-    """Return the trials of a grid, each with a name of its own.
-
-    Args:
-        grid: name → value or list of values: every combination; or a list of such mappings.
+    """The trials of a grid, as `read_grid` describes it, each with a name of its own.
 
     Raises:
         GridError: not of that form, no trial at all, a trial that stands twice, or far too many.
@@ -117,16 +97,15 @@ def grid_trials(grid: Mapping[str, object] | Sequence[Mapping[str, object]]) -> 
         raise GridError(f"grid: found {count} trials, allowed: 1 to {MOST}. Give names with lists of values")
     combinations = [dict(zip(one, chosen, strict=True)) for one in axes for chosen in itertools.product(*one.values())]
     counts = Counter(map(_sorted_json, combinations))
-    twice = next((values for values in combinations if counts[_sorted_json(values)] > 1), None)
-    if twice is not None:
-        raise GridError(f"grid: the trial {_label(twice)!r:.80} stands twice. Leave one out")
+    if twice := [values for values in combinations if counts[_sorted_json(values)] > 1]:
+        raise GridError(f"grid: the trial {_label(twice[0])!r:.80} stands twice. Leave one out")
     return [Trial(name, values) for name, values in zip(_names(combinations), combinations, strict=True)]
 
 
 def _axes(grid: Mapping[object, object]) -> dict[str, list[object]]:
     """The parameters and settings of a mapping, each with the list of its values."""
-    if SEEDS in grid and "seed" in grid:
-        raise GridError(f"grid: found both {SEEDS} and seed. Give one of them")
+    if "seeds" in grid and "seed" in grid:
+        raise GridError("grid: found both seeds and seed. Give one of them")
     axes = {}
     for name, given in grid.items():
         if not isinstance(name, str) or not name:
@@ -134,11 +113,9 @@ def _axes(grid: Mapping[object, object]) -> dict[str, list[object]]:
         values = list(given) if isinstance(given, list | tuple) else [given]
         wrong = [repr(value) for value in values if not isinstance(value, bool | int | float | str)]
         if wrong or not values:
-            raise GridError(
-                f"grid: {name!r:.60}: found {(wrong or ['no value'])[0]:.60}, allowed: numbers, texts, true, false, "
-                "or a list of them"
-            )
-        axes["seed" if name == SEEDS else name] = values
+            allowed = "allowed: numbers, texts, true, false, or a list of them"
+            raise GridError(f"grid: {name!r:.60}: found {(wrong or ['no value'])[0]:.60}, {allowed}")
+        axes["seed" if name == "seeds" else name] = values
     return axes
 
 
@@ -176,12 +153,8 @@ def plan_trials(
     """Check every trial against the notebooks, the profile and what its folder holds; nothing is written.
 
     Args:
-        trials: from `read_grid` or `grid_trials`.
-        notebooks: what `select_notebooks` chose.
-        profile: a profile's name or the path of a JSON file.
         folder: where the trials go, a folder each.
-        parameters: the same in all trials.
-        settings: likewise, by dotted key.
+        parameters: the same in all trials; `settings` likewise, by dotted key.
 
     Raises:
         KitError: one line on the first trial that cannot be run as asked.
@@ -194,13 +167,10 @@ def plan_trials(
         own = {name: value for name, value in values.items() if "." not in name}
         changed = {name: value for name, value in values.items() if "." in name}
         checked = plan(notebooks, profile, place, own, changed)
-        planned.append(PlannedTrial(trial.name, place, values, profile, tuple(checked)))
-    for trial in planned:
-        there = _read_record(trial.folder)
-        for name, value in _identity(trial).items() if there else ():
-            if there.get(name) != value:
-                text = f"holds another trial ({name} differs). Choose another --name or --run-dir"
-                raise GridError(f"{trial.folder}: {text}")
+        planned.append(PlannedTrial(trial.name, place, values, changed, profile, tuple(checked)))
+        there = read_json(place / RECORD)
+        if other := [key for key, value in _identity(planned[-1]).items() if there and there.get(key) != value]:
+            raise GridError(f"{place}: holds another trial ({other[0]} differs). Choose another --name or --run-dir")
     return planned
 
 
@@ -220,34 +190,22 @@ def run_trials(trials: Sequence[PlannedTrial], minutes_per_cell: float = 60.0) -
 
 
 def run_trial(
-    trial: PlannedTrial, minutes_per_cell: float = 60.0, starting: Callable[[Planned], None] | None = None
+    trial: PlannedTrial, minutes_per_cell: float = 60.0, starting: Callable[[Planned], object] = lambda notebook: None
 ) -> TrialResult:
-    """Run a trial's notebooks in order until one fails; a trial that was finished before is left as it is.
-
-    Args:
-        trial: from `plan_trials`.
-        minutes_per_cell: the longest that a cell may take.
-        starting: called before each notebook.
-    """
+    """As `execute_in_turn` for a trial's notebooks; a trial that was finished before is left as it is."""
     if (before := finished(trial)) is not None:
         return before
     write_profile(trial.folder, trial.profile, trial.settings)
-    _write_record(trial, STARTED, ())
-    ran: list[Executed] = []
-    for notebook in trial.notebooks:
-        if starting is not None:
-            starting(notebook)
-        ran.append(execute(notebook, trial.folder / "notebooks", minutes_per_cell))
-        if ran[-1].error:
-            break
+    _write_record(trial, "started", ())
+    ran = execute_in_turn(trial.notebooks, trial.folder, minutes_per_cell, starting)
     error = f"{ran[-1].name}: {ran[-1].error}" if ran[-1].error else None
-    _write_record(trial, FAILED if error else DONE, ran)
+    _write_record(trial, "failed" if error else DONE, ran)
     return TrialResult(trial.name, trial.folder, tuple(ran), error)
 
 
 def finished(trial: PlannedTrial) -> TrialResult | None:
     """The result of a trial that was finished before; a failed or stopped one is not, and runs again."""
-    there = _read_record(trial.folder)
+    there = read_json(trial.folder / RECORD)
     if there.get("status") != DONE:
         return None
     ran = tuple(Executed(**{**entry, "path": trial.folder / entry["path"]}) for entry in there["ran"])
@@ -271,11 +229,3 @@ def trial_folders(folder: Path) -> list[Path]:
 def _write_record(trial: PlannedTrial, status: str, ran: Sequence[Executed]) -> None:
     entries = [{**asdict(one), "path": one.path.relative_to(trial.folder).as_posix()} for one in ran]
     replace_file(trial.folder / RECORD, json_bytes({**_identity(trial), "status": status, "ran": entries}))
-
-
-def _read_record(folder: Path) -> dict:
-    """What a trial's folder says of it; empty where it holds none."""
-    try:
-        return read_json(folder / RECORD)
-    except RecordError as error:
-        raise GridError(f"{error} To run the trial again, delete its folder") from None

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,19 +58,16 @@ def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> 
 
 
 def lay_out_notebooks(folder: Path) -> list[Path]:
-    """Copy the series, its map and its pictures into a folder, where they can be edited; returns the notebooks there.
+    """Copy the series, its map and its pictures into a folder, to be edited there; returns the notebooks' places.
 
-    Raises:
-        NotebookError: one of the files is there already and differs; nothing is written.
+    Nothing is written where one of the files is there already and differs: a `NotebookError`.
     """
     files = [file for file in sorted(NOTEBOOK_FOLDER.rglob("*.*")) if file.is_file() and ".ipynb_" not in str(file)]
     places = {file: Path(folder) / file.relative_to(NOTEBOOK_FOLDER) for file in files}
     for file, place in places.items():
         if place.exists() and place.read_bytes() != file.read_bytes():
             raise NotebookError(f"{place}: there already, and differs. Name another folder, or move it away")
-    for file, place in places.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(file.read_bytes())
+    shutil.copytree(NOTEBOOK_FOLDER, folder, ignore=shutil.ignore_patterns(".ipynb_*"), dirs_exist_ok=True)
     return [place for place in places.values() if place.suffix == ".ipynb"]
 
 
@@ -84,27 +81,22 @@ def plan(
     """Check the parameters against the notebooks that will run, and say which notebook gets which.
 
     Args:
-        notebooks: what `select_notebooks` chose.
         profile: a profile's name or the path of a JSON file.
         run_dir: the run's folder, which every notebook reads and writes.
         parameters: values by name, as text or of the declared type; each goes to the notebooks that have it.
-        settings: of the profile, by dotted key, which no notebook has as a parameter; the notebooks get a profile
-            that `write_profile` writes into the run's folder.
+        settings: of the profile, by dotted key; the notebooks get a profile that `write_profile` writes.
+
     Raises:
-        NotebookError: no notebook has the parameter, or the value is not of its type.
-        ConfigError: the value is of the right type, but the setting of that name does not allow it.
+        KitError: no notebook has the parameter, its value is not of its type, or the setting does not allow it.
     """
     settings, run_dir = settings or {}, Path(run_dir).resolve()
     declared = {path: declared_parameters(path) for path in notebooks}
     for name in parameters:
         _check_name(name, declared)
     if settings and not any("profile" in known for known in declared.values()):
-        raise NotebookError(
-            f"settings {', '.join(settings):.80}: none of the notebooks takes a profile. Leave them out"
-        )
+        raise NotebookError(f"settings {', '.join(settings):.80}: no notebook takes a profile. Leave them out")
     used = profile if profile in PROFILES else str(Path(profile).expanduser().resolve())
-    if settings:
-        used = str(run_dir / OWN_PROFILE)
+    used = str(run_dir / OWN_PROFILE) if settings else used
     planned, keys = [], _setting_keys()
     for path, known in declared.items():
         values: dict[str, object] = {"profile": used, "run_dir": str(run_dir)}
@@ -139,30 +131,26 @@ def _check_name(name: str, declared: Mapping[Path, Mapping[str, Parameter]]) -> 
         chosen = ", ".join(path.stem for path in declared)
         raise NotebookError(f"parameter {name}: not in {chosen}, but in {having}. Add that to --notebooks")
     key = _setting_keys().get(name)
-    as_setting = f"; as a setting of the profile: -o {key}=…, in a grid {key}" if key else ""
-    hint = nearest(name, known) or as_setting
+    hint = nearest(name, known) or (f"; as a setting of the profile: -o {key}=…, in a grid {key}" if key else "")
     raise NotebookError(f"parameter {name!r:.60}: unknown{hint}; allowed: {', '.join(known) or 'none'}")
 
 
 def _setting_keys() -> dict[str, str]:
-    """The dotted key of every setting whose name stands in one section only."""
+    """Name → dotted key of every setting; each name stands in one section only."""
     sections = {name: field for name, field in Config.model_fields.items() if name.endswith("_settings")}
-    keys = [
-        (name, f"{section}.{name}") for section, field in sections.items() for name in field.annotation.model_fields
-    ]
-    counts = Counter(name for name, _ in keys)
-    return {name: key for name, key in keys if counts[name] == 1}
+    return {name: f"{section}.{name}" for section, field in sections.items() for name in field.annotation.model_fields}
 
 
 def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> Executed:
     """Run one notebook into `folder`; one that fails keeps what it did, with the error in its cell."""
+    import nbformat
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / notebook.path.name
-    error, died = None, False
+    error, stopped, died = None, None, False
     try:
         papermill.execute_notebook(
             *(re.sub(r"([{}])", r"\1\1", str(path)) for path in (notebook.path, output)),  # papermill formats paths
@@ -179,25 +167,31 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     except papermill.PapermillExecutionError as failure:
         error = printable(one_line(f"cell [{failure.exec_count}]: {failure.ename}: {failure.evalue}", 300))
     except CellTimeoutError:
-        error = f"a cell ran longer than {minutes_per_cell:g} minutes. Raise --minutes-per-cell"
-        _note_stop(output, error)
+        stopped = f"a cell ran longer than {minutes_per_cell:g} minutes. Raise --minutes-per-cell"
     except DeadKernelError:
         died = True
-        error = "its kernel died, most likely for want of memory. Close other programs, or take a smaller profile"
-        _note_stop(output, error)
+        stopped = "its kernel died, most likely for want of memory. Close other programs, or take a smaller profile"
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM: what was done is kept, and says that it is not all
-        _note_stop(output, "interrupted")
+        stopped = "interrupted"
         raise
+    finally:
+        if stopped and output.exists():  # no cell's output says it
+            executed = nbformat.read(output, as_version=4)
+            executed.metadata["grpo_kit"] = {"stopped": stopped}
+            nbformat.write(executed, output)
     metadata = json.loads(output.read_text(encoding="utf-8"))["metadata"] if output.exists() else {}
     seconds = metadata.get("papermill", {}).get("duration") or 0.0
-    return Executed(notebook.name, output, seconds / 60, error, died)
+    return Executed(notebook.name, output, seconds / 60, error or stopped, died)
 
 
-def _note_stop(output: Path, error: str) -> None:
-    """Note in an executed notebook what stopped it, where no cell's output says it."""
-    import nbformat
-
-    if output.exists():
-        notebook = nbformat.read(output, as_version=4)
-        notebook.metadata["grpo_kit"] = {"stopped": error}
-        nbformat.write(notebook, output)
+def execute_in_turn(
+    notebooks: Sequence[Planned], run_dir: Path, minutes_per_cell: float, starting: Callable[[Planned], object]
+) -> list[Executed]:
+    """Run notebooks into a run's folder until one fails; `starting` is called before each."""
+    ran: list[Executed] = []
+    for notebook in notebooks:
+        starting(notebook)
+        ran.append(execute(notebook, run_dir / "notebooks", minutes_per_cell))
+        if ran[-1].error:
+            break
+    return ran

@@ -1,6 +1,7 @@
 """A series of notebooks, or the trials of a grid, run with lines on the screen that say how far they are."""
 
 import contextlib
+import itertools
 import json
 import sys
 import threading
@@ -20,31 +21,24 @@ from grpo_kit.runs.grid import (
     run_trial,
     write_order,
 )
-from grpo_kit.runs.notebooks import Executed, Planned, execute, write_profile
+from grpo_kit.runs.notebooks import Executed, Planned, execute_in_turn, write_profile
+from grpo_kit.runs.record import metrics_lines
 
 
 def run_series(
     notebooks: Sequence[Planned], profile: str, settings: Mapping[str, object], folder: Path, minutes_per_cell: float
 ) -> list[Executed]:
-    """Execute notebooks into a run folder, one after the other, until one fails.
-
-    Args:
-        notebooks: from `plan`.
-        profile: a profile's name or the path of a JSON file.
-        settings: of the profile, by dotted key, that this run changes.
-        folder: the run's folder.
-        minutes_per_cell: the longest that a cell may take.
-    """
+    """Execute notebooks from `plan` into a run folder until one fails; `settings` are those that the run changes."""
     print(f"run folder: {folder}", flush=True)
     write_profile(folder, profile, settings)
-    ran: list[Executed] = []
-    for number, notebook in enumerate(notebooks, start=1):
-        print(f"[{number}/{len(notebooks)}] {notebook.name}", flush=True)
-        with training_progress(folder):
-            ran.append(execute(notebook, folder / "notebooks", minutes_per_cell))
-        if ran[-1].error:
-            break
-    return ran
+    numbers = itertools.count(1)
+    with training_progress(folder):
+        return execute_in_turn(
+            notebooks,
+            folder,
+            minutes_per_cell,
+            lambda one: print(f"[{next(numbers)}/{len(notebooks)}] {one.name}", flush=True),
+        )
 
 
 def plan_grid(
@@ -56,15 +50,10 @@ def plan_grid(
     settings: Mapping[str, object],
     any_size: bool = False,
 ) -> list[PlannedTrial]:
-    """Read a grid file and check every trial of it.
-
-    Args:
-        grid: for `read_grid`.
-        notebooks: and what follows, for `plan_trials`.
-        any_size: whether it may be a large one.
+    """Read a grid file and check every trial of it, as `plan_trials` does.
 
     Raises:
-        KitError: one line on what is wrong with the file, a trial, or the number of trials.
+        KitError: one line on what is wrong with the file, a trial, or, but for `any_size`, the number of trials.
     """
     trials = read_grid(grid)
     planned = plan_trials(trials, notebooks, profile, folder, parameters, settings)
@@ -77,11 +66,7 @@ def plan_grid(
 def requested_cluster(
     address: str, workers: int | None, cpus: float | None, gpus: float | None, has_grid: bool
 ) -> Cluster | None:
-    """The Ray cluster that a command's options ask for; None where there are none.
-
-    Raises:
-        KitError: options that only count with a cluster, or a cluster without a grid.
-    """
+    """The Ray cluster that a command's options ask for, None where none does; a `KitError` where they do not agree."""
     given = {"--ray": address or None, "--workers": workers, "--cpus": cpus, "--gpus": gpus}
     first = next((option for option, value in given.items() if value is not None), None)
     if first is None:
@@ -102,17 +87,11 @@ def run_grid(
 ) -> list[TrialResult]:
     """Run a grid's trials, one after the other or on a Ray cluster, and return those that failed.
 
-    Args:
-        trials: from `plan_grid`.
-        folder: the grid's folder.
-        minutes_per_cell: the longest that a cell may take.
-        cluster: None runs the trials in this process.
-        on_result: called with each result when it is there.
+    `on_result` is called with each result when it is there.
     """
     print(f"grid folder: {folder}", flush=True)
     write_order(folder, trials)
-    in_turn = cluster is None
-    results = _in_turn(trials, minutes_per_cell) if in_turn else _on_ray(trials, folder, minutes_per_cell, cluster)
+    results = _on_ray(trials, folder, minutes_per_cell, cluster) if cluster else _in_turn(trials, minutes_per_cell)
     errors: dict[str, TrialResult] = {}
     with contextlib.closing(results):
         for result in results:
@@ -142,14 +121,10 @@ def _on_ray(
         yield result
     if not rest:
         return
-
-    def report_restart(trial: PlannedTrial, reason: str) -> None:
-        print(f"      {trial.name} is started again: {reason}", file=sys.stderr, flush=True)
-
     with probe_file(folder) as probe, connected(cluster) as description:
         print(description, flush=True)
         check_machines(cluster, probe, [notebook.path for notebook in rest[0].notebooks])
-        coming = run_trials_on_ray(rest, probe, cluster, minutes_per_cell, report_restart)
+        coming = run_trials_on_ray(rest, probe, cluster, minutes_per_cell)
         for number, result in enumerate(coming, start=len(before) + 1):
             print(f"[{number}/{len(trials)}] {result.name}, {result.minutes:.1f} min", flush=True)
             yield result
@@ -161,24 +136,17 @@ def training_progress(folder: Path, seconds: float = 20.0) -> Iterator[None]:
     done = threading.Event()
 
     def report() -> None:
-        printed = ""
+        printed = 0
         while not done.wait(seconds):
-            line = _last_metrics(folder / "metrics.jsonl")
-            if line and line != printed:
-                print(f"      {line}", flush=True)
-            printed = line
+            with contextlib.suppress(IndexError, ValueError, KeyError, TypeError):  # nothing is there yet
+                row = json.loads(metrics_lines(folder)[-1])
+                now = f"reward {row['reward']:.3f}, {row['step_time']:.1f} s an iteration"
+                if row["iteration"] != printed:
+                    print(f"      iteration {row['iteration']}: {now}", flush=True)
+                printed = row["iteration"]
 
     threading.Thread(target=report, daemon=True).start()
     try:
         yield
     finally:
         done.set()
-
-
-def _last_metrics(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        row = json.loads(lines[-1])
-        return f"iteration {row['iteration']}: reward {row['reward']:.3f}, {row['step_time']:.1f} s an iteration"
-    except (IndexError, ValueError, KeyError, TypeError):  # nothing there yet, or half a line
-        return ""

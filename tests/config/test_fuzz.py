@@ -19,9 +19,20 @@ from types import ModuleType
 import pytest
 from support.config_files import save_config
 
-from grpo_kit.config import PROFILES, Config, ConfigError, load_config, loading, prompt_files, validated, validation
+from grpo_kit.config import (
+    PROFILES,
+    Config,
+    ConfigError,
+    load_config,
+    loading,
+    prompt_files,
+    strict,
+    validated,
+    validation,
+)
 from grpo_kit.config import prompts as prompts_module
-from grpo_kit.config.prompts import MAX_LINE_BYTES, Prompt, load_prompts
+from grpo_kit.config.prompt_files import MAX_LINE_BYTES
+from grpo_kit.config.prompts import Prompt, load_prompts
 
 SOME, ALL = 2_000, 10_000
 COUNTS = [SOME, pytest.param(ALL, marks=pytest.mark.slow)]
@@ -177,7 +188,7 @@ def unchecked_json(content: bytes, path: Path) -> dict:
     return json.loads(content)
 
 
-def two_line_error(model: type, values: dict, **place: str) -> Config:
+def two_line_error(model: type, values: dict, **place: object) -> Config:
     try:
         return validated(model, values, **place)
     except ConfigError:
@@ -187,7 +198,7 @@ def two_line_error(model: type, values: dict, **place: str) -> Config:
 @pytest.mark.parametrize(
     ("module", "name", "broken"),
     [
-        (loading, "strict_json", unchecked_json),
+        (strict, "strict_json", unchecked_json),
         (loading, "validated", two_line_error),
         (validation, "printable", str),
     ],
