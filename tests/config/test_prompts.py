@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo_kit.config import ConfigError
-from grpo_kit.config.prompts import MAX_LINE_BYTES, Prompt, balanced_batch, load_prompts
+from grpo_kit.config.prompt_files import MAX_LINE_BYTES
+from grpo_kit.config.prompts import Prompt, balanced_batch, load_prompts
 
 
 def _write(folder: Path, *lines: str | bytes) -> Path:
