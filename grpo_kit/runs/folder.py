@@ -21,7 +21,7 @@ from grpo_kit.config.hardware import computing_machine, library_versions
 from grpo_kit.runs.durable import flush, flush_tree, json_bytes, remove, replace, replace_file, without_nan
 from grpo_kit.runs.iterations import checkpoints_of, files_of_iterations, iteration_of
 from grpo_kit.runs.log_file import log_into
-from grpo_kit.runs.own_rewards import Entries, changed_rewards, is_own, lost_rewards, recorded_rewards
+from grpo_kit.runs.own_rewards import Entries, changed_rewards, is_own, recorded_rewards
 from grpo_kit.runs.record import metrics_lines, read_json, read_metrics, read_validations
 
 if TYPE_CHECKING:
@@ -42,18 +42,14 @@ class RunError(KitError):
 class RunFolder:
     """The writer of one run's files, all of them inside `path`. A file is whole or not there; a commit flushes all."""
 
-    def __init__(
-        self,
-        path: Path,
-        config: Config | None = None,
-        contents: Mapping[str, str] | None = None,
-        rewards: Entries | None = None,
-    ) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
-        self._config, self.contents, self._rewards = config, dict(contents or {}), rewards
+        self._config: Config | None = None
+        self.contents: dict[str, str] = {}
+        self._rewards: Entries | None = None
         self._unflushed: set[Path] = set()  # files, and folders whose entries changed, since the last commit
 
     @classmethod
@@ -71,50 +67,38 @@ class RunFolder:
             rewards: what decides them (`Rewards.record`); None is not compared, and not written.
 
         Raises:
-            RunError: it holds a run with other settings, contents or rewards, or cannot be written to.
+            KitError: it holds a run with other settings, contents or rewards, or cannot be written to.
         """
-        folder = cls(Path(path), config, contents, rewards)
+        folder = cls(Path(path))
+        folder._config, folder.contents, folder._rewards = config, dict(contents or {}), rewards
         with folder.file_errors(""):
             if not folder.path.is_dir():
                 folder.path.mkdir(parents=True, exist_ok=True)
                 flush(folder.path.parent)
-            folder.require_same(config)
+            folder._require_same(config)
         return folder
 
-    def require_same(self, config: Config) -> None:
-        """Refuse a config, rewards, or files with other contents than the run's, where a run is here.
-
-        Raises:
-            RunError: one line on the first difference, and how to go on.
-        """
+    def _require_same(self, config: Config) -> str | None:
+        """Refuse other settings, rewards or contents than the run's; a sentence where held-out prompts are others."""
         if not (self.path / "config.json").is_file():
-            return
-        rewards = recorded_rewards(self.path), self._rewards or {}
-        if difference := lost_rewards(*rewards):
-            raise RunError(f"run folder {self.path}: {difference}")
-        if difference := changed_rewards(*rewards):
-            raise RunError(f"run folder {self.path}: {difference}. {self._put_back()}")
-        for key, what in self._other_contents(self.contents).items():
-            if key != HELD_OUT:  # held-out prompts decide no weights
-                raise RunError(f"run folder {self.path}: {what}. {self._put_back()}")
-        then = read_json(self.path / "config.json").get("contents", {})
-        moved = [key for key, digest in self.contents.items() if then.get(key) == digest]  # the same, wherever it is
+            return None
+        here, then = self.contents, read_json(self.path / "config.json").get("contents", {})
+        other = {
+            key: f"{key}: other content than when the run began (found {here[key]:.24}, recorded {then[key]:.24})"
+            for key in here
+            if then.get(key, here[key]) != here[key]
+        }
+        held_out = other.pop(HELD_OUT, None)  # which decide no weights
+        if difference := changed_rewards(self.path, self._rewards or {}) or next(iter(other.values()), None):
+            last = last_commit(self.path)
+            branch = f"in a branch: grpo-kit replay {self.path} --iteration {last} --branch"
+            advice = f"Put back what it was, or go on {branch if last else 'in a new folder'}"
+            raise RunError(f"run folder {self.path}: {difference}. {advice}")
+        moved = [key for key in here if then.get(key) == here[key]]  # the same, wherever it is
         if difference := first_difference(load_config(self.path).to_dict(), self.decisive(config), moved):
-            raise RunError(
-                f"run folder {self.path}: {difference}; continue with the run's own config, or choose a new folder"
-            )
-
-    def _put_back(self) -> str:
-        last = last_commit(self.path)
-        branch = f"in a branch: grpo-kit replay {self.path} --iteration {last} --branch"
-        return f"Put back what it was, or go on {branch if last else 'in a new folder'}"
-
-    def _other_contents(self, contents: Mapping[str, str]) -> dict[str, str]:
-        """Dotted key → a part of a sentence, for what is other by content than the run recorded."""
-        then = read_json(self.path / "config.json").get("contents", {})
-        differing = [key for key in contents if then.get(key, contents[key]) != contents[key]]
-        text = "{}: other content than when the run began (found {:.24}, recorded {:.24})"
-        return {key: text.format(key, contents[key], then[key]) for key in differing}
+            advice = "continue with the run's own config, or choose a new folder"
+            raise RunError(f"run folder {self.path}: {difference}; {advice}")
+        return held_out
 
     def decisive(self, config: Config) -> dict[str, dict]:
         """A config's settings, without the names of rewards of the user's own, whose code is compared instead."""
@@ -134,16 +118,15 @@ class RunFolder:
             RunError: another process writes into it, or nobody can.
         """
         self._lock(stack)
-        other: dict[str, str] = {}
+        held_out = None
         with self.file_errors(""):
             if self._config is not None:
-                self.require_same(self._config)  # another process may have written it since
-                other = self._other_contents(self.contents)
+                held_out = self._require_same(self._config)  # another process may have written it since
                 self.write_config(self._config)
             self._tidy()
             log_into(self.path / "training.log", stack)
-            for what in other.values():
-                logger.warning("%s; best/ is chosen among the validations with the same prompts", what)
+            if held_out:
+                logger.warning("%s; best/ is chosen among the validations with the same prompts", held_out)
 
     def write_config(self, config: Config) -> None:
         """Write the settings; versions and machine, which decide on the last bits; digests of what lies in files."""
@@ -153,26 +136,20 @@ class RunFolder:
         self.write_json("config.json", config.to_dict() | made_by)
 
     def require_free(self) -> None:
-        """See that no other process writes into the folder now, before much is loaded.
-
-        Raises:
-            RunError: one does, or nobody can write into it.
-        """
+        """Before much is loaded: a `RunError` where another process writes into the folder, or nobody can."""
         if self.path.is_dir():
             with contextlib.ExitStack() as stack:
                 self._lock(stack)
 
     def _lock(self, stack: contextlib.ExitStack) -> None:
-        """Hold the lock until the stack is closed."""
         lock = FileLock(self.path / ".lock", timeout=0)
         stack.callback(lock.release, force=True)
         try:
             with self.file_errors(".lock"):
                 lock.acquire()
         except Timeout as error:
-            raise RunError(
-                f"run folder {self.path}: another process writes into it; wait for it, or choose a new folder"
-            ) from error
+            advice = "wait for it, or choose a new folder"
+            raise RunError(f"run folder {self.path}: another process writes into it; {advice}") from error
 
     def _tidy(self) -> None:
         """Remove what a crash left half written; a `best/` that was about to be replaced is the best again."""
@@ -186,14 +163,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def file_errors(self, name: str) -> Iterator[None]:
-        """Make one clear line of whatever the disk refuses, from the library that raised it.
-
-        Args:
-            name: of the file that is written; "" for the folder itself.
-
-        Raises:
-            RunError: which file, why, what is committed, and what to do.
-        """
+        """Make a `RunError` of whatever the disk refuses a library: which file (or ""), why, and what to do."""
         try:
             yield
         except (KitError, Timeout):
@@ -212,11 +182,7 @@ class RunFolder:
             raise RunError(f"{what} ({commit_status(self.path)}); {advice}") from error
 
     def commit(self, save: Callable[[], object]) -> None:
-        """Flush what was written since the last commit, and only then `save` the checkpoint that counts on it.
-
-        Raises:
-            RunError: the disk does not take it; the commit before is as it was.
-        """
+        """Flush what was written since the last commit, and only then `save` the checkpoint that counts on it."""
         with self.file_errors("checkpoints"):
             for path in sorted(self._unflushed, reverse=True):  # a file before its folder
                 flush(path)
@@ -247,10 +213,7 @@ class RunFolder:
         return read_validations(self.path)
 
     def forget_after(self, iteration: int) -> None:
-        """Drop what was logged after the last committed iteration: it is computed again.
-
-        A line is kept if it is an earlier iteration's; what is missing among these is a warning, since the run goes on.
-        """
+        """Drop what was logged after the last committed iteration, which is computed again; warn of missing lines."""
         with self.file_errors("metrics.jsonl"):
             allowed, lines = range(iteration + 1), metrics_lines(self.path)
             kept = {number: line + b"\n" for line in lines if (number := _iteration(line)) in allowed}
@@ -280,13 +243,11 @@ class RunFolder:
         """Save a small JPEG; returns its path relative to the run, None where there is no picture."""
         if image is None:
             return None
-        place, content = self._inside(f"thumbnails/{name}.jpg"), io.BytesIO()
-        small = image.copy()
+        place, small = self._inside(f"thumbnails/{name}.jpg"), image.copy()
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        small.save(content, "JPEG", quality=92, subsampling=0)
         with self.file_errors(f"thumbnails/{name}.jpg"):
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(content.getvalue())
+            small.save(place, "JPEG", quality=92, subsampling=0)
         self._unflushed |= {place, place.parent}
         return place.relative_to(self.path).as_posix()
 
@@ -297,11 +258,7 @@ class RunFolder:
         return self._replace(name, content.getvalue())
 
     def save_best(self, save_pretrained: Callable[[Path], object]) -> None:
-        """Replace `best/` by what `save_pretrained(folder)` writes, whole; a crash between leaves the old one.
-
-        Raises:
-            RunError: the disk does not take it; the old one is as it was.
-        """
+        """Replace `best/` by what `save_pretrained(folder)` writes, whole; a crash between leaves the old one."""
         aside, replaced = self.path / ".writing-best", self.path / _REPLACED
         with self.file_errors("best"):
             remove(aside)
@@ -335,29 +292,19 @@ def _iteration(line: bytes) -> int | None:
 
 
 def decisive_settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """The settings that decide what a run computes, section.key → value: where one differs, it is another run.
-
-    Args:
-        settings: a config's `to_dict()`.
-    """
-    names = ["num_iterations", "save_minutes", "keep_checkpoints", "stop_on_divergence"]
-    if has_rates_by_length(settings.get("training_settings", {})):
-        names.remove("num_iterations")
-    may_differ = {f"training_settings.{name}" for name in names}
-    judged = {"evaluation_settings", "tracking_settings"}
-    flat = {
+    """Those of a config's `to_dict()` that decide what a run computes, section.key → value."""
+    training = settings.get("training_settings", {})
+    may_differ = {"save_minutes", "keep_checkpoints", "stop_on_divergence"}
+    schedule = training.get("lr_scheduler_type", "constant")
+    if schedule in ("constant", "constant_with_warmup", "inverse_sqrt") and not training.get("warmup_ratio"):
+        may_differ.add("num_iterations")  # no learning rate depends on it
+    return {
         f"{section}.{key}": value
         for section, values in settings.items()
-        if section.endswith("_settings") and section not in judged
+        if section.endswith("_settings") and section not in ("evaluation_settings", "tracking_settings")
         for key, value in values.items()
+        if section != "training_settings" or key not in may_differ
     }
-    return {name: value for name, value in flat.items() if name not in may_differ}
-
-
-def has_rates_by_length(training: Mapping[str, object]) -> bool:
-    """Whether training settings have a learning rate that depends on how many iterations there will be."""
-    free = ("constant", "constant_with_warmup", "inverse_sqrt")
-    return bool(training.get("warmup_ratio")) or training.get("lr_scheduler_type", "constant") not in free
 
 
 def first_difference(old: dict, new: dict, except_for: Collection[str] = ()) -> str | None:

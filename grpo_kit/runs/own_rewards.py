@@ -1,15 +1,15 @@
 """What a run writes down of its rewards, and whether those that would go on with it are the same.
 
 config.json has them under `rewards`: name → weight, and where it comes from. One that the config names has that name as
-`reward`; the user's own code, named or passed from Python, its `function`, `file` and `sha256`, and of named code
-`files`, all that it imports from its folder. Code counts, not its place: a function that was passed from Python may be
-named in the config later.
+`reward`; the user's own code its `function`, `file` and `sha256`, and named code `files`, all that it imports from its
+folder. Code counts, not its place: a function that was passed from Python may be named in the config later.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo_kit.config import KitError
 from grpo_kit.runs.record import read_json
 
 Entries = Mapping[str, Mapping[str, Any]]  # as `Rewards.record` gives them
@@ -25,21 +25,20 @@ def is_own(rewards: Entries) -> bool:
     return any("function" in entry for entry in rewards.values())
 
 
-def lost_rewards(there: Entries, here: Entries) -> str | None:
-    """How rewards are others than a run's, and what to do, for an error; None where they are not, or are settings."""
+def changed_rewards(run_dir: Path, here: Entries) -> str | None:
+    """Which reward's code is not what a run was made with, in words; None where none has changed.
+
+    Raises:
+        KitError: the rewards are others than the run's, where that is no matter of settings.
+    """
+    there = recorded_rewards(run_dir)
     same = there.keys() == here.keys() and all(map(_agree, there.values(), (here[name] for name in there)))
-    if not there or not here or same or not (is_own(there) or is_own(here)):
-        return None
-    passed = [entry for entry in there.values() if "reward" not in entry]
-    advice = "go on with the run's own config"
-    if passed:
-        place = f"{passed[0].get('file', 'path/to/file.py')}:{passed[0]['function'].rpartition('.')[2]}"
-        advice = f"pass them again (kit.with_rewards), or name them in reward_settings.weights, such as {place}"
-    return f"its rewards are {in_words(there)}; found {in_words(here)}; {advice}"
-
-
-def changed_rewards(there: Entries, here: Entries) -> str | None:
-    """Which reward's code is not what a run was made with; None where none has changed."""
+    if there and here and not same and (is_own(there) or is_own(here)):
+        advice = "go on with the run's own config"
+        if passed := [entry for entry in there.values() if "reward" not in entry]:
+            place = f"{passed[0].get('file', 'path/to/file.py')}:{passed[0]['function'].rpartition('.')[2]}"
+            advice = f"pass them again (kit.with_rewards), or name them in reward_settings.weights, such as {place}"
+        raise KitError(f"run {run_dir}: its rewards are {in_words(there)}; found {in_words(here)}; {advice}")
     for name in there.keys() & here.keys():
         then, now = there[name], here[name]
         both = {"sha256", "files"} & then.keys() & now.keys()

@@ -16,15 +16,15 @@ from PIL import Image
 
 from grpo_kit.config import Config, KitError, one_line
 from grpo_kit.runs.durable import json_bytes, replace_file
-from grpo_kit.runs.iterations import iteration_name
-from grpo_kit.runs.record import read_json, read_metrics, read_validations
+from grpo_kit.runs.iterations import iteration_name, validations_of
+from grpo_kit.runs.record import read_json, read_metrics
 
 logger = logging.getLogger(__name__)
 
 PICTURES = 4  # samples of the newest group that are shown at a validation
+_CAPTION = "{user_prompt} → {enhanced_prompt} | reward {reward:.3f}, advantage {advantage:+.2f}"
 _FAILED, _INTERRUPTED = 1, 130  # what a shell reports for an error, and for Ctrl-C
 _RECORD = "tracking.json"
-_SERVICE = "WANDB_SERVICE"  # an environment variable: where wandb's own process listens
 _START_SECONDS, _FINISH_SECONDS = 30, 60  # how long a network that does not answer may hold up a run
 
 Picture = tuple[Path, str]  # its file and its caption
@@ -32,12 +32,11 @@ Values = Mapping[str, float | list[Picture] | pd.DataFrame | None]  # of one ite
 
 
 class WandbMirror:
-    """A wandb run, on its server or (offline) in the run folder for `wandb sync`; its id is kept in `tracking.json`.
+    """A wandb run, on its server or (offline) in the run folder for `wandb sync`; `tracking.json` keeps its id.
 
-    An iteration is one step: a continued run goes on counting, and wandb ignores a step that it has seen. Offline each
-    process writes a part of its own; wandb loses what a killed one wrote last. So `tracking.json` also says which part
-    is open and since when: one that is found open is replaced.
-    Neither the command line, nor the machine, nor the git remote is sent: each has been seen to hold a secret.
+    An iteration is one step: wandb ignores a step that it has seen. Offline each process writes a part of its own, and
+    a killed one loses what it wrote last; so `tracking.json` also says which part is open and since when: one that is
+    found open is replaced. Command line, machine and git remote are not sent: each was seen to hold a secret.
     """
 
     name = "wandb"
@@ -53,8 +52,8 @@ class WandbMirror:
 
         for name in ("excepthook", "exit"):  # wandb replaces them, and never puts them back
             self._undo.callback(setattr, sys, name, getattr(sys, name))
-        if _SERVICE not in os.environ:
-            self._undo.callback(os.environ.pop, _SERVICE, None)
+        if "WANDB_SERVICE" not in os.environ:  # where wandb's own process listens
+            self._undo.callback(os.environ.pop, "WANDB_SERVICE", None)
         self._record = read_json(self._run_dir / _RECORD)
         if not self._record:
             self._write({"wandb_id": uuid.uuid4().hex[:8], "open": {"since": -1, "part": None}})
@@ -205,12 +204,12 @@ class Tracker:
         """Go on after a committed iteration, 0 for a new run: what a mirror lacks up to it is shown from the folder."""
         self._each(lambda mirror: show_again(mirror, self._run_dir, mirror.whole_until(committed), committed))
 
-    def log(self, metrics: Mapping[str, float], prefix: str = "train") -> None:
-        """Mirror one line, with its own "iteration", under `train/` or `eval/`."""
-        self._each(lambda mirror: mirror.log(prefix, metrics))
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Mirror an iteration's line."""
+        self._each(lambda mirror: mirror.log("train", metrics))
 
     def log_samples(self, iteration: int) -> None:
-        """Mirror what the folder keeps of an iteration: its validation, its completions, pictures of a group."""
+        """Mirror what the folder keeps of a validation: its numbers and samples, completions, pictures of a group."""
         self._each(lambda mirror: show_samples(mirror, self._run_dir, iteration))
 
     def _each(self, call: Callable[[Mirror], None]) -> None:
@@ -234,29 +233,22 @@ def exit_code(error: BaseException | None) -> int:
 
 def show_again(mirror: Mirror, run_dir: Path, after: int, until: int) -> None:
     """Show what a run's folder keeps of the iterations after one, up to another; of a run that begins, nothing."""
-    lines = {row["iteration"]: row for row in read_metrics(run_dir)}
-    validations = {validation["iteration"]: validation for validation in read_validations(run_dir)}
+    lines, validated = {row["iteration"]: row for row in read_metrics(run_dir)}, validations_of(run_dir)
     for iteration in range(after + 1, until + 1) if until else ():
         if iteration in lines:
             mirror.log("train", lines[iteration])
-        if iteration in validations:
-            mirror.log("eval", validation_line(validations[iteration]))
+        if iteration in validated:
             show_samples(mirror, run_dir, iteration)
 
 
-def validation_line(validation: Mapping) -> dict[str, float]:
-    """The numbers of a validation that are watched."""
-    watched = ("iteration", "reward", "paraphrase", "diversity")
-    return {name: validation[name] for name in watched if name in validation} | validation["rewards"]
-
-
 def show_samples(mirror: Mirror, run_dir: Path, iteration: int) -> None:
-    """Show what a run's folder keeps of an iteration; not every iteration has a validation and a rollout."""
+    """Show what a run's folder keeps of an iteration beside its line: a validation, a rollout, or neither."""
     name = iteration_name(iteration)
     validation, kept = read_json(run_dir / f"validation_{name}.json"), run_dir / f"rollouts/{name}.parquet"
     if validation:
+        numbers = {key: validation[key] for key in ("reward", "paraphrase", "diversity") if key in validation}
         samples = sample_table(pd.json_normalize(validation["samples"], sep="/"), iteration)
-        mirror.log("eval", {"iteration": iteration, "samples": samples})
+        mirror.log("eval", {"iteration": iteration, **numbers, **validation["rewards"], "samples": samples})
     if kept.is_file():
         rollout = pd.read_parquet(kept)
         completions, pictures = sample_table(rollout, iteration), group_pictures(rollout, run_dir)
@@ -274,11 +266,5 @@ def sample_table(rows: pd.DataFrame, iteration: int) -> pd.DataFrame:
 def group_pictures(rollout: pd.DataFrame, run_dir: Path, count: int = PICTURES) -> list[Picture]:
     """The first pictures of a rollout's last group; each caption has prompt, rewrite, reward and advantage."""
     group = rollout[(rollout["group_id"] == rollout["group_id"].iloc[-1]) & rollout["thumbnail"].notna()]
-    return [
-        (
-            run_dir / row["thumbnail"],
-            f"{row['user_prompt']} → {row['enhanced_prompt']} | reward {row['reward']:.3f}, "
-            f"advantage {row['advantage']:+.2f}",
-        )
-        for row in group.head(count).to_dict("records")
-    ]
+    rows = group.head(count).to_dict("records")
+    return [(run_dir / row["thumbnail"], _CAPTION.format_map(row)) for row in rows]

@@ -30,7 +30,7 @@ from grpo_kit.runs.folder import RunFolder, decisive_settings
 from grpo_kit.runs.iterations import iteration_name
 from grpo_kit.runs.log_file import log_from
 from grpo_kit.runs.record import first_own_validation, refuse_branch_without_checkpoint
-from grpo_kit.runs.tracking import Tracker, validation_line
+from grpo_kit.runs.tracking import Tracker
 from grpo_kit.training.accumulation import micro_batches, set_rate
 from grpo_kit.training.launch import joined
 from grpo_kit.training.nonfinite import warn_or_end
@@ -342,7 +342,6 @@ def _validate(
 
     def is_best_so_far() -> bool:
         result = validate(kit, iteration, folder)
-        tracker.log(validation_line(result), prefix="eval")
         tracker.log_samples(iteration)
         logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
         return best_iteration(kit, folder) == iteration
@@ -420,6 +419,6 @@ def start(config: Config, folder: Path) -> bool:
             print(f"run folder: {folder}", flush=True)
             RunFolder(folder).require_free()  # before the models are loaded
             if (folder / "config.json").is_file():
-                RunFolder(folder, None, decisive_contents(config), reward_record(config)).require_same(config)
+                RunFolder.open(folder, config, decisive_contents(config), reward_record(config))
         train(load_experiment(config), folder, processes=processes)
     return processes.is_main

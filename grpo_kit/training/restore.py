@@ -18,7 +18,7 @@ from grpo_kit.rewards.loading import reward_record
 from grpo_kit.rollout import Rollout, Samples, picture_prompts, with_rewards
 from grpo_kit.runs.checkpoint import newest_checkpoint
 from grpo_kit.runs.folder import first_difference
-from grpo_kit.runs.own_rewards import changed_rewards, lost_rewards, recorded_rewards
+from grpo_kit.runs.own_rewards import changed_rewards
 from grpo_kit.runs.record import metrics_lines, read_origin, refuse_branch_without_checkpoint
 from grpo_kit.training.difference import Comparison, compare_line
 from grpo_kit.training.loop import log_line, restore, run_iteration
@@ -37,13 +37,10 @@ def own_experiment(run_dir: Path, kit: Experiment | None) -> Experiment:
     """The run's experiment, loaded as its config says, or the one given, if it is the run's.
 
     Raises:
-        ReplayError: the one given has other settings, or the rewards are not the run's.
+        KitError: the one given has other settings, or the rewards are not the run's.
     """
     config = load_config(run_dir)
-    there, here = recorded_rewards(run_dir), reward_record(config) if kit is None else kit.rewards.record()
-    if difference := lost_rewards(there, here):
-        raise ReplayError(f"run {run_dir}: {difference}")
-    if difference := changed_rewards(there, here):
+    if difference := changed_rewards(run_dir, reward_record(config) if kit is None else kit.rewards.record()):
         logger.warning("run %s: %s", run_dir, difference)
     if kit is None:
         return load_experiment(config)

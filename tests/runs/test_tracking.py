@@ -271,7 +271,7 @@ def test_a_mirror_that_fails_is_one_warning_and_the_others_go_on(
     with caplog.at_level(logging.WARNING, logger="grpo_kit"), tracker:
         tracker.log({"iteration": iteration, "reward": 0.5})
         tracker.log_samples(iteration)
-        tracker.log({"iteration": iteration, "reward": 0.5}, prefix="eval")
+        tracker.log({"iteration": iteration, "reward": 0.5})
     made = 10**6 - other.left
     assert other.finished == [0] and made >= 6
     assert [record.message for record in caplog.records] == (
