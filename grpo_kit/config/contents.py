@@ -5,7 +5,7 @@ Paths do not count: a file that was moved is the same, one that was edited in pl
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_kit.config.errors import ConfigError
@@ -15,19 +15,24 @@ from grpo_kit.config.settings import Config
 
 HELD_OUT = PROMPT_PATHS[1]
 _BLOCKS, _BLOCK = 64, 1 << 16  # a file of at most 4 MiB is read whole; of a larger one so many blocks, evenly spaced
-_CARD = "README.md"  # an evaluation writes its results into it
 
 
 def content_digest(path: Path) -> str:
     """sha256 of what a file, or a folder with all below it, holds; seconds at most, however large the weights are.
 
     Of each file count its name inside the folder, its size and its bytes: all of them up to 4 MiB, of a larger file 64
-    blocks of 64 KiB from its start to its end. Hidden files and model cards do not count.
+    blocks of 64 KiB from its start to its end. Hidden files and model cards, into which an evaluation writes its
+    results, do not count.
     """
     total = hashlib.sha256()
     for name, file in [("", path)] if path.is_file() else _files(path):
-        total.update(f"{name}\0{file.stat().st_size}\0".encode())
-        total.update(_sampled(file))
+        size, content = file.stat().st_size, hashlib.sha256()
+        step = max(size - _BLOCK, 0) / (_BLOCKS - 1)
+        with file.open("rb") as stream:
+            for number in range(_BLOCKS if step else 1):
+                stream.seek(round(number * step))
+                content.update(stream.read(_BLOCK))
+        total.update(f"{name}\0{size}\0".encode() + content.digest())
     return total.hexdigest()
 
 
@@ -36,29 +41,18 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        kept = [Path(place, name) for name in files if not name.startswith(".") and name != _CARD]
+        kept = [Path(place, name) for name in files if not name.startswith(".") and name != "README.md"]
         found += [(file.relative_to(folder).as_posix(), file) for file in kept if file.is_file()]
     return sorted(found)
 
 
-def _sampled(file: Path) -> bytes:
-    step = max(file.stat().st_size - _BLOCK, 0) / (_BLOCKS - 1)
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for number in range(_BLOCKS if step else 1):
-            stream.seek(round(number * step))
-            digest.update(stream.read(_BLOCK))
-    return digest.digest()
-
-
-def prompts_digest(prompts: Iterable[Prompt]) -> str:
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """How many prompts, and the sha256 of all that they say, in their order; not of the file's form."""
-    digest, count = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     for prompt in prompts:
-        count += 1
         row = (prompt.user_prompt, prompt.category, prompt.difficulty, sorted(prompt.metadata.items()))
         digest.update(repr(row).encode("utf-8", "backslashreplace"))
-    return f"{count} prompts, {digest.hexdigest()}"
+    return f"{len(prompts)} prompts, {digest.hexdigest()}"
 
 
 def decisive_contents(
@@ -66,11 +60,7 @@ def decisive_contents(
 ) -> dict[str, str]:
     """Dotted key → digest of the prompts, and of each file or folder on this machine that models and rewards are from.
 
-    Args:
-        train_prompts, val_prompts: those that are used; None reads those that the config names.
-
-    Raises:
-        ConfigError: one of the files cannot be read.
+    Prompts that are None are those that the config names; a `ConfigError` where one of the files cannot be read.
     """
     found, settings = {}, config.model_dump()
 

@@ -102,11 +102,7 @@ def picture(image: object, edge: str = "none") -> Html:
 def group_table(
     prompt: str, samples: Iterable[tuple[object, str]], rewards: Iterable[float], advantages: Iterable[float]
 ) -> Html:
-    """A group, best reward first: each sample's picture, framed as its advantage says, its numbers and its text.
-
-    Args:
-        samples: picture and text of each; of many the best and the worst are shown.
-    """
+    """A group, best reward first: each sample's picture, framed as its advantage says, its numbers and its text."""
     rows = zip(samples, map(float, rewards), map(float, advantages), strict=True)
     order = sorted(rows, key=lambda row: -math.inf if math.isnan(row[1]) else row[1], reverse=True)
     some = order if len(order) <= _SAMPLES else order[: _SAMPLES // 2] + order[-_SAMPLES // 2 :]
@@ -114,10 +110,8 @@ def group_table(
     cells = []
     for (image, text), reward, advantage in some:
         edge = "3px solid #0072b2" if advantage > 0 else "3px dashed #d55e00" if advantage < 0 else "1px solid #6a737d"
-        numbers = (
-            "no reward" if math.isnan(reward) else f"reward {reward:.3f}, advantage {advantage:+.2f}".replace("-", "−")
-        )
-        cells.append((picture(image, edge), numbers, cell(text, 120)))
+        numbers = f"reward {reward:.3f}, advantage {advantage:+.2f}".replace("-", "−")
+        cells.append((picture(image, edge), "no reward" if math.isnan(reward) else numbers, cell(text, 120)))
     columns = 4 if len(cells) % 4 == 0 else 6
     parts = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     return table(f"“{cut(prompt, 120)}”", [row for part in parts for row in zip(*part, strict=True)], note=left)

@@ -24,20 +24,11 @@ LIBRARIES = (
 ).split()
 
 
-_GIVING_BACK = {
-    "malloc_trim": (0,),
-    "MallocExtension_ReleaseFreeMemory": (),
-    "mallctl": (b"arena.4096.purge", None, None, None, 0),  # jemalloc's number for all arenas
-}
-
-
 def choose_device(device: str = "auto", setting: str = "device") -> tuple["torch.device", str]:
     """The device to compute on and the reason: the first of CUDA, MPS and CPU for "auto", else the one named.
 
-    A CUDA device comes with its number: a thread has a current device of its own, which is not the caller's.
-
-    Raises:
-        ConfigError: one line that names the `setting`, where this machine has no such device.
+    A CUDA device comes with its number: a thread has a current device of its own, which is not the caller's. One that
+    this machine does not have is a `ConfigError` that names the `setting`.
     """
     import torch
 
@@ -61,11 +52,7 @@ def choose_device(device: str = "auto", setting: str = "device") -> tuple["torch
 
 
 def placement(settings: "ModelSettings") -> dict[str, tuple["torch.device", str]]:
-    """Where the policy, the generator and the reward models compute: the setting's name → device and reason.
-
-    Raises:
-        ConfigError: this machine does not have one of them.
-    """
+    """Where the policy, the generator and the reward models compute: the setting's name → device and reason."""
     named = {
         "device": settings.device,
         "generator_device": settings.generator_device or settings.device,
@@ -84,26 +71,25 @@ def choose_dtype(device: "torch.device | str", dtype: str = "auto") -> tuple["to
     if dtype != "auto":
         raise ConfigError(f"dtype: found {dtype!r:.60}, allowed: auto, {', '.join(types)}")
     kind = torch.device(device).type
-    if kind == "cuda":
-        if torch.cuda.get_device_capability(device)[0] >= 8:
-            return torch.bfloat16, "this GPU computes bfloat16 natively"
-        return torch.float32, "this GPU has no native bfloat16, and float16 overflows in training"
+    if kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return torch.bfloat16, "this GPU computes bfloat16 natively"
     if kind == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "this CPU has AMX, which makes bfloat16 fast"
-    if kind == "cpu":
-        return torch.float32, "bfloat16 halves the speed of a CPU without AMX"
-    return torch.float32, "bfloat16 is not complete on Apple GPUs"
+    return torch.float32, {
+        "cuda": "this GPU has no native bfloat16, and float16 overflows in training",
+        "cpu": "bfloat16 halves the speed of a CPU without AMX",
+    }.get(kind, "bfloat16 is not complete on Apple GPUs")
 
 
 def give_back_memory() -> None:
-    """Hand freed memory back to the system: on Linux the heap keeps it, which hides what the next work takes.
-
-    Knows the heaps of glibc, tcmalloc and jemalloc, whichever are loaded.
-    """
-    if sys.platform != "linux":
-        return
-    loaded = ctypes.CDLL(None)
-    for function, arguments in _GIVING_BACK.items():
+    """Hand freed memory back to the system: on Linux the heap keeps it, which hides what the next work takes."""
+    functions = {  # of glibc, tcmalloc and jemalloc, whichever are loaded
+        "malloc_trim": (0,),
+        "MallocExtension_ReleaseFreeMemory": (),
+        "mallctl": (b"arena.4096.purge", None, None, None, 0),  # jemalloc's number for all arenas
+    }
+    loaded = ctypes.CDLL(None) if sys.platform == "linux" else None
+    for function, arguments in functions.items():
         if hasattr(loaded, function):
             getattr(loaded, function)(*arguments)
 
@@ -111,8 +97,7 @@ def give_back_memory() -> None:
 def release(*objects: object) -> None:
     """Give accelerator memory back at the end of a notebook.
 
-    Models among `objects`, or held by them as attributes or items, move to the CPU, since a notebook's own history may
-    still refer to them; then unused memory goes back to the devices.
+    Models that `objects` are or hold move to the CPU, since a notebook's own history may still refer to them.
     """
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_initialized()
@@ -137,10 +122,7 @@ def _models(things: Iterable[object], depth: int) -> "Iterator[torch.nn.Module]"
 
 
 def computing_machine(settings: "ModelSettings") -> dict[str, str]:
-    """What decides how sums are rounded besides the versions: the kinds of device here, and the threads.
-
-    The generator's and the rewards' kinds stand there where they are others than the policy's.
-    """
+    """What decides how sums are rounded besides the versions: the kinds of device, where they differ, and threads."""
     import torch
 
     kinds = {}

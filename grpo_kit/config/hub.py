@@ -21,26 +21,15 @@ class ModelError(KitError):
 
 
 def require_weights(missing: Collection[str], setting: str, name: str, part: str = "model") -> None:
-    """Raise where weights of a model are in no file: the libraries only warn, and initialise them at random.
-
-    Raises:
-        ModelError: `missing`, the names of such weights, is not empty; the line names the dotted `setting`.
-    """
+    """A `ModelError` where weights of a model, `missing`, are in no file: libraries only warn, and make them random."""
     if missing:
-        raise ModelError(
-            f"{setting}: found {name!r} without {len(missing)} weights of its {part} ({min(missing)} …), which would "
-            "be random; a file there is damaged or of another model: fetch it again, or take a folder that "
-            "save_pretrained wrote"
-        )
+        found = f"{setting}: found {name!r} without {len(missing)} weights of its {part} ({min(missing)} …)"
+        advice = "fetch it again, or take a folder that save_pretrained wrote"
+        raise ModelError(f"{found}, which would be random; a file there is damaged or of another model: {advice}")
 
 
 def load_failure(setting: str, name: str, error: Exception, repository: str | None = None) -> ModelError:
-    """The error for a model that did not load: which model, why, and what to do.
-
-    Args:
-        setting: the dotted setting that names the model.
-        repository: the model's repository on the hub, where `name` does not say it.
-    """
+    """The error for a model that did not load: which, why, and what to do; of a file, `repository` is where it is."""
     advice = _advice(setting, repository or name, error)
     return ModelError(f"{setting}: could not load {name!r} ({type(error).__name__}: {one_line(error, 300)}); {advice}")
 
@@ -62,20 +51,15 @@ def _advice(setting: str, name: str, error: Exception) -> str:
     if Path(name).is_absolute():
         return "there is no such folder on this machine: check the path, or give a hub id"
     if mirror := _MIRRORS.get(name):
-        return (
-            f"its owner removed it from the hub, where the same weights are {mirror!r}: set that, and "
-            f"fetch it once where there is network (`hf download {mirror}`)"
-        )
+        return f"its owner removed it from the hub, where the same weights are {mirror!r}: `hf download` and set that"
     if _was_caused_by(error, GatedRepoError):
         others = f", or take one that asks for no licence: {_OPEN[setting]}" if setting in _OPEN else ""
         return f"accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN{others}"
     if _was_caused_by(error, RepositoryNotFoundError):
         return f"check the name: the hub shows no {page}; if it is private, log in with `hf auth login` or set HF_TOKEN"
     gated = f" (it asks for a licence first, at {page}, and for HF_TOKEN)" if name.startswith(_GATED) else ""
-    return (
-        f"check the name, or the folder; fetch a model once where there is network (`hf download {repository}`)"
-        f"{gated}, or copy HF_HOME from there; without network use profile tiny"
-    )
+    fetch = f"fetch a model once where there is network (`hf download {repository}`){gated}, or copy HF_HOME from there"
+    return f"check the name, or the folder; {fetch}; without network use profile tiny"
 
 
 def _was_caused_by(error: BaseException | None, kind: type[Exception]) -> bool:

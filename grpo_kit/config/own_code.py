@@ -22,17 +22,13 @@ _INSTALLED = {"site-packages", "dist-packages"}
 def imported(place: str) -> Any:
     """The function, class or object at a place; modules are looked for in the working folder, too.
 
-    A file is run as it is now, each content of it once in a process; modules beside it can be imported.
-
-    Raises:
-        KitError: one line on a place that names nothing, or on what its code raised.
+    A file is run as it is now, each content of it once in a process; modules beside it can be imported. A `KitError`
+    says what of the place names nothing, or what its code raised.
     """
     home, _, name = place.rpartition(":")
     if not home or not name:
-        raise KitError(
-            f"function {place!r:.200}: allowed: module:function, such as grpo_kit.grpo:grpo_loss, or "
-            "path/to/file.py:function"
-        )
+        allowed = "module:function, such as grpo_kit.grpo:grpo_loss, or path/to/file.py:function"
+        raise KitError(f"function {place!r:.200}: allowed: {allowed}")
     module = _module(home)
     try:
         return operator.attrgetter(name)(module)
@@ -47,19 +43,15 @@ def _module(home: str) -> ModuleType:
     try:
         source = Path(home).read_bytes() if is_file else b""
     except OSError as error:
-        raise KitError(
-            f"file {home:.200}: cannot be read: {error.strerror}. Put it back, or name the place where it is"
-        ) from None
+        raise KitError(f"file {home:.200}: cannot be read: {error.strerror}. Name the place where it is") from None
     folder = str(Path(home).parent.resolve() if is_file else Path.cwd())
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
         return _executed(Path(home), source) if is_file else importlib.import_module(home)
     except (Exception, SystemExit) as error:  # whatever foreign code does while it is imported
-        kind = "file" if is_file else "module"
-        raise KitError(
-            f"{kind} {home!r:.200}: cannot be imported: {one_line(f'{type(error).__name__}: {error}', 300)}"
-        ) from error
+        what, why = f"{'file' if is_file else 'module'} {home!r:.200}", f"{type(error).__name__}: {error}"
+        raise KitError(f"{what}: cannot be imported: {one_line(why, 300)}") from error
     finally:
         sys.path.remove(folder)
         if folder not in sys.path:

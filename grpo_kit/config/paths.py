@@ -15,9 +15,7 @@ _MODELS = "vlm_model policy_adapter sd_model generator_config generator_lora cli
 # A model may also be a hub id, so it is a path only where something lies there.
 MODEL_PATHS = tuple(f"model_settings.{name}" for name in _MODELS)
 PROMPT_PATHS = ("training_settings.train_prompts", "evaluation_settings.val_prompts")
-_REWARD_OPTIONS = (
-    "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights judge.model".split()
-)
+_OPTIONS = "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights judge.model"
 OWN_REWARDS = "reward_settings"  # the key of the file in a reward's name, `path/to/file.py:function`
 
 
@@ -50,7 +48,7 @@ def change_paths(data: dict[str, Any], change: Callable[[str, str], str]) -> Non
         for name, given in options.items() if isinstance(options, dict) else ():
             if isinstance(given, dict):
                 given = given | ({"reward": named(given["reward"])} if "reward" in given else {})
-                for kind, option in (text.split(".") for text in _REWARD_OPTIONS):
+                for kind, option in (text.split(".") for text in _OPTIONS.split()):
                     if kind in (name, given.get("reward")):
                         given = _with_path(given, option, f"{OWN_REWARDS}.options.{name}.{option}", change)
                 options[name] = given
@@ -74,9 +72,6 @@ def resolve_paths(data: dict[str, Any], bases: Sequence[Path]) -> None:
 
     A model that exists in none of them is a hub id, unless it looks like a path. A reward's file counts from where the
     command was given, too, before the kit's own folders; but not where a run wrote the settings down (`versions`).
-
-    Raises:
-        ConfigError: a path with a NUL character.
     """
 
     def resolved(key: str, value: str) -> str:

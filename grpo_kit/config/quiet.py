@@ -13,10 +13,7 @@ _INSIDE: list[ExitStack] = []  # one for each call that is in it: drawing and sc
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence transformers, diffusers and the hub but for errors, as far as they are loaded; a decorator too.
-
-    They warn of every cut prompt, which the generator counts instead.
-    """
+    """Silence transformers, diffusers and the hub but for errors, as far as they are loaded; a decorator too."""
     with _LOCK:
         _INSIDE.append(_silenced() if not _INSIDE else _INSIDE[-1])
     try:

@@ -12,11 +12,8 @@ from grpo_kit.config.settings import TrainingSettings
 def scheduled_rates(settings: TrainingSettings, iteration: int) -> list[float] | None:
     """The learning rate of each of an iteration's optimizer updates; None where it is constant.
 
-    The run has `num_iterations` × `updates_per_rollout` updates. One that is skipped counts too, so that an iteration
-    has the same rates whatever came before it.
-
-    Raises:
-        ConfigError: `lr_scheduler_kwargs` are not those of `lr_scheduler_type`.
+    Of all `num_iterations` × `updates_per_rollout` updates one that is skipped counts too, so that an iteration has the
+    same rates whatever came before it. A `ConfigError` where `lr_scheduler_kwargs` do not belong to the schedule.
     """
     if settings.lr_scheduler_type == "constant":
         return None
@@ -40,8 +37,6 @@ def _factor(kind: str, rate: float, warmup: int, total: int, options: str) -> Ca
         if not all(math.isfinite(factor(update)) for update in (0, warmup, total - 1)):
             raise ValueError("a rate is not finite")
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(
-            f"training_settings.lr_scheduler_kwargs: found {options:.80}, allowed: what {kind!r} of transformers takes "
-            f"({one_line(error)}). Correct them"
-        ) from error
+        allowed = f"what {kind!r} of transformers takes ({one_line(error)})"
+        raise ConfigError(f"training_settings.lr_scheduler_kwargs: found {options:.80}, allowed: {allowed}") from error
     return factor

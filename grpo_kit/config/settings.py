@@ -1,5 +1,6 @@
 """The settings of a run, section by section: what each is, its type, its bounds and its default; see `Config`."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -46,15 +47,14 @@ Pixels = Annotated[int, Field(ge=8), _NUMERIC]
 Number = Annotated[float, _NUMERIC]
 Positive = Annotated[float, Field(gt=0), _NUMERIC]
 Name = Annotated[str, Field(min_length=1)]
-Device = Annotated[
-    str,
-    Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", json_schema_extra={"allowed": "auto, cpu, mps, cuda or cuda:N"}),
-]
+_DEVICES = {"allowed": "auto, cpu, mps, cuda or cuda:N"}
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", json_schema_extra=_DEVICES)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr",
     "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt", "warmup_stable_decay",
 ]  # fmt: skip
+Combination = Literal["sum_then_normalize", "normalize_then_sum"]
 PROMPT_PARTS = ("whole", "after_thinking", "quoted")
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
@@ -149,11 +149,7 @@ class GenerationSettings(Section):
     temperature: Number = Field(1.0, gt=0, description="of sampling during training")
     decoding: Literal["plain", "static", "compiled"] = Field("plain", description="cache: growing, fixed, compiled")
     sampling_batch_size: Count | None = Field(None, description="completions in one call, in whole groups; null: all")
-    prompt_part: Name = Field(
-        "whole",
-        description="what of a completion is drawn and scored; where nothing matches, all of it",
-        json_schema_extra={"allowed": f"{', '.join(PROMPT_PARTS)}, or a regular expression with one group"},
-    )
+    prompt_part: Name = Field("whole", description="what is drawn and scored of a completion; all where none matches")
     num_inference_steps: Count
     rollout_steps: Count | None = Field(None, description="denoising steps in training; null: num_inference_steps")
     guidance_scale: Number = Field(ge=0)
@@ -170,13 +166,10 @@ class GenerationSettings(Section):
     @field_validator("prompt_part")
     @classmethod
     def _has_one_group(cls, value: str) -> str:
-        try:
-            fits = value in PROMPT_PARTS or re.compile(value).groups == 1
-        except (re.error, RecursionError, OverflowError):
-            fits = False
-        if not fits:
-            raise ValueError("no rule")
-        return value
+        with contextlib.suppress(re.error, RecursionError, OverflowError):
+            if value in PROMPT_PARTS or re.compile(value).groups == 1:
+                return value
+        raise ValueError(f"{', '.join(PROMPT_PARTS)}, or a regular expression with one group")
 
 
 class ShapingSettings(Section):
@@ -184,9 +177,7 @@ class ShapingSettings(Section):
 
     normalize: Literal["none", "running", "group"] = Field("none", description="by the deviation of run or group")
     clip: tuple[Number, Number] | None = Field(
-        None,
-        description="lowest and highest value; null: no bound",
-        json_schema_extra={"allowed": "[low, high] with low < high, or null"},
+        None, description="bounds", json_schema_extra={"allowed": "[low, high] with low < high, or null"}
     )
     scale: Number = Field(1.0, description="factor; without effect where the reward is normalised")
 
@@ -201,15 +192,11 @@ class ShapingSettings(Section):
 class RewardSettings(Section):
     """What is rewarded, and what is only watched."""
 
-    weights: dict[Name, Number] = Field(
-        min_length=1, description="weight of each reward in the total; of one's own: file.py:function"
-    )
+    weights: dict[Name, Number] = Field(min_length=1, description="in the total; of one's own: file.py:function")
     monitors: list[Name] = Field([], description="scored and logged, never rewarded")
     options: dict[Name, dict[Name, Any]] = Field({}, description='such as {"safety": {"avoid": ["blood"]}}')
     shaping: dict[Name, ShapingSettings] = Field({}, description="how a reward is changed before it is weighted")
-    combine: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize", description="normalise the weighted sum, or every reward within its group first (GDPO)"
-    )
+    combine: Combination = Field("sum_then_normalize", description="or every reward within its group first (GDPO)")
     threads: dict[Name, Count] = Field({}, description="threads that share a batch of a reward that is thread-safe")
     timeout: dict[Name, Positive] = Field({}, description="seconds that a call may take; then on_bad_reward decides")
     overlap: bool | None = Field(None, description="score while the next are drawn; null: where devices differ")
@@ -226,7 +213,7 @@ class RewardSettings(Section):
     @classmethod
     def _can_be_written(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         try:  # config.json has to give the same run again
-            json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError):
             raise ValueError("what JSON can hold: finite numbers, whole characters, lists, objects") from None
         return value
@@ -318,38 +305,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _bounds_agree(self) -> "Config":
-        training = self.training_settings
+        model, generation, training = self.model_settings, self.generation_settings, self.training_settings
         if training.loss_type == "cispo" and (training.epsilon_high or 0.0) < 1:
-            raise ValueError(
-                f"training_settings.epsilon_high: found {training.epsilon_high}, allowed for loss_type 'cispo': "
-                "number >= 1 (it caps the ratio itself). Set 5.0, as its authors do"
-            )
+            found = f"training_settings.epsilon_high: found {training.epsilon_high}"
+            raise ValueError(f"{found}, allowed for loss_type 'cispo': number >= 1. Set 5.0, as its authors do")
         if training.lr_scheduler_type == "constant" and (training.warmup_steps or training.warmup_ratio):
-            raise ValueError(
-                "training_settings.lr_scheduler_type: found 'constant' with a warm-up, which it has not. Set "
-                "constant_with_warmup, or another one, or warmup_steps and warmup_ratio to 0"
-            )
+            found = "training_settings.lr_scheduler_type: found 'constant' with a warm-up, which it has not"
+            raise ValueError(f"{found}. Set constant_with_warmup, or another one, or no warm-up")
         upper = 1 + (training.epsilon if training.epsilon_high is None else training.epsilon_high)
         if training.delta is not None and training.delta <= upper:
-            raise ValueError(
-                f"training_settings.delta: found {training.delta}, allowed: number > {upper} (1 + epsilon_high). "
-                "Raise it, or set null for no bound"
-            )
-        if self.model_settings.base_8bit and self.model_settings.lora is None:
-            raise ValueError(
-                "model_settings.base_8bit: found true, allowed with lora: weights in 8 bits cannot be trained. Set "
-                'lora, such as {"r": 16, "alpha": 32}, or base_8bit: false'
-            )
-        if self.generation_settings.negative_prompt is not None and self.generation_settings.guidance_scale <= 1:
-            raise ValueError(
-                "generation_settings.negative_prompt: found one, allowed with guidance_scale above 1, since at "
-                f"{self.generation_settings.guidance_scale:g} there is no guidance away from it. Raise it, or set null"
-            )
-        if self.model_settings.offload_generator and self.model_settings.text_encoders_on_cpu:
-            raise ValueError(
-                "model_settings.text_encoders_on_cpu: found true, allowed with offload_generator: false. Offloading "
-                "moves the text encoders in turn, too; set one of the two"
-            )
+            found = f"training_settings.delta: found {training.delta}"
+            raise ValueError(f"{found}, allowed: number > {upper} (1 + epsilon_high). Raise it, or set null")
+        if model.base_8bit and model.lora is None:
+            found = "model_settings.base_8bit: found true, allowed with lora: weights in 8 bits cannot be trained"
+            raise ValueError(f'{found}. Set lora, such as {{"r": 16, "alpha": 32}}, or base_8bit: false')
+        if generation.negative_prompt is not None and generation.guidance_scale <= 1:
+            found = "generation_settings.negative_prompt: found one, allowed with guidance_scale above 1, since at"
+            raise ValueError(f"{found} {generation.guidance_scale:g} nothing is guided. Raise it, or set null")
+        if model.offload_generator and model.text_encoders_on_cpu:
+            found = "model_settings.text_encoders_on_cpu: found true, allowed with offload_generator: false"
+            raise ValueError(f"{found}. Offloading moves the text encoders, too; set one of the two")
         return self
 
     def changes(self) -> dict[str, tuple[Any, Any]]:

@@ -1,5 +1,6 @@
 """Checkpoints that are either whole or not there: written aside, hashed, flushed, then renamed into place."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 POLICY = "policy"  # a folder as transformers (or peft) loads it
 _OPTIMIZER, _MANIFEST = "optimizer.safetensors", "manifest.json"
 _REWARDS = "rewards.safetensors"  # written only where rewards have state
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)  # what a damaged file leads to
 
 
 class CheckpointError(KitError):
@@ -52,10 +54,8 @@ def save_checkpoint(
 
     Args:
         save_policy: writes the policy into the folder that it is given, as `Policy.save_pretrained` does.
-        optimizer: its state dict, with states by index or by parameter name.
-        rewards: their state dict.
+        optimizer: its state dict, with states by index or by parameter name; `rewards` likewise.
         settings: the decisive ones, section.key → value, which a run that goes on from here must share.
-        versions: of the libraries, as a record.
     """
     place = folder / iteration_name(iteration)
     aside = folder / f".writing-{place.name}"
@@ -67,7 +67,10 @@ def save_checkpoint(
         save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, aside / name)
     manifest = {
         "iteration": iteration,
-        "files": _listed(aside),
+        "files": {
+            file.relative_to(aside).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(path for path in aside.rglob("*") if path.is_file())
+        },
         "optimizer": optimizer_settings,
         "settings": dict(settings or {}),
         "versions": dict(versions or {}),
@@ -84,10 +87,7 @@ def save_checkpoint(
 
 
 def keep_newest(folder: Path, keep: int, iteration: int) -> None:
-    """Drop what is older than the newest `keep` sound checkpoints up to an iteration; a damaged one does not count.
-
-    A later one does not count either: it was found damaged, or will be.
-    """
+    """Drop what is older than the newest `keep` sound checkpoints up to an iteration; later ones were found damaged."""
     sound = 0
     for number, place in reversed(checkpoints_of(folder).items()):
         if number > iteration:
@@ -100,7 +100,9 @@ def keep_newest(folder: Path, keep: int, iteration: int) -> None:
                     raise
                 logger.warning("checkpoint %s: another program has it open; it is left", place.name)
         else:
-            sound += _verifies(place)
+            with contextlib.suppress(*_DAMAGE):
+                _verified(place)
+                sound += 1
 
 
 def _drop(place: Path) -> None:
@@ -126,53 +128,40 @@ def newest_checkpoint(
             continue
         try:
             checkpoint = load_checkpoint(place)
-            _require_same_run(checkpoint, settings or {}, place.name)
-            return checkpoint, skipped
         except CheckpointError as error:
             skipped.append(str(error))
+            continue
+        own, found = settings or {}, checkpoint.settings  # one that only one side has was added by a newer kit
+        if not (other := [key for key in found if own.get(key, found[key]) != found[key]]):
+            return checkpoint, skipped
+        values = f"{other[0]}: {found[other[0]]!r}, here {own[other[0]]!r}"
+        skipped.append(f"checkpoint {place.name}: another run's ({values})")
     return None, skipped
 
 
 def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> Checkpoint | None:
-    """As `newest_checkpoint`; the log says what was skipped and why.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none verifies: starting afresh would write over the run.
-    """
+    """As `newest_checkpoint`, with a warning of each skipped one; a `CheckpointError` where none of them verifies."""
     checkpoint, skipped = newest_checkpoint(folder, settings=settings)
     for reason in skipped:
         logger.warning("skipped: %s", reason)
     if checkpoint is None and skipped:
-        raise CheckpointError(
-            f"{skipped[0]}; none of {len(skipped)} verifies. Restore one from a copy, or choose a new folder"
-        )
+        advice = "Restore one from a copy, or choose a new folder"
+        raise CheckpointError(f"{skipped[0]}; none of {len(skipped)} verifies. {advice}")
     return checkpoint
 
 
-def _require_same_run(checkpoint: Checkpoint, settings: Mapping[str, object], name: str) -> None:
-    """Compare the settings that both have: one that only one side has was added by a newer kit."""
-    for key, value in checkpoint.settings.items():
-        if key in settings and settings[key] != value:
-            raise CheckpointError(f"checkpoint {name}: another run's ({key}: {value!r}, here {settings[key]!r})")
-
-
 def load_checkpoint(place: Path) -> Checkpoint:
-    """Read one checkpoint after comparing every file with its manifest.
-
-    Raises:
-        CheckpointError: a file is missing, or differs from what was written.
-    """
+    """Read one checkpoint; a `CheckpointError` where a file is missing, or differs from what its manifest says."""
     try:
         manifest = _verified(place)
         optimizer = _unflatten(load_file(place / _OPTIMIZER), manifest["optimizer"])
         rewards = load_file(place / _REWARDS) if _REWARDS in manifest["files"] else {}
         return Checkpoint(manifest["iteration"], place / POLICY, optimizer, rewards, dict(manifest.get("settings", {})))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"checkpoint {place.name}: incomplete or damaged ({type(error).__name__}: {error})"
-        ) from error
+    except CheckpointError:
+        raise
+    except _DAMAGE as error:
+        what = f"incomplete or damaged ({type(error).__name__}: {error})"
+        raise CheckpointError(f"checkpoint {place.name}: {what}") from error
 
 
 def sha256(file: Path) -> str:
@@ -183,37 +172,18 @@ def sha256(file: Path) -> str:
 
 def _verified(place: Path) -> dict[str, object]:
     """A checkpoint's manifest, after every file that it lists was compared with it."""
-    manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
+    manifest, name = json.loads((place / _MANIFEST).read_text(encoding="utf-8")), f"checkpoint {place.name}"
     if manifest.pop("sha256") != _digest(manifest):
-        raise CheckpointError(f"checkpoint {place.name}: {_MANIFEST} is damaged (its sha256 is not its own)")
-    for name, written in manifest["files"].items():
-        file = place / name
+        raise CheckpointError(f"{name}: {_MANIFEST} is damaged (its sha256 is not its own)")
+    for inside, written in manifest["files"].items():
+        file = place / inside
         if file.stat().st_size != written["bytes"] or sha256(file) != written["sha256"]:
-            raise CheckpointError(f"checkpoint {place.name}: {name} is damaged (its sha256 is not the manifest's)")
+            raise CheckpointError(f"{name}: {inside} is damaged (its sha256 is not the manifest's)")
     if place.name != iteration_name(manifest["iteration"]):
-        raise CheckpointError(
-            f"checkpoint {place.name}: holds iteration {manifest['iteration']}; it was moved or swapped"
-        )
+        raise CheckpointError(f"{name}: holds iteration {manifest['iteration']}; it was moved or swapped")
     if not (place / POLICY).is_dir():
-        raise CheckpointError(
-            f"checkpoint {place.name}: has no {POLICY}/ folder; go on with the version of the kit that wrote it"
-        )
+        raise CheckpointError(f"{name}: has no {POLICY}/ folder; go on with the version of the kit that wrote it")
     return manifest
-
-
-def _verifies(place: Path) -> bool:
-    try:
-        return bool(_verified(place))
-    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _listed(folder: Path) -> dict[str, dict[str, object]]:
-    """Relative path → size and hash of every file below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files
-    }
 
 
 def _digest(manifest: dict) -> str:
@@ -223,7 +193,7 @@ def _digest(manifest: dict) -> str:
 def _flatten(state: Mapping) -> tuple[dict[str, torch.Tensor], dict]:
     """An optimizer's state as named tensors, and the rest as plain JSON."""
     tensors = {
-        f"{owner}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{owner}.{name}": torch.as_tensor(value)
         for owner, values in state["state"].items()
         for name, value in values.items()
     }

@@ -13,11 +13,7 @@ _NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # of file systems that
 
 
 def flush(path: Path) -> None:
-    """Let the disk have a file's content, or a folder's entries, before going on (fsync).
-
-    Raises:
-        OSError: the disk does not take it.
-    """
+    """Let the disk have a file's content, or a folder's entries, before going on (fsync)."""
     is_folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY if is_folder else _FOR_FSYNC)

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # those that end a command
 UNWINDING_SECONDS = 8.0  # the longest that it may take after a signal
 
 
@@ -24,16 +23,11 @@ def resumable(arguments: Sequence[str], how: str = "it goes on where it stopped"
 
     Unwinding closes a run's trackers, frees its folder and ends a notebook's kernel. Where it does not end (a server
     that does not answer; Python loses an exception that is raised while an object is destroyed), the process exits
-    after `UNWINDING_SECONDS` all the same: commits are whole or absent at any moment.
-
-    Args:
-        arguments: of the command that resumes the work.
-        how: what that command does.
-
-    Raises:
-        SystemExit: 128 + the signal's number.
+    after `UNWINDING_SECONDS` all the same: commits are whole or absent at any moment. The exit code is 128 + the
+    signal's number; `how` says what the command with these `arguments` does.
     """
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]  # Windows has no SIGHUP
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # which Windows does not have
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     timers: list[threading.Timer] = []
 

@@ -1,8 +1,7 @@
 """A notebook's parameters: which it declares, and whether a value is of the declared type.
 
-papermill only warns of a parameter that a notebook does not have, writes its name into the notebook's code as it
-stands, and enforces no annotation. So the kit checks names and values before the first notebook starts, and each
-notebook's second code cell checks them again by `check_parameters(globals())`.
+papermill only warns of a parameter that a notebook does not have, and enforces no annotation. So names and values are
+checked before the first notebook starts, and again by `check_parameters(globals())` in each notebook.
 """
 
 import ast
@@ -43,23 +42,17 @@ class Parameter:
         return NotebookError(f"parameter {name}: found {found!r:.60}, allowed: {allowed}; give a value of that type")
 
     def read(self, name: str, given: object) -> object:
-        """A value, given as text or as it is, as one of the type.
-
-        Raises:
-            NotebookError: it is not of that type.
-        """
-        value = given
-        if isinstance(given, str) and self.kind != "str":
-            try:
-                value = self._from_text(given)
-            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # as literal_eval is documented
-                value = None
+        """A value, given as text or as it is, as one of the type; a `NotebookError` where it is none."""
+        try:
+            value = self._from_text(given) if isinstance(given, str) else given
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # as literal_eval is documented
+            value = None
         if not self.fits(value):
             raise self.refusal(name, given)
         return float(value) if self.kind == "float" else value
 
     def _from_text(self, text: str) -> object:
-        if self.kind in ("int", "float"):
+        if self.kind in ("str", "int", "float"):
             return TYPES[self.kind](text)
         text = text.lower() if self.kind == "bool" else text
         try:
@@ -69,11 +62,7 @@ class Parameter:
 
 
 def declared_parameters(path: Path) -> Mapping[str, Parameter]:
-    """The parameters of a notebook by name, from its cell that is tagged `parameters`.
-
-    Raises:
-        NotebookError: the file is no notebook.
-    """
+    """The parameters of a notebook by name, from its cell that is tagged `parameters`; else a `NotebookError`."""
     return _read_parameters(path, path.stat().st_mtime_ns)
 
 
@@ -114,16 +103,13 @@ def _statements(source: str) -> list[ast.stmt]:
 
 
 def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
-    """Check a notebook's parameters: every injected name must be declared, every value of its declared type.
+    """The parameters of a notebook by name: every injected one must be declared, every value of its declared type.
 
     What was declared is read from the parameters cell (annotated assignments and nothing else), what was injected from
     the cell that papermill added, both in IPython's own history of the session.
 
     Args:
         namespace: the notebook's `globals()`.
-
-    Returns:
-        The parameters by name.
 
     Raises:
         NotebookError: an unknown name (with the nearest known one), or a wrong type.
@@ -140,8 +126,8 @@ def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
         raise NotebookError("parameters: found no cell that declares them. Run the parameters cell first.")
     for name in [name for source in history if source.lstrip().startswith(INJECTED) for name in _assigned(source)]:
         if name not in declared:
-            hint = f"{nearest(name, declared)}; allowed: {', '.join(declared)}"
-            raise NotebookError(f"parameter {name}: not in this notebook{hint}")
+            allowed = f"{nearest(name, declared)}; allowed: {', '.join(declared)}"
+            raise NotebookError(f"parameter {name}: not in this notebook{allowed}")
     for name, parameter in declared.items():
         if not parameter.fits(namespace[name]):
             raise parameter.refusal(name, namespace[name])

@@ -18,8 +18,7 @@ def dated_report(what: str) -> Path:
 def new_run_folder(profile: str, run_dir: Path | None, name: str) -> Path:
     """The folder of a new run: the one asked for, or one in reports/, named as asked or after profile and time.
 
-    Raises:
-        KitError: both are given, neither is and several processes train, or the name could lead out of reports/.
+    A `KitError` where both are given, the name could lead out of reports/, or several processes have no common one.
     """
     if run_dir is not None and name:
         raise KitError("--run-dir and --name: both given. Give one of them")
@@ -37,11 +36,7 @@ def new_run_folder(profile: str, run_dir: Path | None, name: str) -> Path:
 
 
 def existing_runs(texts: Sequence[str]) -> list[Path]:
-    """The folders of runs, each given by path or by its name in reports/; of a grid, those of its trials.
-
-    Raises:
-        KitError: one of them is no run.
-    """
+    """The folders of runs, each given as for `existing_run`; of a grid, those of its trials."""
     found = []
     for text in texts:
         grids = map(trial_folders, _folders(text))
@@ -50,11 +45,7 @@ def existing_runs(texts: Sequence[str]) -> list[Path]:
 
 
 def existing_run(text: str) -> Path:
-    """The folder of a run given by path, or by its name in reports/.
-
-    Raises:
-        KitError: no run is there; the line names the newest that are.
-    """
+    """The folder of a run given by path or by its name in reports/; else a `KitError` that names the newest there."""
     for folder in _folders(text):
         if any((folder / f"{name}.json").is_file() for name in ("config", "final_results", "adapter_config")):
             return folder

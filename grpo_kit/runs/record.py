@@ -1,7 +1,6 @@
 """Read a run folder. Only files are read: no model, no torch, and a run that is still going on can be looked at.
 
-What a run has not written yet is simply empty (no evaluation yet: an empty frame); what is there but damaged is an
-error that names the file.
+What a run has not written yet is empty; what is there but damaged is an error that names the file.
 """
 
 from __future__ import annotations
@@ -77,11 +76,7 @@ class RunRecord(Shown):
 
     @cached_property
     def evaluation(self) -> pd.DataFrame:
-        """A row for each (prompt, variant, seed) of the final evaluation; empty where there was none.
-
-        Raises:
-            RecordError: the file is damaged.
-        """
+        """A row for each (prompt, variant, seed) of the final evaluation; empty where there was none."""
         return _read_parquet(self.path / "evaluation" / "rows.parquet")
 
     @property
@@ -95,11 +90,7 @@ class RunRecord(Shown):
         return list(rollouts_of(self.path))
 
     def rollout(self, iteration: int) -> pd.DataFrame:
-        """Return one iteration's rollout, a row a sample.
-
-        Raises:
-            RecordError: that iteration's rollout was not kept.
-        """
+        """One iteration's rollout, a row a sample; a `RecordError` where it was not kept."""
         path = self.path / "rollouts" / f"{iteration_name(iteration)}.parquet"
         if not path.exists():
             kept = ", ".join(map(str, self.rollout_iterations)) or "none"
@@ -107,7 +98,7 @@ class RunRecord(Shown):
         return _read_parquet(path)
 
     def widest_group(self, iteration: int) -> pd.DataFrame:
-        """Return the group of a kept rollout whose rewards differ most, best first: the one with most to learn from."""
+        """The group of a kept rollout whose rewards differ most, best first: the one with most to learn from."""
         rollout = self.rollout(iteration)
         widest = rollout.groupby("group_id")["reward"].std().fillna(0.0).idxmax()
         group = rollout[rollout["group_id"] == widest]
@@ -125,9 +116,7 @@ class RunRecord(Shown):
         """Return the path of a file that a row names, which must lie inside the run folder."""
         path = (self.path / name.replace("\0", "")).resolve()
         if "\0" in name or not path.is_relative_to(self.path.resolve()):
-            raise RecordError(
-                f"{name!r}: leads out of the run folder. A run names only its own files; repair that row."
-            )
+            raise RecordError(f"{name!r}: leads out of the run folder. A run names only its own files; mend that row.")
         return path
 
     def image(self, thumbnail: str) -> Image.Image:
@@ -157,11 +146,7 @@ class _Thumbnails(UserDict):
 
 
 def read_run(run_dir: Path | str) -> RunRecord:
-    """Read a run folder: config, metrics, validations, results; tables and pictures when they are asked for.
-
-    Raises:
-        RecordError: there is no such folder, or a file in it is damaged.
-    """
+    """Read a run folder: config, metrics, validations, results; a `RecordError` where it is damaged or not there."""
     path = Path(run_dir)
     if not path.is_dir():
         raise RecordError(f"run folder {path}: not found. Give the folder of a run, or train one: grpo-kit train.")
@@ -183,36 +168,23 @@ def metrics_lines(run_dir: Path) -> list[bytes]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """What metrics.jsonl says, a dict a line; null is None.
-
-    Raises:
-        RecordError: a line is not JSON.
-    """
-    rows = []
+    """What metrics.jsonl says, a dict a line, null is None; a `RecordError` where a line is not JSON."""
+    rows, place = [], run_dir / "metrics.jsonl"
     for number, line in enumerate(metrics_lines(run_dir), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            place = run_dir / "metrics.jsonl"
             raise RecordError(f"{place}:{number}: not JSON ({error}). Restore that line or delete it.") from error
     return rows
 
 
 def read_validations(run_dir: Path) -> list[dict]:
-    """The contents of all validation_iter_N.json, in order.
-
-    Raises:
-        RecordError: a file is damaged.
-    """
+    """The contents of all validation_iter_N.json, in order; a `RecordError` where one is damaged."""
     return [read_json(path) for path in validations_of(run_dir).values()]
 
 
 def read_json(path: Path) -> dict:
-    """An object from a JSON file; empty where there is no file.
-
-    Raises:
-        RecordError: the file is damaged.
-    """
+    """An object from a JSON file; empty where there is no file; a `RecordError` where it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -236,37 +208,25 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def read_origin(run_dir: Path) -> Origin | None:
-    """Where a run comes from; None where it is no branch.
-
-    Raises:
-        KitError: `branch.json` is damaged.
-    """
+    """Where a run comes from, None where it is no branch; a `KitError` where `branch.json` is damaged."""
     place = run_dir / BRANCH_FILE
     try:
         return Origin(**read_json(place)) if place.is_file() else None
     except (RecordError, TypeError) as error:
-        text = f"{place}: no record of a branch ({error}). Restore the file, or make the branch again"
-        raise KitError(text) from error
+        advice = "Restore the file, or make the branch again"
+        raise KitError(f"{place}: no record of a branch ({error}). {advice}") from error
 
 
 def first_own_validation(run_dir: Path) -> int:
-    """The first iteration whose validation is of a policy that `best/` can hold.
-
-    0, but for a branch that began before its parent had chosen its best: the policies validated until then are gone.
-    """
+    """The first iteration validated with a policy that `best/` can hold: 0, or the first that is a branch's own."""
     origin = read_origin(run_dir)
     return 0 if origin is None or origin.best_from_parent else origin.iteration + 1
 
 
 def refuse_branch_without_checkpoint(run_dir: Path) -> None:
-    """Refuse to begin a branch that has no checkpoint at iteration 0: its first iterations are its parent's.
-
-    Raises:
-        KitError: the run is a branch.
-    """
+    """A `KitError` where a run is a branch: it cannot begin at iteration 0, for its first ones are its parent's."""
     origin = read_origin(run_dir)
     if origin is not None:
-        raise KitError(
-            f"run {run_dir}: none of its checkpoints is whole, and a branch of {origin.parent} cannot begin at "
-            f"iteration 0. Branch again: grpo-kit replay {origin.parent} --iteration {origin.iteration} --branch"
-        )
+        what = f"run {run_dir}: no checkpoint is whole, and a branch of {origin.parent} cannot begin at iteration 0"
+        again = f"grpo-kit replay {origin.parent} --iteration {origin.iteration} --branch"
+        raise KitError(f"{what}. Branch again: {again}")

@@ -11,19 +11,7 @@ _EMPTY_IS_UNSET = (
     "ACCELERATE_ CUDA_HOME HF_ HUGGINGFACE_ JUPYTER LOCAL_ MASTER_ MKL_ MPL OMP_ PYTORCH_ RANK TORCH TRANSFORMERS_ "
     "WANDB_ WORLD_SIZE XDG_"
 ).split()
-_ALIKE = {
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "→": "->",
-    "≥": ">=",
-    "≤": "<=",
-    "×": "x",
-    "·": "*",
-    "“": '"',
-    "”": '"',
-    "’": "'",
-}
+_ALIKE = {"→": "->", "≥": ">=", "≤": "<="} | dict(zip("−–—×·“”’", '---x*""\'', strict=True))
 
 
 def prepare() -> None:
@@ -49,11 +37,7 @@ def _alike(error: UnicodeError) -> tuple[str, int]:
 
 
 def world_size() -> int:
-    """How many processes a launcher started, this one among them; 1 where there was none.
-
-    Raises:
-        KitError: WORLD_SIZE is no number, or stands there without what else a launcher sets.
-    """
+    """How many processes a launcher started, 1 where there was none; a `KitError` where WORLD_SIZE cannot be its."""
     from grpo_kit.config import KitError  # here, since `prepare` may not take long
 
     text = os.environ.get("WORLD_SIZE") or "1"
