@@ -5,6 +5,7 @@ import csv
 import datetime
 import decimal
 import io
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,25 +31,21 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         yield from _table_rows(path, _dataset_files(path))
         return
-    with path.open("rb") as stream:
-        head = stream.read(4096)
-        stream.seek(0)
+    with path.open("rb") as file:
+        head = file.read(4096)
+        file.seek(0)
         if packed := next((name for magic, name in _PACKED.items() if head.startswith(magic)), None):
             raise ConfigError(f"{path}: found {packed}. Unpack it, or save it as CSV or JSONL in UTF-8")
         suffix, encoding = path.suffix.lower(), _encoding(head)
         if head.startswith(b"PAR1") or suffix in (".parquet", ".arrow"):
             yield from _table_rows(path, [path])
-            return
-        if encoding != "utf-8":
-            content = _whole_text(stream, path, encoding).encode()
-            stream, head = io.BytesIO(content), content[:4096]
-        if suffix in (".csv", ".tsv"):
-            yield from _csv_rows(_whole_text(stream, path), path)
-        elif head.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
-            entries = strict_json(_whole_text(stream, path).encode(), path)
+        elif suffix in (".csv", ".tsv"):
+            yield from _csv_rows(_whole_text(file, path, encoding), path)
+        elif head.decode(encoding, "ignore").lstrip("\ufeff \t\r\n").startswith("["):
+            entries = strict_json(_whole_text(file, path, encoding).encode(), path)
             yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries, start=1))
         else:
-            yield from _lines(stream, path)
+            yield from _lines(file, path, encoding)
 
 
 def _encoding(head: bytes) -> str:
@@ -59,10 +56,10 @@ def _encoding(head: bytes) -> str:
     return {0: "utf-16-be", 1: "utf-16-le"}.get(zeros, "utf-8")
 
 
-def _whole_text(stream: BinaryIO, path: Path, encoding: str = "utf-8") -> str:
-    content = stream.read(MAX_WHOLE_BYTES + 1)
+def _whole_text(file: BinaryIO, path: Path, encoding: str) -> str:
+    content = file.read(MAX_WHOLE_BYTES + 1)
     if len(content) > MAX_WHOLE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_WHOLE_BYTES:,} bytes. Write JSONL in UTF-8, or parquet")
+        raise ConfigError(f"{path}: larger than {MAX_WHOLE_BYTES:,} bytes. Write JSONL, one object a line, or parquet")
     try:
         return content.decode(encoding).lstrip("\ufeff")
     except UnicodeDecodeError as error:
@@ -70,9 +67,15 @@ def _whole_text(stream: BinaryIO, path: Path, encoding: str = "utf-8") -> str:
         raise ConfigError(f"{path}:{line}: not {encoding.upper()} text (byte {error.start}). Save as UTF-8") from None
 
 
-def _lines(stream: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
-    lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
-    for number, line in enumerate(lines, start=1):
+def _lines(file: BinaryIO, path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
+    text = None if encoding == "utf-8" else io.TextIOWrapper(file, encoding)
+    for number in itertools.count(1):
+        try:
+            line = file.readline(MAX_LINE_BYTES + 1) if text is None else text.readline(MAX_LINE_BYTES + 1).encode()
+        except UnicodeError:
+            raise ConfigError(f"{path}:{number}: not {encoding.upper()} text. Save the file as UTF-8") from None
+        if not line:
+            return
         if len(line) > MAX_LINE_BYTES:
             raise ConfigError(f"{path}:{number}: longer than {MAX_LINE_BYTES:,} bytes. Split it, or remove it")
         for part in line.replace(_JOINED, b"}\n{").split(b"\n"):
