@@ -25,6 +25,7 @@ IMPORTED = (  # not pandas, matplotlib: they ask when they are imported whether 
     "transformers.modeling_utils",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
 )
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def own_kernel() -> type:
@@ -70,7 +71,10 @@ class ForkedKernel:
     stdin = stdout = stderr = None
 
     def __init__(self, command: list[str], folder: str, environment: dict[str, str]) -> None:
-        self.pid = _warm_process().fork(command, folder, environment)
+        with _ONE_AT_A_TIME:
+            warm = _warm_process()
+            print(json.dumps([command, folder, environment]), file=warm.stdin, flush=True)
+            self.pid = int(warm.stdout.readline())
         self._descriptor = os.pidfd_open(self.pid)
 
     def poll(self) -> int | None:
@@ -88,27 +92,11 @@ class ForkedKernel:
         signal.pidfd_send_signal(self._descriptor, number)
 
 
-class _WarmProcess:
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for the process that started it
-        )
-        self._lock = threading.Lock()
-
-    def fork(self, command: list[str], folder: str, environment: dict[str, str]) -> int:
-        with self._lock:
-            print(json.dumps([command, folder, environment]), file=self._process.stdin, flush=True)
-            return int(self._process.stdout.readline())
-
-
 @cache
-def _warm_process() -> _WarmProcess:
-    return _WarmProcess()
+def _warm_process() -> subprocess.Popen:
+    command, pipe = [sys.executable, __file__], subprocess.PIPE
+    # in a session of its own, since Ctrl-C is for the process that started it
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", start_new_session=True)
 
 
 def _serve() -> None:
