@@ -43,7 +43,7 @@ abuse: $(READY) ## try hostile names, values, texts and files, and show how ofte
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m abuse --abuse -n $(JOBS) --dist loadfile $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	$(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)
+	JUPYTER_DEFAULT_PROVISIONER_NAME=grpo-kit-forked $(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)
 
 bench: $(READY) ## measure speed and memory, beside TRL (ARGS="--quick", or some workloads: ARGS="W1 W3")
 	$(PY) -m benchmarks $(ARGS)

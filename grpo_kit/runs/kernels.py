@@ -1,15 +1,12 @@
-"""Kernels of this Python for notebooks that run headlessly; on Linux they start warm.
+"""Kernels that start warm: forked from a process that has imported torch, transformers and diffusers already.
 
-Importing torch, transformers and diffusers takes most of the time until a kernel computes. For a series it is done
-once, in a process of its own that does nothing else (this file as a script): for each line that it reads (arguments,
-folder and environment, as JSON) it forks a kernel and writes the kernel's process id. It ends with who started it, and
-its kernels with it. Elsewhere a fork is not safe, or there is none: each kernel is started anew.
+Importing takes most of the time until a notebook's kernel computes. Kernels are forked on Linux alone: elsewhere it is
+not safe, or not possible, and each is started anew. JUPYTER_DEFAULT_PROVISIONER_NAME=grpo-kit-forked lets JupyterLab
+and nbval fork theirs too.
 """
 
-import importlib
 import json
 import os
-import runpy
 import select
 import signal
 import subprocess
@@ -18,39 +15,37 @@ import threading
 from functools import cache
 from pathlib import Path
 
-IMPORTED = (  # not pandas, matplotlib: they ask when they are imported whether they are in a notebook
-    "torch",
-    "open_clip",
-    "peft",
-    "transformers.modeling_utils",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-)
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.provisioning import LocalProvisioner
+
+from grpo_kit.runs import warm_process
+
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def own_kernel() -> type:
-    """The kernel manager for kernels of this Python, whatever Jupyter knows under the name python3."""
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.provisioning import LocalProvisioner
+class ForkedProvisioner(LocalProvisioner):
+    """Forks the kernels of this Python where that can be done, and starts all others anew."""
 
-    class Forked(LocalProvisioner):
-        async def launch_kernel(self, cmd: list[str], **options: object) -> dict[str, object]:
-            self.cwd = str(options.get("cwd") or Path.cwd())
-            self.process = ForkedKernel(cmd, self.cwd, dict(options["env"]))
-            self.pid = self.pgid = self.process.pid
-            return self.connection_info
+    async def launch_kernel(self, cmd: list[str], **options: object) -> dict[str, object]:
+        """Start the kernel and return its connection."""
+        if not can_fork() or cmd[:2] != [sys.executable, "-m"]:
+            return await super().launch_kernel(cmd, **options)
+        self.cwd = str(options.get("cwd") or Path.cwd())
+        self.process = ForkedKernel(cmd, self.cwd, dict(options["env"]))
+        self.pid = self.pgid = self.process.pid
+        return self.connection_info
 
-    class OwnKernel(AsyncKernelManager):
-        kernel_spec = KernelSpec(**get_kernel_dict())
 
-        def __init__(self, **options: object) -> None:
-            super().__init__(**options)
-            if can_fork():
-                self.provisioner = Forked(kernel_id="", kernel_spec=self.kernel_spec, parent=self)
+class OwnKernel(AsyncKernelManager):
+    """Kernels of this Python, whatever Jupyter knows under the name python3."""
 
-    return OwnKernel
+    kernel_spec = KernelSpec(**get_kernel_dict())
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.provisioner = ForkedProvisioner(kernel_id="", kernel_spec=self.kernel_spec, parent=self)
 
 
 @cache
@@ -94,35 +89,6 @@ class ForkedKernel:
 
 @cache
 def _warm_process() -> subprocess.Popen:
-    command, pipe = [sys.executable, __file__], subprocess.PIPE
+    command, pipe = [sys.executable, warm_process.__file__], subprocess.PIPE
     # in a session of its own, since Ctrl-C is for the process that started it
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", start_new_session=True)
-
-
-def _serve() -> None:
-    sys.path[:] = [place for place in sys.path if Path(place) != Path(__file__).parent]  # a script's folder comes first
-    for name in IMPORTED:
-        importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for a kernel's exit status
-    for line in sys.stdin:
-        if (pid := os.fork()) == 0:
-            _become_kernel(*json.loads(line))
-            return
-        print(pid, flush=True)
-
-
-def _become_kernel(command: list[str], folder: str, environment: dict[str, str]) -> None:
-    """Run `python -m <module> <arguments>` in this process, as if it had been started for that."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
-    module, *sys.argv[1:] = command[command.index("-m") + 1 :]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    _serve()

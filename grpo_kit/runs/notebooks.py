@@ -9,7 +9,6 @@ from pathlib import Path
 
 from grpo_kit.config import PROFILES, PROJECT_ROOT, Config, load_config, nearest, one_line, printable, working_folder
 from grpo_kit.runs.durable import json_bytes, replace_file
-from grpo_kit.runs.kernels import own_kernel
 from grpo_kit.runs.parameters import NotebookError, Parameter, declared_parameters
 
 NOTEBOOK_FOLDER = PROJECT_ROOT / "notebooks"
@@ -147,6 +146,8 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+    from grpo_kit.runs.kernels import OwnKernel  # imports Jupyter
+
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / notebook.path.name
@@ -157,7 +158,7 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
             parameters=dict(notebook.parameters),
             kernel_name="python3",
             progress_bar=False,
-            kernel_manager_class=own_kernel(),
+            kernel_manager_class=OwnKernel,
             # the kernel's own log would stand between the progress lines, and be a traceback where it is interrupted;
             # PYTHONSTARTUP is for a person's own sessions
             extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.exec_PYTHONSTARTUP=False"],

@@ -16,7 +16,7 @@ import nbformat
 import psutil
 import pytest
 
-from grpo_kit.runs import kernels
+from grpo_kit.runs import kernels, warm_process
 from grpo_kit.runs.notebooks import Planned, execute
 
 pytestmark = pytest.mark.skipif(not kernels.can_fork(), reason="kernels are forked on Linux alone")
@@ -39,7 +39,7 @@ print(json.dumps(facts))
 @asynccontextmanager
 async def started(folder: Path) -> AsyncIterator[tuple]:
     """A kernel and its client."""
-    manager = kernels.own_kernel()()
+    manager = kernels.OwnKernel()
     await manager.start_kernel(cwd=str(folder), env={**os.environ, "MARK": "mine"})
     client = manager.client()
     client.start_channels()
@@ -85,7 +85,7 @@ def test_it_has_imported_what_takes_long_and_nothing_that_asks_where_it_is(tmp_p
             return (await printed(client, "import sys; print(*sys.modules)"))[1]
 
     there = asyncio.run(modules()).split()
-    assert set(kernels.IMPORTED) <= set(there)
+    assert set(warm_process.IMPORTED) <= set(there)
     assert not {"pandas", "matplotlib", "ipywidgets"} & set(there)
 
 
@@ -112,7 +112,7 @@ STARTER = """
 import asyncio, sys, time
 from grpo_kit.runs import kernels
 async def main():
-    manager = kernels.own_kernel()()
+    manager = kernels.OwnKernel()
     await manager.start_kernel()
     print(manager.provisioner.pid, flush=True)
 asyncio.run(main())
