@@ -141,7 +141,8 @@ def command(lab: Lab, port: int) -> list[str]:
 def environment(home: Path) -> dict[str, str]:
     """Return an environment without the user's own Jupyter settings, in which kernels find the kit."""
     folders = {f"JUPYTER_{kind}_DIR": str(home) for kind in ("CONFIG", "RUNTIME", "DATA")}
-    return os.environ | folders | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"}
+    forked = {"JUPYTER_DEFAULT_PROVISIONER_NAME": "grpo-kit-forked"}  # as in `make lab`
+    return os.environ | folders | forked | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def wait_for_server(lab: Lab, server: subprocess.Popen, log: Path) -> None:
