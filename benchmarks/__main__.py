@@ -30,6 +30,7 @@ WORKLOADS = {
     "W6": "long_run:long_run",
     "W8": "imports:imports",
     "W12": "duplicates:duplicates",
+    "W13": "busy:busy",
 }
 QUICK_PAIRS = 2
 QUIET = {  # no network, and none of the libraries' warnings and bars between the lines of ours

@@ -281,4 +281,4 @@ def test_unknown_workload_is_refused_in_one_line():
     app = command.typer.Typer()
     app.command()(command.main)
     found = CliRunner().invoke(app, ["W7"])
-    assert found.exit_code == 2 and "found 'W7', allowed: W1, W2, W3, W4, W5, W6, W8, W12" in found.output
+    assert found.exit_code == 2 and "found 'W7', allowed: W1, W2, W3, W4, W5, W6, W8, W12, W13" in found.output
