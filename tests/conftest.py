@@ -51,6 +51,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.user_properties.extend(("abuse", claim) for claim in abuse.claims(item))
 
 
+@pytest.hookimpl(trylast=True)  # when what is not asked for has been left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, those with slow tests, so that no worker ends with one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_runtest_teardown() -> None:
     """Give back the locks of logging that a test's interrupt left held: other threads would wait for them for ever."""
     handlers = [reference() for reference in logging._handlerList]
