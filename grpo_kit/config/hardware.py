@@ -53,12 +53,8 @@ def choose_device(device: str = "auto", setting: str = "device") -> tuple["torch
 
 def placement(settings: "ModelSettings") -> dict[str, tuple["torch.device", str]]:
     """Where the policy, the generator and the reward models compute: the setting's name → device and reason."""
-    named = {
-        "device": settings.device,
-        "generator_device": settings.generator_device or settings.device,
-        "reward_device": settings.reward_device or settings.device,
-    }
-    return {setting: choose_device(device, setting) for setting, device in named.items()}
+    names = ("device", "generator_device", "reward_device")
+    return {name: choose_device(getattr(settings, name) or settings.device, name) for name in names}
 
 
 def choose_dtype(device: "torch.device | str", dtype: str = "auto") -> tuple["torch.dtype", str]:

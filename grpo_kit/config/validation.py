@@ -22,14 +22,11 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 def validated(
     model: type[Model], values: Mapping[str, Any], place: str = "", source: Callable[[str], str] = lambda sentence: ""
 ) -> Model:
-    """The values as that model of settings.
+    """The values as that model of settings; a `ConfigError` on the first mistake, with the number of the others.
 
     Args:
         place: the dotted key where they stand, such as `reward_settings.options.safety`; "" for a whole configuration.
         source: gives the end of the error, such as the file that they came from, for its sentence.
-
-    Raises:
-        ConfigError: one line on the first mistake, and the number of the others.
     """
     try:
         return model.model_validate(dict(values))

@@ -116,12 +116,7 @@ def _drop(place: Path) -> None:
 def newest_checkpoint(
     folder: Path, up_to: int | None = None, settings: Mapping[str, object] | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, None where there is none; and why newer ones were skipped.
-
-    Args:
-        up_to: the last iteration that counts; None is the last that there is.
-        settings: the run's; a checkpoint that was written under others is another run's.
-    """
+    """The newest checkpoint up to an iteration that verifies and has the run's settings; why newer were skipped."""
     skipped: list[str] = []
     for number, place in reversed(checkpoints_of(folder).items()):
         if up_to is not None and number > up_to:

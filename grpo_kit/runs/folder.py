@@ -60,14 +60,11 @@ class RunFolder:
         contents: Mapping[str, str] | None = None,
         rewards: Entries | None = None,
     ) -> RunFolder:
-        """Create the folder, or find it again with the same settings (more iterations are fine).
+        """Create the folder, or find it again with the same settings (more iterations are fine); else a `KitError`.
 
         Args:
             contents: dotted key → digest of what decides the result and lies in files; see `config.contents`.
             rewards: what decides them (`Rewards.record`); None is not compared, and not written.
-
-        Raises:
-            KitError: it holds a run with other settings, contents or rewards, or cannot be written to.
         """
         folder = cls(Path(path))
         folder._config, folder.contents, folder._rewards = config, dict(contents or {}), rewards
@@ -109,13 +106,10 @@ class RunFolder:
         return settings
 
     def hold(self, stack: contextlib.ExitStack) -> None:
-        """Be the folder's only writer until the stack is closed: the config written, leftovers removed, the log open.
+        """Be the folder's only writer until the stack is closed, or raise a `RunError`; write the config, open the log.
 
         The callback that undoes a step is on the stack before the step is made: wherever an interrupt comes, the folder
         is free once the stack is closed, even where a notebook keeps the error with all its frames.
-
-        Raises:
-            RunError: another process writes into it, or nobody can.
         """
         self._lock(stack)
         held_out = None

@@ -67,14 +67,11 @@ class TrialResult:
 
 
 def read_grid(path: Path) -> list[Trial]:
-    """Read a grid file, YAML or JSON, and return its trials.
+    """The trials of a grid file, YAML or JSON; a `GridError` where it is none.
 
     A mapping from names to values, or to lists of values, stands for every combination; a list of such mappings for
     the combinations of each. `seeds` is a short word for the values of `seed`. A name is a notebook's parameter, or
     with a dot a setting, such as `training_settings.beta`.
-
-    Raises:
-        GridError: one line on what in the file is not a grid.
     """
     try:
         return grid_trials(read_strictly(Path(path).expanduser(), as_yaml=True))
@@ -83,11 +80,7 @@ def read_grid(path: Path) -> list[Trial]:
 
 
 def grid_trials(grid: Mapping[str, object] | Sequence[Mapping[str, object]]) -> list[Trial]:
-    """The trials of a grid, as `read_grid` describes it, each with a name of its own.
-
-    Raises:
-        GridError: not of that form, no trial at all, a trial that stands twice, or far too many.
-    """
+    """The trials of a grid, as `read_grid` describes it, each with a name of its own; else a `GridError`."""
     grids = [grid] if isinstance(grid, Mapping) else grid
     if not isinstance(grids, Sequence) or isinstance(grids, str) or not all(isinstance(g, Mapping) for g in grids):
         raise GridError(f"grid: found {type(grid).__name__}, allowed: names with lists of values, or a list of such")
@@ -150,14 +143,11 @@ def plan_trials(
     parameters: Mapping[str, object] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> list[PlannedTrial]:
-    """Check every trial against the notebooks, the profile and what its folder holds; nothing is written.
+    """Check every trial against the notebooks, the profile and what its folder holds, or raise a `KitError`.
 
     Args:
         folder: where the trials go, a folder each.
         parameters: the same in all trials; `settings` likewise, by dotted key.
-
-    Raises:
-        KitError: one line on the first trial that cannot be run as asked.
     """
     common, planned = {**(parameters or {}), **(settings or {})}, []
     for trial in trials:

@@ -77,16 +77,13 @@ def plan(
     parameters: Mapping[str, object],
     settings: Mapping[str, object] | None = None,
 ) -> list[Planned]:
-    """Check the parameters against the notebooks that will run, and say which notebook gets which.
+    """Check the parameters against the notebooks that will run, or raise a `KitError`; say which notebook gets which.
 
     Args:
         profile: a profile's name or the path of a JSON file.
         run_dir: the run's folder, which every notebook reads and writes.
         parameters: values by name, as text or of the declared type; each goes to the notebooks that have it.
         settings: of the profile, by dotted key; the notebooks get a profile that `write_profile` writes.
-
-    Raises:
-        KitError: no notebook has the parameter, its value is not of its type, or the setting does not allow it.
     """
     settings, run_dir = settings or {}, Path(run_dir).resolve()
     declared = {path: declared_parameters(path) for path in notebooks}

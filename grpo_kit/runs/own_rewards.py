@@ -26,11 +26,7 @@ def is_own(rewards: Entries) -> bool:
 
 
 def changed_rewards(run_dir: Path, here: Entries) -> str | None:
-    """Which reward's code is not what a run was made with, in words; None where none has changed.
-
-    Raises:
-        KitError: the rewards are others than the run's, where that is no matter of settings.
-    """
+    """Which reward's code has changed since a run was made, in words; a `KitError` where the rewards are others."""
     there = recorded_rewards(run_dir)
     same = there.keys() == here.keys() and all(map(_agree, there.values(), (here[name] for name in there)))
     if there and here and not same and (is_own(there) or is_own(here)):

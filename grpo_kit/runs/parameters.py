@@ -103,16 +103,11 @@ def _statements(source: str) -> list[ast.stmt]:
 
 
 def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
-    """The parameters of a notebook by name: every injected one must be declared, every value of its declared type.
+    """The parameters of a notebook, of whose `globals()` this is called, by name; a `NotebookError` where one is wrong.
 
     What was declared is read from the parameters cell (annotated assignments and nothing else), what was injected from
-    the cell that papermill added, both in IPython's own history of the session.
-
-    Args:
-        namespace: the notebook's `globals()`.
-
-    Raises:
-        NotebookError: an unknown name (with the nearest known one), or a wrong type.
+    the cell that papermill added, both in IPython's own history of the session. Every injected name must be declared,
+    every value of its declared type.
     """
     history = [str(source) for source in namespace.get("In", [])]
     cells = ((source, _statements(source)) for source in reversed(history))

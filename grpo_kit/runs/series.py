@@ -1,7 +1,6 @@
 """A series of notebooks, or the trials of a grid, run with lines on the screen that say how far they are."""
 
 import contextlib
-import itertools
 import json
 import sys
 import threading
@@ -31,14 +30,12 @@ def run_series(
     """Execute notebooks from `plan` into a run folder until one fails; `settings` are those that the run changes."""
     print(f"run folder: {folder}", flush=True)
     write_profile(folder, profile, settings)
-    numbers = itertools.count(1)
+
+    def announce(notebook: Planned) -> None:
+        print(f"[{notebooks.index(notebook) + 1}/{len(notebooks)}] {notebook.name}", flush=True)
+
     with training_progress(folder):
-        return execute_in_turn(
-            notebooks,
-            folder,
-            minutes_per_cell,
-            lambda one: print(f"[{next(numbers)}/{len(notebooks)}] {one.name}", flush=True),
-        )
+        return execute_in_turn(notebooks, folder, minutes_per_cell, announce)
 
 
 def plan_grid(
@@ -50,11 +47,7 @@ def plan_grid(
     settings: Mapping[str, object],
     any_size: bool = False,
 ) -> list[PlannedTrial]:
-    """Read a grid file and check every trial of it, as `plan_trials` does.
-
-    Raises:
-        KitError: one line on what is wrong with the file, a trial, or, but for `any_size`, the number of trials.
-    """
+    """The planned trials of a grid file; a `KitError` where one cannot run, or they are many and not `any_size`."""
     trials = read_grid(grid)
     planned = plan_trials(trials, notebooks, profile, folder, parameters, settings)
     if len(trials) > UNASKED and not any_size:
