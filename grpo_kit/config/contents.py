@@ -4,7 +4,7 @@ Paths do not count: a file that was moved is the same, one that was edited in pl
 """
 
 import hashlib
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from grpo_kit.config.prompts import Prompt, load_prompts
 from grpo_kit.config.settings import Config
 
 HELD_OUT = PROMPT_PATHS[1]
+_IGNORED = re.compile(r"(^|/)(\.|__pycache__|README\.md$)")  # into the card an evaluation writes its results
 _BLOCKS, _BLOCK = 64, 1 << 16  # a file of at most 4 MiB is read whole; of a larger one so many blocks, evenly spaced
 
 
@@ -21,29 +22,20 @@ def content_digest(path: Path) -> str:
     """sha256 of what a file, or a folder with all below it, holds; seconds at most, however large the weights are.
 
     Of each file count its name inside the folder, its size and its bytes: all of them up to 4 MiB, of a larger file 64
-    blocks of 64 KiB from its start to its end. Hidden files and model cards, into which an evaluation writes its
-    results, do not count.
+    blocks of 64 KiB from its start to its end. Hidden files and model cards do not count.
     """
-    total = hashlib.sha256()
-    for name, file in [("", path)] if path.is_file() else _files(path):
-        size, content = file.stat().st_size, hashlib.sha256()
+    total, files = hashlib.sha256(), [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
+    for name in sorted("" if file == path else file.relative_to(path).as_posix() for file in files):
+        if _IGNORED.search(name):
+            continue
+        size, content = (path / name).stat().st_size, hashlib.sha256()
         step = max(size - _BLOCK, 0) / (_BLOCKS - 1)
-        with file.open("rb") as stream:
+        with (path / name).open("rb") as stream:
             for number in range(_BLOCKS if step else 1):
                 stream.seek(round(number * step))
                 content.update(stream.read(_BLOCK))
         total.update(f"{name}\0{size}\0".encode() + content.digest())
     return total.hexdigest()
-
-
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    """Name inside the folder → file, sorted."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        kept = [Path(place, name) for name in files if not name.startswith(".") and name != "README.md"]
-        found += [(file.relative_to(folder).as_posix(), file) for file in kept if file.is_file()]
-    return sorted(found)
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
