@@ -43,7 +43,7 @@ def _module(home: str) -> ModuleType:
     try:
         source = Path(home).read_bytes() if is_file else b""
     except OSError as error:
-        raise KitError(f"file {home:.200}: cannot be read: {error.strerror}. Name the place where it is") from None
+        raise KitError(f"file {home:.200}: cannot be read: {error.strerror}. Put it back, or name its place") from None
     folder = str(Path(home).parent.resolve() if is_file else Path.cwd())
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
