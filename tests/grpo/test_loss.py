@@ -10,11 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.broken_twins import Known, holding, twins
+from support.trl_loss import trl_loss
 
 from grpo_kit.grpo import LOSS_TYPES, LossOutput, completion_mask, grpo_loss, kl_divergence, token_weights
 from grpo_kit.grpo import loss as loss_module
 from grpo_kit.preflight.loss_checks import Subject, loss_properties, subject_of
-from grpo_kit.preflight.loss_checks.examples import trl_loss
 
 Loss = Callable[..., LossOutput]
 LEVELS = ("token", "sequence")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.trl_loss import trl_loss
 
 from grpo_kit import cli
 from grpo_kit.config import PROJECT_ROOT, KitError
@@ -25,7 +26,7 @@ from grpo_kit.preflight.loss_checks import (
 )
 from grpo_kit.preflight.loss_checks.cases import at_ratios, drifted, enumerable, on_policy
 from grpo_kit.preflight.loss_checks.examine import QUESTIONS, Finding
-from grpo_kit.preflight.loss_checks.examples import classic_loss, trl_loss
+from grpo_kit.preflight.loss_checks.examples import classic_loss
 
 HERE = __name__.rpartition(".")[2]  # how the command finds this file
 
@@ -391,10 +392,10 @@ def test_advantage_function_that_cannot_be_examined_is_one_line(advantages: Call
     assert "\n" not in str(error.value)
 
 
-def test_missing_trl_is_one_line_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_library_that_a_loss_lacks_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "trl.trainer.grpo_trainer", None)
-    with pytest.raises(KitError, match="pip install") as error:
-        load_subject("grpo_kit.preflight.loss_checks.examples:trl_loss")
+    with pytest.raises(KitError, match=r"trl_loss: .* ModuleNotFoundError: .*trl") as error:
+        load_subject(f"{PROJECT_ROOT / 'tests' / 'support' / 'trl_loss.py'}:trl_loss")
     assert "\n" not in str(error.value)
 
 

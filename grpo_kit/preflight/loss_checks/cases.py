@@ -13,19 +13,15 @@ _HIGHEST = -1e-3  # the largest log-probability that a case holds
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss function is called with; every tensor has N rows.
+    """What a loss function is called with."""
 
-    Shapes: (N, T) for `logprobs`, `old_logprobs`, `ref_logprobs` and the boolean `mask`; (N,) for `rewards`,
-    `group_ids` and `advantages`, which are the rewards less their group's mean.
-    """
-
-    logprobs: torch.Tensor
+    logprobs: torch.Tensor  # (N, T), as the next three
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
-    mask: torch.Tensor
-    rewards: torch.Tensor
+    mask: torch.Tensor  # of bool
+    rewards: torch.Tensor  # (N,), as the next two
     group_ids: torch.Tensor
-    advantages: torch.Tensor
+    advantages: torch.Tensor  # the rewards less their group's mean
 
     def rows(self, keep: torch.Tensor) -> "Batch":
         """Some of the rows, their groups numbered from 0 again."""
@@ -44,33 +40,28 @@ class Batch:
 
 def drifted(seed: int = 0, drift: float = 0.3, lengths: tuple[int, ...] = LENGTHS) -> Batch:
     """Groups of three whose policy has moved by `drift` (nats a token) since it sampled; the reference is another."""
-    source = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
-
-    def noise(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=source, dtype=torch.float64)
-
-    old = -0.05 - 4 * torch.rand(shape, generator=source, dtype=torch.float64)
-    new, reference = ((old + scale * noise(*shape)).clamp(max=_HIGHEST) for scale in (drift, 0.5))
+    kind = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
+    old = -0.05 - 4 * torch.rand(shape, **kind)
+    new, reference = ((old + scale * torch.randn(shape, **kind)).clamp(max=_HIGHEST) for scale in (drift, 0.5))
     mask = torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)
-    rewards, groups = noise(shape[0]), torch.arange(shape[0]) // 3
-    return Batch(new, old, reference, mask, rewards, groups, rewards).rewarded(rewards)
+    rewards = torch.randn(shape[0], **kind)
+    return Batch(new, old, reference, mask, rewards, torch.arange(shape[0]) // 3, rewards).rewarded(rewards)
 
 
-def on_policy(seed: int = 0, lengths: tuple[int, ...] = EQUAL) -> Batch:
+def on_policy(lengths: tuple[int, ...] = EQUAL) -> Batch:
     """A batch before the first update: the policy is the one that sampled; the reference is another."""
-    batch = drifted(seed, lengths=lengths)
+    batch = drifted(lengths=lengths)
     return replace(batch, logprobs=batch.old_logprobs)
 
 
-def at_ratios(log_ratios: list[float], advantages: list[float], tokens: int = 3) -> Batch:
-    """Rows, in pairs, of `tokens` equal log-ratios of the policy to the one that sampled; that is the reference too."""
-    rows = len(log_ratios)
-    new = torch.linspace(-2.0, -1.0, rows * tokens, dtype=torch.float64).reshape(rows, tokens)
+def at_ratios(log_ratios: list[float], advantages: list[float]) -> Batch:
+    """Rows, in pairs, of three equal log-ratios of the policy to the one that sampled; that is the reference too."""
+    rewards, rows = torch.tensor(advantages, dtype=torch.float64), len(advantages)
+    new = torch.linspace(-2.0, -1.0, rows * 3, dtype=torch.float64).reshape(rows, 3)
     old = new - torch.tensor(log_ratios, dtype=torch.float64).unsqueeze(1)
     shift = (old.max() - _HIGHEST).clamp(min=0)  # a probability is at most 1
-    mask, rewards = torch.ones(rows, tokens, dtype=torch.bool), torch.tensor(advantages, dtype=torch.float64)
-    groups = torch.arange(rows) // 2
+    mask, groups = torch.ones_like(new, dtype=torch.bool), torch.arange(rows) // 2
     return Batch(new - shift, old - shift, old - shift, mask, rewards, groups, rewards).rewarded(rewards)
 
 
@@ -106,9 +97,9 @@ class Enumerable:
         return torch.autograd.grad(value, self.logits)[0]
 
 
-def enumerable(off_policy: bool = False, seed: int = 0) -> Enumerable:
+def enumerable(off_policy: bool = False) -> Enumerable:
     """A policy over five actions that sampled the rows itself, or has moved since it did."""
-    source = torch.Generator().manual_seed(seed)
+    source = torch.Generator().manual_seed(0)
     counts = torch.tensor([1, 2, 3, 4, 6])
     actions = torch.arange(5).repeat_interleave(counts)
     old = (counts / counts.sum()).double().log()

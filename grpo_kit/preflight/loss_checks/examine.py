@@ -1,6 +1,7 @@
 """Ask a subject every property, and lay the findings out as a table."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -84,5 +85,5 @@ def table(findings: list[Finding], width: int = 100) -> str:
             outcome, seen_in = outcome.upper(), f" [seen in: {finding.source}]"
         head = f"{finding.trap:5}{outcome:11}{finding.title:{titles}}"
         lines += textwrap.wrap(finding.shown + seen_in, width, initial_indent=head, subsequent_indent=" " * len(head))
-    counts = [sum(finding.outcome == outcome for finding in findings) for outcome in (OK, FALLS_IN, NOT_ASKED)]
-    return "\n".join([*lines, f"{counts[0]} ok, {counts[1]} fallen into, {counts[2]} not asked"])
+    counts = Counter(finding.outcome for finding in findings)
+    return "\n".join([*lines, f"{counts[OK]} ok, {counts[FALLS_IN]} fallen into, {counts[NOT_ASKED]} not asked"])

@@ -1,8 +1,6 @@
-"""What correct group advantages do (T3, T4, T5, T16), asked of an advantage function or of a loss that takes rewards.
+"""What correct group advantages do (T3 to T5, T16), asked of an advantage function or of a loss that takes rewards."""
 
-From such a loss a row's advantage shows in its gradient, up to a factor that all rows share.
-"""
-
+import itertools
 import math
 
 import torch
@@ -41,26 +39,20 @@ def order_does_not_matter(subject: Subject) -> str:
 def equal_rewards_give_exactly_zero(subject: Subject) -> str:
     """T4: where all answers are as good there is nothing to learn, and no rounding error to blow up either."""
     values = torch.rand(50, generator=torch.Generator().manual_seed(0))
-    largest, dtype_of = 0.0, ""
-    for dtype in (torch.float32, torch.float64):
-        for size in (2, 3, 7, 11):
-            same, ids = values.to(dtype).repeat_interleave(size), torch.arange(len(values)).repeat_interleave(size)
-            calls = [(same, ids)] if subject.knows_groups else zip(same.split(size), ids.split(size), strict=True)
-            for rewards, groups in calls:
-                found = float(subject.weigh(rewards, groups).abs().max())
-                assert math.isfinite(found), f"equal rewards give {found}"
-                if found > largest:
-                    largest, dtype_of = found, str(dtype).removeprefix("torch.")
-    assert largest == 0, f"equal rewards give up to {largest:.1e} ({dtype_of} rounding), not 0"
+    found = []
+    for dtype, size in itertools.product((torch.float32, torch.float64), (2, 3, 7, 11)):
+        same, ids = values.to(dtype).repeat_interleave(size), torch.arange(len(values)).repeat_interleave(size)
+        calls = [(same, ids)] if subject.knows_groups else zip(same.split(size), ids.split(size), strict=True)
+        for rewards, groups in calls:
+            found.append((float(subject.weigh(rewards, groups).abs().max()), str(dtype).removeprefix("torch.")))
+            assert math.isfinite(found[-1][0]), f"equal rewards give {found[-1][0]}"
+    largest, dtype = max(found)
+    assert largest == 0, f"equal rewards give up to {largest:.1e} ({dtype} rounding), not 0"
     return "equal rewards give exactly 0"
 
 
 def scaling_is_the_stated_one(subject: Subject) -> str:
-    """T5: a shift of the rewards changes nothing; a factor either nothing (scaled by deviation) or just that factor.
-
-    Both are choices. Scaling gives a gap of a millionth the same advantages as one of 40: the raw deviation has to be
-    shown beside it.
-    """
+    """T5: a shift of the rewards changes nothing; a factor either nothing (scaled by deviation) or just that factor."""
     rewards, ids = _groups(subject, 2)
     settings = _scalings(subject)
     scaled = [_is_scaled(subject, 100 * rewards, ids, given) for given in settings]  # far above any eps

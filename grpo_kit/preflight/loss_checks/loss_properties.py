@@ -1,8 +1,7 @@
-"""What a correct GRPO loss does: each function asks one property of CORRECTNESS.md of a subject.
+"""What a correct GRPO loss does: each function asks one property of a subject, by its value and its gradient.
 
-A property returns what it measured in a few words, raises AssertionError with the measured figure where the subject
-falls into the trap, and NotAsked where the subject gives no chance to find out. None knows how a loss is written: they
-look at its value and its gradient. What CORRECTNESS.md leaves open (loss types, clipping) is reported, not failed.
+It returns what it measured in a few words, raises AssertionError with the measured figure where the subject falls into
+the trap, and NotAsked where the subject gives no chance to find out. A choice (loss type, clipping) is reported only.
 """
 
 import itertools
@@ -98,9 +97,8 @@ def length_bias_is_the_stated_one(subject: Subject) -> str:
 def kl_term_has_the_gradient_of_a_kl(subject: Subject) -> str:
     """T7, on-policy, in exact expectation: k1 as a loss gives 0, k2 ∇KL(π‖ref), k3 ∇KL(ref‖π); k3 is never negative.
 
-    A term with the value of a KL need not have its gradient: what trains is the mean of the term's gradient (arXiv
-    2510.01555). With an importance weight that carries gradient each estimator gives ∇KL(π‖ref), which is right too. An
-    unnamed estimator has to give one of the two.
+    What trains is the mean of the term's gradient (arXiv 2510.01555). With an importance weight that carries gradient
+    each estimator gives ∇KL(π‖ref), which is right too. An unnamed estimator has to give one of the two.
     """
     subject.need("ref_logprobs", "it has no KL term")
     case = enumerable()
@@ -124,8 +122,7 @@ def kl_term_has_the_gradient_of_a_kl(subject: Subject) -> str:
 def kl_term_is_weighted_off_policy(subject: Subject) -> str:
     """T7, off-policy: samples of an older policy give the KL's gradient only with the importance weight.
 
-    Without it the term still pulls to the reference, but at samples that the policy no longer draws: a stated bias of
-    GRPO (arXiv 2510.01555, 2512.02556). Where a function offers the weight as a setting, it is asked with it.
+    Its lack is a stated bias of GRPO (arXiv 2510.01555, 2512.02556). Offered as a setting, the weight is asked for.
     """
     subject.need("ref_logprobs", "it has no KL term")
     subject.need("old_logprobs", "on-policy only")
@@ -202,10 +199,7 @@ def a_loss_of_zero_still_learns(subject: Subject) -> str:
 
 
 def clip_acts_on_its_active_side_alone(subject: Subject) -> str:
-    """T22: where the policy already went too far with the advantage it may stop; the other way it must go on.
-
-    Clipping at all is a choice; where clip metrics are reported, they count the active side only.
-    """
+    """T22: too far with the advantage it may stop, the other way it must go on; clip metrics count only the former."""
     batch = at_ratios([math.log(ratio) for ratio in (1.5, 0.5, 1.5, 0.5, 1.1, 0.9)], [1, -1, -1, 1, 1, -1])
     answer = subject.run(batch, **_settings_of_clip_and_delta(subject))
     pushes = -answer.gradient[:, 0] * batch.advantages
@@ -220,10 +214,7 @@ def clip_acts_on_its_active_side_alone(subject: Subject) -> str:
 
 
 def delta_bounds_the_negative_side(subject: Subject) -> str:
-    """T22: as its ratio grows, a bad sample's loss grows without delta and stops at delta with it.
-
-    Having no delta is a choice; what that leaves open is said.
-    """
+    """T22: as its ratio grows, a bad sample's loss grows without delta and stops at delta with it."""
     settings = _settings_of_clip_and_delta(subject)
     if "delta" not in subject.takes:
         start, far = (subject.run(at_ratios([0.0, x], [1, -1]), **settings).gradient[1].norm() for x in (0.0, 5.0))
@@ -332,20 +323,17 @@ def _which_kl(
     subject: Subject, case: Enumerable, settings: dict[str, object], stated: str = "", weighted: bool = False
 ) -> str:
     """Of which KL the term's mean gradient is, up to a factor; an AssertionError where it is of none."""
-    found = _kl_gradient(subject, case, settings)
-    reverse, forward = case.kl_gradient(forward=False), case.kl_gradient(forward=True)
-    name = f"{stated}: " if stated else ""
+    found, reverse = _kl_gradient(subject, case, settings), case.kl_gradient(forward=False)
+    term = f"{stated}: the KL term's mean gradient" if stated else "the KL term's mean gradient"
     if float(found.norm()) <= ROUNDING * float(reverse.norm()):
-        found_none = f"{name}the KL term's mean gradient is 0: it does not pull to the reference (k1 as a loss)"
-        assert stated == "k1", found_none
+        assert stated == "k1", f"{term} is 0: it does not pull to the reference (k1 as a loss)"
         return "0"
     residuals = {"∇KL(π‖ref)": _residual(found, reverse)}
     if stated in ("", "k3"):
-        residuals["∇KL(ref‖π)"] = _residual(found, forward)
+        residuals["∇KL(ref‖π)"] = _residual(found, case.kl_gradient(forward=True))
     nearest = min(residuals, key=residuals.get)
     why = "no importance weight: " if weighted else ""
-    off_any = f"{name}{why}the KL term's mean gradient is {percent(residuals[nearest])} off any KL's"
-    assert residuals[nearest] <= 10 * ROUNDING, off_any
+    assert residuals[nearest] <= 10 * ROUNDING, f"{why}{term} is {percent(residuals[nearest])} off any KL's"
     return nearest
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,9 +26,7 @@ SETTINGS: dict[str, object] = {  # with what is passed where a function has no d
     "num_items_in_batch": None,
     "max_completion_length": None,
 }
-ADVANTAGE_SETTINGS: dict[str, object] = dict(
-    scale_rewards="group", baseline="mean", eps=1e-4, noise_floor=0.0, batch_rewards=None
-)
+ADVANTAGE_SETTINGS = dict(scale_rewards="group", baseline="mean", eps=1e-4, noise_floor=0.0, batch_rewards=None)
 
 
 class NotAsked(Exception):
@@ -67,12 +64,9 @@ class Subject:
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             raise TypeError(f"returned {_described(value)}, allowed: a scalar tensor, or an object with one in .loss")
         gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
+        gradient = torch.zeros_like(leaf) if gradient is None else gradient
         metrics = getattr(output, "metrics", None)
-        return Answer(
-            value.detach().reshape(()),
-            torch.zeros_like(leaf) if gradient is None else gradient,
-            metrics if isinstance(metrics, dict) else {},
-        )
+        return Answer(value.detach().reshape(()), gradient, metrics if isinstance(metrics, dict) else {})
 
     def weigh(self, rewards: torch.Tensor, group_ids: torch.Tensor, **settings: object) -> torch.Tensor:
         """(N,) what each row is weighed by: its advantage, or, up to a factor, what the loss's gradient implies."""
@@ -97,7 +91,7 @@ class Subject:
 
     def need_rewards(self) -> None:
         """Leave a property of advantages out where the function takes them as they are."""
-        if self.advantages is None and (self.loss is None or "advantages" in self.takes):
+        if self.advantages is None and "advantages" in self.takes:
             raise NotAsked("takes advantages, not rewards; give --advantages to ask it of them")
 
     def has(self, name: str, value: object) -> bool:
@@ -121,7 +115,7 @@ class Subject:
         """The settings that change the form of the loss, in all combinations that the function offers."""
         level = "importance_sampling_level"
         levels = [{level: name} for name in ("token", "sequence") if self.has(level, name)] or [{}]
-        return [one | other for one, other in itertools.product(self.forms().values(), levels)]
+        return [form | chosen for form in self.forms().values() for chosen in levels]
 
 
 def load_subject(loss: str, advantages: str = "") -> Subject:
@@ -130,7 +124,7 @@ def load_subject(loss: str, advantages: str = "") -> Subject:
     Raises:
         KitError: a place that names no function, and what `subject_of` raises.
     """
-    return subject_of(_imported(loss), loss, _imported(advantages) if advantages else None)
+    return subject_of(imported(loss), loss, imported(advantages) if advantages else None)
 
 
 def subject_of(loss: Callable | None, name: str = "", advantages: Callable | None = None) -> Subject:
@@ -147,30 +141,23 @@ def subject_of(loss: Callable | None, name: str = "", advantages: Callable | Non
     return subject if loss is None else _with_loss(subject, loss)
 
 
-def _imported(place: str) -> Callable:
-    function = imported(place)
-    if not callable(function):
-        raise KitError(f"function {place!r:.100}: found {type(function).__name__}, allowed: a function")
-    return function
-
-
 def _with_loss(subject: Subject, loss: Callable) -> Subject:
     """The subject with a loss, called with a boolean mask or, where that fails, with one of numbers."""
     loss, takes = _callable_by_name(loss, subject.name, TENSORS, SETTINGS)
     if "logprobs" not in takes or not takes & {"advantages", "rewards"}:
         listed = ", ".join(sorted(takes)) or "none of the known arguments"
         raise KitError(f"{subject.name}: takes {listed}; needs logprobs, and advantages or rewards, by name")
-    problem: Exception | None = None
+    problems = []
     for dtype in (torch.bool, torch.float64):
         form = replace(subject, loss=loss, takes=takes, mask_dtype=dtype)
         try:
             form.run(drifted())
             return form
-        except KitError:
-            raise
         except Exception as error:  # foreign code may raise anything
-            problem = problem or error
-    raise KitError(f"{subject.name}: fails on an ordinary batch (6 rows, 7 tokens): {_named(problem)}") from problem
+            problems.append(error)
+    raise KitError(
+        f"{subject.name}: fails on an ordinary batch (6 rows, 7 tokens): {_named(problems[0])}"
+    ) from problems[0]
 
 
 def _with_advantages(subject: Subject, function: Callable) -> Subject:
@@ -203,11 +190,9 @@ def _callable_by_name(
             why = "by position only" if p.kind is p.POSITIONAL_ONLY else "which is not known"
             raise KitError(f"{name}: needs {p.name!r}, {why}; allowed, by name: {', '.join(known)}")
     filled = {p.name: settings[p.name] for p in required if p.name in settings}
-    switches = {
-        p.name for p in parameters if isinstance(p.default, bool) and not isinstance(settings.get(p.name), bool)
-    }
-    taken = frozenset(known) & {p.name for p in parameters} - switches  # an on/off switch of the same name is another
-    return functools.partial(function, **filled), taken
+    # an on/off switch of a setting's name is something else
+    others = {p.name for p in parameters if isinstance(p.default, bool) and type(settings.get(p.name)) is not bool}
+    return functools.partial(function, **filled), frozenset(known) & {p.name for p in parameters} - others
 
 
 def _called(function: Callable, takes: frozenset[str], known: Mapping[str, object], dtype: torch.dtype) -> object:
