@@ -24,7 +24,7 @@ from tqdm import tqdm
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.evaluation.intervals import bootstrap_interval, share_interval, t_interval
-from grpo_kit.evaluation.pairs import score_tables
+from grpo_kit.evaluation.table import score_tables
 
 COMPARE = ("raw", "initial", "trained")
 METRICS = ("reward", "gold")

@@ -27,14 +27,11 @@ class Audit(Shown):
     Args:
         scores: reward → (N,), NaN where a sample could not be scored.
         rows: reward → what was found of it, each with ", low" and ", high" of its interval where it has one:
-            rank within, pairs within: agreement with gold among samples of one prompt. The mean over prompts of
-            Spearman's rank correlation; the share of pairs that gold tells apart and that the reward puts in the same
-            order (a tie counts half, so 0.5 is chance). "… over all" are the same between all samples, in which a
-            reward that knows easy prompts from hard ones does well, too. Missing without gold.
-            seed share: of the variance within a prompt, what another latent seed does to the same texts. NaN where no
-            text was drawn twice.
-            at ceiling, at floor: shares of samples within 1 % of the observed range from its ends.
-            top decile: which part of the range separates the best tenth of the samples from each other.
+            rank within, pairs within: agreement with gold among samples of one prompt (`agreement`); "… over all" is
+            between all samples, where a reward that knows easy prompts from hard ones does well, too. Missing without
+            gold.
+            seed share: see `seed_share`.
+            at ceiling, at floor, top decile: see `saturation`.
             idle words, rewrite; idle words, user: mean absolute change when idle words are added to the rewrite, or to
             the user's prompt, in standard deviations of the scores within a prompt.
             ms per image: of a call with all images; what a reward keeps of known texts is not counted.
@@ -59,8 +56,6 @@ def audit(
     group_ids: Sequence[int] | None = None,
     image_seeds: Sequence[int] | None = None,
     idle_words: Sequence[str] = IDLE_WORDS,
-    confidence: float = 0.95,
-    n_resamples: int = 1000,
 ) -> Audit:
     """Audit one reward, or several by name, on samples whose worth is known (`gold`) or not.
 
@@ -83,8 +78,8 @@ def audit(
         count = len(images) if values is None else len(values)
         if not images or count != len(images):
             raise KitError(f"{name}: found {count} for {len(images)} images, allowed: one each, at least 1")
-    samples = pd.DataFrame({"image": pd.Series(list(images), dtype=object)})
-    samples = samples.assign(prompt=list(prompts), rewrite=list(rewrites))
+    samples = pd.DataFrame({"image": pd.Series(list(images), dtype=object), "prompt": list(prompts)})
+    samples["rewrite"] = list(rewrites)
     samples["group"] = pd.factorize(np.asarray(prompts if group_ids is None else group_ids))[0]
     if image_seeds is not None:
         samples["seed"] = np.asarray(image_seeds)
@@ -98,7 +93,7 @@ def audit(
         scores[name] = _scored(name, one, samples)
         if not np.isfinite(scores[name]).any():
             raise KitError(f"reward {name!r}: found no sample that it can score, allowed: at least one")
-        rows[name] = _statistics(scores[name], gold, samples, confidence, n_resamples)
+        rows[name] = _statistics(scores[name], gold, samples) | saturation(scores[name])
         rows[name] |= _reactions(name, one, scores[name], samples, idle_words)
     return Audit(scores, rows)
 
@@ -113,18 +108,15 @@ def _scored(name: str, reward: Reward, samples: pd.DataFrame) -> np.ndarray:
     return found[name].masked_fill(found[name] == ABSTAINED, torch.nan).numpy()
 
 
-def _statistics(
-    scores: np.ndarray, gold: np.ndarray | None, samples: pd.DataFrame, confidence: float, n_resamples: int
-) -> dict[str, float]:
-    """What the scores alone tell, flat: an interval is three numbers."""
+def _statistics(scores: np.ndarray, gold: np.ndarray | None, samples: pd.DataFrame) -> dict[str, float]:
+    """Agreement and seed share, flat: an interval is three numbers."""
     groups = samples["group"].to_numpy()
     texts = samples.groupby(["prompt", "rewrite"], sort=False).ngroup().to_numpy()
-    found = {} if gold is None else agreement(scores, gold, groups, confidence, n_resamples)
-    found["seed share"] = seed_share(scores, texts, groups, confidence, n_resamples)
+    found = {} if gold is None else agreement(scores, gold, groups)
     row = {}
-    for name, interval in found.items():
+    for name, interval in (found | {"seed share": seed_share(scores, texts, groups)}).items():
         row |= {name: interval.mean, f"{name}, low": interval.low, f"{name}, high": interval.high}
-    return row | saturation(scores)
+    return row
 
 
 def _reactions(
@@ -143,23 +135,24 @@ def _reactions(
 
 
 def agreement(
-    scores: np.ndarray, gold: np.ndarray, group_ids: np.ndarray, confidence: float = 0.95, n_resamples: int = 1000
+    scores: np.ndarray, gold: np.ndarray, group_ids: np.ndarray, n_resamples: int = 1000
 ) -> dict[str, Interval]:
     """Rank correlation and pairwise accuracy, within prompts and over all, with intervals that resample prompts.
+
+    "rank" is Spearman's correlation (within: its mean over prompts); "pairs" the share of the pairs that gold tells
+    apart and the reward puts in the same order (a tie counts half, so 0.5 is chance). A prompt whose gold is the same
+    for all samples orders nothing and is left out of the ranks; one whose scores are all the same counts 0 there.
 
     Args:
         scores, gold: (N,); samples without both are left out.
         group_ids: (N,) which prompt a sample belongs to.
-
-    A prompt whose gold is the same for all samples orders nothing and is left out of the ranks within prompts; one
-    whose scores are all the same counts 0 there.
     """
     both = np.isfinite(scores) & np.isfinite(gold)
     scores, gold, groups = scores[both], gold[both], pd.factorize(group_ids[both])[0]
     if not both.any():
         return dict.fromkeys(("rank within", "rank over all", "pairs within", "pairs over all"), Interval(float("nan")))
     members = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
-    ranks = np.array([_rank_correlation(scores[rows], gold[rows]) for rows in members if np.ptp(gold[rows]) > 0])
+    ranks = np.array([_rank_correlation(scores[rows], gold[rows]) for rows in members])
     drawn = np.random.default_rng(0).integers(len(members), size=(n_resamples, len(members)))
     samples = [np.concatenate([members[group] for group in draw]) for draw in drawn]
     overall = np.array([_rank_correlation(scores[rows], gold[rows]) for rows in samples])
@@ -171,19 +164,17 @@ def agreement(
     within = _ratio(counts @ np.diag(right), counts @ np.diag(all_pairs))
     between = _ratio(((counts @ right) * counts).sum(1), ((counts @ all_pairs) * counts).sum(1))
     return {
-        "rank within": bootstrap_interval(ranks, confidence),
-        "rank over all": percentile_interval(_rank_correlation(scores, gold), overall, confidence),
-        "pairs within": percentile_interval(_ratio(np.trace(right), np.trace(all_pairs)), within, confidence),
-        "pairs over all": percentile_interval(_ratio(right.sum(), all_pairs.sum()), between, confidence),
+        "rank within": bootstrap_interval(ranks),
+        "rank over all": percentile_interval(_rank_correlation(scores, gold), overall),
+        "pairs within": percentile_interval(_ratio(np.trace(right), np.trace(all_pairs)), within),
+        "pairs over all": percentile_interval(_ratio(right.sum(), all_pairs.sum()), between),
     }
 
 
 def _rank_correlation(scores: np.ndarray, gold: np.ndarray) -> float:
     """Spearman's; 0 where the scores are all the same, NaN where gold is."""
-    if np.ptp(gold) == 0:
-        return float("nan")
-    if np.ptp(scores) == 0:
-        return 0.0
+    if np.ptp(gold) == 0 or np.ptp(scores) == 0:
+        return float("nan") if np.ptp(gold) == 0 else 0.0
     return float(np.corrcoef(stats.rankdata(scores), stats.rankdata(gold))[0, 1])
 
 
@@ -192,9 +183,7 @@ def _ratio(top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray | 
         return np.divide(top, bottom)
 
 
-def seed_share(
-    scores: np.ndarray, texts: np.ndarray, group_ids: np.ndarray, confidence: float = 0.95, n_resamples: int = 1000
-) -> Interval:
+def seed_share(scores: np.ndarray, texts: np.ndarray, group_ids: np.ndarray) -> Interval:
     """Share of the variance within a prompt that another seed does to the same texts, in [0, 1].
 
     One-way analysis of variance of the texts within each prompt, with unequal numbers of pictures (Searle et al.,
@@ -204,34 +193,30 @@ def seed_share(
         scores, texts, group_ids: (N,); equal numbers in `texts` are the same user's prompt and rewrite.
     """
     frame = pd.DataFrame({"score": scores, "text": texts, "group": group_ids})[np.isfinite(scores)]
-    squares = np.array([_text_squares(group) for _, group in frame.groupby("group")])  # (G, 5)
-    drawn = np.random.default_rng(0).integers(len(squares), size=(n_resamples, len(squares)))
-    return percentile_interval(_share_of(squares.sum(axis=0)), _share_of(squares[drawn].sum(axis=1)), confidence)
+    rows, column = [], frame["score"]
+    for _, scored in column.groupby(frame["group"]):  # of each prompt
+        each = scored.groupby(frame["text"])
+        sizes, between = each.size(), each.transform("mean") - scored.mean()
+        squares = ((scored - each.transform("mean")) ** 2).sum(), (between**2).sum()  # within texts and between them
+        count = len(scored)
+        rows.append((*squares, count - len(sizes), len(sizes) - 1, count - (sizes**2).sum() / count))
+    drawn = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
 
+    def share(sums: np.ndarray) -> np.ndarray | float:
+        inner, between, inner_freedom, freedom, size = np.moveaxis(sums, -1, 0)
+        seed = _ratio(inner, inner_freedom)
+        return _ratio(seed, seed + np.maximum(_ratio(between - seed * freedom, size), 0))
 
-def _text_squares(group: pd.DataFrame) -> tuple[float, ...]:
-    """Of one prompt: squares within and between texts, their degrees of freedom, and Σn − Σn²/Σn."""
-    texts = group.groupby("text")["score"]
-    sizes, means, count = texts.size(), texts.mean(), len(group)
-    inner = float(((group["score"] - texts.transform("mean")) ** 2).sum())
-    between = float((sizes * (means - group["score"].mean()) ** 2).sum())
-    return inner, between, count - len(sizes), len(sizes) - 1, count - float((sizes**2).sum()) / count
-
-
-def _share_of(squares: np.ndarray) -> np.ndarray | float:
-    """The seeds' share from (…, 5) sums of squares; a text's variance below 0 is set to 0."""
-    inner, between, inner_freedom, freedom, size = np.moveaxis(squares, -1, 0)
-    seed = _ratio(inner, inner_freedom)
-    words = np.maximum(_ratio(between - seed * freedom, size), 0)
-    return _ratio(seed, seed + words)
+    table = np.array(rows, dtype=float)  # (G, 5)
+    return percentile_interval(share(table.sum(axis=0)), share(table[drawn].sum(axis=1)))
 
 
 def saturation(scores: np.ndarray) -> dict[str, float]:
-    """Shares of samples at the ceiling and the floor, and the part of the range that the best tenth takes up."""
+    """Shares of samples within 1 % of the range from its ends, and the part of it that the best tenth takes up."""
     found = scores[np.isfinite(scores)]
     low, high = found.min(), found.max()
     edge = _EDGE * (high - low)
-    top = float(_ratio(high - np.quantile(found, 0.9), high - low)) if high > low else 0.0
+    top = float((high - np.quantile(found, 0.9)) / (high - low)) if high > low else 0.0
     ceiling, floor = (found >= high - edge).mean(), (found <= low + edge).mean()
     return {"at ceiling": float(ceiling), "at floor": float(floor), "top decile": top}
 

@@ -9,10 +9,9 @@ import pandas as pd
 from grpo_kit.config import EvaluationSettings
 from grpo_kit.evaluation.diversity import rewrite_diversity
 from grpo_kit.evaluation.intervals import Interval, interval, success_rate, win_rate
-from grpo_kit.evaluation.pairs import compared_pairs, complete_cells, score_tables
 from grpo_kit.evaluation.power import POWER, detectable
+from grpo_kit.evaluation.table import compared_pairs, complete_cells, score_tables
 
-Scores = Mapping[str, Mapping[str, pd.DataFrame]]  # metric → variant → (P, K)
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -32,7 +31,8 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings, reworded: pd.Dat
     drawn, metrics = with_metrics(rows)
     rows, excluded = complete_cells(drawn)
     variants = list(dict.fromkeys(drawn["variant"]))
-    scores, pairs = score_tables(rows, metrics, variants), compared_pairs(variants)
+    pairs, confidence = compared_pairs(variants), settings.confidence
+    of_pairs = partial(_of_pairs, score_tables(rows, metrics, variants), pairs)
     by_category = rows.groupby(["category", "variant"])[metrics].mean()
     compare = partial(_means_and_differences, metrics=metrics, variants=variants, settings=settings)
     from_raw = [(a, b) for a, b in pairs if b == "raw"]
@@ -40,7 +40,7 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings, reworded: pd.Dat
         "num_prompts": int(rows["prompt_id"].nunique()),
         "seeds_per_prompt": int(rows["seed"].nunique()),
         "excluded_cells": excluded,
-        "confidence": settings.confidence,
+        "confidence": confidence,
         **compare(rows, pairs=pairs),
         "by_category": {
             str(category): {v: by_category.loc[(category, v)].to_dict() for v in variants}
@@ -53,14 +53,14 @@ def summarize(rows: pd.DataFrame, settings: EvaluationSettings, reworded: pd.Dat
             }
             for name in ("category", "difficulty")
         },
-        "success": _of_pairs(scores, pairs, lambda cells: success_rate(cells, settings.confidence)),
-        "win_rate": _of_pairs(scores, pairs, lambda cells: win_rate(cells, settings.confidence, settings.n_resamples)),
+        "success": of_pairs(lambda cells: success_rate(cells, confidence)),
+        "win_rate": of_pairs(lambda cells: win_rate(cells, confidence, settings.n_resamples)),
         "diversity": {
             v: rewrite_diversity(list(texts["user_prompt"]), list(texts["text"]))
             for v, texts in drawn.drop_duplicates(["variant", "prompt_id"]).groupby("variant", sort=False)
             if v != "raw"
         },
-        "detectable": {"power": POWER, "differences": _detectable(scores, pairs, settings.confidence)},
+        "detectable": {"power": POWER, "differences": of_pairs(lambda cells: detectable(cells, confidence))},
     }
     if reworded is not None and len(reworded):
         results["paraphrases"] = _summarize_reworded(rows, reworded, metrics, settings)
@@ -109,20 +109,13 @@ def _means_and_differences(
     }
 
 
-def _of_pairs(scores: Scores, pairs: Pairs, statistic: Callable[[np.ndarray], object]) -> dict[str, dict]:
-    """Pair → metric → a statistic of its (P, K) differences."""
-    return {
+def _of_pairs(
+    scores: Mapping[str, Mapping[str, pd.DataFrame]], pairs: Pairs, statistic: Callable[[np.ndarray], object]
+) -> dict[str, dict]:
+    """Pair → metric → a statistic of its (P, K) differences, where there is one."""
+    found = {
         f"{a}-{b}": {m: statistic((tables[a] - tables[b]).to_numpy()) for m, tables in scores.items()} for a, b in pairs
     }
-
-
-def _detectable(scores: Scores, pairs: Pairs, confidence: float) -> dict[str, dict]:
-    """What each pair's evaluation could detect, where at least two prompts have a score."""
-
-    def of_cells(cells: np.ndarray) -> dict | None:
-        return detectable(cells, confidence) if np.isfinite(cells).any(axis=1).sum() > 1 else None
-
-    found = _of_pairs(scores, pairs, of_cells)
     return {pair: {m: value for m, value in values.items() if value is not None} for pair, values in found.items()}
 
 

@@ -22,8 +22,7 @@ def rewrite_diversity(prompts: Sequence[str], rewrites: Sequence[str]) -> dict[s
         distinct: share of the rewrites that differ from one another, in (0, 1].
         added_words: words in a rewrite that its prompt does not have, on average.
         added_distance: mean Jaccard distance between two rewrites' sets of added words; 0 where all add the same.
-        suffix: the longest ending that at least half of the rewrites add, else the commonest last word.
-        suffix_share: the share of rewrites that end so. A share near 1 tells that all were given the same suffix.
+        suffix, suffix_share: what `common_ending` finds of the words that stand after the prompt's own.
 
     Raises:
         ValueError: no rewrites, or not one for each prompt.
@@ -57,7 +56,7 @@ def mean_jaccard_distance(sets: Sequence[set[str]]) -> float:
 def common_ending(endings: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], float]:
     """The longest run of last words that at least half of the texts share, else the commonest last word, and its share.
 
-    A text may be empty; where all are, the ending is empty and its share 0.
+    Where all texts are empty, the ending is, and its share 0.
     """
     best, share = (), 0.0
     for length in range(1, max(map(len, endings), default=0) + 1):

@@ -17,9 +17,8 @@ from grpo_kit.config.display import Shown, line, table
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.conclusions import summarize
-from grpo_kit.evaluation.pairs import VARIANTS
 from grpo_kit.evaluation.pools import pool_evaluations, pool_runs, read_runs
-from grpo_kit.evaluation.table import comparison_rows, percent
+from grpo_kit.evaluation.table import VARIANTS, comparison_rows, percent
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.card import add_results
 from grpo_kit.models.policy import load_policy
@@ -49,7 +48,7 @@ class Request(NamedTuple):
 class EvalResult(Shown):
     """A tidy row for every (prompt, variant, seed), what was concluded from them, and the pictures.
 
-    `paraphrases` has the rows of the reworded prompts, with the column `paraphrase`; empty where there are none.
+    `paraphrases` has the rows of the reworded prompts, with the column `paraphrase`.
     """
 
     rows: pd.DataFrame
@@ -138,9 +137,6 @@ def _write(folder: RunFolder, result: EvalResult) -> None:
     folder.write_json("final_results.json", result.results)
 
 
-# --- variants: who writes the text for the generator ------------------------------------------------------------------
-
-
 def rewrites(kit: Experiment, prompts: Sequence[Prompt], variant: str | Path) -> list[str]:
     """The text that the generator gets for each prompt in a variant (as in `evaluate`)."""
     return writer(kit, str(variant))([prompt.user_prompt for prompt in prompts])
@@ -158,9 +154,8 @@ def name_variants(compare: Sequence[str | Path]) -> dict[str, str]:
     for variant in map(str, compare):
         if variant in named.values():
             raise KitError(f"compare: {variant!r} stands twice. Give it once")
-        if variant in VARIANTS:
-            names = [variant]
-        else:
+        names = [variant]
+        if variant not in VARIANTS:
             parts = [part for part in _policy_folder(variant).resolve().parts if part != "best"]
             names = [re.sub(r"[^A-Za-z0-9._]+", "_", "/".join(parts[-depth:]))[-80:] for depth in (1, 2, 3)]
             names = [name for name in names if name not in VARIANTS]
@@ -189,7 +184,9 @@ def writer(kit: Experiment, variant: str) -> Callable[[list[str]], list[str]]:
     if variant == "raw":
         return list
     if variant == "oracle":
-        return lambda texts: _oracle(kit, texts)
+        if kit.config.evaluation_settings.gold is None:
+            raise KitError("compare: found 'oracle', which only the embedded world has; leave it out")
+        return _best_prompts
     policy, config = kit.policy, kit.config
     if variant not in VARIANTS:
         weights = _policy_folder(variant)
@@ -205,21 +202,16 @@ def writer(kit: Experiment, variant: str) -> Callable[[list[str]], list[str]]:
     return write
 
 
-def count_unmatched(texts: Sequence[str]) -> int:
-    """In how many of a policy's texts `prompt_part` found no prompt."""
-    return sum(not getattr(text, "matched", True) for text in texts)
-
-
-def _oracle(kit: Experiment, texts: list[str]) -> list[str]:
-    if kit.config.evaluation_settings.gold is None:
-        raise KitError("compare: found 'oracle', which only the embedded world has; leave it out")
+def _best_prompts(texts: list[str]) -> list[str]:
     best = [best_prompt(text) for text in texts]
     if None in best:
         raise KitError(f"prompt {texts[best.index(None)]!r}: outside the embedded world's grammar, so it has no oracle")
     return best
 
 
-# --- paraphrases: the same request in other words ---------------------------------------------------------------------
+def count_unmatched(texts: Sequence[str]) -> int:
+    """In how many of a policy's texts `prompt_part` found no prompt."""
+    return sum(not getattr(text, "matched", True) for text in texts)
 
 
 def reword(kit: Experiment, prompts: Sequence[Prompt]) -> list[Request]:
@@ -230,30 +222,22 @@ def reword(kit: Experiment, prompts: Sequence[Prompt]) -> list[Request]:
     Raises:
         KitError: a prompt's paraphrases are no list of texts.
     """
-    return [Request(i, prompt, text) for i, prompt in enumerate(prompts) for text in _paraphrases(kit, prompt)]
-
-
-def _paraphrases(kit: Experiment, prompt: Prompt) -> list[str]:
-    given = prompt.metadata.get("paraphrases")
-    if given is not None:
-        if not isinstance(given, list) or not all(isinstance(text, str) and text.strip() for text in given):
-            raise KitError(
-                f"prompt {prompt.user_prompt!r:.80}: paraphrases: found {given!r:.80}, allowed: a list of texts"
-            )
-        return given
-    if kit.config.evaluation_settings.gold != "shapeworld":
-        return []
-    text = paraphrase(prompt.user_prompt)
-    return [] if text is None else [text]
+    by_program, found = kit.config.evaluation_settings.gold == "shapeworld", []
+    for number, prompt in enumerate(prompts):
+        texts = prompt.metadata.get("paraphrases")
+        if texts is None:
+            texts = [text] if by_program and (text := paraphrase(prompt.user_prompt)) else []
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            where = f"prompt {prompt.user_prompt!r:.80}: paraphrases"
+            raise KitError(f"{where}: found {texts!r:.80}, allowed: a list of texts")
+        found += [Request(number, prompt, text) for text in texts]
+    return found
 
 
 def answer_reworded(
     kit: Experiment, reworded: Sequence[Request], write: Callable[[list[str]], list[str]], variant: str
 ) -> list[dict]:
-    """Rows of a variant's pictures of paraphrases, from each prompt's first latent, judged by the prompt as it was.
-
-    The paraphrase asks for the same, so the picture must show the same: what differs is what the policy understood.
-    """
+    """Rows of a variant's pictures of paraphrases, from each prompt's first latent, judged by the prompt as it was."""
     if not reworded:
         return []
     texts = write([request.text for request in reworded])
@@ -262,15 +246,10 @@ def answer_reworded(
     return [row | {"paraphrase": request.text} for row, request in zip(rows, reworded, strict=True)]
 
 
-# --- pictures and scores ----------------------------------------------------------------------------------------------
-
-
 def draw_and_score(
     kit: Experiment, requests: Sequence[Request], variant: str, count: int
 ) -> tuple[list[dict], dict[ImageKey, Image.Image]]:
     """Rows and pictures of one variant; a prompt's latents depend on its text and place alone, not on the variant.
-
-    Every picture that an evaluation or a validation judges is drawn here, with the experiment's generator.
 
     Args:
         count: pictures of each request, from as many latents.
@@ -287,8 +266,9 @@ def draw_and_score(
         image_seeds=torch.tensor(latents),
         metadata=[request.prompt.metadata for request, _ in cells],
     )
-    totals = kit.rewards.total(parts, in_groups=False)
-    parts = {name: values.masked_fill(values == ABSTAINED, torch.nan) for name, values in parts.items()}
+    scores = {"reward": kit.rewards.total(parts, in_groups=False)}
+    scores |= {f"reward/{name}": values.masked_fill(values == ABSTAINED, torch.nan) for name, values in parts.items()}
+    scores |= {"gold": scores["reward/gold"]} if "gold" in parts else {}
     rows = [
         {
             "prompt_id": request.prompt_id,
@@ -298,17 +278,12 @@ def draw_and_score(
             "variant": variant,
             "seed": seed,
             "text": str(request.text),
-            "reward": float(totals[cell]),
-            **{f"reward/{name}": float(values[cell]) for name, values in parts.items()},
-            **({"gold": float(parts["gold"][cell])} if "gold" in parts else {}),
+            **{name: float(values[cell]) for name, values in scores.items()},
         }
         for cell, (request, seed) in enumerate(cells)
     ]
     keys = [ImageKey(request.prompt_id, variant, seed) for request, seed in cells]
     return rows, dict(zip(keys, images, strict=True))
-
-
-# --- runs on disk: one run's policy, or those of several beside each other --------------------------------------------
 
 
 def evaluate_runs(config: Config, folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -322,21 +297,19 @@ def evaluate_runs(config: Config, folders: Sequence[Path], out: Path | None = No
     Raises:
         KitError: the first run has no trained policy, or `out` is one of several runs.
     """
-    if not (folders[0] / "best").is_dir():
-        advice = f"Train it: grpo-kit train --run-dir {folders[0]}"
-        raise KitError(f"run {folders[0]}: no trained policy in it (best/). {advice}")
-    several = len(folders) > 1
-    place = dated_report("evaluate") if several else folders[0]
+    first, several = folders[0], len(folders) > 1
+    if not (first / "best").is_dir():
+        raise KitError(f"run {first}: no trained policy in it (best/). Train it: grpo-kit train --run-dir {first}")
+    place = dated_report("evaluate") if several else first
     place = place if out is None else out.expanduser().resolve()
     if several and place in folders:
         raise KitError(f"--out {place}: one of the runs, whose own evaluation would be lost. Name another folder")
     policies = map(str, folders) if several else ["trained"]
     oracle = ["oracle"] if config.evaluation_settings.gold else []
-    _require_own_rewards(folders[0], config, reward_record(config))
-    kit = load_experiment(config, trained=None if several else folders[0] / "best")
+    _require_own_rewards(first, config, reward_record(config))
+    kit = load_experiment(config, trained=None if several else first / "best")
     result = evaluate(kit, compare=("raw", "initial", *policies, *oracle), run_dir=place)
-    pooled = _pooled(result, folders) if several else {}
-    if pooled:
+    if several and (pooled := _pooled(result, folders)):
         RunFolder(place).write_json("final_results.json", result.results | {"pooled": pooled})
     return place
 
@@ -361,8 +334,7 @@ def _pooled(result: EvalResult, folders: Sequence[Path]) -> dict[str, dict]:
     for pool in pool_runs(read_runs(folder for folder in folders if (folder / "best").is_dir())):
         if len(pool.runs) > 1:
             own = [names[str(run.path)] for run in pool.runs]
-            kept = [rows[rows["variant"].isin(["raw", "initial", name])] for name in own]
-            tables = [t.replace({"variant": {name: "trained"}}) for t, name in zip(kept, own, strict=True)]
-            found = pool_evaluations(tables, confidence=result.results["confidence"])
-            pooled[pool.label] = {"policies": own, **found}
+            kept = [(name, rows[rows["variant"].isin(["raw", "initial", name])]) for name in own]
+            tables = [table.replace({"variant": {name: "trained"}}) for name, table in kept]
+            pooled[pool.label] = {"policies": own} | pool_evaluations(tables, confidence=result.results["confidence"])
     return pooled

@@ -16,10 +16,7 @@ _TIE = 1e-9  # scores that differ by no more are equal up to rounding
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the two ends of its confidence interval; NaN stands for what could not be computed.
-
-    `interval["low"]` gives the same as `interval.low`, as it does where a file of results was read.
-    """
+    """An estimate and its confidence interval, `found.low` or `found["low"]`; NaN is what could not be computed."""
 
     mean: float
     low: float = float("nan")
@@ -55,11 +52,10 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95, n_resamples
     """Mean of independent values, one a prompt (NaN left out), and its expanded percentile bootstrap interval.
 
     The plain percentile interval is too narrow with few values: by √(1 − 1/n), and by z in place of t. The expanded one
-    (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, §5.3) asks for quantiles further out: about as
-    wide as the t-interval, yet it never leaves the range of the values, so a share stays one. On 1,000 samples of 16
-    prompts (`benchmarks/studies/evaluation_check.py`) it holds a policy's difference from itself in 93 to 96 %, the
-    plain percentile in 90 to 92 %, BCa in 85 to 92 %, t in 96 %. One value has no interval: its ends are NaN.
-    Values that are all equal give a point.
+    (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, §5.3) is about as wide as the t-interval, yet
+    never leaves the range of the values, so a share stays one. On 1,000 samples of 16 prompts
+    (`benchmarks/studies/evaluation_check.py`) it holds a policy's difference from itself in 93 to 96 %, the plain one
+    in 90 to 92 %. One value has no interval, its ends are NaN; equal values give a point.
     """
     values = values[np.isfinite(values)]
     count, mean = len(values), float(values.mean()) if len(values) else float("nan")
@@ -68,14 +64,9 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95, n_resamples
     if np.ptp(values) == 0:
         return Interval(mean, mean, mean)
     quantile = stats.t.ppf((1 + confidence) / 2, count - 1) * (count / (count - 1)) ** 0.5
-    found = stats.bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=float(min(1 - 2 * stats.norm.sf(quantile), 1 - 1e-12)),
-        n_resamples=n_resamples,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    level, source = float(min(1 - 2 * stats.norm.sf(quantile), 1 - 1e-12)), np.random.default_rng(0)
+    how = {"confidence_level": level, "n_resamples": n_resamples, "method": "percentile", "rng": source}
+    found = stats.bootstrap((values,), np.mean, **how).confidence_interval
     return Interval(mean, float(found.low), float(found.high))
 
 
@@ -89,9 +80,7 @@ def percentile_interval(estimate: float, resampled: np.ndarray, confidence: floa
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean of independent values, such as one a seed, with its t-interval: mean ± t · s / √n, s with n − 1.
-
-    One value has no interval: its ends are NaN.
+    """Mean of independent values, such as one a seed, with its t-interval; that of one value has no ends.
 
     Raises:
         KitError: there is no value.
@@ -99,10 +88,13 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         raise KitError("t_interval: found no value, allowed: at least one. Pass a number a seed")
-    mean = float(values.mean())
     if len(values) == 1:
-        return Interval(mean)
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+        return Interval(float(values[0]))
+    return _t_around(float(values.mean()), stats.sem(values), len(values) - 1, confidence)
+
+
+def _t_around(mean: float, standard_error: float, freedom: float, confidence: float) -> Interval:
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom) * standard_error)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -120,13 +112,13 @@ def paired_interval(
 def pooled_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
     """Mean over training seeds and prompts, with an interval that holds the variation of both.
 
+    Each seed's policy meets each prompt. The variance of the mean is that of a two-way random-effects table,
+    (MS_seeds + MS_prompts − MS_rest) / (S · P), and its t has Satterthwaite's degrees of freedom (Biometrics Bulletin
+    1946). Bouthillier et al. (MLSys 2021) and Agarwal et al. (NeurIPS 2021) say why both sources must be in it; their
+    bootstraps of seeds are too narrow for three to five seeds.
+
     Args:
         values: (S, P), a row a training seed, a column a prompt, the same prompts for all; without NaN.
-
-    Seeds and prompts are crossed: each seed's policy meets each prompt. The variance of the mean is that of a two-way
-    random-effects table, (MS_seeds + MS_prompts − MS_rest) / (S · P), and its t has Satterthwaite's degrees of freedom
-    (Biometrics Bulletin 1946). Bouthillier et al. (MLSys 2021) and Agarwal et al. (NeurIPS 2021) say why both sources
-    must be in it. Their bootstraps, which resample seeds, are too narrow for three to five seeds: a test measures it.
 
     Raises:
         KitError: fewer than two seeds or prompts.
@@ -142,8 +134,7 @@ def pooled_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
         return Interval(mean, mean, mean)
     parts = zip(squares, (S - 1, P - 1, (S - 1) * (P - 1)), strict=True)
     freedom = max(total**2 / sum(square**2 / degrees for square, degrees in parts), S - 1)
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom) * (total / (S * P)) ** 0.5)
-    return Interval(mean, mean - half, mean + half)
+    return _t_around(mean, (total / (S * P)) ** 0.5, freedom, confidence)
 
 
 def share_interval(count: int, total: int, confidence: float = 0.95) -> Interval:
@@ -155,12 +146,10 @@ def share_interval(count: int, total: int, confidence: float = 0.95) -> Interval
 
 
 def success_rate(differences: np.ndarray, confidence: float = 0.95) -> SuccessRate:
-    """Share of prompts whose mean over latents rose, with its interval and the share of ties.
+    """Share of prompts whose mean over latents rose, with its interval; a tie, equal up to rounding, is no success.
 
     Args:
         differences: (P, K), first variant minus second; prompts without any score are left out.
-
-    A prompt on which both are equal up to rounding is a tie, and a tie is no success.
     """
     values = prompt_means(differences)
     values = values[np.isfinite(values)]

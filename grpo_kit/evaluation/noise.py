@@ -24,32 +24,24 @@ PARTS = ("rewrite", "seed", "rest")
 
 @dataclass(frozen=True, repr=False)
 class VarianceSplit(Shown):
-    """The variance of rewards within a prompt, in its three parts.
-
-    Args:
-        rewrite, seed, rest: variances. An estimate below 0, which a part near 0 can have, is set to 0.
-        intervals: part → that of its variance; part + " share" → that of its share. Without ends for a single prompt.
-        prompts, rewrites, seeds: the size of the table that it was found in.
-    """
+    """The variance of rewards within a prompt, in its three parts; an estimate below 0 is set to 0."""
 
     rewrite: float
     seed: float
     rest: float
-    intervals: dict[str, Interval]
+    intervals: dict[str, Interval]  # of each part's variance, and "… share" of its share; one prompt has no ends
     prompts: int
     rewrites: int
     seeds: int
 
     def shares(self) -> dict[str, float]:
         """Each part's share of the variance within a prompt; NaN where nothing varies."""
-        total = self.rewrite + self.seed + self.rest
-        return {part: getattr(self, part) / total if total else float("nan") for part in PARTS}
+        return {part: self.intervals[f"{part} share"].mean for part in PARTS}
 
     def reliability(self, images: int = 1, *, common_seeds: bool = True) -> float:
         """Share of the variance of measured differences in a group that is the rewrites' own, in [0, 1].
 
-        Common random numbers: with the same seeds for all rewrites of a group, the seeds' part is the same for all and
-        leaves the differences. With seeds of their own it stays.
+        With the same seeds for all rewrites of a group, the seeds' part leaves the differences: common random numbers.
 
         Args:
             images: how many of each rewrite are averaged.
@@ -59,20 +51,16 @@ class VarianceSplit(Shown):
 
     def table(self) -> pd.DataFrame:
         """A row a part: standard deviation, share of the variance, and the share's interval."""
-        rows = {}
-        for part, share in self.shares().items():
-            found = self.intervals[f"{part} share"]
-            rows[part] = {"std": getattr(self, part) ** 0.5, "share": share, "low": found.low, "high": found.high}
-        return pd.DataFrame(rows).T
+        rows = {part: self.intervals[f"{part} share"].to_dict() for part in PARTS}
+        table = pd.DataFrame(rows).T.rename(columns={"mean": "share"})
+        table.insert(0, "std", [getattr(self, part) ** 0.5 for part in PARTS])
+        return table
 
 
-def split_variance(
-    values: np.ndarray, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0
-) -> VarianceSplit:
-    """Split the variance within prompts into the rewrites', the latent seeds', and the rest.
+def split_variance(values: np.ndarray, confidence: float = 0.95, n_resamples: int = 2000) -> VarianceSplit:
+    """Split the variance within prompts into the rewrites', the latent seeds', and the rest, by mean squares.
 
-    Estimates by the mean squares of each prompt's table, averaged over prompts. Prompts are what intervals resample
-    (percentile bootstrap): under ten of them the intervals are somewhat too narrow.
+    Prompts are what intervals resample (percentile bootstrap): under ten of them these are somewhat too narrow.
 
     Args:
         values: (P, N, M), scores of N rewrites drawn from the same M seeds for each of P prompts. The seeds of two
@@ -89,13 +77,13 @@ def split_variance(
         raise KitError("values: found no prompt whose scores are all finite, allowed: at least one")
     P, N, M = values.shape
     squares = _mean_squares(values)
-    draws = np.random.default_rng(seed).integers(P, size=(n_resamples if P > 1 else 0, P))
-    parts = _components(squares.mean(axis=0, keepdims=True), N, M)
-    resampled = _variances_and_shares(_components(squares[draws].mean(axis=1), N, M))
-    intervals = {
-        name: percentile_interval(estimate, resampled[name], confidence)
-        for name, (estimate,) in _variances_and_shares(parts).items()
-    }
+    draws = np.random.default_rng(0).integers(P, size=(n_resamples if P > 1 else 0, P))
+    # (3, 1 + R) variances: as they are estimated, then of each resample
+    parts = _components(np.concatenate([squares.mean(axis=0, keepdims=True), squares[draws].mean(axis=1)]), N, M)
+    total = parts.sum(axis=0)
+    shares = np.divide(parts, total, out=np.full_like(parts, np.nan), where=total > 0)
+    found = dict(zip((*PARTS, *(f"{part} share" for part in PARTS)), (*parts, *shares), strict=True))
+    intervals = {name: percentile_interval(row[0], row[1:], confidence) for name, row in found.items()}
     return VarianceSplit(*map(float, parts[:, 0]), intervals=intervals, prompts=P, rewrites=N, seeds=M)
 
 
@@ -105,26 +93,14 @@ def _mean_squares(values: np.ndarray) -> np.ndarray:
     centred = values - values.mean(axis=(1, 2), keepdims=True)
     rewrites, seeds = centred.mean(axis=2), centred.mean(axis=1)
     rest = centred - rewrites[:, :, None] - seeds[:, None, :]
-    squares = (
-        M * (rewrites**2).sum(axis=1) / (N - 1),
-        N * (seeds**2).sum(axis=1) / (M - 1),
-        (rest**2).sum(axis=(1, 2)) / ((N - 1) * (M - 1)),
-    )
-    return np.stack(squares, axis=1)
+    of_rewrites, of_seeds = M * (rewrites**2).sum(axis=1) / (N - 1), N * (seeds**2).sum(axis=1) / (M - 1)
+    return np.stack([of_rewrites, of_seeds, (rest**2).sum(axis=(1, 2)) / ((N - 1) * (M - 1))], axis=1)
 
 
 def _components(squares: np.ndarray, N: int, M: int) -> np.ndarray:
     """(3, R) variances from (R, 3) mean squares, whose expectations are rest + M·rewrite, rest + N·seed and rest."""
     rewrites, seeds, rest = squares.T
     return np.stack([np.maximum(rewrites - rest, 0) / M, np.maximum(seeds - rest, 0) / N, rest])
-
-
-def _variances_and_shares(variances: np.ndarray) -> dict[str, np.ndarray]:
-    """Name → (R,) from (3, R) variances: each part's variance, and its share of their sum."""
-    total = variances.sum(axis=0)
-    shares = np.divide(variances, total, out=np.full_like(variances, np.nan), where=total > 0)
-    names = [*PARTS, *(f"{part} share" for part in PARTS)]
-    return dict(zip(names, [*variances, *shares], strict=True))
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,17 +125,14 @@ class Advice(Shown):
 def advise(
     split: VarianceSplit, images: int, *, min_prompts: int = 4, rewrite_cost: float = 0.0, common_seeds: bool = True
 ) -> Advice:
-    """Advise how many prompts, rewrites of each and images of each rewrite a budget is best spent on.
+    """How many prompts, rewrites of each and images of each rewrite a budget is best spent on.
 
     What is maximised is the signal, P·(N − 1)·reliability(M): the squared signal-to-noise ratio of the policy gradient
     up to a factor that no choice changes. A group's gradient is a sample covariance of N advantages and N score
-    functions ∇log π; its variance goes with the variance of measured scores, rewrite / reliability(M), over its N − 1
-    degrees of freedom, and P groups are averaged. It assumes that
-
-    * effects are additive and normal, and score functions of different rewrites are independent;
-    * advantages are not divided by the group's standard deviation (dividing costs more the smaller a group is);
-    * prompts teach the same thing. They do not, and no table of rewards says how much variety is worth: `min_prompts`
-      is yours to choose. Without such a bound the answer would be one large group.
+    functions ∇log π; its variance goes with that of measured scores, rewrite / reliability(M), over N − 1 degrees of
+    freedom, and P groups are averaged. It assumes that effects are additive and normal, that score functions of
+    different rewrites are independent, that advantages are not divided by the group's standard deviation, and that
+    prompts teach the same thing. They do not: `min_prompts` is yours to choose, without it one large group would win.
 
     Args:
         images: the budget of one iteration.

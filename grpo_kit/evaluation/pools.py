@@ -1,8 +1,7 @@
 """Several runs side by side: which settings differ, what each brought, and how sure that is.
 
 Runs of the same settings with other training seeds are one *pool*. A pool of one run has the intervals of its
-evaluation, over prompts; a pool of several has t-intervals over its runs' means, which also hold what another seed
-would have changed.
+evaluation, over prompts; a pool of several has t-intervals over its runs' means.
 """
 
 import math
@@ -14,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from grpo_kit.config import RECORDS, Config, KitError, Section, printable
+from grpo_kit.config import RECORDS, Config, KitError, Section
+from grpo_kit.config.display import cut
 from grpo_kit.evaluation.intervals import Interval, paired_interval, pooled_interval, t_interval
-from grpo_kit.evaluation.pairs import compared_pairs, complete_cells
+from grpo_kit.evaluation.table import compared_pairs, complete_cells
 from grpo_kit.runs.grid import trial_folders
 from grpo_kit.runs.own_rewards import in_words, is_own
 from grpo_kit.runs.record import RunRecord, read_run
@@ -53,8 +53,7 @@ class Pool:
             name: a variant, such as `trained`, or a pair, such as `trained-raw`.
             metric: such as `reward`.
         """
-        found = [run.results.get(kind, {}).get(name, {}).get(metric) for run in self.runs]
-        found = [value for value in found if value is not None and value["mean"] is not None]
+        found = list(self._figures(kind, name, metric).values())
         if len(found) != 1:
             return t_interval([value["mean"] for value in found]) if found else None
         ends = (found[0][end] for end in ("mean", "low", "high"))
@@ -62,21 +61,27 @@ class Pool:
 
     def trained_means(self, metric: str) -> dict[object, float]:
         """Seed → the mean of its trained policy in the evaluation, where it was evaluated."""
-        found = [run.results.get("variants", {}).get("trained", {}).get(metric) for run in self.runs]
-        pairs = zip(self.seeds, found, strict=True)
-        return {seed: value["mean"] for seed, value in pairs if value is not None and value["mean"] is not None}
+        return {seed: value["mean"] for seed, value in self._figures("variants", "trained", metric).items()}
+
+    def _figures(self, kind: str, name: str, metric: str) -> dict[object, dict]:
+        pairs = zip(self.seeds, self.runs, strict=True)
+        found = {seed: run.results.get(kind, {}).get(name, {}).get(metric) for seed, run in pairs}
+        return {seed: value for seed, value in found.items() if value and value["mean"] is not None}
 
     @property
     def seconds(self) -> float | None:
         """Seconds of training, a run's mean."""
-        spent = [run.metrics["step_time"].sum() for run in self.runs if "step_time" in run.metrics]
-        return float(np.mean(spent)) if spent else None
+        spent = self._step_times()
+        return float(np.mean([times.sum() for times in spent])) if spent else None
 
     @property
     def seconds_an_iteration(self) -> float | None:
         """The median over all its iterations."""
-        spent = [run.metrics["step_time"] for run in self.runs if "step_time" in run.metrics]
+        spent = self._step_times()
         return float(pd.concat(spent).median()) if spent else None
+
+    def _step_times(self) -> list[pd.Series]:
+        return [run.metrics["step_time"] for run in self.runs if "step_time" in run.metrics]
 
 
 def read_runs(folders: Iterable[Path | str]) -> list[RunRecord]:
@@ -88,9 +93,9 @@ def read_runs(folders: Iterable[Path | str]) -> list[RunRecord]:
     """
     paths = [path for folder in folders for path in trial_folders(Path(folder)) or [Path(folder)]]
     counts = Counter(path.resolve() for path in paths)
-    twice = next((path for path in paths if counts[path.resolve()] > 1), None)
-    if twice is not None:
-        raise KitError(f"run {twice}: stands twice. Give each run once")
+    for path in paths:
+        if counts[path.resolve()] > 1:
+            raise KitError(f"run {path}: stands twice. Give each run once")
     return [read_run(path) for path in paths]
 
 
@@ -112,9 +117,6 @@ def pool_runs(records: Sequence[RunRecord]) -> list[Pool]:
     return [replace(pool, label=label) for pool, label in zip(pools, _labels(pools), strict=True)]
 
 
-# --- settings and labels ----------------------------------------------------------------------------------------------
-
-
 def _settings(record: RunRecord) -> dict[str, object]:
     """What can change a run's numbers, by dotted key: its settings, and of a branch what it began with.
 
@@ -126,10 +128,9 @@ def _settings(record: RunRecord) -> dict[str, object]:
             flat[section] = values
             continue
         kind = getattr(Config.model_fields.get(section), "annotation", None)
-        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
-        optional = {name: one for name, one in fields.items() if not one.is_required()}
-        values = {name: one.get_default(call_default_factory=True) for name, one in optional.items()} | values
-        flat |= {f"{section}.{name}": values[name] for name in dict.fromkeys([*fields, *values]) if name in values}
+        if isinstance(kind, type) and issubclass(kind, Section):
+            values = dict.fromkeys(kind.model_fields) | vars(kind.model_construct()) | dict(values)
+        flat |= {f"{section}.{name}": value for name, value in values.items()}
     flat = {name: v for name, v in flat.items() if name not in IDLE and name.split(".")[0] not in IDLE_SECTIONS}
     if is_own(rewards := record.config.get("rewards") or {}):  # one of which no setting tells, or not which code
         codes = [entry["sha256"][:8] for entry in rewards.values() if "sha256" in entry]
@@ -150,7 +151,7 @@ def _labels(pools: Sequence[Pool]) -> list[str]:
     for texts in (setting_texts(differing) if len(differing) <= 2 else [], setting_texts(differing, changes_only=True)):
         if texts and len(set(texts)) == len(texts) and max(map(len, texts)) <= LABEL:
             return texts
-    names = [_short(", ".join(run.path.resolve().name for run in pool.runs), LABEL) for pool in pools]
+    names = [cut(", ".join(run.path.resolve().name for run in pool.runs), LABEL) for pool in pools]
     if len(set(names)) == len(names):
         return names
     return [f"{number}: {name}" for number, name in enumerate(names, start=1)]
@@ -162,13 +163,11 @@ def setting_texts(differing: Mapping[str, Sequence[object]], *, changes_only: bo
     Args:
         differing: from `differing_settings`.
     """
-    columns = [
-        [
-            "" if changes_only and repr(value) == repr(values[0]) else f"{name.split('.')[-1]} {value_text(value)}"
-            for value in values
-        ]
-        for name, values in differing.items()
-    ]
+    columns = []
+    for name, values in differing.items():
+        texts = [f"{name.split('.')[-1]} {value_text(value)}" for value in values]
+        same = [changes_only and repr(value) == repr(values[0]) for value in values]
+        columns.append(["" if left_out else text for text, left_out in zip(texts, same, strict=True)])
     return [", ".join(filter(None, row)) or BASELINE for row in zip(*columns, strict=True)]
 
 
@@ -178,27 +177,15 @@ def value_text(value: object) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return _short(f"{value:g}" if isinstance(value, float) else value, 80)
-
-
-def _short(value: object, limit: int) -> str:
-    text = printable(str(value)[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
+    return cut(f"{value:g}" if isinstance(value, float) else str(value), 80)
 
 
 def runs_table(pools: Sequence[Pool]) -> pd.DataFrame:
     """A tidy table, a row a run: pool, seed, the settings that differ, final figures, iterations and seconds."""
-    differing = differing_settings(pools)
-    rows = []
-    for number, pool in enumerate(pools):
-        values = {name.split(".")[-1]: found[number] for name, found in differing.items()}
-        rows += [
-            {"setting": pool.label, **values, "seed": seed, **_figures(run)}
-            for seed, run in zip(pool.seeds, pool.runs, strict=True)
-        ]
+    differing, rows = differing_settings(pools), []
+    for pool in pools:
+        values = {"setting": pool.label} | {name.split(".")[-1]: pool.settings.get(name) for name in differing}
+        rows += [values | {"seed": seed, **_figures(run)} for seed, run in zip(pool.seeds, pool.runs, strict=True)]
     return pd.DataFrame(rows)
 
 
@@ -211,55 +198,47 @@ def _figures(run: RunRecord) -> dict[str, object]:
         if metric in METRICS:
             figures |= {f"{metric}/trained/{end}": value[end] for end in ("low", "high")}  # over prompts
     last = run.metrics.iloc[-1] if len(run.metrics) else {}
-    figures |= {"kl": last.get("kl"), "iterations": run.iterations}
-    figures["seconds"] = float(run.metrics["step_time"].sum()) if "step_time" in run.metrics else None
-    return figures
+    seconds = float(run.metrics["step_time"].sum()) if "step_time" in run.metrics else None
+    return figures | {"kl": last.get("kl"), "iterations": run.iterations, "seconds": seconds}
 
 
 def curves_table(pools: Sequence[Pool]) -> pd.DataFrame:
     """What training logged, tidy: a row (pool, seed, iteration) with reward, gold and KL."""
-    parts = []
+    parts = [pd.DataFrame(columns=["setting", "seed", "iteration"])]
     for pool in pools:
         for seed, run in zip(pool.seeds, pool.runs, strict=True):
             columns = {short: run.metrics[name] for short, name in CURVES.items() if name in run.metrics}
             if columns:
                 part = pd.DataFrame({"iteration": run.metrics["iteration"], **columns})
                 parts.append(part.assign(setting=pool.label, seed=seed))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["setting", "seed", "iteration"])
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def write_tables(pools: Sequence[Pool], folder: Path) -> Path:
     """Write the tables of runs and of curves as `runs.jsonl` and `curves.parquet`; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     runs_table(pools).to_json(folder / "runs.jsonl", orient="records", lines=True, double_precision=6)
-    numbers = curves_table(pools)
-    small = {name: "float32" for name in CURVES if name in numbers}
-    numbers.astype(small).to_parquet(folder / "curves.parquet", index=False)
+    curves = curves_table(pools)
+    curves.astype(dict.fromkeys(CURVES.keys() & curves, "float32")).to_parquet(folder / "curves.parquet", index=False)
     return folder
 
 
 def against_first(pools: Sequence[Pool], metric: str) -> dict[str, Interval]:
     """Each later pool's trained policy minus the first pool's, paired by seed, with its interval over seeds."""
-    first, *others = pools
-    found = {pool.label: paired_interval(pool.trained_means(metric), first.trained_means(metric)) for pool in others}
+    first = pools[0].trained_means(metric)
+    found = {pool.label: paired_interval(pool.trained_means(metric), first) for pool in pools[1:]}
     return {label: interval for label, interval in found.items() if interval is not None}
 
 
-# --- evaluations of the same prompts ----------------------------------------------------------------------------------
-
-
-def pool_evaluations(
-    tables: Sequence[pd.DataFrame], metrics: Sequence[str] = METRICS, confidence: float = 0.95
-) -> dict[str, object]:
+def pool_evaluations(tables: Sequence[pd.DataFrame], confidence: float = 0.95) -> dict[str, object]:
     """Pool the evaluations of several training seeds of one setting: means and paired differences, with intervals.
 
     Args:
         tables: each run's `evaluation/rows.parquet`: prompt_id, user_prompt, variant, seed and metrics as columns.
-        metrics: those to pool; one that a table lacks is left out.
 
     Returns:
         `{"training_seeds", "num_prompts", "variants": {variant: {metric: interval}}, "differences": {pair: …}}`, as
-        JSON holds it. A prompt that could not be scored in some run is left out of all.
+        JSON holds it. Left out of all: a prompt that could not be scored in some run, a metric that a table lacks.
 
     Raises:
         KitError: fewer than two tables, or tables of different prompts.
@@ -269,11 +248,9 @@ def pool_evaluations(
     texts = [table.drop_duplicates("prompt_id").set_index("prompt_id")["user_prompt"].to_dict() for table in tables]
     for number, text in enumerate(texts, start=1):
         if text != texts[0]:
-            raise KitError(
-                f"pooling: evaluation {number} has other prompts than the first ({len(text)}, {len(texts[0])}). "
-                "Evaluate all with the same prompts"
-            )
-    metrics = [metric for metric in metrics if all(metric in table for table in tables)]
+            found = f"evaluation {number} has other prompts than the first ({len(text)}, {len(texts[0])})"
+            raise KitError(f"pooling: {found}. Evaluate all with the same prompts")
+    metrics = [metric for metric in METRICS if all(metric in table for table in tables)]
     variants = [v for v in dict.fromkeys(tables[0]["variant"]) if all(v in set(t["variant"]) for t in tables)]
     means = [complete_cells(table)[0].groupby(["variant", "prompt_id"])[metrics].mean() for table in tables]
 

@@ -1,6 +1,7 @@
 """Which differences could an evaluation detect, and what would more prompts or more latents bring?"""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy import stats
@@ -13,14 +14,10 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class VarianceParts:
-    """Where the variance of paired differences comes from.
+    """Where the variance of paired differences comes from."""
 
-    `prompt` is the variance of prompts' true differences, `seed` that of latents within a prompt; with one latent a
-    prompt the two cannot be told apart: `seed` is None and `prompt` holds both.
-    """
-
-    prompt: float
-    seed: float | None
+    prompt: float  # variance of prompts' true differences
+    seed: float | None  # of latents within a prompt; None with one latent a prompt, when `prompt` holds both
     num_prompts: int
     seeds_per_prompt: float  # the harmonic mean where prompts have different numbers
 
@@ -31,11 +28,9 @@ class VarianceParts:
             KitError: another number of latents where there was one, so that their part is not known.
         """
         if self.seed is None and seeds_per_prompt not in (None, 1):
-            raise KitError(
-                f"seeds_per_prompt: found {seeds_per_prompt}, allowed: 1, since one image a prompt does not tell how "
-                "much latents matter. Evaluate with seeds_per_prompt 2 or more"
-            )
-        seeds = self.seeds_per_prompt if seeds_per_prompt is None else seeds_per_prompt
+            why = "since one image a prompt does not tell how much latents matter"
+            raise KitError(f"seeds_per_prompt: found {seeds_per_prompt}, allowed: 1, {why}. Evaluate with 2 or more")
+        seeds = seeds_per_prompt or self.seeds_per_prompt
         return float(((self.prompt + (self.seed or 0.0) / seeds) / (num_prompts or self.num_prompts)) ** 0.5)
 
 
@@ -70,35 +65,34 @@ def detectable_difference(
 ) -> float:
     """The smallest true mean difference that a two-sided paired test finds with this power.
 
-    That is (t for the confidence + t for the power) · standard error, both of P − 1 degrees of freedom. For other
-    numbers of prompts or latents the standard error follows from the parts. (Cohen, Statistical Power Analysis, 1988,
-    ch. 2; Card et al., "With Little Power Comes Great Responsibility", EMNLP 2020.)
+    That is (t for the confidence + t for the power) · standard error, both of P − 1 degrees of freedom. (Cohen,
+    Statistical Power Analysis, 1988, ch. 2; Card et al., "With Little Power Comes Great Responsibility", EMNLP 2020.)
     """
     freedom = (num_prompts or parts.num_prompts) - 1
     factor = stats.t.ppf((1 + confidence) / 2, freedom) + stats.t.ppf(power, freedom)
     return float(factor * parts.standard_error(num_prompts, seeds_per_prompt))
 
 
-def detectable(differences: np.ndarray, confidence: float) -> dict[str, float | None]:
+def detectable(differences: np.ndarray, confidence: float) -> dict[str, float | None] | None:
     """The smallest difference that an evaluation could detect, and with other numbers of prompts or latents.
 
     Args:
-        differences: (P, K) of one pair; at least two prompts have a score.
+        differences: (P, K) of one pair.
 
-    Where a prompt has one latent, what more of them would bring is not known: None.
+    Returns:
+        None where fewer than two prompts have a score; None for other numbers of latents where a prompt has only one.
     """
+    if np.isfinite(differences).any(axis=1).sum() < 2:
+        return None
     parts = variance_parts(differences)
-
-    def with_seeds(count: float) -> float | None:
-        return None if parts.seed is None else detectable_difference(parts, None, count, confidence=confidence)
-
+    with_others = partial(detectable_difference, parts, confidence=confidence)
+    seeds = {"one_seed": 1, "twice_the_seeds": 2 * parts.seeds_per_prompt, "endless_seeds": float("inf")}
+    is_known = parts.seed is not None
     return {
-        "difference": detectable_difference(parts, confidence=confidence),
+        "difference": with_others(),
         "standard_error": parts.standard_error(),
         "prompt_variance": parts.prompt,
         "seed_variance": parts.seed,
-        "with_one_seed": with_seeds(1),
-        "with_twice_the_seeds": with_seeds(2 * parts.seeds_per_prompt),
-        "with_endless_seeds": with_seeds(float("inf")),
-        "with_twice_the_prompts": detectable_difference(parts, 2 * parts.num_prompts, confidence=confidence),
+        **{f"with_{name}": with_others(None, count) if is_known else None for name, count in seeds.items()},
+        "with_twice_the_prompts": with_others(2 * parts.num_prompts),
     }

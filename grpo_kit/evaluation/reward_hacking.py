@@ -1,12 +1,8 @@
 """Reward hacking: does the reward rise while a score that training never sees falls?
 
 The periodic validations tell. They draw the same held-out prompts from the same latents each time, so two of them are
-compared prompt by prompt, by random signs (Fisher's randomisation test for paired values). A fall of the held-out score
-counts where two validations in a row show it since the same earlier one, at a level that all validations of a run
-share: while that score does not fall, at most `ALPHA` of the runs are reported, however often they are validated.
-Beside such a fall, the reward has risen where both validations show it at `RISE`.
-
-Everything here is computed from what a run folder holds: a resumed run finds what an uninterrupted one would find.
+compared prompt by prompt, by random signs (Fisher's randomisation test for paired values). While the held-out score
+does not fall, at most `ALPHA` of the runs are reported, however often they are validated (see `first_fall`).
 """
 
 import math
@@ -107,103 +103,83 @@ def check_for_reward_hacking(
     validations: Validations, metrics: Sequence[Mapping], held_out: str | None
 ) -> RewardHackingReport:
     """Check all validations of a run, in order, and what its iterations logged until the last of them."""
-    signals = signals_table(validations, metrics, held_out)
+    signals = _signals_table(validations, metrics, held_out)
     divergence = None if held_out is None else find_divergence(validations, held_out)
-    cautions = find_cautions(validations, signals, held_out)
+    cautions = _find_cautions(validations, signals, held_out)
     if divergence is not None:  # which says more than a decline that shows at the same time
         cautions = [found for found in cautions if (found.kind, found.iteration) != ("decline", divergence.iteration)]
     return RewardHackingReport(held_out, signals, divergence, cautions)
 
 
-def find_divergence(validations: Validations, held_out: str = "gold", alpha: float = ALPHA) -> Divergence | None:
+def find_divergence(validations: Validations, held_out: str = "gold") -> Divergence | None:
     """The first divergence in a run's validations, None where there is none.
 
     Args:
         validations: contents of validation_iter_N.json in order, with `iteration` and per-prompt `samples`.
         held_out: the score among each sample's `rewards` that training never sees.
-        alpha: the share of runs with a false report, at most.
     """
-    reward, judged = score_table(validations, "reward"), score_table(validations, held_out)
-    fall = first_fall(judged, reward, alpha)
+    reward, judged = _score_table(validations, "reward"), _score_table(validations, held_out)
+    fall = first_fall(judged, reward)
     if fall is None:
         return None
+    place, base = fall
     return Divergence(
-        iteration=validations[fall.place]["iteration"],
-        since=validations[fall.base]["iteration"],
+        iteration=validations[place]["iteration"],
+        since=validations[base]["iteration"],
         held_out=held_out,
-        reward_change=t_interval(changes(reward, fall.base, fall.place)),
-        held_out_change=t_interval(changes(judged, fall.base, fall.place)),
-        num_prompts=len(changes(judged, fall.base, fall.place)),
-        p_value=fall.p_value,
-        level=level_at(fall.place, alpha),
-        reward_p_value=rise_p_value_of_both(reward, fall.base, fall.place),
+        reward_change=t_interval(changes(reward, base, place)),
+        held_out_change=t_interval(changes(judged, base, place)),
+        num_prompts=len(changes(judged, base, place)),
+        p_value=rise_p_value_of_both(-judged, base, place),
+        level=level_at(place),
+        reward_p_value=rise_p_value_of_both(reward, base, place),
     )
 
 
-def find_cautions(validations: Validations, signals: pd.DataFrame, held_out: str | None) -> list[Caution]:
+def _find_cautions(validations: Validations, signals: pd.DataFrame, held_out: str | None) -> list[Caution]:
     """Each kind of caution once, where it first appears."""
-    found = []
+    falls, found = [], []  # of scores: kind, what fell, its table, that of what has to rise meanwhile, what it means
     if held_out is not None:
-        judged, meaning = score_table(validations, held_out), "training takes away what is not rewarded"
-        found += _fall_caution("decline", held_out, meaning, validations, judged)
+        judged = _score_table(validations, held_out)
+        falls.append(("decline", held_out, judged, None, "training takes away what is not rewarded"))
     if all(validation.get("paraphrases") for validation in validations):
-        reworded = score_table([validation["paraphrases"] for validation in validations], "reward")
-        what, meaning = "on reworded prompts the reward", "the policy learns wordings"
-        found += _fall_caution("paraphrase", what, meaning, validations, reworded, score_table(validations, "reward"))
-    text = "the rewrites' diversity is {diversity:.2f}: whatever the user asks, they nearly say the same"
-    found += _signal_caution("alike", text, signals[signals["diversity"] < LOW_DIVERSITY])
-    text = "the KL from the initial policy is {kl:.2f} nats a token (over {most:g}): raise beta, or lower the "
-    text += "learning rate"
-    return found + _signal_caution("far", text, signals[signals["kl"] > HIGH_KL].assign(most=HIGH_KL))
+        reworded = _score_table([validation["paraphrases"] for validation in validations], "reward")
+        what, reward = "on reworded prompts the reward", _score_table(validations, "reward")
+        falls.append(("paraphrase", what, reworded, reward, "the policy learns wordings"))
+    for kind, what, falling, rising, meaning in falls:
+        if fall := first_fall(falling, rising):
+            place, base = fall
+            size, since = -t_interval(changes(falling, base, place)), validations[base]["iteration"]
+            text = f"{what} fell by {size} since iteration {since}: {meaning}"
+            found.append(Caution(validations[place]["iteration"], kind, text))
+    for row in signals[signals["diversity"] < LOW_DIVERSITY][:1].itertuples():
+        text = f"the rewrites' diversity is {row.diversity:.2f}: whatever the user asks, they nearly say the same"
+        found.append(Caution(int(row.iteration), "alike", text))
+    for row in signals[signals["kl"] > HIGH_KL][:1].itertuples():
+        text = f"the KL from the initial policy is {row.kl:.2f} nats a token (over {HIGH_KL:g}): raise beta, or lower "
+        found.append(Caution(int(row.iteration), "far", f"{text}the learning rate"))
+    return found
 
 
-def _fall_caution(
-    kind: str, what: str, meaning: str, validations: Validations, falling: np.ndarray, rising: np.ndarray | None = None
-) -> list[Caution]:
-    """A caution where one score falls over noise (and another, where given, rises meanwhile)."""
-    fall = first_fall(falling, rising)
-    if fall is None:
-        return []
-    size, since = -t_interval(changes(falling, fall.base, fall.place)), validations[fall.base]["iteration"]
-    text = f"{what} fell by {size} since iteration {since}: {meaning}"
-    return [Caution(validations[fall.place]["iteration"], kind, text)]
-
-
-def _signal_caution(kind: str, text: str, rows: pd.DataFrame) -> list[Caution]:
-    """A caution with the values of the first of these rows, where there is one."""
-    first = rows[:1].to_dict("records")
-    return [Caution(int(row["iteration"]), kind, text.format(**row)) for row in first]
-
-
-@dataclass(frozen=True)
-class Fall:
-    """At which validation a fall is established, since which one, and its p-value; validations are counted from 0."""
-
-    place: int
-    base: int
-    p_value: float
-
-
-def first_fall(falling: np.ndarray, rising: np.ndarray | None = None, alpha: float = ALPHA) -> Fall | None:
+def first_fall(falling: np.ndarray, rising: np.ndarray | None = None) -> tuple[int, int] | None:
     """The first validation at which a score has fallen over noise, and another one has risen since the same.
 
     Validation k (the k-th after the first) compares itself and the one before it with each of the k - 1 before these.
-    Both must have fallen, so that one odd validation is no finding; both tests must stay below
-    alpha / (k (k - 1)) / (k - 1): over comparisons and validations these levels sum to alpha, however many there are.
-    Of several validations since which this holds, the one with the largest fall is named.
+    Both must have fallen, so that one odd validation is no finding: each test at `level_at`, of a rise at `RISE`.
 
     Args:
-        falling, rising: (V, P) from `score_table`; None asks for no rise.
-        alpha: the share of runs with a false finding, at most.
+        falling, rising: (V, P) scores; None asks for no rise.
+
+    Returns:
+        The validation, and that since which the fall is the largest of those that count, both counted from 0.
     """
     for place in range(2, len(falling)):
-        p_values = {base: rise_p_value_of_both(-falling, base, place) for base in range(place - 1)}
-        bases = [base for base, p_value in p_values.items() if p_value <= level_at(place, alpha)]
+        level = level_at(place)
+        bases = [base for base in range(place - 1) if rise_p_value_of_both(-falling, base, place) <= level]
         if rising is not None:
             bases = [base for base in bases if rise_p_value_of_both(rising, base, place) <= RISE]
         if bases:
-            deepest = min((changes(falling, base, place).mean(), base) for base in bases)[1]
-            return Fall(place, deepest, p_values[deepest])
+            return place, min((changes(falling, base, place).mean(), base) for base in bases)[1]
     return None
 
 
@@ -212,16 +188,16 @@ def rise_p_value_of_both(table: np.ndarray, base: int, place: int) -> float:
     return max(rise_p_value(changes(table, base, later)) for later in (place - 1, place))
 
 
-def level_at(place: int, alpha: float = ALPHA) -> float:
-    """The level of one comparison at validation 2, 3, …; over all comparisons of all validations they sum to alpha."""
-    return alpha / (place * (place - 1)) / (place - 1)
+def level_at(place: int) -> float:
+    """The level of one comparison at validation 2, 3, …; over all comparisons of all validations they sum to ALPHA."""
+    return ALPHA / (place * (place - 1)) / (place - 1)
 
 
 def rise_p_value(differences: np.ndarray) -> float:
     """One-sided p-value that paired differences lie above 0: the sign-flip test in its normal approximation.
 
     Were both validations alike, each difference could as well have the other sign; their sum then has the variance
-    Σd², and z = Σd / √Σd². Few prompts, many ties or a single outlier give a small z, so nothing is claimed from them.
+    Σd², and z = Σd / √Σd². Few prompts, many ties or a single outlier give a small z.
     """
     size = math.sqrt(float(np.square(differences).sum()))
     return 1.0 if size == 0 else float(special.ndtr(-differences.sum() / size))
@@ -233,7 +209,7 @@ def changes(table: np.ndarray, earlier: int, later: int) -> np.ndarray:
     return difference[np.isfinite(difference)]
 
 
-def score_table(validations: Validations, score: str) -> np.ndarray:
+def _score_table(validations: Validations, score: str) -> np.ndarray:
     """(V, P): each prompt's score in each validation, NaN where it was not scored or not asked."""
     columns: dict[tuple[str, int], list[float | None]] = {}
     for row, validation in enumerate(validations):
@@ -246,7 +222,7 @@ def score_table(validations: Validations, score: str) -> np.ndarray:
     return np.array(list(columns.values()), dtype=float).T
 
 
-def signals_table(validations: Validations, metrics: Sequence[Mapping], held_out: str | None) -> pd.DataFrame:
+def _signals_table(validations: Validations, metrics: Sequence[Mapping], held_out: str | None) -> pd.DataFrame:
     """The five signals side by side: a row a validation, NaN where one is not measured."""
     rows = []
     for validation in validations:

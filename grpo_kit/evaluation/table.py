@@ -1,9 +1,11 @@
-"""An evaluation as a table: names that people know, numbers as they read them, means with their intervals."""
+"""What an evaluation compares, its scores as tables in which pairs stay pairs, and names and numbers for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from grpo_kit.evaluation.pairs import VARIANTS
+import pandas as pd
 
+VARIANTS = ("raw", "initial", "trained", "oracle")
+_PAIRS = (("trained", "raw"), ("trained", "initial"), ("initial", "raw"), ("oracle", "raw"), ("oracle", "trained"))
 Interval = Mapping[str, float]  # mean, low, high
 MAIN = ("reward", "gold")
 VARIANT_NAMES = dict(zip(VARIANTS, ("raw prompt", "initial policy", "trained policy", "oracle rewrite"), strict=True))
@@ -53,10 +55,7 @@ def interval_text(metric: str, value: Interval | None, signed: bool = False) -> 
 
 
 def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[str], str]]]:
-    """Return the comparison as a table: the metrics' names, then rows of (label, cells, kind).
-
-    The kind is `variant`, `difference` or `share`.
-    """
+    """The comparison as a table: the metrics' names, and rows (label, cells, "variant", "difference" or "share")."""
     variants, changes = results.get("variants", {}), results.get("differences", {})
     found = {metric for values in variants.values() for metric in values}
     order = ["reward", "gold", "keeps_objects", "grammatical"]
@@ -77,3 +76,34 @@ def comparison_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list[s
         shares = [percent(wins[m]["mean"]) if m in wins and m in MAIN else "–" for m in metrics]
         rows.append(("images better than raw", shares, "share"))
     return [metric_name(m) for m in metrics], rows
+
+
+def compared_pairs(variants: Sequence[str]) -> list[tuple[str, str]]:
+    """The kit's own pairs; each saved policy against raw and against the first one, `trained` where it takes part."""
+    saved = [variant for variant in variants if variant not in VARIANTS]
+    first = ["trained"] if "trained" in variants else saved[:1]
+    pairs = [(a, b) for a, b in _PAIRS if a in variants and b in variants]
+    return pairs + [(name, other) for name in saved for other in ["raw", *first] if other in variants and other != name]
+
+
+def complete_cells(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Leave out (and count) the (prompt, seed) cells in which a variant could not be scored: pairs must stay pairs."""
+    failed = rows.loc[rows["reward"].isna(), ["prompt_id", "seed"]].drop_duplicates()
+    if failed.empty:
+        return rows, 0
+    kept = rows.merge(failed, on=["prompt_id", "seed"], how="left", indicator=True)["_merge"] == "left_only"
+    return rows[kept.to_numpy()], len(failed)
+
+
+def score_tables(
+    rows: pd.DataFrame, metrics: Sequence[str], variants: Sequence[str]
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """Metric → variant → its (P, K) table: a row a prompt, a column a latent seed.
+
+    Args:
+        rows: tidy rows with the columns prompt_id, variant, seed and the metrics.
+    """
+    if rows.empty:
+        return {m: {v: pd.DataFrame(dtype=float) for v in variants} for m in metrics}
+    wide = rows.pivot(index="prompt_id", columns=["variant", "seed"], values=list(metrics))
+    return {m: {v: wide[m][v] for v in variants} for m in metrics}

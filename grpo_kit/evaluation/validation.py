@@ -78,13 +78,9 @@ def _since_start(samples: Sequence[Mapping], earlier: Sequence[Mapping], setting
         return {}
     now, then = _score_columns(samples), _score_columns(first)
     change = {name: now[name] - then[name] for name in now if name in then}
-    success = {name: success_rate(values[:, None], settings.confidence) for name, values in change.items()}
-    return {
-        "since_start": {
-            "differences": {name: interval(values, settings).to_dict() for name, values in change.items()},
-            "success": {name: share.to_dict() for name, share in success.items()},
-        }
-    }
+    differences = {name: interval(values, settings).to_dict() for name, values in change.items()}
+    success = {name: success_rate(c[:, None], settings.confidence).to_dict() for name, c in change.items()}
+    return {"since_start": {"differences": differences, "success": success}}
 
 
 def _score_columns(samples: Sequence[Mapping]) -> dict[str, np.ndarray]:
@@ -95,12 +91,14 @@ def _score_columns(samples: Sequence[Mapping]) -> dict[str, np.ndarray]:
 
 def _sample(row: Mapping) -> dict:
     """One row as validations list it."""
-    parts = {name.removeprefix("reward/"): value for name, value in row.items() if name.startswith("reward/")}
     asked = {name: row[name] for name in ("user_prompt", "category", "difficulty")}
-    return asked | {"enhanced_prompt": row["text"], "reward": row["reward"], "rewards": parts}
+    return asked | {"enhanced_prompt": row["text"]} | _scores(row)
 
 
 def _mean_scores(frame: pd.DataFrame) -> dict:
-    parts = [name for name in frame if name.startswith("reward/")]
-    means = {name.removeprefix("reward/"): float(frame[name].mean()) for name in parts}
-    return {"reward": float(frame["reward"].mean()), "rewards": means}
+    return _scores({name: float(frame[name].mean()) for name in frame if name.startswith("reward")})
+
+
+def _scores(row: Mapping) -> dict:
+    parts = {name.removeprefix("reward/"): value for name, value in row.items() if name.startswith("reward/")}
+    return {"reward": row["reward"], "rewards": parts}

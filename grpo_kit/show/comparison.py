@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from grpo_kit.evaluation.pairs import VARIANTS
 from grpo_kit.evaluation.pools import (
     METRICS,
     Pool,
@@ -15,7 +14,7 @@ from grpo_kit.evaluation.pools import (
     setting_texts,
     value_text,
 )
-from grpo_kit.evaluation.table import VARIANT_NAMES, interval_text, metric_name, number_text
+from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, interval_text, metric_name, number_text
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.curves import seeds_figure
 from grpo_kit.show.intervals import interval_figure

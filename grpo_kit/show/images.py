@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import VARIANT_NAMES, format_metric, number_text
+from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, format_metric, number_text
 from grpo_kit.runs.record import ImageKey
 from grpo_kit.show import style
 from grpo_kit.show.frame import frame_of

@@ -6,8 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import SHARES, VARIANT_NAMES, format_metric, metric_name, number_text
+from grpo_kit.evaluation.table import SHARES, VARIANT_NAMES, VARIANTS, format_metric, metric_name, number_text
 from grpo_kit.show import style
 
 Interval = Mapping[str, float]  # mean, low, high

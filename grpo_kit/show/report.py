@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import VARIANT_NAMES, format_metric, number_text, percent
+from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, format_metric, number_text, percent
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import summary
 from grpo_kit.show.curves import CURVES, training_curves

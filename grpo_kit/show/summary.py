@@ -5,8 +5,16 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import MAIN, SHARES, comparison_rows, format_metric, interval_text, metric_name, percent
+from grpo_kit.evaluation.table import (
+    MAIN,
+    SHARES,
+    VARIANTS,
+    comparison_rows,
+    format_metric,
+    interval_text,
+    metric_name,
+    percent,
+)
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show import style
 from grpo_kit.show.intervals import Interval

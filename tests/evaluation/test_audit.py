@@ -184,7 +184,6 @@ def test_an_audit_of_real_rewards(kit: Experiment, rollout: Rollout) -> None:
         gold=kit.rewards.monitors["gold"],
         group_ids=rollout.group_ids,
         image_seeds=rollout.image_seeds[:, 0],
-        n_resamples=50,
     )
     table = found.table()
     assert list(table.index) == list(rewards)

@@ -19,9 +19,9 @@ from grpo_kit.evaluation.intervals import (
     success_rate,
     win_rate,
 )
-from grpo_kit.evaluation.pairs import compared_pairs, complete_cells, score_tables
 from grpo_kit.evaluation.pools import pool_evaluations
 from grpo_kit.evaluation.power import detectable_difference, variance_parts
+from grpo_kit.evaluation.table import compared_pairs, complete_cells, score_tables
 
 Method = Callable[[np.ndarray], Interval]
 REPEATS = 300

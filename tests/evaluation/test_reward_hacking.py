@@ -114,7 +114,7 @@ def any_rise_counts(patch: pytest.MonkeyPatch) -> None:
 
 def every_look_at_the_full_level(patch: pytest.MonkeyPatch) -> None:
     """The number of validations and comparisons is not taken into account."""
-    patch.setattr(reward_hacking, "level_at", lambda place, alpha=ALPHA: ALPHA)
+    patch.setattr(reward_hacking, "level_at", lambda place: ALPHA)
 
 
 def one_validation_is_enough(patch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def one_validation_is_enough(patch: pytest.MonkeyPatch) -> None:
 def the_reward_is_not_asked(patch: pytest.MonkeyPatch) -> None:
     """Any fall of the held-out score is called gaming."""
     fall = reward_hacking.first_fall
-    patch.setattr(reward_hacking, "first_fall", lambda falling, rising=None, alpha=ALPHA: fall(falling, None, alpha))
+    patch.setattr(reward_hacking, "first_fall", lambda falling, rising=None: fall(falling))
 
 
 def test_an_unpaired_check_would_miss_what_pairs_show(monkeypatch: pytest.MonkeyPatch):
