@@ -84,7 +84,8 @@ def _device(config: Config) -> str:
 def weights_text(where: str) -> str:
     """What stands at a model's place: a folder whose weight files fit its card, or a hub id whose files are cached.
 
-    Raises `KitError` for a file that is missing or damaged, and for a model that is not on this machine.
+    Raises:
+        KitError: a file is missing or damaged, or the model is not on this machine.
     """
     folder = Path(where)
     if not folder.is_absolute():
@@ -121,10 +122,8 @@ def _cached(where: str) -> str:
 
     if any(isinstance(try_to_load_from_cache(where, name), str) for name in ("model_index.json", "config.json")):
         return f"{where}: in the hub cache"
-    raise KitError(
-        f"{where}: not on this machine. It is fetched at first use, which needs network and, where it is gated, the "
-        "licence accepted on its page and a login (hf auth login); offline take --profile tiny"
-    )
+    needs = "needs network and, where it is gated, the licence accepted on its page and a login (hf auth login)"
+    raise KitError(f"{where}: not on this machine. It is fetched at first use: {needs}; offline take --profile tiny")
 
 
 def _prompts(path: str) -> str:
@@ -150,10 +149,9 @@ def _kernel() -> str:
     program, own = Path(found.argv[0] if found.argv else "nothing"), Path(sys.executable)
     is_own = (program.parent.resolve(), program.resolve()) == (own.parent.resolve(), own.resolve())
     if not is_own and not re.fullmatch(r"python[\d.]*(\.exe)?", str(program)):  # Jupyter puts its own in its place
-        raise KitError(
-            f"python3, in {found.resource_dir}, is {program}, not this Python: JupyterLab and VS Code would use it "
-            f"(grpo-kit run takes {sys.executable}). Choose another kernel there, or make it this one: {mend}"
-        )
+        used = f"JupyterLab and VS Code would use it (grpo-kit run takes {sys.executable})"
+        what = f"python3, in {found.resource_dir}, is {program}, not this Python"
+        raise KitError(f"{what}: {used}. Choose another kernel there, or make it this one: {mend}")
     return f"python3 (ipykernel {importlib.metadata.version('ipykernel')}): this Python"
 
 
@@ -164,7 +162,5 @@ def _wandb(mode: str) -> str:
 
     wandb.setup(wandb.Settings(silent=True))
     if mode == "online" and not wandb.login(prompt=False, verify=False):  # looks for a key, contacts no server
-        raise KitError(
-            "online, but no key on this machine. Log in (wandb login), or set tracking_settings.wandb=offline"
-        )
+        raise KitError("online, but no key here. Log in (wandb login), or set tracking_settings.wandb=offline")
     return f"{mode} (wandb {wandb.__version__})"

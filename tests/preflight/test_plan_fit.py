@@ -20,7 +20,7 @@ from grpo_kit.preflight.plan.parts import Part, Plan
 from grpo_kit.preflight.plan.policy import longest_rollout
 from grpo_kit.preflight.plan.speed import ACCELERATORS, Speed, at, speed_of
 from grpo_kit.preflight.plan.table import in_words
-from grpo_kit.preflight.plan.tracing import Operation
+from grpo_kit.preflight.plan.tracing import Cost, Operation
 
 LORA = {"model_settings__lora": {"r": 4, "alpha": 8}}
 
@@ -155,7 +155,7 @@ def test_time_is_the_longer_of_computing_and_waiting():
     speed = Speed("test", "", torch.float32, {("matmul", torch.float32): ((1, 100.0),)}, ((1, 10.0),), 0.5, memory=1.0)
 
     def seconds(flops: int, moved: int) -> float:
-        return speed._seconds(Operation("matmul", torch.float32, flops, moved))
+        return speed.seconds(Cost(0, {Operation("matmul", torch.float32, flops, moved): 1}))
 
     assert seconds(1000, 10) == pytest.approx(0.5 + 10)
     assert seconds(10, 1000) == pytest.approx(0.5 + 100)

@@ -11,18 +11,12 @@ _WORTH = 0.01  # of the peak: a change that saves less is left out
 
 @dataclass(frozen=True)
 class Dial:
-    """A setting that can be turned down.
-
-    Args:
-        part: whose memory it takes, and the only one that it changes.
-        price: what it costs besides time.
-        weights: whether it changes what lies in memory all the time.
-    """
+    """A setting that can be turned down."""
 
     setting: str
-    part: str
-    price: str
-    weights: bool = False
+    part: str  # whose memory it takes, and the only one that it changes
+    price: str  # what it costs besides time
+    weights: bool = False  # whether it changes what lies in memory all the time
 
     def next_value(self, config: Config) -> object:
         """The setting's next value; None where nothing is left to turn down."""

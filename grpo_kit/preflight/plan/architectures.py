@@ -45,14 +45,12 @@ class PipelineShape:
         Raises:
             PlanError: it is not known for such a pipeline.
         """
-        denoiser = next((self.components[name] for name in ("transformer", "unet") if name in self.components), None)
+        denoiser = self.components.get("transformer") or self.components.get("unet")
         latent = denoiser and denoiser[2].get("sample_size")
         halvings = len(self.components["vae"][2].get("block_out_channels", ())) - 1
         if latent is None or halvings < 0:
-            raise PlanError(
-                f"model_settings.sd_model: found a {self.kind}, whose pictures' size is not known here; set "
-                "generation_settings.height and width"
-            )
+            found = f"found a {self.kind}, whose pictures' size is not known here"
+            raise PlanError(f"model_settings.sd_model: {found}; set generation_settings.height and width")
         return latent * 2**halvings
 
 
@@ -133,12 +131,9 @@ def _transformers_config(name: str, kind: str, setting: str) -> tuple[Pretrained
 def _open_clip_settings(name: str) -> tuple[dict[str, Any], str]:
     """The arguments of open_clip's class, of a folder, a hub id that was fetched, or a name that open_clip knows."""
     if not Path(name).is_dir() and not name.startswith("hf-hub:"):
-        settings = open_clip.get_model_config(name)
-        if settings is None:
-            raise PlanError(
-                f"model_settings.clip_model: found {name!r}, allowed: a folder, a hub id or an open_clip name"
-            )
-        return settings, "open_clip's own table"
+        if settings := open_clip.get_model_config(name):
+            return settings, "open_clip's own table"
+        raise PlanError(f"model_settings.clip_model: found {name!r}, allowed: a folder, a hub id or an open_clip name")
     hub, file = name.removeprefix("hf-hub:"), "open_clip_config.json"
     try:
         path = Path(name) / file if Path(name).is_dir() else hf_hub_download(hub, file, local_files_only=True)

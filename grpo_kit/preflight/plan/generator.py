@@ -17,7 +17,6 @@ from grpo_kit.preflight.plan.architectures import PipelineShape, PlanError, comp
 from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, tensors_of
 from grpo_kit.preflight.plan.tracing import Cost, Trace, weightless
 
-_T5_TOKENS = 256  # of SD3's pipeline, where generation_settings.max_sequence_length is null
 _SETTING = "generation_settings.image_batch_size"
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -41,8 +40,8 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     calls = math.ceil(images / at_once)
     batch = math.ceil(images / calls)  # the kit makes them as even as can be
     embeddings = _embeddings(pipeline, config, dtype)
-    size = sum(values.nbytes for values in embeddings.values())
-    kept = size * max(min(KEPT_TEXTS, KEPT_BYTES // size), texts + 1)
+    text_size = sum(values.nbytes for values in embeddings.values())
+    kept = text_size * max(min(KEPT_TEXTS, KEPT_BYTES // text_size), texts + 1)
     reading = _reading(pipeline, config, there).times(calls * math.ceil(batch / TEXTS_AT_ONCE))
     step, latents = _denoising(pipeline, config, embeddings, batch, there)
     shifted = {"mu": 1.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}
@@ -67,10 +66,8 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
 def _build(shape: PipelineShape, config: Config, dtype: torch.dtype) -> tuple[DiffusionPipeline, tuple[Piece, ...]]:
     """The pipeline without values, set as the config says, and the models that it is made of."""
     if shape.kind not in PIPELINES:
-        raise PlanError(
-            f"model_settings.sd_model: found a {shape.kind}, allowed in a plan: {', '.join(PIPELINES)}; plan with one "
-            "of these, or measure a short run"
-        )
+        allowed = f"allowed in a plan: {', '.join(PIPELINES)}"
+        raise PlanError(f"model_settings.sd_model: found a {shape.kind}, {allowed}. Take one, or measure a short run")
     settings = config.model_settings
     named = {name: part for name, part in shape.components.items() if name != "text_encoder_3" or not settings.drop_t5}
     parts = {name: component(*part, dtype) for name, part in named.items()}
@@ -98,11 +95,9 @@ def _embeddings(pipeline: DiffusionPipeline, config: Config, dtype: torch.dtype)
     """The embeddings of one text, as arguments of the pipeline."""
     tokens = pipeline.text_encoder.config.max_position_embeddings
     if denoiser := getattr(pipeline, "transformer", None):  # Stable Diffusion 3
-        length = config.generation_settings.max_sequence_length
-        t5_tokens = 0 if pipeline.text_encoder_3 is None else _T5_TOKENS if length is None else length
-        sizes = denoiser.config
-        shapes = {"prompt_embeds": (tokens + t5_tokens, sizes.joint_attention_dim)}
-        shapes["pooled_prompt_embeds"] = (sizes.pooled_projection_dim,)
+        t5_tokens = 0 if pipeline.text_encoder_3 is None else _t5_tokens(config)
+        shapes = {"prompt_embeds": (tokens + t5_tokens, denoiser.config.joint_attention_dim)}
+        shapes["pooled_prompt_embeds"] = (denoiser.config.pooled_projection_dim,)
     else:
         shapes = {"prompt_embeds": (tokens, pipeline.unet.config.cross_attention_dim)}
         if second := getattr(pipeline, "text_encoder_2", None):  # XL
@@ -113,14 +108,18 @@ def _embeddings(pipeline: DiffusionPipeline, config: Config, dtype: torch.dtype)
 @torch.no_grad()
 def _reading(pipeline: DiffusionPipeline, config: Config, there: list[torch.Tensor]) -> Cost:
     """Every text encoder reads a few texts."""
-    given = config.generation_settings.max_sequence_length
     encoders = [model for name, model in _models(pipeline.components).items() if name.startswith("text_encoder")]
     with Trace(there) as trace:
         for encoder in encoders:
-            own = getattr(encoder.config, "max_position_embeddings", None)
-            length = own or (_T5_TOKENS if given is None else max(given, 1))
+            length = getattr(encoder.config, "max_position_embeddings", None) or max(_t5_tokens(config), 1)
             encoder(torch.zeros(TEXTS_AT_ONCE, length, dtype=torch.long), output_hidden_states=True)
     return trace.cost
+
+
+def _t5_tokens(config: Config) -> int:
+    """Of a text, as T5 reads it: without a setting 256, as SD3's pipeline has it."""
+    length = config.generation_settings.max_sequence_length
+    return 256 if length is None else length
 
 
 def _denoising(

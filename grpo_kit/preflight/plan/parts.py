@@ -1,7 +1,7 @@
 """What a plan is made of: a run's three parts on a device, what each holds and does, and whether they fit."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,10 +22,10 @@ class Piece:
     @classmethod
     def of(cls, name: str, model: torch.nn.Module, in_8_bits: Iterable[torch.nn.Linear] = ()) -> "Piece":
         """The piece that a model is, with the weights of some layers in 8 bits and a scale for each of their rows."""
-        tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # a tied one once
+        tensors = set(model.state_dict(keep_vars=True).values())  # a tied one once
         weights = [layer.weight for layer in in_8_bits]
         spared = sum(weight.numel() * (weight.element_size() - 1) - weight[:, :1].nbytes for weight in weights)
-        return cls(name, count_parameters(model), sum(tensor.nbytes for tensor in tensors.values()) - spared)
+        return cls(name, count_parameters(model), sum(tensor.nbytes for tensor in tensors) - spared)
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Part:
-    """Policy, generator or reward.
-
-    Args:
-        source: where its shape was read.
-        held: bytes that stay in memory besides the weights, by what they are.
-        notes: what the plan had to suppose.
-        pictures: bytes of the rollout's pictures, which lie in the host's memory.
-    """
+    """Policy, generator or reward."""
 
     name: str
-    source: str
+    source: str  # where its shape was read
     pieces: tuple[Piece, ...]
     phases: tuple[Phase, ...]
-    held: dict[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    pictures: int = 0
+    held: dict[str, int] = field(default_factory=dict)  # bytes that stay in memory besides the weights
+    notes: tuple[str, ...] = ()  # what the plan had to suppose
+    pictures: int = 0  # bytes of the rollout's, which lie in the host's memory
 
     @property
     def parameters(self) -> int:
@@ -112,8 +105,7 @@ class Plan:
     @property
     def largest(self) -> tuple[Part, Phase]:
         """The phase that sets the peak, and whose it is."""
-        phases = ((part, phase) for part in self.parts for phase in part.phases)
-        return max(phases, key=lambda found: found[1].cost.peak)
+        return max(((part, p) for part in self.parts for p in part.phases), key=lambda found: found[1].cost.peak)
 
     @property
     def seconds(self) -> float:
@@ -133,11 +125,10 @@ class Plan:
     def placements(self) -> tuple[Placement, ...]:
         """The ways to place the parts, the quickest first."""
         alone = [self._resident(part) + part.working for part in self.parts]
-        others = self.parts[1:]
-        drawing = sum(map(self._resident, others)) + max(part.working for part in others)
+        others = replace(self, parts=self.parts[1:]).peak
         peaks = {
             "together on one device": self.peak,
-            "policy on one device, generator and reward on another": max(alone[0], drawing),
+            "policy on one device, generator and reward on another": max(alone[0], others),
             "offloaded in turn: each part on the device while it works": max(alone),
             "a device for each part": max(alone),
         }
@@ -161,5 +152,4 @@ def linear_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
 
 def tensors_of(*models: torch.nn.Module | None) -> list[torch.Tensor]:
     """The parameters and buffers of some models."""
-    there = [model for model in models if model is not None]
-    return [tensor for model in there for tensor in (*model.parameters(), *model.buffers())]
+    return [tensor for model in filter(None, models) for tensor in (*model.parameters(), *model.buffers())]

@@ -51,7 +51,7 @@ def plan_policy(config: Config, dtype: torch.dtype) -> Part:
         Phase("update", update, "training_settings.micro_batch_size"),
     )
     trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
-    notes = (*notes, f"{trained:,} of the policy's parameters are trained")
+    notes += (f"{trained:,} of the policy's parameters are trained",)
     return Part("policy", source, (piece,), phases, held, notes)
 
 
@@ -71,11 +71,9 @@ def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tupl
         processor = AutoProcessor.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
         if settings.use_image:
-            raise PlanError(
-                f"model_settings.use_image: found true, but no processor of {name!r} is on this machine, "
-                "which knows how many tokens a picture becomes; fetch it where there is network, a few kB: "
-                f"hf download {name} --include '*.json' '*.txt'"
-            ) from error
+            found = f"found true, but no processor of {name!r} is on this machine, which knows a picture's tokens"
+            mend = f"fetch it where there is network, a few kB: hf download {name} --include '*.json' '*.txt'"
+            raise PlanError(f"model_settings.use_image: {found}; {mend}") from error
         kind, processor = _PolicyWithoutTokenizer, SimpleNamespace(pad_token_id=0, eos_token_id=0)
         notes = (f"prompt lengths supposed: {_CHARACTERS_A_TOKEN} characters a token",)
     policy = kind(
@@ -141,10 +139,10 @@ def _update(
         return cost_of(lambda: grpo_step(policy, optimizer, rollout, config), there)
 
     cost = step_on(run)
-    if run == rows:
-        return cost
-    last = cost.then(step_on(run - size).times(-1))
-    return cost.then(last.times((rows - run) / size))
+    if run < rows:
+        last = cost.then(step_on(run - size).times(-1))
+        cost = cost.then(last.times((rows - run) / size))
+    return cost
 
 
 def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
@@ -159,11 +157,10 @@ def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
     N = len(groups)
     known = sorted(load_prompts(settings.train_prompts), key=lambda prompt: len(prompt.user_prompt))
     prompts = known[-P:][: int(groups.max()) + 1]
-    pictures = None
-    if config.model_settings.use_image:
+    pictures, models = None, config.model_settings
+    if models.use_image:
         width, height = config.generation_settings.width, config.generation_settings.height
-        named = config.model_settings.generator_config or config.model_settings.sd_model
-        side = width if width and height else pipeline_shape(named).side
+        side = width if width and height else pipeline_shape(models.generator_config or models.sd_model).side
         pictures = [Image.new("RGB", (width or side, height or side))] * len(prompts)
     return Rollout(
         prompts=prompts,

@@ -22,9 +22,8 @@ def plan_reward(config: Config) -> Part:
     """
     settings, training = config.reward_settings, config.training_settings
     named = {*settings.weights, *settings.monitors}
-    models = {name: _PREFERENCE[name] for name in sorted(named & _PREFERENCE.keys())}
-    if named & _OF_CLIP:
-        models = {"clip": config.model_settings.clip_model, **models}
+    models = {"clip": config.model_settings.clip_model} if named & _OF_CLIP else {}
+    models |= {name: _PREFERENCE[name] for name in sorted(named & _PREFERENCE.keys())}
     rows = training.prompts_per_iteration * training.group_size
     images = rows * config.generation_settings.images_per_prompt
     texts = training.prompts_per_iteration + (rows if named & _READ_REWRITES else 0)

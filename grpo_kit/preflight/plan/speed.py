@@ -1,13 +1,13 @@
 """How long operations take: speeds measured on this machine in a few seconds, or stated for a named accelerator.
 
-An operation takes the longer of computing (its operations by the speed of its kind) and waiting for memory (bytes by
-the bandwidth): the roofline model (Williams et al., CACM 52(4), 2009). Added is the time to start it. Speeds depend on
-size, so they are measured at several.
+An operation takes the time to start it, and the longer of computing and waiting for memory: the roofline model
+(Williams et al., CACM 52(4), 2009). Speeds depend on size, so they are measured at several.
 """
 
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_kit.config.hardware import choose_device, choose_dtype
 from grpo_kit.preflight.plan.architectures import PlanError
-from grpo_kit.preflight.plan.tracing import Cost, Operation, cost_of
+from grpo_kit.preflight.plan.tracing import KINDS, Cost, cost_of
 
 _SHARE = 0.4  # of a stated speed that whole models reach: a supposition, which the plan says
-_KINDS = ("matmul", "conv", "attention")
 _SECONDS = 0.1  # that one speed is measured for
 _BYTES = tuple(4**power for power in range(7, 15))  # 16 kB to 268 MB
 _RUNTIME = 700e6  # bytes that CUDA and its libraries take beside the tensors
@@ -41,37 +40,27 @@ def at(curve: Curve, size: float) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does in a second.
-
-    Args:
-        compute: floating-point operations a second by (kind, dtype): matmul by its rows, conv by its places, attention
-            by its queries.
-        bandwidth: bytes a second that are read or written, by the bytes of one operation.
-        start: seconds before an operation begins.
-        memory: bytes of the device.
-        taken: bytes of them that the libraries take.
-        shares_host: its memory is the host's, so the pictures lie in it too.
-    """
+    """What a device does in a second."""
 
     name: str
     source: str
     dtype: torch.dtype
-    compute: Mapping[tuple[str, torch.dtype], Curve]
-    bandwidth: Curve
-    start: float
-    memory: float
-    taken: float = 0.0
-    shares_host: bool = False
+    compute: Mapping[tuple[str, torch.dtype], Curve]  # kind, dtype → operations a second, by `Operation.rows`
+    bandwidth: Curve  # bytes a second that are read or written, by the bytes of one operation
+    start: float  # seconds before an operation begins
+    memory: float  # bytes
+    taken: float = 0.0  # bytes of them that the libraries take
+    shares_host: bool = False  # its memory is the host's, so the pictures lie in it too
 
     def seconds(self, cost: Cost) -> float:
         """How long an amount of work takes."""
-        return sum(self._seconds(operation) * times for operation, times in cost.operations.items())
-
-    def _seconds(self, operation: Operation) -> float:
-        rates = self.compute.get((operation.kind, operation.dtype))
-        computing = operation.flops / at(rates, operation.rows) if rates else 0.0
-        waiting = operation.moved / at(self.bandwidth, operation.moved)
-        return self.start + max(computing, waiting)
+        total = 0.0
+        for operation, times in cost.operations.items():
+            rates = self.compute.get((operation.kind, operation.dtype))
+            computing = operation.flops / at(rates, operation.rows) if rates else 0.0
+            waiting = operation.moved / at(self.bandwidth, operation.moved)
+            total += (self.start + max(computing, waiting)) * times
+        return total
 
 
 @dataclass(frozen=True)
@@ -111,24 +100,21 @@ def speed_of(device: str, dtype: str, memory: float | None = None) -> Speed:
         PlanError: neither.
         ConfigError: this machine has no such device.
     """
-    if device in ACCELERATORS:
-        return _stated(device, ACCELERATORS[device], dtype, memory)
-    if device != "auto" and device.split(":")[0] not in ("cpu", "mps", "cuda"):
+    if device == "auto" or device.split(":")[0] in ("cpu", "mps", "cuda"):
+        return calibrate(device, dtype, memory)
+    if device not in ACCELERATORS:
         allowed = ", ".join(("auto", "cpu", "mps", "cuda:N", *ACCELERATORS))
         raise PlanError(f"--device: found {device!r:.60}, allowed: {allowed}")
-    return calibrate(device, dtype, memory)
-
-
-def _stated(name: str, sheet: DataSheet, dtype: str, memory: float | None) -> Speed:
+    sheet = ACCELERATORS[device]
     chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if sheet.bfloat16 else torch.float32
     rates = {torch.float32: sheet.float32, torch.float16: sheet.half}
     rates[torch.bfloat16] = sheet.half if sheet.bfloat16 else sheet.float32 / 2  # emulated
     memory = memory or sheet.memory * 1e9
     return Speed(
-        name=name,
+        name=device,
         source=f"stated speed, of which {_SHARE:.0%} is supposed to be reached",
         dtype=chosen,
-        compute={(kind, t): ((1, _SHARE * rate * 1e12),) for t, rate in rates.items() for kind in _KINDS},
+        compute={(kind, t): ((1, _SHARE * rate * 1e12),) for t, rate in rates.items() for kind in KINDS.values()},
         bandwidth=((1, 2 * _SHARE * sheet.bandwidth * 1e9),),
         start=1e-5,
         memory=memory,
@@ -149,21 +135,20 @@ def calibrate(
     chosen, _ = choose_device(device)
     kind, _ = choose_dtype(chosen, dtype)
     seconds = partial(_seconds, chosen, clock)
-    compute: dict[tuple[str, torch.dtype], Curve] = {}
+    compute: dict[tuple[str, torch.dtype], Curve] = defaultdict(tuple)
     for floating in {kind, torch.float32}:
         for name, size, flops, work in _timed_work(chosen, floating):
-            compute[name, floating] = (*compute.get((name, floating), ()), (size, flops / seconds(work)))
+            compute[name, floating] += ((size, flops / seconds(work)),)
     bandwidth: Curve = ()
     for size in _BYTES:  # of a function of every value, which reads and writes each
         values = torch.randn(size // 8, device=chosen)
-        work = partial(torch.ops.aten.silu.out, values, out=torch.empty_like(values))
-        bandwidth = (*bandwidth, (size, 2 * values.nbytes / seconds(work)))
+        bandwidth += ((size, size / seconds(partial(torch.ops.aten.silu.out, values, out=torch.empty_like(values)))),)
     own = torch.cuda.get_device_properties(chosen).total_memory if chosen.type == "cuda" else virtual_memory().total
     return Speed(
         name=str(chosen),
         source="measured on this machine",
         dtype=kind,
-        compute=compute,
+        compute=dict(compute),
         bandwidth=bandwidth,
         start=_start(chosen, seconds),
         memory=memory or own,
@@ -180,8 +165,7 @@ def _timed_work(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str,
 
     weights = [random(2048, 1024) for _ in range(32)]  # as large as a model's: a cache holds few of them
     for rows in (1, 4, 16, 64, 256, 1024):
-        given = random(rows, 1024)
-        work = partial(_each, functional.linear, given, weights)
+        work = partial(_each, functional.linear, random(rows, 1024), weights)
         yield "matmul", rows, 2 * rows * 1024 * 2048 * len(weights), work
     kernels = [random(256, 256, 3, 3) for _ in range(4)]
     for side in (3, 6, 12, 24, 48, 96):

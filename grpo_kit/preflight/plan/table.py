@@ -16,11 +16,12 @@ def in_words(plan: Plan, steps: Sequence[Step]) -> str:
     kind = str(speed.dtype).removeprefix("torch.")
     part, phase = plan.largest
     training = f"{plan.minutes:.1f} min" if plan.minutes < 120 else f"{plan.minutes / 60:.1f} h"
+    rows = [("part", "", "parameters", "in memory", "adds most", "s/iteration")]
+    rows += [row for each in plan.parts for row in _rows(plan, each)]
     lines = [
         f"device: {speed.name}, {_size(speed.memory)}, {kind}; {speed.source}",
         "",
-        _row("part", "", "parameters", "in memory", "adds most", "s/iteration"),
-        *(line for each in plan.parts for line in _part_rows(plan, each)),
+        *("{:<12} {:<16} {:>12} {:>11} {:>11} {:>11}".format(*row).rstrip() for row in rows),
         "",
         f"peak: {_size(plan.peak)} = {_size(plan.resident)} all the time + {_size(phase.cost.peak)} in {part.name}, "
         f"{phase.name}",
@@ -31,7 +32,7 @@ def in_words(plan: Plan, steps: Sequence[Step]) -> str:
         "",
         "where each part may live:",
         *(f"  {_size(way.peak):>9}  {'fits' if way.fits else '-':<5} {way.name}" for way in plan.placements),
-        *([] if plan.fits else ["", *_of_steps(steps)]),
+        *([] if plan.fits else ["", *_step_lines(steps)]),
         "",
         *(f"{each.name}: shape from {each.source}" for each in plan.parts),
         *(f"{each.name}: {note}" for each in plan.parts for note in each.notes),
@@ -39,22 +40,19 @@ def in_words(plan: Plan, steps: Sequence[Step]) -> str:
     return "\n".join(lines)
 
 
-def _row(*cells: str) -> str:
-    return "{:<12} {:<16} {:>12} {:>11} {:>11} {:>11}".format(*cells, *[""] * (6 - len(cells))).rstrip()
-
-
-def _part_rows(plan: Plan, part: Part) -> Iterator[str]:
+def _rows(plan: Plan, part: Part) -> Iterator[tuple[str, ...]]:
+    """A part's rows of the table, and below it its models, what it holds and its phases."""
     seconds = f"{plan.part_seconds(part):.3g}"
-    yield _row(part.name, "", _count(part.parameters), _size(part.resident), _size(part.working), seconds)
+    yield part.name, "", _count(part.parameters), _size(part.resident), _size(part.working), seconds
     for piece in part.pieces if len(part.pieces) > 1 else ():
-        yield _row("", piece.name, _count(piece.parameters), _size(piece.weights))
+        yield "", piece.name, _count(piece.parameters), _size(piece.weights), "", ""
     for name, held in part.held.items():
-        yield _row("", name, "", _size(held))
+        yield "", name, "", _size(held), "", ""
     for phase in part.phases:
-        yield _row("", phase.name, "", "", _size(phase.cost.peak), f"{plan.speed.seconds(phase.cost):.3g}")
+        yield "", phase.name, "", "", _size(phase.cost.peak), f"{plan.speed.seconds(phase.cost):.3g}"
 
 
-def _of_steps(steps: Sequence[Step]) -> list[str]:
+def _step_lines(steps: Sequence[Step]) -> list[str]:
     if not steps:
         return ["no setting would help: take smaller models, or several devices"]
     lines = ["turn down, in this order:"]

@@ -1,11 +1,9 @@
 """Running real code on tensors that have shapes but no storage, and writing down what it would have needed.
 
-Weights become torch's `FakeTensor`s, which take part in every operation, autograd included, and hold nothing. Ids,
-masks and other tensors that meet no weight stay real, so that code which looks into them (how long is this completion?)
-runs as it does in training. A number that only weights could tell is answered with one: finite, true, 1.
+Weights become torch's `FakeTensor`s, which hold nothing. Ids, masks and other tensors that meet no weight stay real, so
+that code which looks into them runs as in training. A number that only weights could tell is taken for 1, or true.
 """
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -18,18 +16,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-_KINDS = {"convolution": "conv", "scaled_dot_product": "attention", "mm": "matmul"}
+KINDS = {"convolution": "conv", "scaled_dot_product": "attention", "mm": "matmul"}
 _LOOK_UP = ("embedding", "index", "gather", "scatter")  # these touch what they give, not the table they read from
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What one operation costs: its kind, its dtype, floating-point operations, bytes read and written."""
+    """What one operation costs."""
 
     kind: str  # matmul, conv, attention or other
     dtype: torch.dtype
-    flops: int
-    moved: int
+    flops: int  # floating-point operations
+    moved: int  # bytes read and written
     rows: int = 0  # of a product's smaller side, queries of an attention, places of a convolution: few are slow
 
 
@@ -72,10 +70,8 @@ def cost_of_repetition(number: int, first: Log, second: Log) -> Cost:
     """
     peak, operations = 0, Counter()
     for (one, held), (other, held_later) in zip(first, second, strict=True):
-        flops, moved, rows, held = (
-            a + (number - 1) * (b - a)
-            for a, b in ((one.flops, other.flops), (one.moved, other.moved), (one.rows, other.rows), (held, held_later))
-        )
+        before, after = (one.flops, one.moved, one.rows, held), (other.flops, other.moved, other.rows, held_later)
+        flops, moved, rows, held = (a + (number - 1) * (b - a) for a, b in zip(before, after, strict=True))
         peak = max(peak, held)
         operations[replace(one, flops=flops, moved=moved, rows=rows)] += 1
     return Cost(peak, operations)
@@ -92,11 +88,9 @@ class Trace(TorchDispatchMode):
     def __init__(self, weights: Iterable[torch.Tensor] = (), answer: bool = True) -> None:
         super().__init__()
         self.log: Log = []
-        self._held: dict[int, weakref.finalize] = {}
         self._live = self._peak = 0
         self._answer = answer
-        self._there = [tensor.untyped_storage() for tensor in weights]
-        self._known = {storage._cdata for storage in self._there}
+        self._known: dict[int, object] = {(own := tensor.untyped_storage())._cdata: own for tensor in weights}
 
     @property
     def cost(self) -> Cost:
@@ -118,8 +112,12 @@ class Trace(TorchDispatchMode):
             args, kwargs = _lifted(func, args, kwargs, fakes[0].fake_mode)
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        for tensor in made:
-            self._hold(tensor.untyped_storage())
+        for storage in (tensor.untyped_storage() for tensor in made):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:  # counted for as long as it lives
+                self._live += size
+                self._known[key] = weakref.finalize(storage, self._release, key, size)
+        self._peak = max(self._peak, self._live)
         if made and not func.is_view:
             operation = _operation(func, args, kwargs, result, given, made)
             copied = given[0].nbytes if operation.kind == "conv" else 0  # its input is laid out anew while it runs
@@ -127,19 +125,9 @@ class Trace(TorchDispatchMode):
             self.log.append((operation, self._live + copied))
         return result
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage for as long as it lives."""
-        key = storage._cdata
-        if key in self._known or key in self._held:
-            return
-        size = storage.nbytes()
-        self._live += size
-        self._peak = max(self._peak, self._live)
-        self._held[key] = weakref.finalize(storage, self._release, key, size)
-
     def _release(self, key: int, size: int) -> None:
         self._live -= size
-        del self._held[key]
+        del self._known[key]
 
 
 def _operation(
@@ -150,14 +138,16 @@ def _operation(
     touched = made * 2 if name.startswith(_LOOK_UP) else given + made
     formula = flop_registry.get(func._overloadpacket)
     flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
-    kind = next((kind for part, kind in _KINDS.items() if part in name), "other") if flops else "other"
-    rows = 0  # what the speed of a product goes by
-    if kind == "matmul":
-        rows = min(math.prod(tensor.shape[-2:-1]) for tensor in given if tensor.dim() >= 2)
-    elif kind == "attention":
-        rows = given[0].shape[-2]
-    elif kind == "conv":
-        rows = made[0].numel() // made[0].shape[1]
+    kind = next((kind for part, kind in KINDS.items() if part in name), "other") if flops else "other"
+    match kind:  # what its speed goes by
+        case "matmul":
+            rows = min(tensor.shape[-2] for tensor in given if tensor.dim() >= 2)
+        case "attention":
+            rows = given[0].shape[-2]
+        case "conv":
+            rows = made[0].numel() // made[0].shape[1]
+        case _:
+            rows = 0
     dtype = next((tensor.dtype for tensor in made if tensor.dtype.is_floating_point), torch.float32)
     return Operation(kind, dtype, flops, sum(tensor.nbytes for tensor in touched), rows)
 
