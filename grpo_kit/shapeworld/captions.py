@@ -10,6 +10,7 @@ What generator and reward model were trained on is written by `tools/shapeworld/
 
 import random
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Scene
@@ -61,7 +62,7 @@ def describe(scene: Scene, dialect: str | float = "generator", rng: random.Rando
     return ", ".join(clauses)
 
 
-def _things(scene: Scene, say) -> str:
+def _things(scene: Scene, say: Callable[[str], str]) -> str:
     if scene.kind == "pair":
         (colour, shape), (second_colour, second_shape) = scene.things
         first, second = (say(colour), say(shape)), (say(second_colour), say(second_shape))
@@ -71,7 +72,7 @@ def _things(scene: Scene, say) -> str:
     return _article([say(word) for word in (scene.size, scene.colour, scene.shape) if word])
 
 
-def _article(words) -> str:
+def _article(words: Sequence[str]) -> str:
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
@@ -97,9 +98,7 @@ def _meanings(values: dict[str, object]) -> dict[str, object]:
     return {word: value for said, value in values.items() for word in (said, USER_WORDS[said])}
 
 
-_COLOUR_OF = _meanings({colour: colour for colour in COLOURS})
-_SHAPE_OF = _meanings({shape: shape for shape in SHAPES})
-_SIZE_OF = _meanings({size: size for size in SIZES})
+_COLOUR_OF, _SHAPE_OF, _SIZE_OF = (_meanings({value: value for value in values}) for values in (COLOURS, SHAPES, SIZES))
 _COUNT_OF = _meanings({word: count for count, word in _COUNTS.items()})
 _RELATION_OF = {**_meanings({relation: relation for relation in RELATIONS}), "and": None}
 _PLACE_OF = _meanings({_PLACES[place]: place for place in PLACES})
@@ -108,7 +107,7 @@ _STYLE_OF = {word: style for style, words in STYLE_WORDS.items() for word in wor
 _PLURAL_OF = {_plural(word): shape for word, shape in _SHAPE_OF.items()}
 
 
-def _any(words) -> str:
+def _any(words: Iterable[str]) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
@@ -129,9 +128,7 @@ def parse(text: str) -> Scene | None:
     if scene is None or len(set(clauses)) != len(clauses):
         return None
     for clause in clauses:
-        scene = _parse_clause(scene, clause)
-        if scene is None:
-            return None
+        scene = scene and _parse_clause(scene, clause)
     return scene
 
 
@@ -147,14 +144,9 @@ def _parse_things(head: str) -> Scene | None:
         count, colour, shape = match.groups()
         return Scene(colour=_COLOUR_OF[colour], shape=_PLURAL_OF[shape], count=_COUNT_OF[count])
     if match := _PAIR.fullmatch(head):
-        colour, shape, relation, second_colour, second_shape = match.groups()
-        return Scene(
-            colour=_COLOUR_OF[colour],
-            shape=_SHAPE_OF[shape],
-            second_colour=_COLOUR_OF[second_colour],
-            second_shape=_SHAPE_OF[second_shape],
-            relation=_RELATION_OF[relation],
-        )
+        colour, shape, relation, *other = match.groups()
+        second = {"second_colour": _COLOUR_OF[other[0]], "second_shape": _SHAPE_OF[other[1]]}
+        return Scene(_COLOUR_OF[colour], _SHAPE_OF[shape], relation=_RELATION_OF[relation], **second)
     return None
 
 
@@ -195,5 +187,4 @@ def paraphrase(text: str) -> str | None:
     clauses = [say(f"{scene.background} background")] if scene.background else []
     clauses += [say(_PLACES[scene.place])] if scene.place else []
     clauses += [clause for clause in _clauses(text) if clause in _STYLE_OF or clause in IDLE_WORDS]
-    sentence = ", ".join([_things(scene, say), *clauses])
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    return f"{', '.join([_things(scene, say), *clauses]).capitalize()}."

@@ -92,9 +92,8 @@ def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:
 
 
 def _jitter(mark: Mark, rng: random.Random) -> Mark:
-    dx, dy = rng.uniform(-0.015, 0.015), rng.uniform(-0.015, 0.015)
-    radius = mark.radius * rng.uniform(0.96, 1.04)
-    return Mark(mark.shape, mark.x + dx, mark.y + dy, radius, _jitter_colour(mark.rgb, rng))
+    x, y = mark.x + rng.uniform(-0.015, 0.015), mark.y + rng.uniform(-0.015, 0.015)
+    return Mark(mark.shape, x, y, mark.radius * rng.uniform(0.96, 1.04), _jitter_colour(mark.rgb, rng))
 
 
 def _jitter_colour(rgb: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:

@@ -77,8 +77,7 @@ def random_scene(rng: random.Random, style: str | None = None) -> Scene:
         return replace(scene, size=rng.choice(SIZES), place=rng.choice(PLACES))
     if kind == "counted":
         return replace(scene, count=rng.choice((2, 3)))
-    others = [(c, s) for c in COLOURS for s in SHAPES if (c, s) != (scene.colour, scene.shape)]
-    colour, shape = rng.choice(others)
+    colour, shape = rng.choice([(c, s) for c in COLOURS for s in SHAPES if (c, s) != (scene.colour, scene.shape)])
     return replace(scene, second_colour=colour, second_shape=shape, relation=rng.choice(RELATIONS))
 
 

@@ -72,8 +72,8 @@ def check(image: Image.Image, scene: Scene) -> dict[str, bool]:
     """
     reading = read(image)
     result = {
-        "colour": _names_match(reading, scene, "colour"),
-        "shape": _names_match(reading, scene, "shape"),
+        "colour": {o.colour for o in reading.objects} == {colour for colour, _ in scene.things},
+        "shape": {o.shape for o in reading.objects} == {shape for _, shape in scene.things},
         "count": len(reading.objects) == (2 if scene.kind == "pair" else scene.count),
     }
     only = reading.objects[0] if len(reading.objects) == 1 else None
@@ -154,26 +154,19 @@ def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], ground: np.ndarr
     They are drawn on each of the world's backgrounds, and on the ground that the picture has: a clean picture on
     another grey is clean. Styles that change the ground itself are tried on the world's own alone.
     """
-    marks = [Mark(o.shape, o.x / SIZE, o.y / SIZE, _radius(o) / SIZE, COLOURS[o.colour]) for o in objects]
+    radii = [o.side / 2 / (0.86 if o.shape == "square" else 1.0) / SIZE for o in objects]
+    marks = [Mark(o.shape, o.x / SIZE, o.y / SIZE, r, COLOURS[o.colour]) for o, r in zip(objects, radii, strict=True)]
     own = [tuple(int(channel) for channel in ground)]
-    errors = {}
+    errors = {}  # of each style: the least root mean square RGB distance
     for style in STYLES:
         grounds = [*BACKGROUNDS.values(), *(own if style in _KEEPS_GROUND else [])]
-        errors[style] = min(_distance(draw_marks(marks, colour, style), pixels) for colour in grounds)
+        redrawn = (np.asarray(draw_marks(marks, colour, style), dtype=np.float64) for colour in grounds)
+        errors[style] = min(float(np.sqrt(((again - pixels) ** 2).sum(-1).mean())) for again in redrawn)
     best = min(errors, key=errors.get)
     if not objects or errors[best] > _SPOILED:
         return "spoiled"
     slightly_soft = best == "dreamy" and errors["dreamy"] > _SOFTER * errors["clean"]
     return "clean" if slightly_soft and errors["clean"] < _NEAR else best
-
-
-def _distance(image: Image.Image, pixels: np.ndarray) -> float:
-    """Root mean square RGB distance."""
-    return float(np.sqrt(((np.asarray(image, dtype=np.float64) - pixels) ** 2).sum(-1).mean()))
-
-
-def _radius(found: Found) -> float:
-    return found.side / 2 / (0.86 if found.shape == "square" else 1.0)
 
 
 def _place(found: Found) -> str:
@@ -185,17 +178,11 @@ def _place(found: Found) -> str:
     return "bottom" if dy > 0 else "top"
 
 
-def _names_match(reading: Reading, scene: Scene, attribute: str) -> bool:
-    """Whether the objects' colours (or shapes) are exactly those asked for, in whatever order they stand."""
-    index = 0 if attribute == "colour" else 1
-    return {getattr(o, attribute) for o in reading.objects} == {thing[index] for thing in scene.things}
-
-
 def _relation_holds(reading: Reading, scene: Scene) -> bool:
     """Whether the first thing stands left of (above) the second; both must be there."""
     spots = {(o.colour, o.shape): o for o in reading.objects}
-    first, second = (spots.get(thing) for thing in scene.things)
-    if first is None or second is None:
+    if not spots.keys() >= set(scene.things):
         return False
+    first, second = (spots[thing] for thing in scene.things)
     dx, dy = second.x - first.x, second.y - first.y
     return bool(dx > abs(dy) if scene.relation == "left of" else dy > abs(dx))
