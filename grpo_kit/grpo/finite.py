@@ -6,7 +6,7 @@ Only a step that is skipped asks further.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,6 @@ def nan_unless_finite(*numbers: torch.Tensor | None) -> torch.Tensor | float:
     return 1 + sum((tensor.detach() * 0).sum() for tensor in numbers if tensor is not None)
 
 
-def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether all numbers are; one is read from the device (a tenth of the time that `isfinite` on each takes)."""
-    return math.isfinite(nan_unless_finite(*tensors))
-
-
 def named_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of those tensors that have a NaN or an infinity (of weights in 8 bits, in their scales), in order."""
     return [name for name, tensor in tensors.items() if not getattr(tensor, "scale", tensor).isfinite().all()]
@@ -69,7 +64,8 @@ def step_or_restore(optimizer: torch.optim.Optimizer, agreed: Callable[[bool], b
     state = {parameter: _copied(values) for parameter, values in optimizer.state.items()}
     optimizer.step()
     moments = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
-    if agreed(are_finite(map(local_tensor, [*parameters, *moments]))):
+    # one number is read from the device: a tenth of the time that `isfinite` on each takes
+    if agreed(math.isfinite(nan_unless_finite(*map(local_tensor, [*parameters, *moments])))):
         return True
     with torch.no_grad():
         for parameter, kept in zip(parameters, before, strict=True):
@@ -86,8 +82,7 @@ def _copied(values: Mapping[str, object]) -> dict[str, object]:
 def non_finite_gradient(parameters: Mapping[str, torch.nn.Parameter], norm: float) -> NonFinite:
     """Which gradient is not finite: of several the one next to the output, where backward began; or only their norm."""
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    bad = named_not_finite(gradients)
-    if bad:
+    if bad := named_not_finite(gradients):
         return NonFinite("gradient", f"the gradient of {bad[-1]} ({len(bad)} of {len(gradients)} gradients)")
     largest = max(gradients, key=lambda name: float(gradients[name].abs().max()))
     return NonFinite("gradient", f"the gradients' norm ({norm}); the largest is that of {largest}")

@@ -48,16 +48,13 @@ def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float =
     return _tempered(logits, temperature).log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
-def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """(N, T) entropy in nats of softmax(logits / temperature)."""
-    logprobs = _tempered(logits, temperature).log_softmax(dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
-
-
 def logprobs_and_entropy(
     logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs` with gradient and `token_entropy` without, in half the time and memory: one backward only."""
+    """`token_logprobs`, and without gradient the entropy in nats, (N, T) each; half the time and memory of apart.
+
+    There can be one backward only.
+    """
     return _LogprobsAndEntropy.apply(_tempered(logits, temperature), ids)
 
 

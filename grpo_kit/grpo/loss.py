@@ -93,22 +93,22 @@ def grpo_loss(
         constants: those of `_soft_gated` (sapo) and `_gamma_weight` (vespo).
     """
     _check_settings(loss_type, beta, ref_logprobs, constants)
-    if weights is None:
-        weights = token_weights(mask, loss_type, max_completion_length, num_items_in_batch)
+    weights = token_weights(mask, loss_type, max_completion_length, num_items_in_batch) if weights is None else weights
     advantages = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = bounded_exp(_at_level(log_ratio, mask, importance_sampling_level))
     high = epsilon if epsilon_high is None else epsilon_high
-    if loss_type in CLIPPED_LOSS_TYPES:
-        per_token = _clipped(ratio, advantages, epsilon, high, delta)
+    bounded = ratio if delta is None else ratio.clamp(max=delta)  # the side that clipping leaves open (2505.07291)
+    if loss_type in CLIPPED_LOSS_TYPES:  # PPO's pessimistic choice
+        per_token = -torch.min(bounded * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
     elif loss_type == "sapo":
         per_token = _soft_gated(ratio, advantages, **constants)
     elif loss_type == "cispo":  # these two weigh the log-probability itself, by a weight without gradient
         per_token = -ratio.clamp(max=high).detach() * advantages * logprobs
     else:
         per_token = -_gamma_weight(log_ratio, advantages, mask, **constants) * advantages * logprobs
-    metrics = _clip_metrics(ratio, advantages, mask, loss_type, epsilon, high, delta)
+    metrics = _clip_metrics(ratio, bounded, advantages, mask, loss_type, epsilon, high)
     if beta != 0.0:
         kl = kl_divergence(*(torch.where(mask, values, 0.0) for values in (logprobs, ref_logprobs)), kl_estimator)
         kl = kl * ratio if use_bias_correction_kl else kl
@@ -133,14 +133,6 @@ def _at_level(log_ratio: torch.Tensor, mask: torch.Tensor, level: str) -> torch.
     if level == "sequence":
         return log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     raise ValueError(f"importance_sampling_level: found {level!r}, allowed: 'token', 'sequence'")
-
-
-def _clipped(
-    ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float, delta: float | None
-) -> torch.Tensor:
-    """PPO's pessimistic choice; `delta` bounds the side that clipping leaves open (two-sided, arXiv 2505.07291)."""
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    return -torch.min(bounded * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def _soft_gated(
@@ -170,15 +162,12 @@ def _gamma_weight(
 
 
 @torch.no_grad()
-def _clip_metrics(
-    ratio, advantages, mask, loss_type: str, low: float, high: float, delta: float | None
-) -> dict[str, float]:
+def _clip_metrics(ratio, bounded, advantages, mask, loss_type: str, low: float, high: float) -> dict[str, float]:
     """Shares of tokens (of rows, at sequence level) whose clip is active: the side that the advantage leans on."""
     if loss_type == "cispo":
         return {"cispo_clip_ratio": _masked_mean((ratio > high) & (advantages > 0), mask)}
     if loss_type not in CLIPPED_LOSS_TYPES:
         return {}
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
     is_low = (bounded < 1 - low) & (advantages < 0)
     is_high = (bounded > 1 + high) & (advantages > 0)
     names = {"low_mean": is_low, "high_mean": is_high, "region_mean": is_low | is_high}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.broken_twins import Known, holding, twins
 
-from grpo_kit.grpo import completion_mask, kl_divergence, token_entropy, token_logprobs
+from grpo_kit.grpo import completion_mask, kl_divergence, token_logprobs
+from grpo_kit.grpo.logprobs import logprobs_and_entropy
 
 
 def _rows(*rows: str) -> torch.Tensor:
@@ -137,10 +138,10 @@ def test_half_precision_logits_are_scored_in_full_precision():
 
 
 def test_entropy_is_that_of_the_sampling_distribution():
-    logits, _ = _logits(scale=3.0)
+    logits, ids = _logits(scale=3.0)
     expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
-    torch.testing.assert_close(token_entropy(logits, 0.7), expected)
-    assert float(token_entropy(torch.zeros(1, 1, 7))) == pytest.approx(math.log(7))
+    torch.testing.assert_close(logprobs_and_entropy(logits, ids, 0.7)[1], expected)
+    assert float(logprobs_and_entropy(torch.zeros(1, 1, 7), ids[:1, :1])[1]) == pytest.approx(math.log(7))
 
 
 # --- KL estimates on a policy whose expectations can be enumerated (T7) ----------------------------------------------
