@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TypedDict, Unpack
 
 import torch
 from PIL import Image
@@ -25,6 +24,9 @@ from grpo_kit.rewards.slow import started
 _UNWIND_SECONDS = 2.0  # that a call of the rewards has to end after an error or Ctrl-C; it cannot be stopped
 
 Pictures = list[list[Image.Image | None]]  # N x M; None where a picture came out unusable
+# the columns of `Samples`: P long, (N, T), and all of them but for the scores
+BY_PROMPT, BY_TOKEN = ("prompts", "prompt_images"), ("completion_ids", "completion_mask", "old_logprobs")
+COLUMNS = (*BY_PROMPT, *BY_TOKEN, "enhanced_prompts", "images", "group_ids", "image_seeds", "truncated", "unmatched")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -93,15 +95,6 @@ class Rollout(Samples):
         return f"{cell(self)}{''.join(parts)}<div>{len(groups):,} groups, {len(parts)} shown</div>"
 
 
-class SampleOptions(TypedDict, total=False):
-    """What `collect_samples` may be told beside its prompts, with the same meaning."""
-
-    images_per_prompt: int
-    share_seeds: bool
-    use_image: bool
-    overlap: bool
-
-
 def collect_rollout(
     policy: Policy,
     generator: Generator,
@@ -110,7 +103,7 @@ def collect_rollout(
     num_generations: int = 8,
     seed: int = 0,
     truncation_penalty: float = 0.0,
-    **options: Unpack[SampleOptions],
+    **options: int | bool,
 ) -> Rollout:
     """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
 
@@ -119,20 +112,13 @@ def collect_rollout(
         seed: fixes tokens and latents; the same call gives the same rollout.
         truncation_penalty: taken from the reward of a completion that the length limit ended.
         options: `images_per_prompt=1`, `share_seeds=True`, `use_image=False`, `overlap=False`; see `collect_samples`.
-
-    Raises:
-        ValueError: fewer than two generations, or no prompts.
     """
     samples = collect_samples(policy, generator, rewards, prompts, num_generations, seed, **options)
     return with_rewards(samples, rewards, truncation_penalty)
 
 
 def with_rewards(samples: Samples, rewards: Rewards, truncation_penalty: float = 0.0) -> Rollout:
-    """The rollout of whole groups of samples: their scores as the rewards weigh them, shaped and raw.
-
-    Args:
-        truncation_penalty: taken from the reward of a truncated completion; the raw total is as it was.
-    """
+    """The rollout of whole groups of samples: their scores as the rewards weigh them, less penalties, and raw."""
     combined = rewards.combined(samples.reward_parts, samples.group_ids)
     differs = rewards.is_shaped or truncation_penalty
     return Rollout(
@@ -144,21 +130,17 @@ def with_rewards(samples: Samples, rewards: Rewards, truncation_penalty: float =
 
 def joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
     """The rows of all shares, one after the other, as long as the longest completion."""
-    fills = {"completion_ids": pad_token_id, "completion_mask": False, "old_logprobs": 0.0}
-    lists = ("prompts", "enhanced_prompts", "images", "prompt_images")
 
     def column(name: str) -> list | torch.Tensor | None:
         values = [getattr(share, name) for share in shares]
-        if name in fills:
-            return stacked(values, fills[name])
+        if name in BY_TOKEN:
+            return stacked(values, pad_token_id if name == "completion_ids" else 0)
         if values[0] is None:
             return None
         return torch.cat(values) if torch.is_tensor(values[0]) else list(chain(*values))
 
-    return Samples(
-        **{name: column(name) for name in (*lists, "group_ids", "image_seeds", "truncated", "unmatched", *fills)},
-        reward_parts={n: torch.cat([share.reward_parts[n] for share in shares]) for n in shares[0].reward_parts},
-    )
+    parts = {name: torch.cat([share.reward_parts[name] for share in shares]) for name in shares[0].reward_parts}
+    return Samples(**{name: column(name) for name in COLUMNS}, reward_parts=parts)
 
 
 def collect_samples(
@@ -200,8 +182,9 @@ def collect_samples(
     sampling_seconds = time.perf_counter() - clock
     group_ids = first_prompt + torch.arange(len(prompts)).repeat_interleave(num_generations)
     seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
-    asked = [(one.user_prompt, one.metadata) for one in prompts for _ in range(num_generations)]
-    request = DrawRequest([text for text, _ in asked], completions.texts, group_ids, seeds, [row for _, row in asked])
+    asked = [prompt for prompt in prompts for _ in range(num_generations)]
+    words, fields = [prompt.user_prompt for prompt in asked], [prompt.metadata for prompt in asked]
+    request = DrawRequest(words, completions.texts, group_ids, seeds, fields)
     drawn = draw_and_score(generator, rewards, request, overlap=overlap)
     return Samples(
         prompts=prompts,
@@ -232,15 +215,11 @@ def with_encoded(rollout: Rollout, policy: Policy) -> Rollout:
 def score_rows(
     policy: Callable[..., Scores], rollout: Rollout, rows: torch.Tensor, *, reference: bool = False
 ) -> Scores:
-    """Score some rows of a rollout under a policy (or its reference), running only the prompts that they need.
+    """Log-probabilities and entropy, (rows, T) each, of some rows; only the prompts that these need are run.
 
     Args:
         policy: a `Policy`, or the module that several processes made of it.
         rollout: one with its encoded prompts.
-        rows: their places.
-
-    Returns:
-        Log-probabilities and entropy, (rows, T) each.
     """
     rows = rows.cpu()
     groups, local = rollout.group_ids[rows].unique(return_inverse=True)
@@ -257,14 +236,10 @@ def latent_seeds(
     return torch.tensor([[derive_seed(seed, "latents", *row, image) for image in images] for row in rows])
 
 
-def picture_prompts(
-    generator: Generator, prompts: Sequence[str], seed: int, first_prompt: int = 0
-) -> list[Image.Image]:
-    """What the users' own prompts give, for a policy that looks at it; `first_prompt` is the first one's place."""
-    return [
-        generator.generate_image(prompt, derive_seed(seed, "seen", place))
-        for place, prompt in enumerate(prompts, start=first_prompt)
-    ]
+def picture_prompts(generator: Generator, prompts: Sequence[str], seed: int, first: int = 0) -> list[Image.Image]:
+    """What the users' own prompts give, for a policy that looks at it; `first` is the first one's place."""
+    seeds = [derive_seed(seed, "seen", place) for place in range(first, first + len(prompts))]
+    return list(map(generator.generate_image, prompts, seeds))
 
 
 def _mean_and_std(values: torch.Tensor) -> tuple[float, float]:
@@ -308,14 +283,11 @@ class DrawResult:
 def draw_and_score(
     generator: Generator, rewards: Rewards, request: DrawRequest, *, overlap: bool = False
 ) -> DrawResult:
-    """Draw what is asked for, equal pairs once, and score it.
+    """Draw what is asked for, equal pairs once, and score it; it raises what the generator or the rewards raise.
 
     Args:
         overlap: score the groups that are drawn to their end in a thread, while the next batch is drawn. The pictures
             are the same to the last bit. A reward sees whole groups, but no longer all of them in one call.
-
-    Raises:
-        Exception: whatever the generator or the rewards raise, in either order.
     """
     if overlap:
         return _draw_while_scoring(generator, rewards, request)
@@ -332,26 +304,27 @@ def _draw_while_scoring(generator: Generator, rewards: Rewards, request: DrawReq
     """Score one part at a time in a thread; the seconds for which the drawing waits for it count as the rewards'."""
     clock, waited = time.perf_counter(), 0.0
     images: Pictures = []
-    scores: list[dict[str, torch.Tensor]] = []
-    running: list[Future] = []
-
-    def collect() -> float:
-        began = time.perf_counter()
-        scores.extend(part.result() for part in running)  # raises what the rewards raised
-        running.clear()
-        return time.perf_counter() - began
-
+    scoring: list[Future] = []
     try:
         for part, pictures in _whole_groups(generator, request):
-            waited += collect()
-            running.append(started(_score, rewards, part, pictures))
+            waited += _waited(scoring[-1:])
+            scoring.append(started(_score, rewards, part, pictures))
             images += pictures
-        waited += collect()
+        waited += _waited(scoring[-1:])
     except BaseException:
-        wait(running, _UNWIND_SECONDS)  # models of an object must not compute for two at once
+        wait(scoring, _UNWIND_SECONDS)  # models of an object must not compute for two at once
         raise
+    scores = [part.result() for part in scoring]
     parts = {name: torch.cat([found[name] for found in scores]) for name in scores[0]}
     return DrawResult(images, parts, {"images": time.perf_counter() - clock - waited, "rewards": waited})
+
+
+def _waited(scoring: Sequence[Future]) -> float:
+    """Seconds until that is done; raises what the rewards raised."""
+    began = time.perf_counter()
+    for part in scoring:
+        part.result()
+    return time.perf_counter() - began
 
 
 def _whole_groups(generator: Generator, request: DrawRequest) -> Iterator[tuple[DrawRequest, Pictures]]:

@@ -22,7 +22,7 @@ import torch
 from grpo_kit.config import Config, KitError
 from grpo_kit.runs.folder import commit_status
 from grpo_kit.runs.surroundings import world_size
-from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, require_sharable
+from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
 
 _LONGEST_COLLECTIVE = timedelta(days=7)
 _LOOK_EVERY = 0.5  # seconds between two looks at the other processes
@@ -39,11 +39,8 @@ _LAUNCHER = "GRPO_KIT_LAUNCHER"  # set where `launch` started the processes and 
 def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     """The processes that this one was started with: `ALONE`, or those of `accelerate launch`, until all are done.
 
-    Where one of them fails or dies, all end, and one line says which, what is committed and how to go on.
-
-    Args:
-        config: the run's; on the device "cpu" processes talk by gloo.
-        run_dir: the run's folder.
+    Where one of them fails or dies, all end, and one line says which, what is committed and how to go on. On the device
+    "cpu" they talk by gloo.
 
     Raises:
         ProcessError: another process has ended.
@@ -68,7 +65,7 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     waiting.start()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
     waiting.cancel()
-    processes = Launched(accelerator)
+    processes = Processes(accelerator)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # by which the launcher ends what is left
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if not processes.is_main:  # the main process logs; of the others only warnings are shown
@@ -166,8 +163,6 @@ def lost_text(who: str, run_dir: Path) -> str:
 def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) -> int:
     """Run `grpo-kit train` with these arguments in `count` processes, by accelerate; returns the exit code.
 
-    Where a process is killed, one line says so.
-
     Raises:
         ProcessError: there are more processes than prompts in an iteration, or they cannot share the weights.
     """
@@ -176,15 +171,9 @@ def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = {
-        "num_processes": count,
-        "num_machines": 1,
-        "num_cpu_threads_per_process": os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count),
-        "main_process_port": 0,  # any that is free
-        "mixed_precision": "no",  # the profile's dtype holds
-        "dynamo_backend": "no",
-    }
-    given = [f"--{name}={value}" for name, value in options.items()]
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count)
+    given = [f"--num_processes={count}", "--num_machines=1", f"--num_cpu_threads_per_process={threads}"]
+    given += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]  # any port; the profile's dtype
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     given += ["--use_fsdp", "--fsdp_version=2"] if sharded else ["--multi_gpu"]  # accelerate's name for several
     os.environ[_LAUNCHER] = str(os.getpid())

@@ -2,28 +2,22 @@
 
 Processes share the prompts of an iteration by whole groups, and everything that is computed from rewards is computed
 from all of them, in every process alike. accelerate starts the processes; DistributedDataParallel, or FSDP where the
-launch asks for it, adds up their gradients.
-
-How they are started and how they end is told in `launch.py`.
+launch asks for it, adds up their gradients. How they are started and how they end is told in `launch.py`.
 """
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING, TypeVar, Unpack
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from grpo_kit.config import Config, KitError, one_line
-from grpo_kit.config.prompts import Prompt
 from grpo_kit.grpo.finite import full_tensor
-from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Policy, Scores
-from grpo_kit.rewards.composition import Rewards
-from grpo_kit.rollout import Rollout, SampleOptions, Samples, collect_rollout, collect_samples, joined, with_rewards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,26 +29,18 @@ class ProcessError(KitError):
     """What ended all processes of a run: an error in one of them, or its death. Only the first of them tells it."""
 
 
-def require_enough(prompts: int, processes: int) -> None:
-    """Refuse more processes than an iteration has prompts: a group is not divided.
-
-    Raises:
-        ProcessError: there are more.
-    """
-    if prompts < processes:
-        raise ProcessError(
-            f"processes: found {processes}, allowed: at most {prompts}, one for each prompt of an iteration. Start "
-            "fewer, or raise training_settings.prompts_per_iteration"
-        )
-
-
 def require_sharable(config: Config, processes: int) -> None:
     """Refuse what several processes cannot share: fewer prompts than they are, weights in 8 bits.
 
     Raises:
         ProcessError: the settings ask for that.
     """
-    require_enough(config.training_settings.prompts_per_iteration, processes)
+    prompts = config.training_settings.prompts_per_iteration
+    if prompts < processes:  # a group is not divided
+        raise ProcessError(
+            f"processes: found {processes}, allowed: at most {prompts}, one for each prompt of an iteration. Start "
+            "fewer, or raise training_settings.prompts_per_iteration"
+        )
     if processes > 1 and config.model_settings.base_8bit:
         raise ProcessError(
             "model_settings.base_8bit: found true, allowed with one process: torchao's weights cannot be handed to "
@@ -62,19 +48,20 @@ def require_sharable(config: Config, processes: int) -> None:
         )
 
 
-def _shards(items: int, count: int) -> list[range]:
-    bounds = [items * rank // count for rank in range(count + 1)]
-    return [range(*pair) for pair in pairwise(bounds)]
-
-
 class Processes:
-    """The single-process implementation: this process does all the work.
+    """The processes that an accelerator started, this one among them; without one, this process does all the work.
 
-    `rank` is this process's place, `count` how many there are; the one with rank 0 writes all files.
+    `rank` is this process's place, `count` how many there are; the one with rank 0 writes all files. `sharded` says
+    whether the weights are spread over them (FSDP).
     """
 
-    rank, count = 0, 1
-    sharded = False  # whether the weights are spread over the processes (FSDP)
+    def __init__(self, accelerator: "Accelerator | None" = None) -> None:
+        self.accelerator, self.rank, self.count, self.sharded = accelerator, 0, 1, False
+        if accelerator is not None:
+            self.rank, self.count = accelerator.process_index, accelerator.num_processes
+            self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        self._module: torch.nn.Module | None = None
+        self._layers: list[torch.nn.Module] = []  # those whose weights are spread
 
     @property
     def is_main(self) -> bool:
@@ -82,71 +69,16 @@ class Processes:
         return self.rank == 0
 
     def shards(self, items: int) -> list[range]:
-        """Which of the items each process has: contiguous, as even as can be.
-
-        Raises:
-            ProcessError: there are fewer items than processes.
-        """
-        require_enough(items, self.count)
-        return _shards(items, self.count)
-
-    def gather(self, work: Callable[[], Result]) -> list[Result]:
-        """What `work` gives in each process, in every process; where it fails in one, all raise."""
-        return [work()]
-
-    def gather_on_main(self, item: Result) -> list[Result | None]:
-        """Each process's item in the main process; in the others only their own, and None for the rest."""
-        return [item]
-
-    def on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` gives in the main process, in every process; where it fails there, all raise."""
-        return work()
-
-    def only_main(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` gives in the main process, None in the others; where it fails there, all raise."""
-        return work()
-
-    def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """Let the gradients of the policy be shared from now on; the optimizer keeps its state."""
-
-    def module(self, policy: Policy) -> Callable[..., Scores]:
-        """The policy as it is to be called in training, so that its gradients are shared."""
-        return policy
-
-    def accumulating(self, last: bool) -> AbstractContextManager:
-        """Around the scoring and backward pass of a micro-batch: gradients are shared after the last one."""
-        return nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the loss's gradient; over all processes the gradients of their losses are summed."""
-        loss.backward()
-
-    def whole_policy(self) -> AbstractContextManager:
-        """Around sampling: every process has all weights, so that one may run the policy more often than another."""
-        return nullcontext()
-
-    def full(self, state: dict) -> dict:
-        """A state dict with every tensor whole; all processes have to ask."""
-        return state
-
-
-ALONE = Processes()
-
-
-class Launched(Processes):
-    """The processes that accelerate (or torchrun) started, this one among them."""
-
-    def __init__(self, accelerator: "Accelerator") -> None:
-        self.accelerator = accelerator
-        self.rank, self.count = accelerator.process_index, accelerator.num_processes
-        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        self._module: torch.nn.Module | None = None
-        self._shards: list[torch.nn.Module] = []
+        """Which of the items each process has: contiguous, as even as can be; some have none where there are fewer."""
+        bounds = [items * rank // self.count for rank in range(self.count + 1)]
+        return [range(*pair) for pair in pairwise(bounds)]
 
     # --- knowing the same ---------------------------------------------------------------------------------------------
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
-        """As `Processes.gather`; results travel pickled, an error as its text."""
+        """What `work` gives in each process, pickled, in every process; where it fails in one, all raise."""
+        if self.count == 1:
+            return [work()]
         result, text, error = _attempt(work)
         outcomes: list = [None] * self.count
         torch.distributed.all_gather_object(outcomes, (result, text))
@@ -154,14 +86,17 @@ class Launched(Processes):
         return [result for result, _ in outcomes]
 
     def gather_on_main(self, item: Result) -> list[Result | None]:
-        """As `Processes.gather_on_main`."""
+        """Each process's item in the main process; in the others only their own, and None for the rest."""
         items: list = [None] * self.count
-        torch.distributed.gather_object(item, items if self.is_main else None)
+        if self.count > 1:
+            torch.distributed.gather_object(item, items if self.is_main else None)
         items[self.rank] = item
         return items
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """As `Processes.on_main`; the result travels pickled."""
+        """What `work` gives in the main process, pickled, in every process; where it fails there, all raise."""
+        if self.count == 1:
+            return work()
         result, text, error = _attempt(work) if self.is_main else (None, None, None)
         outcome = [(result, text)]
         torch.distributed.broadcast_object_list(outcome)
@@ -169,7 +104,7 @@ class Launched(Processes):
         return outcome[0][0]
 
     def only_main(self, work: Callable[[], Result]) -> Result | None:
-        """As `Processes.only_main`; nothing travels but an error."""
+        """What `work` gives in the main process, None in the others; where it fails there, all raise."""
         kept: list[Result] = []
         self.on_main(lambda: kept.append(work()))
         return kept[0] if kept else None
@@ -185,39 +120,46 @@ class Launched(Processes):
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def prepare(self, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-        """Wrap the policy for DDP, or spread its weights and the optimizer's state (FSDP)."""
-        self._module = policy if self.sharded else self.accelerator.prepare_model(policy)
+        """Share the policy's gradients from now on (DDP), or its weights and the optimizer's state too (FSDP)."""
         if self.sharded:
-            self._shards = _shard(policy, optimizer, self.count)
+            self._module, self._layers = policy, _shard(policy, optimizer, self.count)
+        elif self.count > 1:
+            self._module = self.accelerator.prepare_model(policy)
 
     def module(self, policy: Policy) -> Callable[..., Scores]:
-        """As prepared."""
-        return self._module
+        """The policy as it is to be called in training, so that its gradients are shared."""
+        return policy if self._module is None else self._module
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """DDP waits for the last micro-batch; FSDP adds up after each, which needs less memory."""
-        return nullcontext() if last or self.sharded else self._module.no_sync()
+        """Around the scoring and backward pass of a micro-batch: DDP shares gradients after the last one alone.
+
+        FSDP adds up after each, which needs less memory.
+        """
+        return nullcontext() if last or self.sharded or self.count == 1 else self._module.no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """DDP and FSDP take the mean over processes, the batch's gradient is the sum."""
+        """Add the loss's gradient: summed over all processes, of which DDP and FSDP take the mean."""
         (loss * self.count).backward()
 
     @contextmanager
     def whole_policy(self) -> Iterator[None]:
-        """Gather the spread weights, and spread them again."""
-        for module in self._shards:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
+        """Around sampling: every process has all weights, so that one may run the policy more often than another."""
+        for layer in self._layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+            layer.unshard()
         try:
             yield
         finally:
-            for module in self._shards:
-                module.reshard()
-                module.set_reshard_after_forward(True, recurse=False)
+            for layer in self._layers:
+                layer.reshard()
+                layer.set_reshard_after_forward(True, recurse=False)
 
     def full(self, state: dict) -> dict:
-        """As `Processes.full`, on the CPU where weights are spread."""
-        return _mapped(state, lambda tensor: full_tensor(tensor).cpu()) if self.sharded else state
+        """A state dict with every tensor whole, on the CPU where weights are spread; all processes have to ask."""
+        return tree_map_only(torch.Tensor, lambda part: full_tensor(part).cpu(), state) if self.sharded else state
+
+
+ALONE = Processes()
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None, Exception | None]:
@@ -242,8 +184,8 @@ def _shard(policy: Policy, optimizer: torch.optim.Optimizer, count: int) -> list
     mesh = init_device_mesh(policy.device.type, (count,))
     kinds = set(getattr(policy.model, "_no_split_modules", None) or ())
     policy.reference = copy.deepcopy(policy.reference)  # may share weights with the policy, which FSDP does not allow
-    shards = [layer for layer in policy.modules() if type(layer).__name__ in kinds] + [policy]
-    for layer in shards:
+    layers = [layer for layer in policy.modules() if type(layer).__name__ in kinds] + [policy]
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     for group, names in zip(optimizer.param_groups, state["param_groups"], strict=True):
         group["params"] = policy.trainable_parameters()[: len(names["params"])]
@@ -256,63 +198,4 @@ def _shard(policy: Policy, optimizer: torch.optim.Optimizer, count: int) -> list
     with torch.no_grad():  # FSDP takes the first module that runs for the outermost one, and sampling runs an inner one
         ids = torch.tensor([[policy.eos_token_ids[0]]])
         policy(["a"], torch.zeros(1, dtype=torch.long), ids, torch.ones_like(ids, dtype=torch.bool))
-    return shards
-
-
-def _mapped(state: object, change: Callable[[torch.Tensor], torch.Tensor]) -> object:
-    """The same nested dict with every tensor changed."""
-    if isinstance(state, dict):
-        return {key: _mapped(value, change) for key, value in state.items()}
-    return change(state) if isinstance(state, torch.Tensor) else state
-
-
-# --- a rollout that processes share -----------------------------------------------------------------------------------
-
-
-def collect_shared_rollout(
-    processes: Processes,
-    policy: Policy,
-    generator: Generator,
-    rewards: Rewards,
-    prompts: Sequence[Prompt],
-    num_generations: int,
-    seed: int,
-    truncation_penalty: float = 0.0,
-    **options: Unpack[SampleOptions],
-) -> Rollout:
-    """`collect_rollout` by several processes, each of which collects some groups and then has all of them.
-
-    Only the main process has all pictures. Where there are fewer prompts than processes, some collect nothing.
-
-    Raises:
-        ProcessError: one of them failed.
-    """
-    if processes.count == 1:
-        return collect_rollout(
-            policy, generator, rewards, prompts, num_generations, seed, truncation_penalty, **options
-        )
-    shard = _shards(len(prompts), processes.count)[processes.rank]
-    own: list[Samples] = []
-
-    def without_pictures() -> Samples | None:
-        if not shard:
-            return None
-        share, first = prompts[shard.start : shard.stop], shard.start
-        samples = collect_samples(
-            policy, generator, rewards, share, num_generations, seed, first_prompt=first, **options
-        )
-        own.append(samples)
-        return replace(samples, images=[], encoded=None)
-
-    gathered = processes.gather(without_pictures)
-    shares = [share for share in gathered if share is not None]
-    pictures = processes.gather_on_main(own[0].images if own else [])
-    nothing = [None] * shares[0].image_seeds.shape[1]
-    images = [
-        found or [nothing] * len(share.group_ids)
-        for found, share in zip(pictures, gathered, strict=True)
-        if share is not None
-    ]
-    both = joined(shares, policy.tokenizer.pad_token_id)
-    seconds = own[0].seconds if own else {}
-    return with_rewards(replace(both, images=list(chain(*images)), seconds=seconds), rewards, truncation_penalty)
+    return layers

@@ -6,14 +6,15 @@ DAPO's dynamic sampling (arXiv 2503.14476), where there are others; else it is t
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
 from grpo_kit.config.prompts import Prompt, balanced_batch
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.experiment import Experiment
-from grpo_kit.rollout import Rollout, Samples, joined, with_rewards
-from grpo_kit.training.processes import Processes, collect_shared_rollout
+from grpo_kit.rollout import BY_PROMPT, BY_TOKEN, COLUMNS, Rollout, Samples, collect_samples, joined, with_rewards
+from grpo_kit.training.processes import Processes
 from grpo_kit.training.step import rollout_advantages
 
 
@@ -22,7 +23,7 @@ def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
     settings = kit.config.training_settings
     prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, iteration)
     statistics = kit.rewards.state_dict()
-    rollout = _collected(kit, prompts, iteration, 0, processes)
+    rollout = collect_groups(kit, prompts, rollout_seed(settings.seed, iteration), processes)
     if not settings.max_resampling:
         return rollout
     rollout = replace(rollout, attempts=torch.zeros(len(prompts), dtype=torch.int64))
@@ -31,43 +32,14 @@ def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
         places = [group for group in range(len(prompts)) if not advantages[rollout.group_ids == group].any()]
         if not places:
             break
-        others = _other_prompts(kit.train_prompts, rollout.prompts, len(places), settings.seed, iteration, attempt)
-        again = _collected(kit, others, iteration, attempt, processes)
+        attempt_seed = derive_seed(settings.seed, "attempt", attempt)
+        drawn = balanced_batch(kit.train_prompts, len(prompts) + len(places), attempt_seed, iteration)
+        others = ([prompt for prompt in drawn if prompt not in rollout.prompts] + drawn)[: len(places)]
+        again = collect_groups(kit, others, rollout_seed(settings.seed, iteration, attempt), processes)
         kit.rewards.load_state_dict(statistics)  # they take in the rollout that is trained on, once
-        samples = with_groups(rollout, again, places, kit.policy.tokenizer.pad_token_id)
+        samples = _with_groups(rollout, again, places, kit.policy.tokenizer.pad_token_id)
         rollout = with_rewards(samples, kit.rewards, settings.truncation_penalty)
     return rollout
-
-
-def with_groups(samples: Samples, again: Samples, places: Sequence[int], pad_token_id: int) -> Samples:
-    """Samples in which the groups at some places are others, as if these had been sampled there.
-
-    Args:
-        again: their groups 0, 1, … take these places.
-    """
-    group_ids = torch.tensor(places)[again.group_ids]
-    both, old = joined([samples, replace(again, group_ids=group_ids)], pad_token_id), samples.group_ids
-    rows = torch.cat([(~torch.isin(old, group_ids)).nonzero().flatten(), len(old) + torch.arange(len(group_ids))])
-    rows = rows[both.group_ids[rows].argsort(stable=True)]
-    longest = int(both.completion_mask[rows].sum(dim=1).max())
-    groups = torch.arange(len(samples.prompts))
-    groups[list(places)] = len(groups) + torch.arange(len(places))
-
-    def taken(name: str, value: object) -> object:
-        if value is None or isinstance(value, dict):
-            return value and {key: column[rows] for key, column in value.items()}
-        if torch.is_tensor(value):
-            return (
-                value[rows][:, :longest]
-                if name in ("completion_ids", "completion_mask", "old_logprobs")
-                else value[rows]
-            )
-        return [value[place] for place in (groups if name in ("prompts", "prompt_images") else rows)]
-
-    seconds = {name: samples.seconds.get(name, 0.0) + spent for name, spent in again.seconds.items()}
-    attempts = samples.attempts.index_add(0, torch.tensor(places), torch.ones(len(places), dtype=torch.int64))
-    columns = {name: taken(name, value) for name, value in vars(both).items()}
-    return Samples(**columns | {"seconds": samples.seconds | seconds, "attempts": attempts})
 
 
 def rollout_seed(seed: int, iteration: int, attempt: int = 0) -> int:
@@ -75,29 +47,80 @@ def rollout_seed(seed: int, iteration: int, attempt: int = 0) -> int:
     return derive_seed(seed, "rollout", iteration, *([attempt] if attempt else []))
 
 
-def _other_prompts(
-    prompts: Sequence[Prompt], batch: Sequence[Prompt], count: int, seed: int, iteration: int, attempt: int
-) -> list[Prompt]:
-    """So many prompts that are not in the batch, as long as there are any."""
-    drawn = balanced_batch(prompts, len(batch) + count, derive_seed(seed, "attempt", attempt), iteration)
-    return ([prompt for prompt in drawn if prompt not in batch] + drawn)[:count]
+def collect_groups(kit: Experiment, prompts: Sequence[Prompt], seed: int, processes: Processes) -> Rollout:
+    """`collect_rollout` as the settings say, by all processes: each collects some groups and then has all of them.
 
+    Only the main process has all pictures. Where there are fewer prompts than processes, some collect nothing.
 
-def _collected(
-    kit: Experiment, prompts: Sequence[Prompt], iteration: int, attempt: int, processes: Processes
-) -> Rollout:
+    Raises:
+        ProcessError: one of them failed.
+    """
     settings, generation = kit.config.training_settings, kit.config.generation_settings
-    return collect_shared_rollout(
-        processes,
-        kit.policy,
-        kit.generator,
-        kit.rewards,
-        prompts,
-        settings.group_size,
-        seed=rollout_seed(settings.seed, iteration, attempt),
-        truncation_penalty=settings.truncation_penalty,
-        images_per_prompt=generation.images_per_prompt,
-        share_seeds=generation.share_seeds,
-        use_image=kit.config.model_settings.use_image,
-        overlap=kit.overlap,
+    shard = processes.shards(len(prompts))[processes.rank]
+    own: list[Samples] = []
+
+    def collect_share() -> Samples | None:
+        if not shard:
+            return None
+        share = collect_samples(
+            kit.policy,
+            kit.generator,
+            kit.rewards,
+            prompts[shard.start : shard.stop],
+            settings.group_size,
+            seed,
+            images_per_prompt=generation.images_per_prompt,
+            share_seeds=generation.share_seeds,
+            use_image=kit.config.model_settings.use_image,
+            overlap=kit.overlap,
+            first_prompt=shard.start,
+        )
+        own.append(share)
+        return replace(share, images=[], encoded=None)  # what travels
+
+    gathered = processes.gather(collect_share)
+    if processes.count == 1:
+        return with_rewards(own[0], kit.rewards, settings.truncation_penalty)
+    shares = [share for share in gathered if share is not None]
+    pictures = processes.gather_on_main(own[0].images if own else [])
+    nothing = [None] * generation.images_per_prompt
+    images = [
+        found or [nothing] * len(share.group_ids)
+        for found, share in zip(pictures, gathered, strict=True)
+        if share is not None
+    ]
+    both = joined(shares, kit.policy.tokenizer.pad_token_id)
+    both = replace(both, images=list(chain(*images)), seconds=own[0].seconds if own else {})
+    return with_rewards(both, kit.rewards, settings.truncation_penalty)
+
+
+def _with_groups(samples: Samples, again: Samples, places: Sequence[int], pad_token_id: int) -> Samples:
+    """Samples in which the groups at some places are others: those of `again`, in their order."""
+    others = {place: _alone(again, group) for group, place in enumerate(places)}
+    groups = [others.get(group) or _alone(samples, group) for group in range(len(samples.prompts))]
+    seconds = {name: samples.seconds.get(name, 0.0) + spent for name, spent in again.seconds.items()}
+    attempts = samples.attempts.clone()
+    attempts[list(places)] += 1
+    return replace(
+        joined(groups, pad_token_id),
+        group_ids=samples.group_ids,
+        seconds=samples.seconds | seconds,
+        attempts=attempts,
     )
+
+
+def _alone(samples: Samples, group: int) -> Samples:
+    """The rows of one group, as if it had been sampled alone."""
+    rows = (samples.group_ids == group).nonzero().flatten().tolist()
+    longest = int(samples.completion_mask[rows].sum(dim=1).max())
+
+    def taken(name: str) -> list | torch.Tensor | None:
+        value = getattr(samples, name)
+        if value is None:
+            return None
+        if torch.is_tensor(value):
+            return value[rows, :longest] if name in BY_TOKEN else value[rows]
+        return [value[group]] if name in BY_PROMPT else [value[row] for row in rows]
+
+    parts = {name: values[rows] for name, values in samples.reward_parts.items()}
+    return Samples(**{name: taken(name) for name in COLUMNS}, reward_parts=parts)

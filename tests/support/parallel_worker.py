@@ -30,8 +30,8 @@ from grpo_kit.training import step as step_module
 from grpo_kit.training.accumulation import Accumulation, Part
 from grpo_kit.training.launch import joined
 from grpo_kit.training.loop import train
-from grpo_kit.training.processes import ALONE, Launched, ProcessError, Processes, collect_shared_rollout, full_tensor
-from grpo_kit.training.resampling import collect
+from grpo_kit.training.processes import ALONE, ProcessError, Processes, full_tensor
+from grpo_kit.training.resampling import collect, collect_groups
 from grpo_kit.training.step import grpo_step
 
 SETTINGS = {
@@ -119,7 +119,7 @@ def weights_of_the_local_batch() -> Iterator[None]:
 @contextmanager
 def mean_over_processes() -> Iterator[None]:
     """The mean that DDP takes is left as the batch's gradient."""
-    with patch.object(Launched, "backward", lambda self, loss: loss.backward()):
+    with patch.object(Processes, "backward", lambda self, loss: loss.backward()):
         yield
 
 
@@ -212,7 +212,7 @@ def compare_rollouts(kit: Experiment, processes: Processes) -> dict[str, object]
     prompts = kit.train_prompts[:3]
 
     def rollout(workers: Processes) -> Rollout:
-        return collect_shared_rollout(workers, kit.policy, kit.generator, kit.rewards, prompts, 4, seed=0)
+        return collect_groups(kit, prompts, 0, workers)
 
     one, several = rollout(ALONE), rollout(processes)
     with seeds_of_the_local_batch():
@@ -282,8 +282,8 @@ def main(scratch: Path, everything: bool) -> None:
     half, whole = settings()
     with joined(half, scratch / "from_two") as processes:
         kit = load_experiment(half)
-        rollout = collect_shared_rollout(processes, kit.policy, kit.generator, kit.rewards, kit.train_prompts[:3], 4, 0)
-        spread = Launched(processes.accelerator)
+        rollout = collect_groups(kit, kit.train_prompts[:3], 0, processes)
+        spread = Processes(processes.accelerator)
         spread.sharded = True
         found = {} if everything else {"rollouts": compare_rollouts(kit, processes), "processes": processes.count}
         found |= {} if everything else {"again": compare_groups_drawn_again(kit, processes)}

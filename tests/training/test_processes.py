@@ -25,7 +25,7 @@ from grpo_kit.experiment import load_experiment
 from grpo_kit.runs.folder import RunFolder, last_commit
 from grpo_kit.training.launch import joined
 from grpo_kit.training.loop import make_optimizer, resume, train
-from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_enough, require_sharable
+from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
 
 TOLERANCE = 1e-6
 WORKER = PROJECT_ROOT / "tests" / "support" / "parallel_worker.py"
@@ -149,7 +149,7 @@ def test_shards_are_contiguous_and_as_even_as_can_be(items: int, count: int):
 
 def test_more_processes_than_prompts_are_refused_before_anything_starts(tmp_path: Path, capsys):
     with pytest.raises(ProcessError, match="found 3, allowed: at most 2"):
-        require_enough(2, 3)
+        require_sharable(load_config("tiny", {"training_settings.prompts_per_iteration": 2}), 3)
     with pytest.raises(SystemExit) as ended:
         main(["train", "--launch", "9", "--run-dir", str(tmp_path / "run")])
     assert ended.value.code == 2 and not (tmp_path / "run").exists()
