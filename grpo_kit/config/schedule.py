@@ -9,15 +9,15 @@ from grpo_kit.config.errors import ConfigError, one_line
 from grpo_kit.config.settings import TrainingSettings
 
 
-def scheduled_rates(settings: TrainingSettings, iteration: int) -> list[float] | None:
-    """The learning rate of each of an iteration's optimizer updates; None where it is constant.
+def scheduled_rates(settings: TrainingSettings, iteration: int) -> list[float]:
+    """The learning rate of each of an iteration's optimizer updates.
 
     Of all `num_iterations` × `updates_per_rollout` updates one that is skipped counts too, so that an iteration has the
     same rates whatever came before it. A `ConfigError` where `lr_scheduler_kwargs` do not belong to the schedule.
     """
-    if settings.lr_scheduler_type == "constant":
-        return None
     count = settings.updates_per_rollout
+    if settings.lr_scheduler_type == "constant":
+        return [settings.learning_rate] * count
     total = settings.num_iterations * count
     warmup = settings.warmup_steps or math.ceil(settings.warmup_ratio * total)
     options = json.dumps(settings.lr_scheduler_kwargs, sort_keys=True)

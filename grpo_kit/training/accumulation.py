@@ -36,53 +36,44 @@ class Part:
     mask: torch.Tensor
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None
-    ref_logprobs: torch.Tensor | None
-    weights: torch.Tensor | None  # of the tokens in the whole batch
+    ref_logprobs: torch.Tensor | None = None
+    weights: torch.Tensor | None = None  # of the tokens in the whole batch
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Part":
         """The same with every tensor changed."""
         return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
 
 
+@dataclass(eq=False)
 class Accumulation:
     """The batch of a step: hands out its parts, adds up their gradients and what is measured of them.
 
     As a context it sees that no gradient is left on the parameters, before and afterwards.
-
-    Args:
-        advantages: (N,) of all rows.
-        kept: (N,) bool, the rows that take part.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        optimizer: torch.optim.Optimizer,
-        rollout: Rollout,
-        advantages: torch.Tensor,
-        kept: torch.Tensor,
-        settings: TrainingSettings,
-        processes: Processes,
-    ) -> None:
-        self.policy, self.rollout, self.settings, self.processes = policy, rollout, settings, processes
-        self.module = processes.module(policy)
-        self.ref_logprobs = rollout.ref_logprobs
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    rollout: Rollout
+    advantages: torch.Tensor  # (N,) of all rows
+    kept: torch.Tensor  # (N,) bool: the rows that take part
+    settings: TrainingSettings
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        self.module = self.processes.module(self.policy)
+        self.ref_logprobs = self.rollout.ref_logprobs
         self.non_finite: list[NonFinite] = []  # why updates were skipped
-        self._optimizer, self._advantages, self._kept = optimizer, advantages, kept
-        self._once: dict[str, float] = {}  # what is measured once
-        self._updates: list[dict[str, float]] = []  # what each update measured
+        self._once, self._updates = {}, []  # what is measured once, and in each update: name → number
 
     def __enter__(self) -> "Accumulation":
-        self._optimizer.zero_grad(set_to_none=True)  # an interrupted step leaves a gradient behind
+        self.optimizer.zero_grad(set_to_none=True)  # an interrupted step leaves a gradient behind
         started = time.perf_counter()
         policy, rollout = self.policy, self.rollout
         columns = Part(
-            rows=torch.arange(len(self._kept)),
+            rows=torch.arange(len(self.kept)),
             mask=trained_tokens(rollout, self.settings),
-            advantages=self._advantages.float(),
+            advantages=self.advantages.float(),
             old_logprobs=rollout.old_logprobs,
-            ref_logprobs=None,
-            weights=None,
         ).map(lambda tensor: tensor.to(policy.device))
         if self.settings.beta != 0:
             if self.ref_logprobs is None:
@@ -91,15 +82,14 @@ class Accumulation:
                     scores = [score_rows(self.module, rollout, part.rows, reference=True).logprobs for part in parts]
                 self.ref_logprobs = self._whole_column(scores[:own])
             columns = replace(columns, ref_logprobs=self.ref_logprobs.to(policy.device))
-        kept = self._kept.to(policy.device)
-        batch = columns.map(lambda tensor: tensor[kept])
+        batch = columns.map(lambda tensor: tensor[self.kept.to(policy.device)])
         weights = token_weights(batch.mask, self.settings.loss_type, policy.max_new_tokens)
         self._batch = replace(batch, weights=weights)
         self._once["time/reference"] = time.perf_counter() - started
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     # --- one update ---------------------------------------------------------------------------------------------------
 
@@ -119,11 +109,11 @@ class Accumulation:
         }
         self._scored = self._whole_column(self._logprobs[:own])
         if not self._updates:
-            scored, recorded, mask = self._scored, self._batch.old_logprobs, self._batch.mask
+            scored, recorded = self._scored, self._batch.old_logprobs
             # the first scoring and the sampler's record differ by rounding, or training and rollout disagree
             gap = torch.zeros_like(scored) if recorded is None else (scored - recorded).abs()
-            difference = "sampling/sampling_logp_difference"
-            self._once |= {f"{difference}/mean": float(gap[mask].mean()), f"{difference}/max": float(gap.max())}
+            self._once["sampling/sampling_logp_difference/mean"] = float(gap[self._batch.mask].mean())
+            self._once["sampling/sampling_logp_difference/max"] = float(gap.max())
             self._batch = replace(self._batch, old_logprobs=_old_up_to_rounding(scored, recorded, self.policy))
 
     def old_logprobs(self, part: Part, scores: Scores) -> torch.Tensor:
@@ -150,25 +140,16 @@ class Accumulation:
         }
         self._totals = {name: self._totals.get(name, 0.0) + share for name, share in measured.items()}
 
-    def clip_gradients(self, max_norm: float) -> None:
-        """Scale the whole gradient down to a norm of at most `max_norm`, where its norm is finite."""
-        started = time.perf_counter()
-        parameters = self.policy.trainable_parameters()
-        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        self._measured["grad_norm"] = float(norm)
-        if math.isfinite(self._measured["grad_norm"]) and math.isfinite(self._measured["loss"]):
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        self._measured["time/backward"] += time.perf_counter() - started
+    def update(self, learning_rate: float | None = None) -> None:
+        """Clip the whole gradient to `max_grad_norm` and run the optimizer, at this rate where one is given.
 
-    def step(self, optimizer: torch.optim.Optimizer, learning_rate: float | None = None) -> None:
-        """Run the optimizer; weights and momentum stay where loss, gradient or its result is not finite.
-
-        Args:
-            learning_rate: of this update; None leaves the optimizer its own.
+        Weights and momentum stay as they are where loss, gradient or the optimizer's result is not finite.
         """
-        set_rate(optimizer, learning_rate)
         started, measured = time.perf_counter(), self._measured
-        parameters = dict(self.policy.model.named_parameters())
+        set_rate(self.optimizer, learning_rate)
+        trainable, parameters = self.policy.trainable_parameters(), dict(self.policy.model.named_parameters())
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
+        measured["grad_norm"] = float(norm)
         if not math.isfinite(measured["grad_norm"]) or not math.isfinite(measured["loss"]):
             recorded = self.rollout.old_logprobs
             recorded = None if recorded is None else recorded[self._batch.rows.cpu()]
@@ -177,10 +158,13 @@ class Accumulation:
                 or non_finite_loss(recorded, self._batch.ref_logprobs, self._scored, measured["loss"])
                 or non_finite_gradient(parameters, measured["grad_norm"])
             )
-        elif not step_or_restore(optimizer, lambda sound: all(self.processes.gather(lambda: sound))):
-            found = non_finite_weight(parameters)  # as they were before
-            self.non_finite.append(found or NonFinite("optimizer", "weights or momentum after the optimizer's step"))
-        optimizer.zero_grad(set_to_none=True)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(trainable, self.settings.max_grad_norm, norm)
+            if not step_or_restore(self.optimizer, lambda sound: all(self.processes.gather(lambda: sound))):
+                found = non_finite_weight(parameters)  # as they were before
+                after = NonFinite("optimizer", "weights or momentum after the optimizer's step")
+                self.non_finite.append(found or after)
+        self.optimizer.zero_grad(set_to_none=True)
         measured["time/backward"] += time.perf_counter() - started
         self._updates.append(measured)
 
@@ -197,7 +181,7 @@ class Accumulation:
         """This process's rows in micro-batches, and how many such parts there are.
 
         Every process has as many parts, since FSDP gathers weights in each: one with fewer rows goes on with parts that
-        weigh nothing, so the list may be longer than the number beside it.
+        weigh nothing, beyond that number.
         """
         groups, size = self.rollout.group_ids[batch.rows.cpu()], self.settings.micro_batch_size or len(batch.rows)
         shards = self.processes.shards(len(self.rollout.prompts))
@@ -205,9 +189,8 @@ class Accumulation:
         divided = [micro_batches(some, groups, size) for some in rows]
         mine = divided[self.processes.rank]
         own = [batch.map(lambda tensor, some=some: tensor[some.to(tensor.device)]) for some in mine]
-        first = batch.map(lambda tensor: tensor[:1])
-        weights = None if first.weights is None else torch.zeros_like(first.weights)
-        idle = replace(first, mask=torch.zeros_like(first.mask), weights=weights)
+        idle = batch.map(lambda tensor: tensor[:1])
+        idle = replace(idle, mask=idle.mask & False, weights=None if idle.weights is None else 0 * idle.weights)
         return own + [idle] * (max(map(len, divided)) - len(own)), len(own)
 
     def _whole_column(self, own: list[torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,6 @@ from grpo_kit.runs.durable import flush, flush_tree
 from grpo_kit.runs.durable import replace as replace_folder
 from grpo_kit.runs.folder import RunError, RunFolder
 from grpo_kit.runs.iterations import files_of_iterations, iteration_of
-from grpo_kit.runs.own_rewards import Entries
 from grpo_kit.runs.record import BRANCH_FILE, Origin, metrics_lines
 from grpo_kit.training.loop import best_iteration, commit, make_optimizer
 from grpo_kit.training.restore import own_experiment, require_iteration, restore_after
@@ -66,8 +65,7 @@ def branch(
     best = best_iteration(kit, run)
     has_best = best is not None and best <= iteration and run.best.is_dir()
     origin = Origin(run.path.resolve().name, iteration, settings, has_best, differs)
-    rewards = kit.rewards.record() if old.reward_settings == config.reward_settings else None
-    _write(_with_settings(kit, config), optimizer, run, new, origin, rewards)
+    _write(_with_settings(kit, config, settings), optimizer, run, new, origin)
     return origin
 
 
@@ -94,17 +92,16 @@ def _without_folder(value: object) -> object:
 
 def _require_possible(old: Config, new: Config, settings: Mapping[str, list], iteration: int) -> None:
     """Refuse, before anything is loaded, settings with which the branch could not go on."""
-    for key in FIXED:
-        if key in settings:
-            then, now = settings[key]
-            raise KitError(
-                f"{key}: found {now!r:.100}, allowed in a branch: the run's own ({then!r:.100}), which its weights "
-                "belong to. Leave it, or train a new run"
-            )
-    if new.training_settings.num_iterations <= iteration:
+    if fixed := [key for key in FIXED if key in settings]:
+        then, now = settings[fixed[0]]
         raise KitError(
-            f"training_settings.num_iterations: found {new.training_settings.num_iterations}, allowed in a branch at "
-            f"iteration {iteration}: more than that. Set it with -o"
+            f"{fixed[0]}: found {now!r:.100}, allowed in a branch: the run's own ({then!r:.100}), which its weights "
+            "belong to. Leave it, or train a new run"
+        )
+    if (found := new.training_settings.num_iterations) <= iteration:
+        raise KitError(
+            f"training_settings.num_iterations: found {found}, allowed in a branch at iteration {iteration}: more than "
+            "that. Set it with -o"
         )
     if old.reward_settings != new.reward_settings:
         check_reward_settings(new)
@@ -112,38 +109,28 @@ def _require_possible(old: Config, new: Config, settings: Mapping[str, list], it
         load_prompts(prompts)
 
 
-def _with_settings(kit: Experiment, config: Config) -> Experiment:
+def _with_settings(kit: Experiment, config: Config, settings: Mapping[str, list]) -> Experiment:
     """The experiment under the branch's settings; rewards that these no longer normalise lose their statistics."""
     before, after = (
         {name for name, shaping in one.reward_settings.shaping.items() if shaping.normalize == "running"}
         for one in (kit.config, config)
     )
     shaping = {name: kind for name, kind in kit.rewards.shaping.items() if name not in before - after}
-    kit = replace(kit, rewards=replace(kit.rewards, shaping=shaping))
-    old, new = kit.config, config
-    if old.training_settings.train_prompts != new.training_settings.train_prompts:
-        kit = replace(kit, train_prompts=load_prompts(new.training_settings.train_prompts))
-    if old.evaluation_settings.val_prompts != new.evaluation_settings.val_prompts:
-        kit = replace(kit, val_prompts=load_prompts(new.evaluation_settings.val_prompts))
-    return replace(kit, config=new)
+    changed: dict[str, object] = {"config": config, "rewards": replace(kit.rewards, shaping=shaping)}
+    if "training_settings.train_prompts" in settings:
+        changed["train_prompts"] = load_prompts(config.training_settings.train_prompts)
+    if "evaluation_settings.val_prompts" in settings:
+        changed["val_prompts"] = load_prompts(config.evaluation_settings.val_prompts)
+    return replace(kit, **changed)
 
 
-def _write(
-    kit: Experiment,
-    optimizer: torch.optim.Optimizer,
-    run: RunFolder,
-    new: Path,
-    origin: Origin,
-    rewards: Entries | None,
-) -> None:
-    """Write the branch aside and rename it into place, so that a half-made one is never trained on.
-
-    Args:
-        rewards: what decides its rewards; None where the branch has other ones, which its first iteration writes down.
-    """
+def _write(kit: Experiment, optimizer: torch.optim.Optimizer, run: RunFolder, new: Path, origin: Origin) -> None:
+    """Write the branch aside and rename it into place, so that a half-made one is never trained on."""
     aside = new.with_name(f".writing-{new.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    folder = RunFolder.open(aside, kit.config, kit.contents(), rewards)
+    # rewards that the branch changes are written down by its first iteration
+    has_others = any(key.startswith("reward_settings.") for key in origin.settings)
+    folder = RunFolder.open(aside, kit.config, kit.contents(), None if has_others else kit.rewards.record())
     folder.write_config(kit.config)
     folder.metrics_file.write_bytes(b"".join(line + b"\n" for line in metrics_lines(run.path)[: origin.iteration]))
     for place in files_of_iterations(run.path):

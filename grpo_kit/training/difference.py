@@ -33,8 +33,7 @@ def compare(part: str, what: str, place: str, recorded: object, replayed: object
     """Compare two things bit for bit: dtype, shape, NaN and the sign of zero count.
 
     Args:
-        part, what: name the comparison in a table.
-        place: names the thing in the line about its first difference.
+        part, what: name the comparison in a table; `place` does in the line about its first difference.
         recorded, replayed: plain values or tensors, and dicts and lists of these.
     """
     found = _first_difference(place, recorded, replayed)
@@ -77,11 +76,8 @@ def unreadable(part: str, what: str, reason: object) -> Comparison:
 def _numbers(line: bytes | str) -> dict[str, str]:
     """A line's numbers as they stand in it, so that nothing is rounded; no seconds, which two runs never share."""
     found = dict(json.loads(line, parse_float=str, parse_int=str))
-    return {
-        name: "null" if value is None else value
-        for name, value in found.items()
-        if name != "step_time" and not name.startswith("time/")
-    }
+    kept = {name: value for name, value in found.items() if name != "step_time" and not name.startswith("time/")}
+    return {name: "null" if value is None else value for name, value in kept.items()}
 
 
 def _first_difference(place: str, recorded: object, replayed: object) -> tuple[str, object, object] | None:

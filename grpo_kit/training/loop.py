@@ -20,23 +20,20 @@ from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.evaluation.reward_hacking import check_for_reward_hacking, held_out_score
 from grpo_kit.evaluation.validation import validate
 from grpo_kit.experiment import Experiment, load_experiment
-from grpo_kit.grpo.finite import NonFinite
-from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.models.card import save_with_card
 from grpo_kit.rewards.loading import reward_record, short_names
-from grpo_kit.rollout import Rollout, score_rows, with_encoded
+from grpo_kit.rollout import Rollout
 from grpo_kit.runs.checkpoint import Checkpoint, keep_newest, load_latest, save_checkpoint
 from grpo_kit.runs.folder import RunFolder, decisive_settings
-from grpo_kit.runs.iterations import iteration_name
 from grpo_kit.runs.log_file import log_from
 from grpo_kit.runs.record import first_own_validation, refuse_branch_without_checkpoint
 from grpo_kit.runs.tracking import Tracker
-from grpo_kit.training.accumulation import micro_batches, set_rate
+from grpo_kit.training.accumulation import set_rate
 from grpo_kit.training.launch import joined
 from grpo_kit.training.nonfinite import warn_or_end
 from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
 from grpo_kit.training.resampling import collect
-from grpo_kit.training.rollout_table import rollout_table
+from grpo_kit.training.rollout_table import keep_rollout
 from grpo_kit.training.step import StepStats, grpo_step
 
 logger = logging.getLogger(__name__)
@@ -95,36 +92,27 @@ def train(
         start = iteration = committed or 0
         processes.only_main(lambda: tracker.go_on(start))
         processes.prepare(kit.policy, optimizer)
+        run = _Run(kit, optimizer, folder, tracker, processes, start)
         if committed is None:
-            _validate(kit, folder, tracker, 0, processes)
+            run.validate(0)
             commit(kit, optimizer, folder, 0, processes)  # a run stopped before its first checkpoint starts afresh
-        commits = stack.enter_context(_Commits(kit, optimizer, folder, start, processes))
+        stack.enter_context(run)
         stopped = processes.on_main(lambda: _check_for_reward_hacking(kit, folder, announce=False))
         last = start if stopped else min(settings.num_iterations, until or settings.num_iterations)
         hidden = not (progress and processes.is_main)
         bar = tqdm(range(start + 1, last + 1), "GRPO", last, initial=start, unit="it", mininterval=1.0, disable=hidden)
         for iteration in bar:
-            metrics, non_finite = _iterate(kit, optimizer, folder, iteration, processes)
-            processes.on_main(partial(_log, folder, tracker, metrics, non_finite, settings.updates_per_rollout))
+            metrics = run.iterate(iteration)
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics.get('kl', 0.0):.3f}", refresh=False)
             if iteration == settings.num_iterations or iteration % settings.validate_every == 0:
-                _validate(kit, folder, tracker, iteration, processes)
+                run.validate(iteration)
                 stopped = processes.on_main(lambda: _check_for_reward_hacking(kit, folder))
-            commits.complete(iteration, now=iteration == last or stopped or iteration % settings.save_every == 0)
+            run.complete(iteration, now=iteration == last or stopped or iteration % settings.save_every == 0)
             if on_iteration is not None:
                 processes.only_main(partial(on_iteration, metrics))
             if stopped:
                 break
     return TrainResult(folder.path, iteration, start, next(reversed(folder.metrics()), {}), stopped)
-
-
-def _log(
-    folder: RunFolder, tracker: Tracker, metrics: dict[str, float], non_finite: NonFinite | None, updates: int
-) -> None:
-    folder.append_metrics(metrics)
-    tracker.log(metrics)
-    if non_finite is not None:
-        warn_or_end(folder, metrics["iteration"], non_finite, updates)
 
 
 def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
@@ -138,11 +126,7 @@ def make_optimizer(kit: Experiment, config: Config) -> torch.optim.Optimizer:
 def resume(
     kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, processes: Processes = ALONE
 ) -> int | None:
-    """Put policy, optimizer and rewards where the newest good checkpoint left them.
-
-    Returns:
-        Its iteration, None where nothing is committed yet.
-    """
+    """Put policy, optimizer and rewards where the newest good checkpoint left them; its iteration, None without one."""
     settings = decisive_settings(folder.decisive(kit.config))
     compared = {name: value for name, value in settings.items() if name not in folder.contents}  # else by content
     checkpoint = load_latest(folder.checkpoints, compared)
@@ -162,10 +146,9 @@ def resume(
 
     processes.on_main(tidy)
     restore(kit, optimizer, checkpoint)
-    if checkpoint is None:
-        return None
-    logger.info("continuing after iteration %d", iteration)
-    return iteration
+    if checkpoint is not None:
+        logger.info("continuing after iteration %d", iteration)
+    return None if checkpoint is None else iteration
 
 
 def restore(kit: Experiment, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> None:
@@ -184,58 +167,15 @@ def run_iteration(
         rollout = collect(kit, iteration, processes)
     rates = scheduled_rates(kit.config.training_settings, iteration)
     stats = grpo_step(kit.policy, optimizer, rollout, kit.config, processes, rates)
-    set_rate(optimizer, rates and rates[-1])  # also where nothing was to be learned
+    set_rate(optimizer, rates[-1])  # also where nothing was to be learned
     return rollout, stats
-
-
-def _iterate(
-    kit: Experiment, optimizer: torch.optim.Optimizer, folder: RunFolder, iteration: int, processes: Processes
-) -> tuple[dict[str, float], NonFinite | None]:
-    """One iteration: its line for metrics.jsonl, and what was not finite; some rollouts are kept, with pictures."""
-    settings = kit.config.training_settings
-    started = time.perf_counter()
-    rollout, stats = run_iteration(kit, optimizer, iteration, processes)
-    metrics = log_line(kit, iteration, rollout, stats)
-    if iteration == 1 or iteration % settings.validate_every == 0 or iteration == settings.num_iterations:
-        with processes.whole_policy():
-            kl = processes.on_main(lambda: keep_rollout(kit, folder, iteration, rollout, stats))
-        metrics.setdefault("kl", kl)  # beta 0 needs no KL, but who watches the run does
-    metrics["step_time"] = time.perf_counter() - started
-    metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
-    return metrics, stats.non_finite
 
 
 def log_line(kit: Experiment, iteration: int, rollout: Rollout, stats: StepStats) -> dict[str, float]:
     """What metrics.jsonl says of an iteration, but for the seconds that it took as a whole."""
     seconds = {f"time/{name}": value for name, value in rollout.seconds.items()}
-    settings = kit.config.training_settings
-    learning_rate = (scheduled_rates(settings, iteration) or [settings.learning_rate])[-1]  # of its last update
+    learning_rate = scheduled_rates(kit.config.training_settings, iteration)[-1]  # of its last update
     return {"iteration": iteration, **stats.metrics, **seconds, "learning_rate": learning_rate}
-
-
-def keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> float:
-    """Save a rollout with what the step did to each of its tokens; returns its mean KL from the reference per token."""
-    rollout = with_encoded(rollout, kit.policy)
-    settings, count = kit.config.training_settings, len(rollout.rewards)
-    parts = micro_batches(torch.arange(count), rollout.group_ids, settings.micro_batch_size or count)
-
-    def scored(reference: bool) -> torch.Tensor:
-        with torch.no_grad():
-            scores = [score_rows(kit.policy, rollout, rows, reference=reference).logprobs.cpu() for rows in parts]
-        return torch.cat(scores)
-
-    logprobs = {
-        "old_logprobs": rollout.old_logprobs,
-        "ref_logprobs": scored(reference=True) if stats.ref_logprobs is None else stats.ref_logprobs.cpu(),
-        "new_logprobs": scored(reference=False),
-    }
-    names = [f"{iteration_name(iteration)}_row_{row:03d}" for row in range(count)]
-    thumbnails = [folder.save_thumbnail(images[0], name) for images, name in zip(rollout.images, names, strict=True)]
-    tokens = kit.policy.token_texts(rollout.completion_ids, rollout.completion_mask)
-    table = rollout_table(iteration, rollout, stats.advantages.tolist(), thumbnails, tokens, logprobs)
-    folder.save_table(f"rollouts/{iteration_name(iteration)}.parquet", table)
-    kl = kl_divergence(rollout.old_logprobs, logprobs["ref_logprobs"], estimator=settings.kl_estimator)
-    return float(kl[rollout.completion_mask].mean())
 
 
 def commit(
@@ -248,8 +188,7 @@ def commit(
 ) -> None:
     """Put everything that the next iteration depends on into a checkpoint, once what it vouches for is on the disk.
 
-    Args:
-        rewards: their state after that iteration; None is their state now.
+    The rewards' state is that after the iteration; None is their state now.
     """
     policy, state = _saving(kit, iteration, processes), processes.full(optimizer.state_dict())
 
@@ -268,30 +207,64 @@ def commit(
     processes.on_main(lambda: folder.commit(save))
 
 
-class _Commits:
-    """When a run is committed; as a context it sees to it that an interrupt costs no complete iteration.
+@dataclass(eq=False)
+class _Run:
+    """A run in progress; as a context it sees to it that an interrupt costs no complete iteration.
 
     An iteration is complete once all that it writes is written. Its state is that of policy and optimizer until the
     next one's first optimizer step, so that an interrupt until then (in sampling, drawing, scoring) is followed by a
     commit, and one in the step, or in what is written after it, is not.
     """
 
-    def __init__(
-        self,
-        kit: Experiment,
-        optimizer: torch.optim.Optimizer,
-        folder: RunFolder,
-        start: int,
-        processes: Processes,
-    ) -> None:
-        self.kit, self.optimizer, self.folder, self.processes = kit, optimizer, folder, processes
-        self._committed, self._clock = start, time.monotonic()
-        self._complete = (start, kit.rewards.state_dict())  # rewards take in a rollout's scores before its step
-        self._is_stepping = False
-        optimizer.register_step_pre_hook(self._stepping)
+    kit: Experiment
+    optimizer: torch.optim.Optimizer
+    folder: RunFolder
+    tracker: Tracker | None  # of the main process alone
+    processes: Processes
+    start: int
 
-    def _stepping(self, *_: object) -> None:
-        self._is_stepping = True
+    def __post_init__(self) -> None:
+        self._committed, self._clock = self.start, time.monotonic()
+        self._complete = (self.start, self.kit.rewards.state_dict())  # rewards take in scores before the step on them
+        self._is_stepping = False
+        self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "_is_stepping", True))
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration and its line of metrics.jsonl; some rollouts are kept, with pictures."""
+        kit, processes, settings = self.kit, self.processes, self.kit.config.training_settings
+        started = time.perf_counter()
+        rollout, stats = run_iteration(kit, self.optimizer, iteration, processes)
+        metrics = log_line(kit, iteration, rollout, stats)
+        if iteration == 1 or iteration % settings.validate_every == 0 or iteration == settings.num_iterations:
+            with processes.whole_policy():
+                kl = processes.on_main(lambda: keep_rollout(kit, self.folder, iteration, rollout, stats))
+            metrics.setdefault("kl", kl)  # beta 0 needs no KL, but who watches the run does
+        metrics["step_time"] = time.perf_counter() - started
+        metrics["time/rest"] = metrics["step_time"] - sum(v for k, v in metrics.items() if k.startswith("time/"))
+
+        def log() -> None:
+            self.folder.append_metrics(metrics)
+            self.tracker.log(metrics)
+            if stats.non_finite is not None:
+                warn_or_end(self.folder, iteration, stats.non_finite, settings.updates_per_rollout)
+
+        processes.on_main(log)
+        return metrics
+
+    def validate(self, iteration: int) -> None:
+        """Validate, and keep the policy in `best/` when none before scored as high; the main process does it."""
+
+        def is_best_so_far() -> bool:
+            result = validate(self.kit, iteration, self.folder)
+            self.tracker.log_samples(iteration)
+            logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
+            return best_iteration(self.kit, self.folder) == iteration
+
+        with self.processes.whole_policy():
+            is_best = self.processes.on_main(is_best_so_far)
+        if is_best:
+            saving = _saving(self.kit, iteration, self.processes)
+            self.processes.on_main(lambda: self.folder.save_best(saving))
 
     def complete(self, iteration: int, *, now: bool) -> None:
         """All that an iteration writes is written; it is committed `now`, or where `save_minutes` have passed."""
@@ -307,19 +280,18 @@ class _Commits:
         commit(self.kit, self.optimizer, self.folder, iteration, processes, rewards)
         self._committed, self._clock = iteration, time.monotonic()
 
-    def __enter__(self) -> "_Commits":
+    def __enter__(self) -> "_Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         is_interrupt = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        iteration, several = self._complete[0], self.processes.sharded  # spread weights need all processes
-        if not is_interrupt or self._is_stepping or iteration == self._committed or several:
-            return
-        if not self.processes.is_main:
+        can_commit = self.processes.is_main and not self.processes.sharded  # spread weights need all processes
+        iteration, _ = self._complete
+        if not is_interrupt or not can_commit or self._is_stepping or iteration == self._committed:
             return
         self.kit.policy.recover()
         rates = scheduled_rates(self.kit.config.training_settings, iteration)
-        set_rate(self.optimizer, rates and rates[-1])  # the next iteration's may stand there already
+        set_rate(self.optimizer, rates[-1])  # the next iteration's may stand there already
         try:
             self._commit(ALONE)
             logger.info("interrupted; iteration %d is committed", iteration)
@@ -330,27 +302,8 @@ class _Commits:
 def _saving(kit: Experiment, iteration: int, processes: Processes) -> Callable[[Path], None]:
     """What writes the policy into the folder that it is given; weights that are spread are gathered here, by all."""
     weights = processes.full(kit.policy.trainable_state()) if processes.sharded else None
-    count = len(kit.train_prompts)
-    known = {"num_prompts": count, "rewards": kit.rewards.record()}
+    known = {"num_prompts": len(kit.train_prompts), "rewards": kit.rewards.record()}
     return lambda place: save_with_card(kit.policy, kit.config, place, iteration, weights, **known)
-
-
-def _validate(
-    kit: Experiment, folder: RunFolder, tracker: Tracker | None, iteration: int, processes: Processes
-) -> None:
-    """Validate, and keep the policy in `best/` when no validation before scored as high; the main process does it."""
-
-    def is_best_so_far() -> bool:
-        result = validate(kit, iteration, folder)
-        tracker.log_samples(iteration)
-        logger.info("iteration %d: validation reward %.4f", iteration, result["reward"])
-        return best_iteration(kit, folder) == iteration
-
-    with processes.whole_policy():
-        is_best = processes.on_main(is_best_so_far)
-    if is_best:
-        saving = _saving(kit, iteration, processes)
-        processes.on_main(lambda: folder.save_best(saving))
 
 
 def best_iteration(kit: Experiment, folder: RunFolder) -> int | None:
@@ -406,13 +359,10 @@ def _check_for_reward_hacking(kit: Experiment, folder: RunFolder, *, announce: b
 
 
 def start(config: Config, folder: Path) -> bool:
-    """Load an experiment and train its policy, together with the processes that this one was launched with.
+    """Load an experiment and train it, together with the processes that this one was launched with.
 
     Returns:
         Whether this process is the first of them, which reports.
-
-    Raises:
-        KitError: one line on why it cannot be trained.
     """
     with joined(config, folder) as processes:
         if processes.is_main:

@@ -32,13 +32,10 @@ class NonFiniteError(KitError):
 def warn_or_end(folder: RunFolder, iteration: int, cause: NonFinite, updates_per_rollout: int) -> None:
     """Log that an iteration had skipped updates; end the run where the last iterations made none.
 
-    It reads what the folder holds, so that a continued run ends where the uninterrupted one would.
-
     Raises:
-        NonFiniteError: the last `PATIENCE` iterations made no update. It says what was not finite first, since when,
-            which iteration is committed, and what to try.
+        NonFiniteError: the last `PATIENCE` iterations made no update. It says why, since when, and what to try.
     """
-    newest_first = reversed(folder.metrics())
+    newest_first = reversed(folder.metrics())  # of the folder, so that a continued run ends where a whole one would
     stuck = list(takewhile(lambda row: (row.get("skipped_updates") or 0) >= updates_per_rollout, newest_first))
     if len(stuck) < PATIENCE:
         logger.warning("iteration %d: update skipped, not finite: %s", iteration, cause.detail)

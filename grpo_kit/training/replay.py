@@ -1,8 +1,7 @@
 """Compute a recorded iteration again, and compare it bit for bit with what the run wrote down.
 
-It begins at the newest checkpoint before the iteration, or at the config's own models where there is none, and runs
-what lies between in memory. Then the iteration comes twice: its step alone, on the recorded rollout, where that was
-kept; and the whole of it, sampling and drawing included. Nothing is written into the run's folder.
+The iteration comes twice: its step alone, on the recorded rollout, where that was kept; and the whole of it, sampling
+and drawing included. Nothing is written into the run's folder.
 """
 
 import json
@@ -25,7 +24,7 @@ from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.iterations import iteration_name, rollouts_of
 from grpo_kit.runs.record import metrics_lines
 from grpo_kit.training.difference import Comparison, compare, compare_each, compare_line, unreadable
-from grpo_kit.training.loop import keep_rollout, log_line, make_optimizer, restore, run_iteration
+from grpo_kit.training.loop import log_line, make_optimizer, restore, run_iteration
 from grpo_kit.training.restore import (
     ReplayError,
     copied_state,
@@ -36,6 +35,7 @@ from grpo_kit.training.restore import (
     require_iteration,
     restore_after,
 )
+from grpo_kit.training.rollout_table import keep_rollout
 from grpo_kit.training.step import StepStats, grpo_step
 
 WHOLE, STEP = "whole", "step alone"
@@ -89,8 +89,8 @@ class Replay(Shown):
         shown = self.table.assign(equal=["yes" if one.equal else "NO" for one in self.comparisons])
         rows = [list(shown), *shown.to_numpy().tolist()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-        return "\n".join([*lines, "", *("  ".join(row).rstrip() for row in cells), "", self.verdict])
+        cells = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *cells, "", self.verdict])
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self), quote=False)}</pre>"
@@ -152,17 +152,15 @@ def changed_since(run_dir: Path) -> dict[str, tuple[str, str]]:
 
 
 def _step_alone(record: "_Record", kit: Experiment, optimizer: torch.optim.Optimizer) -> tuple[str, list[Comparison]]:
-    """The step on the recorded rollout: what it took from the record and what it computed, and the comparisons."""
+    """The step on the recorded rollout: where its parts come from, and the comparisons."""
     try:
         rollout = recorded_rollout(kit, read_rollout(record.run / record.rollout), record.iteration)
     except (ValueError, TypeError) as error:
         return "nothing, since the rollout cannot be read", [unreadable(STEP, record.rollout, error)]
     stats = grpo_step(kit.policy, optimizer, rollout, kit.config)
     drawn = "; what the policy looked at was drawn again" if rollout.prompt_images else ""
-    source = (
-        f"prompts, tokens, scores and the sampler's log-probabilities from {record.rollout}; "
-        f"rewards, advantages, the other log-probabilities and the step computed{drawn}"
-    )
+    taken = f"prompts, tokens, scores and the sampler's log-probabilities from {record.rollout}"
+    source = f"{taken}; rewards, advantages, the other log-probabilities and the step computed{drawn}"
     return source, record.compared(STEP, kit, optimizer, rollout, stats)
 
 
@@ -182,10 +180,7 @@ class _Record:
     def compared(
         self, part: str, kit: Experiment, optimizer: torch.optim.Optimizer, rollout: Rollout, stats: StepStats
     ) -> list[Comparison]:
-        """The record beside what a step leaves now: its line, rollout and pictures, and the state that the kit is in.
-
-        Where the iteration has a checkpoint, the kit stands at that one afterwards.
-        """
+        """The record beside what a step leaves now; where there is a checkpoint, the kit stands at that one then."""
         metrics, kept = log_line(kit, self.iteration, rollout, stats), []
         if (self.run / self.rollout).is_file():
             with TemporaryDirectory() as scratch:
@@ -205,20 +200,19 @@ class _Record:
             columns = [{name: side[name] for name in side if name in COMPUTED_BY_THE_STEP} for side in columns]
             return compare_each(part, "rollout", self.rollout, *columns)
         pictures = [name for name in columns[1]["thumbnail"] if name is not None]
-        found = compare_each(part, "rollout", self.rollout, *columns)
-        found.append(self._compared_files(f"pictures ({len(pictures)} files)", pictures, again))
+        files = {f"pictures ({len(pictures)} files)": pictures}
         if not {"pandas", "pyarrow"} & self.changed.keys():
-            found.append(self._compared_files("rollout: its file", [self.rollout], again))
+            files["rollout: its file"] = [self.rollout]
+        found = compare_each(part, "rollout", self.rollout, *columns)
+        for what, names in files.items():
+            there, here = (
+                {name: sha256(folder / name) for name in names if (folder / name).is_file()}
+                for folder in (self.run, again)
+            )
+            found.append(compare(part, what, "files", there, here))
         return found
 
-    def _compared_files(self, what: str, names: list[str], again: Path) -> Comparison:
-        digests = (
-            {name: sha256(folder / name) for name in names if (folder / name).is_file()} for folder in (self.run, again)
-        )
-        return compare(WHOLE, what, "files", *digests)
-
     def _compared_checkpoint(self, part: str, kit: Experiment, optimizer: torch.optim.Optimizer) -> list[Comparison]:
-        """The kit's state beside the iteration's checkpoint, where there is one."""
         name = f"checkpoints/{iteration_name(self.iteration)}"
         if not (self.run / name).is_dir():
             return []

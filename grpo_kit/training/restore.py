@@ -50,19 +50,13 @@ def own_experiment(run_dir: Path, kit: Experiment | None) -> Experiment:
 
 
 def require_iteration(run_dir: Path, iteration: int) -> None:
-    """Refuse an iteration that cannot be computed again.
-
-    Raises:
-        ReplayError: the run did not come so far, or the iteration is that of a branch's parent.
-    """
+    """Raise `ReplayError` where the run did not come so far, or the iteration is that of a branch's parent."""
     origin, last = read_origin(run_dir), len(metrics_lines(run_dir))
     first = 1 if origin is None else origin.iteration + 1
     if first <= iteration <= last:
         return
     allowed = f"{first} to {last}" if last >= first else "none yet"
-    advice = "Choose one of these, or train on"
-    if origin is not None:
-        advice = f"Earlier ones are in its parent, {origin.parent}"
+    advice = "Choose one, or train on" if origin is None else f"Earlier ones are in its parent, {origin.parent}"
     raise ReplayError(f"iteration: found {iteration}, allowed in run {run_dir.resolve().name}: {allowed}. {advice}")
 
 
@@ -92,7 +86,6 @@ def restore_after(
 
     Args:
         kit: at the run's start, if there is no such checkpoint.
-        progress: show a progress bar.
 
     Returns:
         The checkpoint's iteration, None where there is none; why newer ones were skipped; each line of metrics.jsonl
@@ -126,12 +119,7 @@ def read_rollout(place: Path) -> dict[str, list]:
 
 
 def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) -> Rollout:
-    """A rollout as its step needs it, from what the run kept: all but the pictures.
-
-    What the step learns from is made of the recorded scores again, so that running statistics take them in.
-
-    Args:
-        columns: as `read_rollout` gives them.
+    """A rollout without pictures from its columns; rewards are made anew, so that running statistics take them in.
 
     Raises:
         ReplayError: a column is missing, or holds what no rollout has.
@@ -142,9 +130,7 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
     ids = _padded(columns["completion_ids"], torch.int64, kit.policy.tokenizer.pad_token_id)
     mask = _padded([[True] * len(row) for row in columns["completion_ids"]], torch.bool, False)
     attempts = dict(zip(columns["group_id"], columns.get("attempt") or [0] * len(ids), strict=True))
-    seen = None
-    if kit.config.model_settings.use_image:  # a run does not keep the pictures that the policy looked at
-        seen = _drawn_again(kit, prompts, attempts, iteration)
+    sees = kit.config.model_settings.use_image
     samples = Samples(
         prompts=prompts,
         group_ids=torch.tensor(columns["group_id"]),
@@ -162,7 +148,7 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
         truncated=is_truncated(ids, mask, kit.policy.eos_token_ids),
         unmatched=kit.policy.prompt_parts(ids, mask)[1],
         attempts=torch.tensor(list(attempts.values())) if "attempt" in columns else None,
-        prompt_images=seen,
+        prompt_images=_drawn_again(kit, prompts, attempts, iteration) if sees else None,  # a run does not keep them
     )
     return with_rewards(samples, kit.rewards, kit.config.training_settings.truncation_penalty)
 

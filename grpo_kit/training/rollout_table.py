@@ -1,51 +1,58 @@
 """A rollout as the table that a run keeps, a row a sample; `training.restore` reads it back."""
 
-from collections.abc import Sequence
-
 import pandas as pd
 import torch
 
-from grpo_kit.rollout import Rollout
+from grpo_kit.experiment import Experiment
+from grpo_kit.grpo.logprobs import kl_divergence
+from grpo_kit.rollout import Rollout, score_rows, with_encoded
+from grpo_kit.runs.folder import RunFolder
+from grpo_kit.runs.iterations import iteration_name
+from grpo_kit.training.accumulation import micro_batches
+from grpo_kit.training.step import StepStats
 
 
-def rollout_table(
-    iteration: int,
-    rollout: Rollout,
-    advantages: Sequence[float],
-    thumbnails: Sequence[str | None],
-    token_texts: Sequence[Sequence[str]],
-    logprobs: dict[str, torch.Tensor],
-) -> pd.DataFrame:
-    """One row a sample: texts, seeds, rewards, advantage, thumbnail, and its tokens with their log-probabilities.
+def keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Rollout, stats: StepStats) -> float:
+    """Save a rollout's pictures and its table, with what the step did to each of its tokens.
 
-    Args:
-        advantages: N.
-        thumbnails: N paths of small pictures; None where there is none.
-        token_texts: each row's tokens as text.
-        logprobs: name → (N, T), a column each: under the policy that sampled, the reference, the updated policy.
+    Returns:
+        Its mean KL from the reference per token.
     """
-    rows = []
-    first_rows = torch.searchsorted(rollout.group_ids, rollout.group_ids)  # of each row's group
-    for row, (group, advantage) in enumerate(zip(rollout.group_ids.tolist(), advantages, strict=True)):
-        prompt, kept = rollout.prompts[group], rollout.completion_mask[row]
-        rows.append(
-            {
-                "iteration": iteration,
-                "group_id": group,
-                "sample": row - int(first_rows[row]),
-                "user_prompt": prompt.user_prompt,
-                "category": prompt.category,
-                "difficulty": prompt.difficulty,
-                "enhanced_prompt": rollout.enhanced_prompts[row],
-                "image_seed": int(rollout.image_seeds[row, 0]),
-                **({} if rollout.attempts is None else {"attempt": int(rollout.attempts[group])}),
-                "reward": float(rollout.rewards[row]),
-                "advantage": float(advantage),
-                **{f"reward/{name}": float(values[row]) for name, values in rollout.reward_parts.items()},
-                "thumbnail": thumbnails[row],
-                "completion_ids": rollout.completion_ids[row][kept].tolist(),
-                "tokens": list(token_texts[row]),
-                **{name: values[row][kept].tolist() for name, values in logprobs.items()},
-            }
-        )
-    return pd.DataFrame(rows)
+    rollout = with_encoded(rollout, kit.policy)
+    settings, count, name = kit.config.training_settings, len(rollout.rewards), iteration_name(iteration)
+    parts = micro_batches(torch.arange(count), rollout.group_ids, settings.micro_batch_size or count)
+
+    def scored(reference: bool) -> torch.Tensor:
+        with torch.no_grad():
+            scores = [score_rows(kit.policy, rollout, rows, reference=reference).logprobs.cpu() for rows in parts]
+        return torch.cat(scores)
+
+    def by_token(values: torch.Tensor) -> list[list]:
+        return [row[kept].tolist() for row, kept in zip(values, rollout.completion_mask, strict=True)]
+
+    reference = scored(reference=True) if stats.ref_logprobs is None else stats.ref_logprobs.cpu()
+    groups = rollout.group_ids
+    prompts = [rollout.prompts[group] for group in groups]
+    columns = {
+        "iteration": iteration,
+        "group_id": groups.tolist(),
+        "sample": (torch.arange(count) - torch.searchsorted(groups, groups)).tolist(),  # its place in the group
+        "user_prompt": [prompt.user_prompt for prompt in prompts],
+        "category": [prompt.category for prompt in prompts],
+        "difficulty": [prompt.difficulty for prompt in prompts],
+        "enhanced_prompt": rollout.enhanced_prompts,
+        "image_seed": rollout.image_seeds[:, 0].tolist(),
+        **({} if rollout.attempts is None else {"attempt": rollout.attempts[groups].tolist()}),
+        "reward": rollout.rewards.tolist(),
+        "advantage": stats.advantages.tolist(),
+        **{f"reward/{part}": values.tolist() for part, values in rollout.reward_parts.items()},
+        "thumbnail": [folder.save_thumbnail(row[0], f"{name}_row_{i:03d}") for i, row in enumerate(rollout.images)],
+        "completion_ids": by_token(rollout.completion_ids),
+        "tokens": kit.policy.token_texts(rollout.completion_ids, rollout.completion_mask),
+        "old_logprobs": by_token(rollout.old_logprobs),
+        "ref_logprobs": by_token(reference),
+        "new_logprobs": by_token(scored(reference=False)),
+    }
+    folder.save_table(f"rollouts/{name}.parquet", pd.DataFrame(columns))
+    kl = kl_divergence(rollout.old_logprobs, reference, estimator=settings.kl_estimator)
+    return float(kl[rollout.completion_mask].mean())

@@ -105,8 +105,7 @@ def grpo_step(
                     use_bias_correction_kl=settings.use_bias_correction_kl,
                 )
                 batch.backward(loss, scores)
-            batch.clip_gradients(settings.max_grad_norm)
-            batch.step(optimizer, rate)
+            batch.update(rate)  # the gradient is clipped, and the optimizer runs
     skipped, reason = len(batch.non_finite), next(iter(batch.non_finite), None)
     metrics |= batch.metrics() | {"skipped_updates": 0.0} | skip_metrics(skipped, reason)
     return StepStats(metrics, advantages, settings.updates_per_rollout - skipped, skipped, reason, batch.ref_logprobs)

@@ -96,4 +96,5 @@ def test_options_of_another_schedule_are_refused_in_one_line(kind: str, options:
 def test_a_warm_up_that_the_constant_schedule_has_not_is_refused(warmup: dict):
     with pytest.raises(ConfigError, match="Set constant_with_warmup"):
         _settings("constant", **warmup)
-    assert scheduled_rates(_settings("constant"), 1) is None
+    constant = _settings("constant")
+    assert scheduled_rates(constant, 1) == [constant.learning_rate] * constant.updates_per_rollout
