@@ -159,15 +159,14 @@ def collect_samples(
 ) -> Samples:
     """Sample, draw and score; how the scores become rewards is decided from whole batches (`with_rewards`).
 
+    A `ValueError` where there are no prompts, or fewer than two generations.
+
     Args:
         images_per_prompt: M images a rewrite; its reward is their mean.
         share_seeds: a group's rewrites are drawn from the same M latents, so that they differ by their words alone.
         use_image: the policy sees the picture that the user's own prompt gives.
         overlap: score the groups that are drawn while the next are drawn, for rewards that compute or wait elsewhere.
         first_prompt: the first prompt's place in the batch that these are a share of.
-
-    Raises:
-        ValueError: fewer than two generations, or no prompts.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations: found {num_generations}, allowed: at least 2 (1 has nothing to compare)")

@@ -49,15 +49,12 @@ def rows_not_finite(numbers: torch.Tensor | None) -> int:
 
 
 def step_or_restore(optimizer: torch.optim.Optimizer, agreed: Callable[[bool], bool] = bool) -> bool:
-    """Run the optimizer; where its result is not finite, put weights and momentum back, bit for bit.
+    """Run the optimizer; where its result is not finite, put weights and momentum back, bit for bit, and return False.
 
     The copies that this takes live while a step needs least memory: its activations are gone.
 
     Args:
         agreed: whether the result is finite everywhere, from whether it is here: processes may hold parts of it.
-
-    Returns:
-        Whether the step stands.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     before = [parameter.detach().clone() for parameter in parameters]

@@ -9,14 +9,11 @@ _LARGEST_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside any useful ratio, far in
 
 
 def completion_mask(completion_ids: torch.Tensor, eos_token_id: int | Sequence[int]) -> torch.Tensor:
-    """True through the first end-of-sequence token, which counts; a row without one is True throughout.
+    """(N, T) bool: True through the first end-of-sequence token, which counts; without one True throughout.
 
     Args:
         completion_ids: (N, T) sampled ids.
         eos_token_id: one id, or several.
-
-    Returns:
-        (N, T) bool.
     """
     ends = torch.as_tensor(eos_token_id, device=completion_ids.device).reshape(-1)
     is_end = torch.isin(completion_ids, ends).int()
@@ -24,26 +21,18 @@ def completion_mask(completion_ids: torch.Tensor, eos_token_id: int | Sequence[i
 
 
 def is_truncated(completion_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: int | Sequence[int]) -> torch.Tensor:
-    """(N,) bool: whether a completion was ended by the length limit, not by an end-of-sequence token.
-
-    Args:
-        completion_ids, mask: (N, T), the mask that of `completion_mask`.
-        eos_token_id: one id, or several.
-    """
+    """(N,) bool: whether the length limit ended a completion; ids and `completion_mask` are (N, T)."""
     ends = torch.as_tensor(eos_token_id, device=completion_ids.device).reshape(-1)
     return ~(torch.isin(completion_ids, ends) & mask).any(dim=1)
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """log softmax(logits / temperature) at the sampled ids.
+    """(N, T) log softmax(logits / temperature) at the sampled ids, computed in at least float32.
 
     Args:
         logits: (N, T, V), the t-th row predicting the t-th id; more or fewer leading axes will do.
         ids: (N, T).
         temperature: the one that the ids were sampled with.
-
-    Returns:
-        (N, T) log-probabilities, computed in at least float32.
     """
     return _tempered(logits, temperature).log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
@@ -90,7 +79,7 @@ def bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def kl_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) from one sample (Schulman, "Approximating KL divergence").
+    """(N, T) estimate of KL(policy || reference) from one sample each (Schulman, "Approximating KL divergence").
 
     With r = reference / policy probability: k1 = -log r, k2 = (log r)² / 2, k3 = r - 1 - log r. All have (nearly) the
     right value. As a *loss* they differ: on-policy the gradient of k1 is 0 on average, that of k2 is the gradient of
@@ -99,9 +88,6 @@ def kl_divergence(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator:
     Args:
         logprobs, ref_logprobs: (N, T).
         estimator: "k1", "k2" or "k3" (GRPO's, never negative).
-
-    Returns:
-        (N, T).
     """
     log_ratio = ref_logprobs - logprobs
     if estimator == "k1":

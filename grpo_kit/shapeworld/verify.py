@@ -1,8 +1,7 @@
 """The gold check: reads a picture without any learned model and says, attribute by attribute, what it shows.
 
-As GenEval does for photographs, it finds the objects first (regions that differ from the background), then names each
-one's colour and shape (overlap with drawn templates), and last redraws what it read in every style: the style whose
-redrawing is nearest to the picture is the picture's quality.
+As GenEval does for photographs, it finds the objects (regions that differ from the background), names their colours and
+shapes (overlap with drawn templates), and redraws what it read in every style: the nearest is the picture's quality.
 """
 
 from dataclasses import dataclass
@@ -67,8 +66,7 @@ def read(image: Image.Image) -> Reading:
 def check(image: Image.Image, scene: Scene) -> dict[str, bool]:
     """Attribute → whether the picture shows what the scene states; what the scene leaves open is not checked.
 
-    "clean" is always checked: nobody asks for a spoiled picture. In a picture that resembles none of its redrawings
-    what was read is chance, so there nothing holds.
+    "clean" is always checked: nobody asks for a spoiled picture. Where none of the redrawings is near, nothing holds.
     """
     reading = read(image)
     result = {
@@ -151,8 +149,8 @@ def _template(shape: str, radius: float, offset: float) -> np.ndarray:
 def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], ground: np.ndarray) -> str:
     """The style in which the objects, drawn again where they were found, come nearest; "spoiled" where none is near.
 
-    They are drawn on each of the world's backgrounds, and on the ground that the picture has: a clean picture on
-    another grey is clean. Styles that change the ground itself are tried on the world's own alone.
+    They are drawn on the world's backgrounds, and on the picture's own where the style leaves it as it is: a clean
+    picture on another grey is clean.
     """
     radii = [o.side / 2 / (0.86 if o.shape == "square" else 1.0) / SIZE for o in objects]
     marks = [Mark(o.shape, o.x / SIZE, o.y / SIZE, r, COLOURS[o.colour]) for o, r in zip(objects, radii, strict=True)]
