@@ -1,7 +1,7 @@
 """What surrounds the method in a step: micro-batches, several processes, numbers that are not finite, clocks.
 
-The gradient of a batch is accumulated over its parts. A part's tokens weigh as in the whole batch, and what is measured
-of a part is its share of the batch's mean, so that neither depends on how the batch is divided.
+A part's tokens weigh as in the whole batch, and what is measured of it is its share of the batch's mean, so that
+neither gradient nor metrics depend on how the batch is divided.
 """
 
 import math

@@ -43,7 +43,6 @@ def branch(
     Args:
         changes: dotted keys, as `load_config` takes them.
         kit: the run's own experiment, fresh from loading, for a run with rewards of your own. None loads it.
-        progress: show a progress bar where iterations are computed again.
 
     Raises:
         KitError: no such iteration, a setting that cannot change, or a folder that is in use.

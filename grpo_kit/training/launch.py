@@ -161,11 +161,7 @@ def lost_text(who: str, run_dir: Path) -> str:
 
 
 def launch(count: int, arguments: Sequence[str], config: Config, run_dir: Path) -> int:
-    """Run `grpo-kit train` with these arguments in `count` processes, by accelerate; returns the exit code.
-
-    Raises:
-        ProcessError: there are more processes than prompts in an iteration, or they cannot share the weights.
-    """
+    """Run `grpo-kit train` with these arguments in `count` processes, if they can share it; returns the exit code."""
     require_sharable(config, count)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -66,11 +66,9 @@ def train(
 
     A folder that holds a run is continued from its last committed iteration: the result is the same, byte for byte, as
     if it had not stopped. Committed is every `save_every` iterations, after `save_minutes`, and what is complete when
-    training is interrupted. After each validation the run is checked for reward hacking: findings are logged, and with
-    `stop_on_divergence` the run ends there, its checkpoint committed.
+    training is interrupted. Reward hacking that a validation shows is logged; with `stop_on_divergence` the run ends.
 
     Args:
-        progress: show a progress bar.
         until: commit after this iteration and stop there, as if interrupted; None goes on to `num_iterations`.
         on_iteration: called with each iteration's metrics, after all that the iteration writes is on disk.
         processes: those that share the work and call this; their number may change when a run is continued.

@@ -1,8 +1,7 @@
 """One run in several processes: who does what, and how they come to know the same.
 
-Processes share the prompts of an iteration by whole groups, and everything that is computed from rewards is computed
-from all of them, in every process alike. accelerate starts the processes; DistributedDataParallel, or FSDP where the
-launch asks for it, adds up their gradients. How they are started and how they end is told in `launch.py`.
+Processes share the prompts of an iteration by whole groups; what is computed from rewards is computed from all of them,
+in every process alike. DistributedDataParallel, or FSDP where the launch asks for it, adds up their gradients.
 """
 
 import copy
@@ -30,11 +29,7 @@ class ProcessError(KitError):
 
 
 def require_sharable(config: Config, processes: int) -> None:
-    """Refuse what several processes cannot share: fewer prompts than they are, weights in 8 bits.
-
-    Raises:
-        ProcessError: the settings ask for that.
-    """
+    """A `ProcessError` for what several processes cannot share: fewer prompts than they are, weights in 8 bits."""
     prompts = config.training_settings.prompts_per_iteration
     if prompts < processes:  # a group is not divided
         raise ProcessError(

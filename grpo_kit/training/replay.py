@@ -113,7 +113,6 @@ def replay(
         kit: the run's own experiment, fresh from loading, for a run with rewards of your own; its policy is trained
             here. None loads what the run's config says.
         step_only: the step alone, on the recorded rollout: nothing of this iteration is sampled, drawn or scored.
-        progress: show a progress bar.
 
     Raises:
         KitError: no such run or iteration, another experiment than the run's, or no rollout to make the step on.

@@ -50,10 +50,7 @@ def rollout_seed(seed: int, iteration: int, attempt: int = 0) -> int:
 def collect_groups(kit: Experiment, prompts: Sequence[Prompt], seed: int, processes: Processes) -> Rollout:
     """`collect_rollout` as the settings say, by all processes: each collects some groups and then has all of them.
 
-    Only the main process has all pictures. Where there are fewer prompts than processes, some collect nothing.
-
-    Raises:
-        ProcessError: one of them failed.
+    Only the main process has all pictures. A `ProcessError` where one of them failed.
     """
     settings, generation = kit.config.training_settings, kit.config.generation_settings
     shard = processes.shards(len(prompts))[processes.rank]

@@ -107,11 +107,7 @@ def restore_after(
 
 
 def read_rollout(place: Path) -> dict[str, list]:
-    """The columns of a kept rollout, a row a sample, in plain values.
-
-    Raises:
-        ReplayError: the file is damaged.
-    """
+    """The columns of a kept rollout, a row a sample, in plain values; a `ReplayError` where the file is damaged."""
     try:
         return pyarrow.parquet.read_table(place).to_pydict()
     except Exception as error:  # flipped bits were seen to raise a dozen kinds, from KeyError to ArrowException
@@ -121,8 +117,7 @@ def read_rollout(place: Path) -> dict[str, list]:
 def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) -> Rollout:
     """A rollout without pictures from its columns; rewards are made anew, so that running statistics take them in.
 
-    Raises:
-        ReplayError: a column is missing, or holds what no rollout has.
+    A `ReplayError` where a column is missing, or holds what no rollout has.
     """
     _require_rollout(columns, kit)
     texts = zip(*(columns[name] for name in ("user_prompt", "category", "difficulty")), strict=True)
