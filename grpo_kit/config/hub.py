@@ -1,7 +1,9 @@
 """Models that do not load: one error line that says which model, why, and what to do."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -32,6 +34,29 @@ def load_failure(setting: str, name: str, error: Exception, repository: str | No
     """The error for a model that did not load: which, why, and what to do; of a file, `repository` is where it is."""
     advice = _advice(setting, repository or name, error)
     return ModelError(f"{setting}: could not load {name!r} ({type(error).__name__}: {one_line(error, 300)}); {advice}")
+
+
+@contextmanager
+def loading(setting: str, name: str, repository: str | None = None) -> Iterator[None]:
+    """Whatever a library raises meanwhile becomes the one line of `load_failure`; the kit's own errors stay."""
+    try:
+        yield
+    except KitError:
+        raise
+    except Exception as error:  # the libraries raise a dozen kinds
+        raise load_failure(setting, name, error, repository) from error
+
+
+def load_whole(kind: Any, name: str, setting: str, part: str = "model", **options: object) -> Any:
+    """A model by `kind.from_pretrained` of transformers, all of whose weights are in its files.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights.
+    """
+    with loading(setting, name):
+        model, found = kind.from_pretrained(name, output_loading_info=True, **options)
+    require_weights(found["missing_keys"], setting, name, part)
+    return model
 
 
 def how_to_restore(folder: str | Path) -> str:

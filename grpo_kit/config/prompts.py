@@ -91,6 +91,14 @@ def _text(value: object, name: str, where: str) -> str:
     return value.strip() if name == TEXTS[0] else sys.intern(value.strip())  # one text for all prompts that have it
 
 
+def without_control_tokens(prompt: str, tokenizer: Any) -> str:
+    """A prompt with the text of every added token of a tokenizer broken by a space: it is read as ordinary text."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    for token in sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True):
+        prompt = prompt.replace(token, f"{token[:1]} {token[1:]}" if len(token) > 1 else " ")
+    return prompt
+
+
 def balanced_batch(prompts: Sequence[Prompt], size: int, seed: int, iteration: int) -> list[Prompt]:
     """The prompts of one iteration, decided by (seed, iteration) alone, so that a resumed run sees the same ones.
 
