@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import itertools
 import logging
 import os
@@ -20,6 +19,7 @@ from pydantic import BeforeValidator, Field
 
 from grpo_kit.config import Count, Name, Whole, one_line, shown
 from grpo_kit.config.settings import Positive
+from grpo_kit.rewards.plain import as_file
 from grpo_kit.rewards.protocol import Images, RewardContractError, RewardError, Texts, finished
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,7 @@ class Service:
 
     def encoded(self, image: Image.Image) -> str:
         """An image's RGB pixels as the base64 text of a file."""
-        file = io.BytesIO()
-        image.convert("RGB").save(file, self.image_format, quality=95)  # a PNG has no quality
-        return base64.b64encode(file.getvalue()).decode()
+        return base64.b64encode(as_file(image, self.image_format)).decode()
 
     def scores(
         self, url: str, parts: Sequence[range], body: Callable[[range], dict], read: Callable[[Any, int], list]
@@ -107,7 +105,8 @@ class Service:
 
         async def one(client: httpx.AsyncClient, rows: range) -> list | RewardError:
             async with gate:
-                if ended and all(isinstance(other, RewardError) for other in ended):
+                has_failed = bool(ended) and all(isinstance(other, RewardError) for other in ended)
+                if has_failed and (len(ended) > 2 or type(ended[0]) is RewardError):  # one refusal may be a picture's
                     return ended[0]  # nobody is there: that takes its time once, not once a part
                 ended.append(await self._answer(client, url, body(rows), lambda answer: read(answer, len(rows))))
                 return ended[-1]
@@ -116,12 +115,17 @@ class Service:
             return await asyncio.gather(*(one(client, rows) for rows in parts))
 
     async def _answer(self, client: httpx.AsyncClient, url: str, body: dict, read: Callable) -> list | RewardError:
+        place = url.partition("?")[0]
+        try:
+            request = client.build_request("POST", url, json=body)
+        except (TypeError, ValueError) as error:
+            return WrongAnswerError(f"{place}: not asked, since JSON cannot hold what the rows have: {one_line(error)}")
         for number in itertools.count(1):
             again, pause = number <= self.retries, min(self.backoff * 2 ** (number - 1), _LONGEST_PAUSE)
             pause, is_outage = pause * _JITTER.uniform(0.5, 1), True
             try:
                 async with asyncio.timeout(self.timeout):  # httpx's own limits begin again with every byte
-                    answer = await client.post(url, json=body)
+                    answer = await client.send(request)
                 kind = answer.headers.get("content-type", "no type")
                 problem = f"found status {answer.status_code}, {kind}, {shown(answer.text[:200])}; expected "
                 if answer.is_success:
@@ -137,7 +141,7 @@ class Service:
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 is_outage = False
                 problem += str(error) if isinstance(error, RewardError) else "JSON as in docs/rewards.md"
-            problem = f"{url.partition('?')[0]}: {problem} (try {number} of {self.retries + 1})"
+            problem = f"{place}: {problem} (try {number} of {self.retries + 1})"
             self.failed_tries += 1
             if not again:
                 return RewardError(problem) if is_outage else WrongAnswerError(problem)

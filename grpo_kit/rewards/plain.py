@@ -25,6 +25,13 @@ def contrast(images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[fl
     return [float(_lightness(image).std()) / 255 for image in images]
 
 
+def as_file(image: Image.Image, kind: str, quality: int = 95) -> bytes:
+    """An image's RGB pixels as a file, "png" or "jpeg"; a PNG has no quality."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, kind, quality=quality)
+    return file.getvalue()
+
+
 def _lightness(image: Image.Image) -> np.ndarray:
     """(H, W) luma in [0, 255]: whole numbers, so that a flat image has a deviation of exactly 0."""
     return np.asarray(image.convert("L"), dtype=np.float64)
@@ -34,13 +41,7 @@ class JpegSize:
     """Kilobytes (of 1,000) of an image as a JPEG file (DDPO, arXiv 2305.13301).
 
     Weight it with +1 for images that compress badly, with -1 for ones that compress well. It does not see what an image
-    shows: an example of a reward that training can raise without helping anyone.
-
-    Args:
-        quality: of the JPEG, 1 to 95; DDPO's is 95.
-
-    Raises:
-        RewardError: another quality.
+    shows: an example of a reward that training can raise without helping anyone. `quality` is 1 to 95; DDPO's is 95.
     """
 
     def __init__(self, quality: Whole = 95) -> None:
@@ -50,12 +51,7 @@ class JpegSize:
 
     def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
         """(N,) sizes in kB; no text is read."""
-        return [self._bytes(image) / 1000 for image in images]
-
-    def _bytes(self, image: Image.Image) -> int:
-        file = io.BytesIO()
-        image.convert("RGB").save(file, format="JPEG", quality=self.quality)
-        return file.tell()
+        return [len(as_file(image, "jpeg", self.quality)) / 1000 for image in images]
 
 
 class Length:
@@ -63,9 +59,6 @@ class Length:
 
     0 up to the limit, -1 from twice the limit on. In a script without spaces, such as Chinese, each letter counts
     (`rewards.words`), so the limit must be higher there.
-
-    Raises:
-        RewardError: a limit below 1.
     """
 
     def __init__(self, max_words: Count = 60) -> None:
@@ -84,9 +77,6 @@ class Repetition:
 
     The share of runs of `size` words that occurred before (arXiv 2502.03373 uses such a penalty); 0 for a text of fewer
     words. Case and punctuation are ignored.
-
-    Raises:
-        RewardError: a size below 1.
     """
 
     def __init__(self, size: Count = 2) -> None:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import random
 import re
 import socket
@@ -257,6 +258,24 @@ def test_name_of_ones_own_gets_its_rows_fields_and_may_abstain(kit: Experiment):
         scores = rewards.score(IMAGES, TEXTS, REWRITES, metadata=fields)
     assert scores["places"].tolist() == [0, float("inf"), 2, 3, 4]  # infinity: it abstained
     assert rewards.total(scores)[1] == scores["gold"][1] and len(server.calls) == 2
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_picture_that_a_server_refuses_leaves_the_others_their_scores(place: int):
+    asked = itertools.count()
+    with serving(lambda _: Raw(400, b"too dark") if next(asked) == place else [0.5]) as server:
+        scores = HttpScorer(url=server.url, batch_size=1)(IMAGES, TEXTS, REWRITES)
+    assert [math.isnan(score) for score in scores] == [row == place for row in range(5)]
+
+
+def test_rows_fields_that_json_cannot_hold_are_one_line_and_nothing_is_sent():
+    with serving(_counting) as server:
+        rewards = Rewards({"http": HttpScorer(url=server.url, metadata=True)}, {"http": 1.0})
+        for value in (object(), float("nan")):
+            with pytest.raises(RewardError, match=r"http': http://127.*: not asked, since JSON") as error:
+                rewards.score(IMAGES, TEXTS, REWRITES, metadata=[{"scene": value}] * 5)
+            assert "\n" not in str(error.value)
+    assert server.calls == []
 
 
 def test_local_server_is_not_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch):
