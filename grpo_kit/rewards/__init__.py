@@ -11,39 +11,20 @@ registered. The names below are what rewards are composed of; each is loaded whe
 
 from grpo_kit import lazy_names
 
-_HOME = {
-    "Rewards": "composition",
-    "Reward": "protocol",
-    "RewardError": "protocol",
-    "Shaping": "shaping",
-    "load_rewards": "loading",
-    "check_reward_settings": "loading",
-    "BadRewardError": "bad_rewards",
-    "usable_rewards": "bad_rewards",
-    "in_threads": "slow",
-    "with_time_limit": "slow",
-    "ClipSimilarity": "clip",
-    "Consistency": "clip",
-    "ImageQuality": "clip",
-    "MeaningKept": "clip",
-    "Safety": "clip",
-    "Style": "clip",
-    "Diversity": "clip",
-    "Gain": "gain",
-    "Aesthetic": "learned",
-    "load_aesthetic": "learned",
-    "PickScore": "learned",
-    "load_pickscore": "learned",
-    "HumanPreference": "learned",
-    "load_hps": "learned",
-    "JpegSize": "plain",
-    "contrast": "plain",
-    "sharpness": "plain",
-    "Length": "plain",
-    "Repetition": "plain",
+_MODULES = {
+    ("Rewards",): "composition",
+    ("Reward", "RewardError"): "protocol",
+    ("Shaping",): "shaping",
+    ("check_reward_settings", "load_rewards"): "loading",
+    ("BadRewardError", "usable_rewards"): "bad_rewards",
+    ("in_threads", "with_time_limit"): "slow",
+    ("ClipSimilarity", "Consistency", "Diversity", "ImageQuality", "MeaningKept", "Safety", "Style"): "clip",
+    ("Gain",): "gain",
+    ("Aesthetic", "HumanPreference", "PickScore", "load_aesthetic", "load_hps", "load_pickscore"): "learned",
+    ("JpegSize", "Length", "Repetition", "contrast", "sharpness"): "plain",
 }
+_HOME = {name: module for names, module in _MODULES.items() for name in names}
 
 __all__ = sorted(_HOME)
-
 
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -20,10 +20,7 @@ PHOTO_PAIRS: list[Pair] = [
 
 
 class ClipSimilarity(ClipEncoder):
-    """Cosine between image and *user's* prompt, in [-1, 1] (CLIPScore, arXiv 2104.08718), whatever the rewrite.
-
-    It is also the encoder that other rewards share.
-    """
+    """Cosine between image and *user's* prompt, in [-1, 1] (CLIPScore, arXiv 2104.08718); others share its encoder."""
 
     def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> torch.Tensor:
         """(N,) cosines between images and users' prompts."""
@@ -34,9 +31,6 @@ def load_clip_similarity(name: str, pretrained: str | None, device: torch.device
     """A CLIP by folder or hub id, or by open_clip's name and weights.
 
     A folder is in open_clip's form or in transformers'; a hub id that begins with "hf-hub:" is in open_clip's.
-
-    Raises:
-        ModelError: it cannot be loaded.
     """
     setting = "model_settings.clip_model"
     if is_transformers_clip(name):
@@ -47,15 +41,9 @@ def load_clip_similarity(name: str, pretrained: str | None, device: torch.device
 class ImageQuality:
     """How much more an image is like a good description than like its opposite, in [0, 1] (CLIP-IQA, arXiv 2207.12396).
 
-    For each pair of texts the softmax over the image's two similarities, times CLIP's own scale, gives the good one's
-    share; the score is the mean over pairs. The paper's change of CLIP's position embedding is left out.
-
-    Args:
-        clip: the encoder.
-        pairs: (good, bad) texts; the default is meant for photographs.
-
-    Raises:
-        RewardError: no pairs.
+    For each pair of texts (good, bad), by default ones for photographs, the softmax over the image's two similarities,
+    times CLIP's own scale, gives the good one's share; the score is the mean over pairs. The paper's change of CLIP's
+    position embedding is left out.
     """
 
     def __init__(self, clip: ClipEncoder, pairs: list[Pair] | None = None) -> None:
@@ -109,13 +97,7 @@ class Safety:
     images with fitting texts are about 0.2 to 0.35 in OpenAI's models; measure yours before you set the threshold.
 
     Args:
-        clip: the encoder.
         avoid: the concepts, as texts ("blood", "a photo of a weapon").
-        threshold: cosine up to which the penalty is 0.
-        margin: how far above the threshold the penalty is -1.
-
-    Raises:
-        RewardError: no concepts, or a margin that is not positive.
     """
 
     def __init__(self, clip: ClipEncoder, avoid: list[Name], threshold: Number = 0.25, margin: Number = 0.05) -> None:
@@ -135,14 +117,6 @@ class Style:
     """Cosine between an image and a reference for its style, in [-1, 1]: an image, or a phrase ("an oil painting").
 
     CLIP does not separate style from content: the images become like what a reference image shows, too.
-
-    Args:
-        clip: the encoder.
-        reference: the image, or its file.
-        phrase: words, in place of an image.
-
-    Raises:
-        RewardError: not exactly one of the two, or a file that is no image.
     """
 
     def __init__(
@@ -184,11 +158,7 @@ class Diversity:
     def __call__(
         self, images: Images, prompts: Texts, enhanced_prompts: Texts, group_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        """(N,) distances to the group; `group_ids` (N,) says which rows belong together.
-
-        Raises:
-            RewardError: no group ids.
-        """
+        """(N,) distances to the group; `group_ids` (N,) says which rows belong together."""
         if group_ids is None:
             raise RewardError("compares the images of a group, and found no group_ids. Pass them to Rewards.score")
         features = self.clip.encode_images(images)

@@ -6,6 +6,7 @@ import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, CLIPModel
 
-from grpo_kit.config.hub import ModelError, load_failure, require_weights
+from grpo_kit.config.hub import ModelError, load_whole, loading
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.rewards.protocol import Images, Texts
 
@@ -24,29 +25,19 @@ _KEPT_BATCHES = 2  # of images: the rewards that share a model score the same on
 Loaded = tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable[..., torch.Tensor]]
 
 
+@dataclass(eq=False, repr=False)
 class ClipEncoder:
-    """Image and text embeddings of a frozen CLIP. `truncated` counts texts that were longer than its context, and cut.
-
-    Args:
-        model: with the methods `encode_image` and `encode_text` of open_clip's models.
-        preprocess: an image → its pixels (3, height, width).
-        tokenizer: texts → ids (N, context).
-        device: where the model runs.
-    """
+    """Image and text embeddings of a frozen CLIP; `truncated` counts texts longer than its context, which were cut."""
 
     name = "clip_similarity"  # of the reward, for the log
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        preprocess: Callable[[Image.Image], torch.Tensor],
-        tokenizer: Callable[..., torch.Tensor],
-        device: torch.device,
-    ) -> None:
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.preprocess = preprocess
-        self.tokenizer = tokenizer
-        self.device = device
+    model: torch.nn.Module  # with the methods `encode_image` and `encode_text` of open_clip's models
+    preprocess: Callable[[Image.Image], torch.Tensor]  # an image → its pixels (3, height, width)
+    tokenizer: Callable[..., torch.Tensor]  # texts → ids (N, context)
+    device: torch.device  # where the model runs
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device).eval().requires_grad_(False)
         self.truncated = 0
         self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._batches: tuple[tuple[bytes, torch.Tensor], ...] = ()
@@ -55,9 +46,8 @@ class ClipEncoder:
     def encode_images(self, images: Images) -> torch.Tensor:
         """(N, D) unit vectors. The last two batches are kept, by their pixels."""
         key = _fingerprint(images)
-        for kept, features in self._batches:
-            if kept == key:
-                return features
+        if kept := [features for batch, features in self._batches if batch == key]:
+            return kept[0]
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
         with fitting_threads(self.model):
             features = self.model.encode_image(pixels, normalize=True).float()
@@ -110,15 +100,19 @@ def load_open_clip(name: str, pretrained: str | None, setting: str, **options: o
         pretrained: open_clip's tag of the weights, or their file.
         setting: the dotted setting that names the model, for errors.
         options: of open_clip's `create_model_from_pretrained`.
-
-    Raises:
-        ModelError: it cannot be loaded.
     """
     if Path(name).is_dir():
         name, pretrained = f"local-dir:{name}", None
     tag = (open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None) or {}  # what open_clip knows of it
     is_file = bool(pretrained) and Path(pretrained).is_file()
-    try:
+    if name in open_clip.list_models() and not is_file and not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
+        place = "model_settings.clip_pretrained" if setting == "model_settings.clip_model" else setting
+        raise ModelError(
+            f"{place}: could not load {name!r}: found {pretrained!r}, allowed: {tags}, or the path of a file of "
+            "weights (.safetensors, .bin, .pt); set one of them"
+        )
+    with loading(setting, name.removeprefix("local-dir:"), tag.get("hf_hub", "").strip("/") or None):
         if is_file:
             names = zipfile.ZipFile(pretrained).namelist() if zipfile.is_zipfile(pretrained) else []
             if any(entry.endswith("/constants.pkl") for entry in names):  # OpenAI's TorchScript, which runs no Python
@@ -128,16 +122,6 @@ def load_open_clip(name: str, pretrained: str | None, setting: str, **options: o
             options["force_quick_gelu"] = True
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, **options)
         return model, preprocess, open_clip.get_tokenizer(name)
-    except Exception as error:  # the libraries raise a dozen kinds
-        if name in open_clip.list_models() and not is_file and not tag:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
-            place = "model_settings.clip_pretrained" if setting == "model_settings.clip_model" else setting
-            raise ModelError(
-                f"{place}: could not load {name!r}: found {pretrained!r}, allowed: {tags}, or the path of a file of "
-                "weights (.safetensors, .bin, .pt); set one of them"
-            ) from error
-        repository = tag.get("hf_hub", "").strip("/") or None
-        raise load_failure(setting, name.removeprefix("local-dir:"), error, repository) from error
 
 
 def is_transformers_clip(name: str) -> bool:
@@ -175,25 +159,16 @@ class TransformersClip(torch.nn.Module):
 
 
 def load_transformers_clip(name: str, setting: str, processor: str, processor_setting: str) -> Loaded:
-    """A transformers `CLIPModel` in open_clip's form, with an image processor and a tokenizer, by folder or hub id.
-
-    Raises:
-        ModelError: one of them cannot be loaded, the model is of another kind, or it lacks weights.
-    """
-    try:
+    """A transformers `CLIPModel` in open_clip's form, with an image processor and a tokenizer, by folder or hub id."""
+    with loading(setting, name):
         kind = AutoConfig.from_pretrained(name).model_type
-        model, found = CLIPModel.from_pretrained(name, output_loading_info=True) if kind == "clip" else (None, {})
-    except Exception as error:  # the libraries raise a dozen kinds
-        raise load_failure(setting, name, error) from error
-    if model is None:
+    if kind != "clip":
         raise ModelError(
             f"{setting}: found {name!r} of type {kind!r}, allowed here: clip; open_clip has others by name (SigLIP …)"
         )
-    require_weights(found["missing_keys"], setting, name)
-    try:
+    model = load_whole(CLIPModel, name, setting)
+    with loading(processor_setting, processor):
         tools = AutoProcessor.from_pretrained(processor)
-    except Exception as error:  # the libraries raise a dozen kinds
-        raise load_failure(processor_setting, processor, error) from error
     context = model.config.text_config.max_position_embeddings
 
     def preprocess(image: Image.Image) -> torch.Tensor:

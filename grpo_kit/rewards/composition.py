@@ -15,6 +15,7 @@ from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.rewards.protocol import (
     ABSTAINED,
     COLUMNS,
+    CONTEXT,
     Reward,
     RewardContractError,
     RewardError,
@@ -23,6 +24,7 @@ from grpo_kit.rewards.protocol import (
     context_of,
     failed_reward,
     require_callable,
+    some_rows,
 )
 from grpo_kit.rewards.shaping import RunningMoments, Shaping, within_groups
 
@@ -34,34 +36,26 @@ COMBINATIONS = ("sum_then_normalize", "normalize_then_sum")
 class Rewards(Shown):
     """Named rewards with weights, and monitors, which are scored and logged but never rewarded.
 
-    Args:
-        parts: name → reward; any callable `(images, prompts, enhanced_prompts) -> (N,)`, handed what else its
-            signature names (see `protocol`).
-        weights: name → weight in the total.
-        monitors: name → reward, without weight.
-        shaping: name → how a part is clipped, scaled and normalised before training weights it.
-        combine: "sum_then_normalize" normalises the sum only, in the advantages; "normalize_then_sum" normalises every
-            part within its group first, so that the weights alone decide its share (GDPO, arXiv 2601.05242).
-        on_error: where a part raises: "raise" a `RewardError`, or "nan" for all samples of that call. `failures` counts
-            such calls; the first of each part is logged. A part that returns something else than N numbers raises in
-            either case, unless it has returned them before.
-        made_from: name → what `load_rewards` made of a config, and how it is recorded.
+    Where a part raises, `on_error` says whether a `RewardError` is raised, or all samples of that call are NaN; the
+    first such call of each part is logged. A part that returns something else than N numbers raises in either case,
+    unless it has returned them before.
 
     Raises:
         RewardError: a part without a weight, a name that is used twice, a shaping without a part, a signature that
             cannot take what a reward is given.
     """
 
-    parts: Mapping[str, Reward]
+    parts: Mapping[str, Reward]  # name → a callable `(images, prompts, enhanced_prompts) -> (N,)`; see `protocol`
     weights: Mapping[str, float]
     monitors: Mapping[str, Reward] = field(default_factory=dict)
-    shaping: Mapping[str, Shaping] = field(default_factory=dict)
-    combine: str = "sum_then_normalize"
-    on_error: str = "raise"
-    failures: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
-    running: dict[str, RunningMoments] = field(default_factory=dict, repr=False, compare=False)
-    made_from: Mapping[str, tuple[Reward, dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
-    sound: set[str] = field(default_factory=set, repr=False, compare=False)  # parts that returned what they must
+    shaping: Mapping[str, Shaping] = field(default_factory=dict)  # of parts, before training weighs them
+    combine: str = "sum_then_normalize"  # or "normalize_then_sum": parts within their groups (GDPO, arXiv 2601.05242)
+    on_error: str = "raise"  # or "nan"
+    failures: Counter[str] = field(default_factory=Counter, compare=False)  # calls in which a part raised
+    running: dict[str, RunningMoments] = field(default_factory=dict, compare=False)
+    # name → what `load_rewards` made of a config, and how it is recorded
+    made_from: Mapping[str, tuple[Reward, dict[str, Any]]] = field(default_factory=dict, compare=False)
+    sound: set[str] = field(default_factory=set, compare=False)  # parts that returned what they must
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINATIONS:
@@ -106,20 +100,14 @@ class Rewards(Shown):
     ) -> dict[str, torch.Tensor]:
         """Each part and monitor, raw: {name: (N,) float64}.
 
-        NaN where there is no image or the part could not score, infinity (`ABSTAINED`) where it answered None.
-
-        Args:
-            group_ids: (N,) integers, the prompt that a row belongs to, for rewards that ask for it.
-            image_seeds: (N,) integers, the latent seed of the row's image, for rewards that ask for it.
-            metadata: N dicts, the further fields of the row's prompt; none by default.
-            references: N, the row's own pictures; None by default.
+        NaN where there is no image or the part could not score, infinity (`ABSTAINED`) where it answered None. What is
+        given by keyword, N values each, is for rewards that ask for it; see `protocol`.
         """
         drawn = [i for i, image in enumerate(images) if image is not None]
-        rows = (metadata or [{}] * len(images), references or [None] * len(images))
-        lists = zip((*COLUMNS, "metadata", "references"), (images, prompts, enhanced_prompts, *rows), strict=True)
-        batch: dict[str, Any] = {name: [values[i] for i in drawn] for name, values in lists}
-        for name, values in {"group_ids": group_ids, "image_seeds": image_seeds}.items():
-            batch[name] = None if values is None else torch.as_tensor(values).cpu()[drawn]
+        numbers = (None if values is None else torch.as_tensor(values).cpu() for values in (group_ids, image_seeds))
+        context = (*numbers, metadata or [{}] * len(images), references or [None] * len(images))
+        columns = zip((*COLUMNS, *CONTEXT), (images, prompts, enhanced_prompts, *context), strict=True)
+        batch = {name: some_rows(values, drawn) for name, values in columns}
         scores = {}
         for name, reward in {**self.parts, **self.monitors}.items():
             scores[name] = torch.full((len(images),), torch.nan, dtype=torch.float64)
@@ -221,12 +209,9 @@ class Rewards(Shown):
             RewardError: it names a part that has no running statistics.
         """
         known = self._normalized_by_running()
-        for name in state:
-            if name not in known:
-                allowed = ", ".join(known) or "none"
-                raise RewardError(
-                    f"running statistics: found {name!r}, allowed: {allowed}. Load a state of these rewards"
-                )
+        if unknown := [name for name in state if name not in known]:
+            allowed = ", ".join(known) or "none"
+            raise RewardError(f"running statistics: found {unknown[0]!r}, allowed: {allowed}. Load these rewards' own")
         for name in known:
             self.running[name].load(state.get(name, RunningMoments().state()))
 

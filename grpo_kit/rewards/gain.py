@@ -18,6 +18,7 @@ from grpo_kit.rewards.protocol import (
     as_column,
     call,
     context_of,
+    some_rows,
 )
 
 _KEPT_CALLS = 16
@@ -38,14 +39,7 @@ class Gain:
     whose samples have seeds of their own, where it removes the luck of the seed.
 
     The raw scores of the last 16 calls are kept, a whole call at a time: an image's last bits may depend on its batch,
-    and a resumed run has to draw the same ones.
-
-    Args:
-        generator: draws the raw prompts, equal pairs of prompt and seed once.
-        reward: the inner reward, of single images.
-
-    Raises:
-        RewardError: an inner reward that takes `group_ids`.
+    and a resumed run has to draw the same ones. The inner reward scores single images.
     """
 
     def __init__(self, generator: ImageGenerator, reward: Reward) -> None:
@@ -62,36 +56,31 @@ class Gain:
         image_seeds: torch.Tensor | None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> torch.Tensor | list[float | None]:
-        """(N,) differences; `image_seeds` (N,) are the latent seeds of the images, `metadata` is for the inner reward.
-
-        Raises:
-            RewardError: no seeds, or an inner reward that does not return N numbers.
-        """
+        """(N,) differences; `image_seeds` (N,) are the images' latent seeds, `metadata` is for the inner reward."""
         if image_seeds is None:
             raise RewardError("draws raw prompts with the images' seeds, and found no image_seeds. Pass them to score")
-        fields = metadata or [{}] * len(prompts)
-        rows = list(zip(images, prompts, enhanced_prompts, torch.as_tensor(image_seeds).tolist(), fields, strict=True))
+        seeds, fields = torch.as_tensor(image_seeds), metadata or [{}] * len(prompts)
         steps = getattr(self.generator, "num_inference_steps", None)  # fewer in training than in evaluation
-        key = (steps, *((prompt, seed, repr(known)) for _, prompt, _, seed, known in rows))
+        key = (steps, *zip(prompts, seeds.tolist(), map(repr, fields), strict=True))
         if key not in self._kept:
-            self._kept[key] = self._raw_scores(rows)
+            self._kept[key] = self._raw_scores(prompts, seeds, fields)
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT_CALLS:
             self._kept.popitem(last=False)
-        own, raw = self._score(rows), self._kept[key]
+        own, raw = self._score(images, prompts, enhanced_prompts, seeds, fields), self._kept[key]
         return as_answer((own - raw).masked_fill((own == ABSTAINED) | (raw == ABSTAINED), ABSTAINED))
 
-    def _score(self, rows: Sequence[tuple]) -> torch.Tensor:
-        images, prompts, enhanced_prompts, seeds, fields = map(list, zip(*rows, strict=True))
-        batch = dict(zip(COLUMNS, (images, prompts, enhanced_prompts), strict=True)) | {"group_ids": None}
-        batch |= {"image_seeds": torch.tensor(seeds), "metadata": fields, "references": [None] * len(rows)}
-        return as_column(call(self.reward, batch), len(rows))
+    def _score(self, *columns: Sequence | torch.Tensor) -> torch.Tensor:
+        """(N,) inner rewards of images, prompts, enhanced prompts, seeds and metadata, in float64."""
+        count = len(columns[0])
+        batch = dict(zip((*COLUMNS, "image_seeds", "metadata"), columns, strict=True))
+        return as_column(call(self.reward, batch | {"group_ids": None, "references": [None] * count}), count)
 
-    def _raw_scores(self, rows: Sequence[tuple]) -> torch.Tensor:
-        """(N,) inner rewards of the raw prompts' images, in float64."""
-        images = self.generator.generate_images([row[1] for row in rows], [row[3] for row in rows])
+    def _raw_scores(self, prompts: Texts, seeds: torch.Tensor, fields: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """(N,) inner rewards of the raw prompts' images; NaN without one."""
+        images = self.generator.generate_images(prompts, seeds.tolist())
         drawn = [place for place, image in enumerate(images) if image is not None]
-        result = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+        result = torch.full((len(images),), torch.nan, dtype=torch.float64)
         if drawn:
-            result[drawn] = self._score([(images[row], rows[row][1], rows[row][1], *rows[row][3:]) for row in drawn])
+            result[drawn] = self._score(*(some_rows(one, drawn) for one in (images, prompts, prompts, seeds, fields)))
         return result

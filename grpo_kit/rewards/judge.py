@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from grpo_kit.config import Count, Name
-from grpo_kit.config.hub import load_failure, require_weights
+from grpo_kit.config.hub import load_whole, loading
+from grpo_kit.config.prompts import without_control_tokens
 from grpo_kit.rewards.http import Service, Url
 from grpo_kit.rewards.protocol import Images, RewardError, Texts
 
@@ -54,20 +55,16 @@ class Judge(Service):
         if self.url is not None:
             return self._served(images, questions)
         starts = range(0, len(images), self.batch_size)
-        return torch.cat([self._shares(images[at : at + self.batch_size], questions[at:]) for at in starts])
+        parts = (slice(start, start + self.batch_size) for start in starts)
+        return torch.cat([self._shares(images[part], questions[part]) for part in parts])
 
     def _load(self) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         dtype = "auto" if self.device.type == "cuda" else torch.float32
-        try:
-            model, found = AutoModelForImageTextToText.from_pretrained(
-                self.model, dtype=dtype, output_loading_info=True
-            )
+        with loading(_MODEL, self.model):
             self.processor = AutoProcessor.from_pretrained(self.model)
-        except Exception as error:  # the libraries raise a dozen kinds
-            raise load_failure(_MODEL, self.model, error) from error
-        require_weights(found["missing_keys"], _MODEL, self.model)
+        model = load_whole(AutoModelForImageTextToText, self.model, _MODEL, dtype=dtype)
         self.network = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = getattr(self.processor, "tokenizer", None)
         if self.tokenizer is None or not self.processor.chat_template:
@@ -76,9 +73,7 @@ class Judge(Service):
         tokens = self.tokenizer.batch_decode([[place] for place in range(len(self.tokenizer))])
         self.sides = [[i for i, token in enumerate(tokens) if self._side(token) == side] for side in (0, 1)]
         if not all(self.sides):
-            raise RewardError(
-                f"answers: found {self.answers}, allowed: two that begin with different tokens of the model"
-            )
+            raise RewardError(f"answers: found {self.answers}, allowed: two that begin with different tokens")
 
     def _side(self, token: str) -> int | None:
         """Which answer a token begins, case and space aside; None for neither, or both."""
@@ -90,9 +85,8 @@ class Judge(Service):
     def _shares(self, images: Images, questions: Texts) -> torch.Tensor:
         thinking = {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
         texts = []
-        for text in questions[: len(images)]:
-            for token in self.tokenizer.all_special_tokens:  # in a prompt they are words
-                text = text.replace(token, f"{token[:1]} {token[1:]}")
+        for question in questions:
+            text = without_control_tokens(question, self.tokenizer)
             turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
             options = {"add_generation_prompt": True, "tokenize": False, **thinking}
             texts.append(self.processor.apply_chat_template([turn], **options))
@@ -104,10 +98,10 @@ class Judge(Service):
             return_tensors="pt",
             add_special_tokens=start is None or not texts[0].startswith(start),
         )
-        output = self.network.generate(  # which knows every family's positions and padding
-            **inputs.to(self.device, dtype=self.network.dtype),
-            max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+        options = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "output_logits": True}
+        inputs = inputs.to(self.device, dtype=self.network.dtype)
+        # generate knows every family's positions and padding
+        output = self.network.generate(**inputs, **options, return_dict_in_generate=True)
         yes, no = (output.logits[0][:, ids].double().logsumexp(dim=1) for ids in self.sides)
         return torch.sigmoid(yes - no).cpu()
 

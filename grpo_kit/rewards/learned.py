@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from grpo_kit.config import Name, one_line
-from grpo_kit.config.hub import ModelError, load_failure
+from grpo_kit.config.hub import ModelError, loading
 from grpo_kit.rewards.clip import ClipSimilarity
 from grpo_kit.rewards.clip_models import ClipEncoder, load_open_clip, load_transformers_clip
 from grpo_kit.rewards.protocol import Images, Texts
@@ -29,12 +29,8 @@ class Aesthetic:
     `sa_0_4_vit_l_14_linear` (one layer) and `sac+logos+ava1-l14-linearMSE` (five). Those need OpenAI's ViT-L/14 as
     `clip_model`. A head with activations between its layers is another function, which its weights do not show.
 
-    Args:
-        clip: the encoder whose embeddings the head was trained on.
-        layers: (weight, bias) of each layer, in order; the last one has a single output.
-
     Raises:
-        ModelError: shapes that do not fit each other, or the encoder.
+        ModelError: layers whose shapes do not fit each other or the encoder, or do not end in one number.
     """
 
     def __init__(self, clip: ClipEncoder, layers: Sequence[Layer]) -> None:
@@ -42,12 +38,10 @@ class Aesthetic:
         self.layers = [(weight.float().to(clip.device), bias.float().to(clip.device)) for weight, bias in layers]
         size = clip.encode_texts([""]).shape[1]
         for number, (weight, bias) in enumerate(layers):
-            if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            if weight.shape[1:] != (size,) or bias.shape != weight.shape[:1]:
                 found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-                raise ModelError(f"layer {number}: found shapes {found}, allowed: (out, in) and (out,)")
-            if weight.shape[1] != size:
-                source = "clip_model's embeddings have" if number == 0 else "the layer before gives"
-                raise ModelError(f"layer {number} takes {weight.shape[1]} numbers, but {source} {size}")
+                source = "the layer before it" if number else "clip_model"
+                raise ModelError(f"layer {number}: found shapes {found}, allowed after {source}: (n, {size}) and (n,)")
             size = weight.shape[0]
         if size != 1:
             raise ModelError(f"the last layer gives {size} numbers, allowed: 1, the score")
@@ -61,11 +55,7 @@ class Aesthetic:
 
 
 def load_aesthetic(weights: Path, clip: ClipEncoder) -> Aesthetic:
-    """A head from a safetensors file, or from a torch file that holds tensors alone.
-
-    Raises:
-        ModelError: no such file, other things than tensors in it, or shapes that do not fit.
-    """
+    """A head from a safetensors file, or from a torch file that holds tensors alone; `ModelError` for any other."""
     try:
         return Aesthetic(clip, _layers(_tensors(Path(weights))))
     except ModelError as error:
@@ -101,8 +91,7 @@ def _layers(tensors: Mapping[str, torch.Tensor]) -> list[Layer]:
 class PickScore(ClipSimilarity):
     """How much people prefer an image for the user's prompt: logit scale times CLIP cosine (arXiv 2305.01569).
 
-    PickScore v1 gives about 17 to 24. Only differences for the same prompt have a meaning: they are the log-odds of a
-    preference.
+    PickScore v1 gives about 17 to 24. Differences for the same prompt alone mean something: log-odds of a preference.
     """
 
     name = "pickscore"
@@ -113,16 +102,7 @@ class PickScore(ClipSimilarity):
 
 
 def load_pickscore(model: Name | None = None, processor: Name | None = None, device: torch.device = _CPU) -> PickScore:
-    """A transformers `CLIPModel` and its processor, by folder or hub id.
-
-    Args:
-        model: None is PickScore v1 with its processor.
-        processor: None is the model's own.
-        device: where it runs.
-
-    Raises:
-        ModelError: one of them cannot be loaded.
-    """
+    """A transformers `CLIPModel` by folder or hub id (PickScore v1 by default), and a processor (the model's own)."""
     model, processor = (model, processor or model) if model else PICKSCORE
     setting = "reward_settings.options.pickscore"
     return PickScore(*load_transformers_clip(model, f"{setting}.model", processor, f"{setting}.processor"), device)
@@ -143,12 +123,7 @@ def load_hps(model: Name | None = None, weights: Name | None = None, device: tor
     Args:
         model: an open_clip folder or hub id ("hf-hub:…"), which has its weights, or the name of an architecture; None
             is HPS v2.1 with its weights.
-        weights: for an architecture: a file (safetensors, or a checkpoint of plain tensors), or "owner/repository/file"
-            on the hub.
-        device: where it runs.
-
-    Raises:
-        ModelError: the model or its weights cannot be loaded.
+        weights: an architecture's, a file (safetensors, or plain tensors), or "owner/repository/file" on the hub.
     """
     model, weights = (model, weights) if model else HPS
     setting = "reward_settings.options.hps"
@@ -165,7 +140,5 @@ def _file(weights: str, setting: str) -> str:
     parts = weights.split("/", 2)
     if Path(weights).is_file() or Path(weights).is_absolute() or len(parts) < 3:
         return weights
-    try:
+    with loading(setting, weights):
         return hf_hub_download(repo_id="/".join(parts[:2]), filename=parts[2])
-    except Exception as error:  # the libraries raise a dozen kinds
-        raise load_failure(setting, weights, error) from error

@@ -8,7 +8,7 @@ user's own, or a class or function that is called with its options to make one; 
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -84,11 +84,7 @@ _ANY, _ANY_NAMED = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWO
 
 
 def load_rewards(config: Config, generator: ImageGenerator | None = None) -> Rewards:
-    """Build the rewards and monitors of a config; those that need CLIP share one model.
-
-    Args:
-        config: its `reward_settings` name them; `training_settings.on_bad_reward` says whether one that fails raises.
-        generator: for `gain`, which draws the users' own prompts.
+    """Build the rewards and monitors of a config; those that need CLIP share one model, `gain` needs the generator.
 
     Raises:
         KitError: a name or an option that the kit does not have, or a model that cannot be loaded.
@@ -155,15 +151,20 @@ def check_reward_settings(config: Config) -> None:
     """
     settings = config.reward_settings
     short = short_names(settings)
-    _check_names("reward_settings", settings, short)
-    for key in ("options", "threads", "timeout"):
-        _check_names(f"reward_settings.{key}", settings, getattr(settings, key))
+    named = {"": short} | {f".{key}": getattr(settings, key) for key in ("options", "threads", "timeout")}
+    for key, name in [(key, name) for key, names in named.items() for name in names]:
+        target, _ = _target(settings, name)
+        if target not in REWARDS and ":" not in target:
+            raise RewardError(
+                f"reward_settings{key}: found {target!r}, allowed: {', '.join(sorted(REWARDS))}; or one of your own: "
+                "path/to/file.py:function, package.module:function"
+            )
     for name in dict.fromkeys([*short, *settings.options]):
         target, options = _target(settings, name)
-        if ":" in target and name in short:
-            _check_own(name, target, options)
-        elif ":" not in target:
+        if target in REWARDS:
             _options(target, options, name)
+        elif name in short:
+            _check_own(name, target, options)
 
 
 def _target(settings: RewardSettings, name: str) -> tuple[str, dict[str, Any]]:
@@ -175,16 +176,6 @@ def _target(settings: RewardSettings, name: str) -> tuple[str, dict[str, Any]]:
     return str(target), {key: value for key, value in options.items() if key != "reward"}
 
 
-def _check_names(place: str, settings: RewardSettings, names: Iterable[str]) -> None:
-    for name in names:
-        target, _ = _target(settings, name)
-        if target not in REWARDS and ":" not in target:
-            raise RewardError(
-                f"{place}: found {target!r}, allowed: {', '.join(sorted(REWARDS))}; or one of your own: "
-                "path/to/file.py:function, package.module:function"
-            )
-
-
 def _check_own(name: str, target: str, options: Mapping[str, object]) -> None:
     """Import a reward of the user's own, and see that it, or what makes it, takes its options and what it is given."""
     try:
@@ -192,7 +183,7 @@ def _check_own(name: str, target: str, options: Mapping[str, object]) -> None:
     except KitError as error:
         raise RewardError(f"reward {name!r}: {error}") from error
     if not callable(thing):
-        require_callable(name, thing)
+        require_callable(name, thing)  # it says why
     makes, signature = _makes_reward(thing, options), inspect.signature(thing)
     kinds = {key: one.kind for key, one in signature.parameters.items()}
     taken = () if makes else (*COLUMNS, *CONTEXT, "completions")

@@ -59,20 +59,20 @@ def call(reward: Reward, batch: Mapping[str, Any]) -> object:
 
     Args:
         batch: N values each of `COLUMNS` and `CONTEXT`; None for a tensor that is not known.
-
-    Raises:
-        RewardContractError: it asks for a field that no prompt of the batch has.
     """
     columns, named = _arguments(reward, batch)
     return finished(reward(*columns, **named))
 
 
-def require_callable(name: str, reward: Reward) -> None:
-    """Refuse, without calling it, what cannot be called as rewards are.
+def some_rows(values: Sequence | torch.Tensor | None, rows: list[int]) -> Any:
+    """The values at some rows of a batch, in a list or a tensor like the given one; None where there are none."""
+    if values is None or isinstance(values, torch.Tensor):
+        return None if values is None else values[rows]
+    return [values[row] for row in rows]
 
-    Raises:
-        RewardContractError: one line with the signature that was found and the one that is needed.
-    """
+
+def require_callable(name: str, reward: Reward) -> None:
+    """Refuse, without calling it, what cannot be called as rewards are: `RewardContractError` with both signatures."""
     if not callable(reward):
         raise RewardContractError(f"reward {name!r}: found {type(reward).__name__}, needed: a function {WANTED}")
     signature = _signature(reward)
@@ -140,12 +140,9 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def as_column(values: object, count: int) -> torch.Tensor:
-    """What a reward returned, N numbers or (N, 1), as (count,) float64.
+    """What a reward returned, N numbers or (N, 1), as (count,) float64; `RewardContractError` for anything else.
 
     NaN where a number is not finite in float32, `ABSTAINED` for None.
-
-    Raises:
-        RewardContractError: it is no column of `count` numbers.
     """
     rows = [None] * count if values is None else values
     try:

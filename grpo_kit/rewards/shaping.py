@@ -13,21 +13,11 @@ NORMALIZATIONS = ("none", "running", "group")
 
 @dataclass(frozen=True)
 class Shaping:
-    """Clip, then scale, then normalise.
+    """Clip, then scale, then normalise: less the mean, over the deviation."""
 
-    Args:
-        normalize: "none"; "running": less the mean of all values seen so far, over their deviation; "group": less the
-            mean of the values of the same prompt, over their deviation.
-        clip: lowest and highest value, in the reward's own units; None is no bound.
-        scale: a factor, with almost no effect on a normalised reward.
-
-    Raises:
-        RewardError: an impossible setting.
-    """
-
-    normalize: str = "none"
-    clip: tuple[float, float] | None = None
-    scale: float = 1.0
+    normalize: str = "none"  # or "running": by all values seen so far; "group": by those of the same prompt
+    clip: tuple[float, float] | None = None  # lowest and highest value, in the reward's own units
+    scale: float = 1.0  # a factor, with almost no effect on a normalised reward
 
     def __post_init__(self) -> None:
         if self.normalize not in NORMALIZATIONS:

@@ -8,7 +8,7 @@ from functools import wraps
 
 import torch
 
-from grpo_kit.rewards.protocol import Reward, RewardError, as_answer, as_column, finished
+from grpo_kit.rewards.protocol import Reward, RewardError, as_answer, as_column, finished, some_rows
 
 
 def in_threads(reward: Reward, workers: int) -> Reward:
@@ -17,25 +17,17 @@ def in_threads(reward: Reward, workers: int) -> Reward:
     For rewards that wait (for a server, a disk) or compute outside of Python's lock. The reward must be thread-safe and
     score each image by itself; one that takes `group_ids` gets whole groups, or all rows at once where they are None.
     The first error of a part is raised once all parts have ended.
-
-    Raises:
-        RewardError: fewer than one worker.
     """
     if workers < 1:
         raise RewardError(f"workers: found {workers}, allowed: at least 1")
 
     @wraps(reward, updated=())
     def split(*columns: Sequence, **named: Sequence | None) -> object:
-        def some(values: Sequence | None, rows: list[int]) -> object:
-            if values is None or isinstance(values, torch.Tensor):
-                return None if values is None else values[rows]
-            return [values[row] for row in rows]
-
         count = len(next(values for values in (*columns, *named.values()) if values is not None))
         parts, calls = list(_parts(count, workers, named)), []
         for rows in parts:
-            given = {name: some(values, rows) for name, values in named.items()}
-            calls.append(started(_answer, reward, *(some(values, rows) for values in columns), **given))
+            given = {name: some_rows(values, rows) for name, values in named.items()}
+            calls.append(started(_answer, reward, *(some_rows(values, rows) for values in columns), **given))
         wait(calls)
         result = torch.empty(count, dtype=torch.float64)
         for rows, call in zip(parts, calls, strict=True):
@@ -50,9 +42,6 @@ def with_time_limit(reward: Reward, seconds: float) -> Reward:
 
     The call runs in a thread, which cannot be stopped: after the limit it goes on, its result is thrown away, and it
     does not keep the program from ending. The next call may run beside it.
-
-    Raises:
-        RewardError: a limit of 0 or less.
     """
     if not seconds > 0:
         raise RewardError(f"seconds: found {seconds}, allowed: more than 0")
@@ -65,9 +54,7 @@ def with_time_limit(reward: Reward, seconds: float) -> Reward:
         except TimeoutError:
             if call.done():  # the reward's own error
                 raise
-            raise RewardError(
-                f"no answer within {seconds:g} s; its thread goes on, since it cannot be stopped"
-            ) from None
+            raise RewardError(f"no answer within {seconds:g} s; its thread goes on: it cannot be stopped") from None
 
     return limited
 

@@ -271,10 +271,10 @@ def _state(**tensors: object) -> dict:
         ({}, "found nothing alone, allowed: a weight and a bias"),
         (_state(layers_0_weight=torch.ones(1, 64)), "found layers.0.bias alone"),
         (_state(weight=torch.ones(1, 64), bias=torch.ones(1), scale=torch.ones(1)), "found scale alone"),
-        (_state(weight=torch.ones(1, 768), bias=torch.ones(1)), "layer 0 takes 768 numbers, but clip_model's .* 64"),
+        (_state(weight=torch.ones(1, 768), bias=torch.ones(1)), "layer 0: found .*768.* after clip_model: .n, 64"),
         (_state(weight=torch.ones(2, 64), bias=torch.ones(2)), "the last layer gives 2 numbers, allowed: 1"),
-        (_state(weight=torch.ones(64), bias=torch.ones(1)), "layer 0: found shapes .* allowed: .out, in. and"),
-        (_layers(torch.ones(8, 64), torch.ones(1, 9)), "layer 1 takes 9 numbers, but the layer before gives 8"),
+        (_state(weight=torch.ones(64), bias=torch.ones(1)), "layer 0: found shapes .* after clip_model: .n, 64"),
+        (_layers(torch.ones(8, 64), torch.ones(1, 9)), "layer 1: found .* after the layer before it: .n, 8"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit_are_one_line(clip: ClipSimilarity, tmp_path: Path, content: object, part: str):
