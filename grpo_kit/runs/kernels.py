@@ -5,6 +5,7 @@ not safe, or not possible, and each is started anew. JUPYTER_DEFAULT_PROVISIONER
 and nbval fork theirs too.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -83,8 +84,9 @@ class ForkedKernel:
         return 0
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal; raises ProcessLookupError where it has ended."""
-        signal.pidfd_send_signal(self._descriptor, number)
+        """Send it a signal; nothing where it has ended, as `Popen` does."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._descriptor, number)
 
 
 @cache

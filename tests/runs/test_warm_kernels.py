@@ -128,3 +128,12 @@ def test_kernel_and_warm_process_end_with_who_started_them_even_by_a_kill() -> N
     starter.wait()
     gone, alive = psutil.wait_procs([kernel, warm], timeout=WAIT)
     assert len(gone) == 2 and not alive
+
+
+def test_a_signal_for_a_kernel_that_has_ended_is_none() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    kernel = object.__new__(kernels.ForkedKernel)
+    kernel._descriptor = os.pidfd_open(ended.pid)
+    ended.wait()
+    kernel.send_signal(signal.SIGTERM)  # jupyter_client sends one to a kernel that takes long to end
+    assert kernel.poll() == 0
