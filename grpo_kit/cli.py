@@ -66,7 +66,7 @@ def run(
     again = _again(context, folder)
     if grid is not None:
         trials = plan_grid(grid, chosen, profile, folder, parameters, settings, any_size=yes)
-        from grpo_kit.show.console import print_comparison
+        from grpo_kit.show.comparison import print_comparison
         from grpo_kit.show.report import write_report
 
         with resumable(again):
@@ -78,7 +78,7 @@ def run(
         planned = plan(chosen, profile, folder, parameters, settings)
         with resumable(again):
             ran = run_series(planned, profile, settings, folder, minutes_per_cell)
-        from grpo_kit.show.console import print_run
+        from grpo_kit.show.report import print_run
 
         print_run(folder, ran)
         failed = [one for one in ran if one.error]
@@ -143,7 +143,7 @@ def evaluate(
         from grpo_kit.evaluation.evaluate import evaluate_runs
 
         place = evaluate_runs(config, folders, out)
-    from grpo_kit.show.console import print_results
+    from grpo_kit.show.report import print_results
 
     print_results(place)
     print(f"written: {place}" if len(folders) > 1 else f"Next: grpo-kit report {place}")
@@ -156,9 +156,8 @@ def report(
 ) -> None:
     """Write index.html from what a run left on disk."""
     from grpo_kit.runs.places import existing_run
-    from grpo_kit.show.console import print_results
-    from grpo_kit.show.report import write_report
-    from grpo_kit.show.share import share_pages
+    from grpo_kit.show.pages import share_pages
+    from grpo_kit.show.report import print_results, write_report
 
     folder = existing_run(run)
     print_results(folder)
@@ -181,7 +180,7 @@ def compare(
     folders = existing_runs(runs)
     if len(folders) < 2:
         raise KitError(f"compare: found 1 run ({folders[0].name}), allowed: at least 2, or a grid. Name another run")
-    from grpo_kit.show.console import print_comparison
+    from grpo_kit.show.comparison import print_comparison
 
     page = html or dated_report("compare").with_suffix(".html")
     print_comparison(folders, page.expanduser().resolve(), tables)

@@ -43,7 +43,7 @@ from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import write_report
 from grpo_kit.show.curves import training_curves
 from grpo_kit.show.images import group_figure, image_grid
-from grpo_kit.show.share import share_pages
+from grpo_kit.show.pages import share_pages
 from grpo_kit.show.style import STYLE
 from grpo_kit.training.loop import train
 

@@ -7,12 +7,12 @@ from grpo_kit import lazy_names
 from grpo_kit.runs.record import RunRecord, read_run
 
 _HOME = {
-    "AdvantagePlayground": "widgets",
-    "BeTheReward": "widgets",
-    "GroupExplorer": "widgets",
-    "ImageCompare": "widgets",
-    "LiveTraining": "widgets",
-    "LossPlayground": "widgets",
+    "AdvantagePlayground": "widgets.advantage_playground",
+    "BeTheReward": "widgets.be_the_reward",
+    "GroupExplorer": "widgets.group_explorer",
+    "ImageCompare": "widgets.image_compare",
+    "LiveTraining": "widgets.live_training",
+    "LossPlayground": "widgets.loss_playground",
     "agreement_figure": "lessons.rewards",
     "audit_figure": "lessons.rewards",
     "category_plot": "intervals",

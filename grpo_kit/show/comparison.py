@@ -2,52 +2,47 @@
 
 import os
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import quote
 
-from grpo_kit.evaluation.pools import (
-    METRICS,
-    Pool,
-    against_first,
-    curves_table,
-    differing_settings,
-    setting_texts,
-    value_text,
-)
-from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, interval_text, metric_name, number_text
+from grpo_kit.config import KitError
+from grpo_kit.evaluation import pools as pooling
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import VARIANT_NAMES, interval_text, metric_name, number_text
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.curves import seeds_figure
 from grpo_kit.show.intervals import interval_figure
 from grpo_kit.show.pages import figure_uri, write_page
-from grpo_kit.show.style import Drawing, aligned, plain_text
+from grpo_kit.show.style import aligned, plain_text
 
 Row = tuple[str, list[str]]
 
 
-def settings_rows(pools: Sequence[Pool]) -> tuple[list[str], list[Row]]:
+def settings_rows(pools: Sequence[pooling.Pool]) -> tuple[list[str], list[Row]]:
     """Return the settings that differ as a table: header, then a row a pool."""
-    differing = differing_settings(pools)
+    differing = pooling.differing_settings(pools)
     header = [*(name.split(".")[-1] for name in differing), "seeds", "iterations", "s an iteration", "minutes"]
     rows = []
     for number, pool in enumerate(pools):
-        cells = [value_text(values[number]) for values in differing.values()]
+        cells = [pooling.value_text(values[number]) for values in differing.values()]
         done = sorted({run.iterations for run in pool.runs})
         iterations = f"{done[0]}" if len(done) == 1 else f"{done[0]}–{done[-1]}"
         asked = pool.settings.get("training_settings.num_iterations")
         if asked is not None and done[0] < asked:
             iterations += f" of {asked}"
-        cells += [", ".join(map(value_text, pool.seeds)), iterations]
+        cells += [", ".join(map(pooling.value_text, pool.seeds)), iterations]
         cells += [number_text(pool.seconds_an_iteration, ".2f"), number_text(pool.seconds and pool.seconds / 60, ".1f")]
         rows.append((pool.label, cells))
     return header, rows
 
 
-def final_rows(pools: Sequence[Pool]) -> tuple[list[str], list[tuple[str, list[Row]]]]:
+def final_rows(pools: Sequence[pooling.Pool]) -> tuple[list[str], list[tuple[str, list[Row]]]]:
     """Return the final figures as a table: the metrics' names, then for each pool its title and rows.
 
     A pool that was not evaluated has no rows.
     """
-    measured = [m for m in METRICS if any(pool.final("variants", v, m) for pool in pools for v in VARIANTS)]
+    measured = [m for m in pooling.METRICS if any(pool.final("variants", v, m) for pool in pools for v in VARIANTS)]
     body = []
     for pool in pools:
         lines: list[Row] = []
@@ -64,9 +59,9 @@ def final_rows(pools: Sequence[Pool]) -> tuple[list[str], list[tuple[str, list[R
     return [metric_name(metric) for metric in measured], body
 
 
-def against_rows(pools: Sequence[Pool]) -> list[Row]:
+def against_rows(pools: Sequence[pooling.Pool]) -> list[Row]:
     """Return each later pool's trained policy minus the first pool's as a table, a column a metric."""
-    found = {metric: against_first(pools, metric) for metric in METRICS}
+    found = {metric: pooling.against_first(pools, metric) for metric in pooling.METRICS}
     labels = dict.fromkeys(label for values in found.values() for label in values)
     return [
         (label, [interval_text(metric, values.get(label), signed=True) for metric, values in found.items()])
@@ -74,7 +69,7 @@ def against_rows(pools: Sequence[Pool]) -> list[Row]:
     ]
 
 
-def cautions(pools: Sequence[Pool]) -> list[str]:
+def cautions(pools: Sequence[pooling.Pool]) -> list[str]:
     """Return what a reader must know before believing the comparison; empty where there is nothing."""
     runs = [run for pool in pools for run in pool.runs]
     judged = {(run.results.get("num_prompts"), run.results.get("seeds_per_prompt")) for run in runs if run.results}
@@ -82,10 +77,9 @@ def cautions(pools: Sequence[Pool]) -> list[str]:
     if len(judged) > 1:
         texts = sorted(f"{prompts} prompts × {seeds} images" for prompts, seeds in judged)
         found.append(f"The runs were not judged alike ({'; '.join(texts)}): compare their final figures with care.")
+    asked = [run.config.get("training_settings", {}).get("num_iterations") or 0 for run in runs]
     lacking = {
-        "Not trained to the end": [
-            run for run in runs if run.iterations < (run.config.get("training_settings", {}).get("num_iterations") or 0)
-        ],
+        "Not trained to the end": [run for run, planned in zip(runs, asked, strict=True) if run.iterations < planned],
         "Not evaluated": [run for run in runs if not run.results],
     }
     for words, some in lacking.items():
@@ -97,14 +91,14 @@ def cautions(pools: Sequence[Pool]) -> list[str]:
     return found
 
 
-def runs_text(pools: Sequence[Pool]) -> str:
+def runs_text(pools: Sequence[pooling.Pool]) -> str:
     """Return the whole comparison as plain text for a terminal."""
     header, rows = settings_rows(pools)
-    blocks, differing = [], differing_settings(pools)
+    blocks, differing = [], pooling.differing_settings(pools)
     wide = len(differing)  # those columns stand in the labels, or in lines of their own
     if differing:
-        texts = setting_texts(differing)
-        named = [pool.label for pool in pools] in (texts, setting_texts(differing, changes_only=True))
+        texts = pooling.setting_texts(differing)
+        named = [pool.label for pool in pools] in (texts, pooling.setting_texts(differing, changes_only=True))
         settings = [f"{pool.label}: {text}" for pool, text in zip(pools, texts, strict=True)]
         blocks.append(settings[:1] if named else settings)
     blocks.append(aligned([["", *header[wide:]], *([label, *cells[wide:]] for label, cells in rows)]))
@@ -112,46 +106,27 @@ def runs_text(pools: Sequence[Pool]) -> str:
     lines = [[f"  {name}", *cells] for _, block in body for name, cells in block]
     if lines:
         heading, *rest = aligned([["mean [95 % interval]", *metrics], *lines])
-        blocks.append([heading])
-        for title, block in body:
-            blocks[-1] += [title, *rest[: len(block)]]
-            rest = rest[len(block) :]
+        shown = iter(rest)
+        titled = ([title, *islice(shown, len(block))] for title, block in body)
+        blocks.append([heading, *chain.from_iterable(titled)])
     against = against_rows(pools)
     if against:
-        table = [[f"trained policy, minus {pools[0].label}", *map(metric_name, METRICS)]]
+        table = [[f"trained policy, minus {pools[0].label}", *map(metric_name, pooling.METRICS)]]
         table += [[label, *cells] for label, cells in against]
         blocks.append([*aligned(table), "(paired by seed, interval over seeds)"])
     return "\n\n".join(["\n".join(block) for block in blocks] + cautions(pools))
 
 
-def finals_figure(pools: Sequence[Pool]) -> Drawing:
-    """Draw each pool's trained policy on the held-out prompts with its interval, a panel a metric.
-
-    Raises:
-        KitError: no pool was evaluated.
-    """
-    panels = {}
-    for metric in METRICS:
-        rows = {pool.label: value for pool in pools if (value := pool.final("variants", "trained", metric))}
-        if rows:
-            panels[f"{metric_name(metric)}, trained policy"] = {"": rows}
-    return interval_figure(panels)
-
-
-def write_comparison(pools: Sequence[Pool], path: Path) -> Path:
-    """Write the comparison as a page, each run with a link to its own page where it has one.
-
-    Args:
-        pools: from `pool_runs`.
-        path: the page's file.
-
-    Returns:
-        The path of the page.
-    """
+def write_comparison(pools: Sequence[pooling.Pool], path: Path) -> Path:
+    """Write the comparison as the page `path`, each run with a link to its own page where it has one."""
     metrics, final = final_rows(pools)
     header, settings = settings_rows(pools)
-    evaluated = any(run.results.get("variants") for pool in pools for run in pool.runs)
-    curves = curves_table(pools)
+    curves = pooling.curves_table(pools)
+    finals = {}  # each pool's trained policy on the held-out prompts, a panel a metric
+    for metric in pooling.METRICS:
+        found = {pool.label: value for pool in pools if (value := pool.final("variants", "trained", metric))}
+        if found:
+            finals[f"{metric_name(metric)}, trained policy"] = {"": found}
     return write_page(
         path,
         "comparison.html.j2",
@@ -159,9 +134,9 @@ def write_comparison(pools: Sequence[Pool], path: Path) -> Path:
         cautions=cautions(pools),
         settings={"header": header, "rows": settings},
         final={"metrics": metrics, "pools": final},
-        against={"first": pools[0].label, "metrics": [*map(metric_name, METRICS)], "rows": against_rows(pools)},
+        against={"first": pools[0].label, "metrics": [*map(metric_name, pooling.METRICS)], "rows": against_rows(pools)},
         charts={
-            "finals": figure_uri(finals_figure(pools)) if evaluated else "",
+            "finals": figure_uri(interval_figure(finals)) if finals else "",
             "curves": figure_uri(seeds_figure(curves)) if len(curves) else "",
         },
         runs={pool.label: [_run_link(run, path.parent) for run in pool.runs] for pool in pools},
@@ -177,3 +152,19 @@ def _run_link(run: RunRecord, folder: Path) -> dict[str, str | None]:
     except ValueError:  # another drive of Windows
         link = page.as_uri()
     return {"name": plain_text(run.path.resolve().name, 100), "link": link if page.is_file() else None}
+
+
+def print_comparison(folders: Sequence[Path], page: Path, tables: Path | None = None) -> None:
+    """Print runs side by side, write the page that compares them, and into the folder `tables` their figures.
+
+    Raises:
+        KitError: the page's path is a folder, or that of the tables a file.
+    """
+    if page.is_dir():
+        raise KitError(f"--html {page}: a folder. Name a file in it")
+    if tables is not None and tables.is_file():
+        raise KitError(f"--tables {tables}: a file. Name a folder")
+    pools = pooling.pool_runs(pooling.read_runs(folders))
+    print(f"\n{runs_text(pools)}\n\ncomparison: {write_comparison(pools, page)}")
+    if tables is not None:
+        print(f"tables: {pooling.write_tables(pools, tables)}")

@@ -51,11 +51,7 @@ def curve_figure(
 ) -> style.Drawing:
     """Draw curves with their points marked and their names at their ends, a panel beside the other.
 
-    Args:
-        panels: title → name → (x, y); a name stands at the curve's last point.
-        xlabel: of every panel; with `log_x` its ticks are the points themselves.
-        ylabel: of the first panel.
-        log_x, log_y: logarithmic axes.
+    `panels` is title → name → (x, y). With `log_x` the ticks of x are the points themselves.
 
     Raises:
         KitError: a panel has no curve, or more than can be named.
@@ -72,23 +68,24 @@ def curve_figure(
             shift = 0 if len(curves) == 1 else -6 if name == lowest else 6  # so that close ends do not collide
             words = dict(va="center", color=look["color"], annotation_clip=False)
             style.label(axes, style.plain_text(name, 40), (x[-1], y[-1]), (8, shift), **words)
-        _scale(axes, sorted({float(v) for x, _ in curves.values() for v in x}), log_x, log_y)
+        if log_x:
+            ticks_at(axes, sorted({float(place) for x, _ in curves.values() for place in x}))
+        if log_y:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set(title=style.plain_text(metric_name(title), 60), xlabel=style.plain_text(xlabel))
         axes.margins(x=0.06, y=0.12)
     figure.axes[0].set_ylabel(style.plain_text(ylabel))
     return figure
 
 
-def _scale(axes: Axes, points: Sequence[float], log_x: bool, log_y: bool) -> None:
-    if log_x:
-        axes.set_xscale("log")
-        axes.set_xticks(points, [f"{point:g}" for point in points])
-        axes.minorticks_off()
-    if log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+def ticks_at(axes: Axes, points: Sequence[float]) -> None:
+    """Make x logarithmic, with these points as its ticks."""
+    axes.set_xscale("log")
+    axes.set_xticks(points, [f"{point:g}" for point in points])
+    axes.minorticks_off()
 
 
 @style.styled
@@ -100,12 +97,9 @@ def training_curves(
 ) -> style.Drawing:
     """Draw what training logged: each iteration faint, a moving average strong, held-out validations as points.
 
-    Args:
-        metrics: a row an iteration, columns as in metrics.jsonl.
-        validations: the periodic validations, as in validation_iter_*.json.
-        panels: which columns to draw; a column that was not logged is left out.
-        sentinel: the content of sentinel.json: the score that it judges by is drawn too, and a divergence is marked by
-            a line in every panel.
+    Metrics, validations and sentinel are what the files of a run hold; `panels` are columns of metrics.jsonl, of which
+    those that were not logged are left out. The score that the sentinel judges by is drawn too, and a divergence is
+    marked by a line in every panel.
 
     Raises:
         KitError: none of the columns was logged.
@@ -124,8 +118,14 @@ def training_curves(
     for axes in grid[-columns:]:
         axes.set_xlabel("iteration")
         axes.tick_params(labelbottom=True)
-    if sentinel and sentinel.get("divergence"):
-        _mark_divergence(grid, sentinel["divergence"])
+    if divergence := (sentinel or {}).get("divergence"):
+        for axes in grid:  # a thin line where the reward began to be gamed, a strong one where that was found
+            axes.axvline(divergence["since"], color=style.INK, lw=0.8, ls=(0, (1, 2)), zorder=1.5)
+            axes.axvline(divergence["iteration"], color=style.INK, lw=1.4, ls=(0, (5, 2)), zorder=1.5)
+        point = (divergence["iteration"], grid[0].get_ylim()[0])
+        left = point[0] > sum(grid[0].get_xlim()) / 2  # on the side where there is room
+        words = dict(ha="right" if left else "left", weight="bold")
+        style.label(grid[0], "divergence", point, (-4 if left else 4, 4), **words)
     return figure
 
 
@@ -135,8 +135,7 @@ def _draw_logged(axes: Axes, values: pd.Series, validations: Sequence[Mapping], 
     title, reading, validated = CURVES.get(name, (metric_name(score), "", score))
     smooth = _moving_average(values, len(values) // 8)
     draw_curve(axes, smooth.index, smooth, values, color=style.BLUE, marker="o" if len(values) == 1 else "")
-    axes.set_title(title, pad=17)
-    axes.text(0, 1.03, reading, transform=axes.transAxes, color=style.GREY, fontsize=8)
+    style.explain(axes, title, reading)
     axes.margins(x=0.03, y=0.14)
     found = {v["iteration"]: v["reward"] if validated == "reward" else v["rewards"].get(validated) for v in validations}
     points = [(iteration, value) for iteration, value in found.items() if value is not None]
@@ -148,51 +147,32 @@ def _draw_logged(axes: Axes, values: pd.Series, validations: Sequence[Mapping], 
         style.label(axes, "held out", points[-1], (0, 6 if above else -14), ha="right", color=style.VERMILION)
 
 
-def _mark_divergence(panels: Sequence[Axes], divergence: Mapping) -> None:
-    """A line where the reward was found to be gamed, named in the first panel; a thin one where that began."""
-    for axes in panels:
-        axes.axvline(divergence["since"], color=style.INK, lw=0.8, ls=(0, (1, 2)), zorder=1.5)
-        axes.axvline(divergence["iteration"], color=style.INK, lw=1.4, ls=(0, (5, 2)), zorder=1.5)
-    first = panels[0]
-    left = divergence["iteration"] > sum(first.get_xlim()) / 2  # on the side where there is room
-    point = (divergence["iteration"], first.get_ylim()[0])
-    style.label(first, "divergence", point, (-4 if left else 4, 4), ha="right" if left else "left", weight="bold")
-
-
 @style.styled
 def seeds_figure(curves: pd.DataFrame) -> style.Drawing:
-    """Draw training curves of several settings: each seed faint, a setting's mean over its seeds strong.
+    """Draw training curves of several settings: moving averages of each seed faint, of a setting's mean strong.
 
-    Args:
-        curves: a row (setting, seed, iteration) with any of the columns reward, gold and kl.
+    `curves` has a row for each (setting, seed, iteration), and any of the columns reward, gold and kl.
 
     Raises:
         KitError: there is nothing to draw, or more settings than can be told apart.
     """
     drawn = [name for name in ("reward", "gold", "kl") if name in curves and curves[name].notna().any()]
-    settings = list(dict.fromkeys(curves["setting"])) if drawn else []
+    settings = curves["setting"].unique() if drawn else []
     if not drawn or len(settings) > style.MOST_SERIES:
         found = f"found {len(settings)} settings, allowed: 1 to {style.MOST_SERIES}"
         raise KitError(f"curves: {found}. Compare fewer runs at a time.")
     figure = style.new_figure(4.1 * len(drawn), 3.0 + 0.24 * -(-len(settings) // 3))
     looks = {setting: style.series_look(number) for number, setting in enumerate(settings)}
     for axes, name in zip(style.panel_grid(figure, len(drawn)), drawn, strict=True):
-        for setting in settings:
-            _draw_setting(axes, curves[curves["setting"] == setting], name, looks[setting])
+        for setting, rows in curves.dropna(subset=name).groupby("setting", sort=False):
+            seeds = rows.pivot_table(index="iteration", columns="seed", values=name)
+            smooth = _moving_average(seeds, min(WINDOW, len(seeds) // 4))
+            mean = smooth.mean(axis=1, skipna=False).dropna()  # where every seed has that iteration
+            every = max(1, len(mean) // MARKS)
+            faint = smooth if len(seeds.columns) > 1 else None
+            draw_curve(axes, mean.index, mean, faint, markevery=(every // 2, every), **looks[setting])
         axes.set(title=metric_name(name), xlabel="iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.margins(x=0.03)
     style.legend_above(figure, looks, columns=3 if len(drawn) > 2 else 2)
     return figure
-
-
-def _draw_setting(axes: Axes, rows: pd.DataFrame, name: str, look: Mapping[str, object]) -> None:
-    """One setting: moving averages of its seeds, and their mean where every seed has that iteration."""
-    wide = rows.pivot_table(index="iteration", columns="seed", values=name)
-    if wide.empty:
-        return
-    smooth = _moving_average(wide, min(WINDOW, len(wide) // 4))
-    mean = smooth.mean(axis=1, skipna=False).dropna()
-    every = max(1, len(mean) // MARKS)
-    faint = smooth if len(wide.columns) > 1 else None
-    draw_curve(axes, mean.index, mean, faint, markevery=(every // 2, every), **look)

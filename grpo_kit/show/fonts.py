@@ -3,10 +3,11 @@
 import logging
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache, lru_cache
-from typing import NamedTuple
 
 from matplotlib import font_manager
+from matplotlib.font_manager import FontEntry
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
@@ -24,7 +25,7 @@ def use_fonts(texts: Iterable[Text]) -> None:
             text.set_text(drawable(text.get_text(), own))
             found = dict.fromkeys(family for c in text.get_text() if (family := _families.get(c)) and not _has(own, c))
             text.set_fontfamily([*dict.fromkeys([*text.get_fontfamily(), *found])])
-            if not all(_installed()[family].has_bold for family in found):
+            if not all(_has_bold(_installed()[family]) for family in found):
                 text.set_fontweight("normal")  # matplotlib would tell of every weight that it does not find
 
 
@@ -39,8 +40,8 @@ def drawable(text: str, own: str) -> str:
 def _search(lacking: set[str]) -> None:
     """Find a family for each of some characters; those that are in use come first."""
     used = set(_families.values())
-    for family, face in sorted(_installed().items(), key=lambda one: one[0] not in used) if lacking else ():
-        has = {c for c in lacking if _has(face.path, c)}
+    for family, faces in sorted(_installed().items(), key=lambda one: one[0] not in used) if lacking else ():
+        has = {c for c in lacking if _has(faces[0].fname, c)}
         _families.update(dict.fromkeys(has, family))
         lacking = lacking - has
     _families.update(dict.fromkeys(lacking))
@@ -57,28 +58,23 @@ def _package(character: str) -> str:
     return "fonts-symbola" if unicodedata.category(character).startswith("S") else "fonts-noto-core"
 
 
-class _Face(NamedTuple):
-    """A family's upright regular file, or what comes nearest, and whether it has a bold one beside it."""
-
-    path: str
-    has_bold: bool
-
-
 @cache
-def _installed() -> dict[str, _Face]:
-    """The installed families; those that have a bold face come first."""
+def _installed() -> dict[str, list[FontEntry]]:
+    """The faces of each installed family, the upright regular one first; families that have a bold face come first."""
     manager = font_manager.fontManager
     known = {entry.fname for entry in manager.ttflist}
     for path in set(font_manager.findSystemFonts()) - known:  # installed after matplotlib made its list
-        try:
+        with suppress(OSError, RuntimeError):  # no font that matplotlib reads
             manager.addfont(path)
-        except (OSError, RuntimeError):  # no font that matplotlib reads
-            continue
-    fonts = [entry for entry in manager.ttflist if "Last Resort" not in entry.name]
-    bold = {entry.name for entry in fonts if entry.weight == 700}
-    fonts.sort(key=lambda entry: (entry.name not in bold, entry.style != "normal", entry.weight != 400, entry.name))
-    first = {entry.name: _Face(entry.fname, entry.name in bold) for entry in reversed(fonts)}
-    return dict(reversed(first.items()))
+    families: dict[str, list[FontEntry]] = {}
+    for face in sorted(manager.ttflist, key=lambda face: (face.style != "normal", face.weight != 400, face.name)):
+        if "Last Resort" not in face.name:
+            families.setdefault(face.name, []).append(face)
+    return dict(sorted(families.items(), key=lambda family: not _has_bold(family[1])))
+
+
+def _has_bold(faces: list[FontEntry]) -> bool:
+    return any(face.weight == 700 for face in faces)
 
 
 @cache

@@ -14,35 +14,27 @@ from grpo_kit.config import KitError
 from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, format_metric, number_text
 from grpo_kit.runs.record import ImageKey
 from grpo_kit.show import style
-from grpo_kit.show.frame import frame_of
 
 SMOOTH_FROM = 128  # pixels across; smaller pictures show their pixels
 
 
-def show_image(
-    axes: Axes, image: Image.Image | None, edge: str = style.FAINT, width: float = 1.0, line: object = "-"
-) -> None:
-    """Draw an image as it is: no smoothing between the pixels of a small one; `edge`, `width`, `line` of its frame."""
+def show_image(axes: Axes, image: Image.Image | None, below: str = "", advantage: float | None = None) -> None:
+    """Draw an image as it is, no smoothing between the pixels of a small one, framed by its advantage; a text below."""
     style.bare(axes)
     if image is None:
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.text(0.5, 0.5, "no picture", ha="center", va="center", color=style.GREY)
     else:
         axes.imshow(image, interpolation="nearest" if image.width < SMOOTH_FROM else "antialiased")
-    axes.spines[:].set(visible=True, color=edge, linewidth=width, capstyle="butt", linestyle=line)
+    axes.spines[:].set(visible=True, **style.frame_of(advantage))
+    axes.set_xlabel(below, fontsize=8.5, labelpad=4 if advantage is None else 6)
 
 
 @style.styled
 def image_grid(
     images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 6, size: float = 1.7
 ) -> style.Drawing:
-    """Draw images in a grid, each with its caption below.
-
-    Args:
-        images: what to show.
-        captions: one text an image, or none at all.
-        columns: images in a row.
-        size: inches of one image's side.
+    """Draw images of `size` inches in a grid, each with its caption below where there are captions.
 
     Raises:
         KitError: there is no image, or there are captions for other than every image.
@@ -54,8 +46,7 @@ def image_grid(
     lines = max(text.count("\n") + 1 if text else 0 for text in texts)
     figure = style.new_figure(size * columns, -(-len(images) // columns) * (size + 0.185 * lines + 0.15))
     for axes, image, text in zip(style.panel_grid(figure, len(images), columns), images, texts, strict=True):
-        show_image(axes, image)
-        axes.set_xlabel(text, fontsize=8.5, labelpad=4)
+        show_image(axes, image, text)
     return figure
 
 
@@ -67,13 +58,9 @@ def group_figure(
     advantages: Sequence[float],
     prompt: str,
 ) -> style.Drawing:
-    """Draw one group, best reward first: each image framed by the sign and size of its advantage.
+    """Draw a group, one of each a sample, best reward first: each image framed by its advantage.
 
     Above the group's mean the frame is blue and solid, below it orange and dashed; the thicker, the further away.
-
-    Args:
-        images, texts, rewards, advantages: one of each a sample.
-        prompt: what the user wrote.
 
     Raises:
         KitError: the four do not have the same length, or the group is empty.
@@ -87,14 +74,12 @@ def group_figure(
     figure.suptitle(f"“{style.plain_text(prompt, 90)}”   reward spread {spread:.3f}", x=0.01, ha="left", weight="bold")
     samples = list(zip(images, texts, map(float, rewards), map(float, advantages), strict=True))
     samples.sort(key=lambda sample: -np.inf if np.isnan(sample[2]) else sample[2], reverse=True)
-    for axes, (image, text, reward, advantage) in zip(
-        style.panel_grid(figure, len(samples), columns), samples, strict=True
-    ):
-        frame = frame_of(advantage)
-        show_image(axes, image, *frame)
+    panels = style.panel_grid(figure, len(samples), columns)
+    for axes, (image, text, reward, advantage) in zip(panels, samples, strict=True):
+        show_image(axes, image, style.wrap(text, 27, 4), advantage)
         title = f"{format_metric('reward', reward)}   {number_text(advantage, '+.2f')}"
-        axes.set_title(title, color=frame.colour if advantage else style.INK, fontsize=10.5, loc="center", pad=7)
-        axes.set_xlabel(style.wrap(text, 27, 4), fontsize=8.5, labelpad=6)
+        colour = style.frame_of(advantage)["edgecolor"] if advantage else style.INK
+        axes.set_title(title, color=colour, fontsize=10.5, loc="center", pad=7)
     return figure
 
 
@@ -102,12 +87,9 @@ def group_figure(
 def gallery_figure(
     rows: pd.DataFrame, images: Mapping[ImageKey, Image.Image], cases: Sequence[tuple[int, int]]
 ) -> style.Drawing:
-    """Draw before and after: a row a case, a column a variant, all at that case's latent seed.
+    """Draw before and after: a row a case (prompt_id, seed), a column a variant, all from that case's latent seed.
 
-    Args:
-        rows: an evaluation's rows (prompt_id, variant, seed, user_prompt, text, reward, gold).
-        images: (prompt_id, variant, seed) → picture.
-        cases: which (prompt_id, seed), in this order.
+    `rows` are an evaluation's (prompt_id, variant, seed, text, reward, gold), `images` its pictures.
 
     Raises:
         KitError: the rows hold none of these cases.
@@ -126,6 +108,6 @@ def gallery_figure(
         style.bare(axes)
         if (prompt_id, seed, variant) in table.index:
             row = table.loc[(prompt_id, seed, variant)]
-            show_image(axes, images.get((prompt_id, variant, seed)))
-            axes.set_xlabel(f"{style.wrap(row['text'], 28, 3)}\n{style.score_text(row)}", fontsize=8.5, labelpad=4)
+            words = f"{style.wrap(row['text'], 28, 3)}\n{style.score_text(row)}"
+            show_image(axes, images.get((prompt_id, variant, seed)), words)
     return figure

@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.table import SHARES, VARIANT_NAMES, VARIANTS, format_metric, metric_name, number_text
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import MAIN, SHARES, VARIANT_NAMES, Interval, format_metric, metric_name, number_text
 from grpo_kit.show import style
 
-Interval = Mapping[str, float]  # mean, low, high
 Panels = Mapping[str, Mapping[str, Mapping[str, Interval]]]  # panel → series → row → interval
 MOST_IN_A_ROW = 4  # series
 
@@ -26,11 +26,8 @@ def draw_interval(axes: Axes, y: float, interval: Interval | None, color: str, m
 def name_rows(axes: Axes, names: Sequence[str], width: int = 40, lines: int = 1, metric: str = "") -> None:
     """Write the names of a panel's rows, the first one on top, and keep only the grid for the values.
 
-    Args:
-        axes: the panel; row `i` is drawn at the height `i`.
-        names: one a row.
-        width, lines: the most characters in a line of a name, and the most lines.
-        metric: what the values measure: a share has its scale in per cent.
+    Row `i` is drawn at the height `i`; its name is broken to `lines` lines of at most `width` characters. Where the
+    values measure a `metric` that is a share, their scale is in per cent.
     """
     axes.set_yticks(range(len(names)), [style.wrap(name, width, lines) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.8)
@@ -47,10 +44,8 @@ def name_rows(axes: Axes, names: Sequence[str], width: int = 40, lines: int = 1,
 def interval_figure(panels: Panels, zero_line: bool = False) -> style.Drawing:
     """Draw means with their intervals, a row a thing: panels stand side by side, several series share each row.
 
-    Args:
-        panels: title → series → row → {"mean", "low", "high"}. The rows are those of the first panel and stand in its
-            order, from the top; a series named "" has no entry in the key.
-        zero_line: mark 0, for differences.
+    `panels` is title → series → row → {"mean", "low", "high"}. The rows are those of the first panel and stand in its
+    order, from the top; a series named "" has no entry in the key. `zero_line` marks 0, for differences.
 
     Raises:
         KitError: there is nothing to draw, or more series than can share a row.
@@ -58,10 +53,8 @@ def interval_figure(panels: Panels, zero_line: bool = False) -> style.Drawing:
     first = next(iter(panels.values()), {})
     rows = list(dict.fromkeys(row for intervals in first.values() for row in intervals))
     if not rows or len(first) > MOST_IN_A_ROW:
-        raise KitError(
-            f"interval_figure: found {len(rows)} rows in {len(first)} series, allowed: at least 1 row, at most "
-            f"{MOST_IN_A_ROW} series. Pass {{title: {{series: {{row: interval}}}}}}."
-        )
+        found, allowed = f"{len(rows)} rows in {len(first)} series", f"at least 1 row, at most {MOST_IN_A_ROW} series"
+        raise KitError(f"interval_figure: found {found}, allowed: {allowed}. Pass {{title: {{series: {{row: …}}}}}}.")
     looks = [style.series_look(number) | {"linestyle": ""} for number in range(len(first))]
     named = {series: look for series, look in zip(first, looks, strict=True) if series}
     figure = style.new_figure(1.4 + 4.1 * len(panels), 0.75 + 0.3 * len(rows) + 0.3 * bool(named))
@@ -80,86 +73,60 @@ def interval_figure(panels: Panels, zero_line: bool = False) -> style.Drawing:
 
 
 @style.styled
-def comparison_plot(results: Mapping, metrics: Sequence[str] = ("reward", "gold")) -> style.Drawing:
-    """Draw each variant's mean with its interval, and below it the paired differences against zero.
-
-    Args:
-        results: what final_results.json holds.
-        metrics: a column of panels each; one that was not measured is left out.
+def comparison_plot(results: Mapping) -> style.Drawing:
+    """Draw final_results.json: each variant's mean with its interval, and below it the paired differences against zero.
 
     Raises:
-        KitError: the results hold none of the metrics.
+        KitError: the results hold neither reward nor gold check.
     """
-    found = results.get("variants", {})
-    measured = [m for m in metrics if any(m in values for values in found.values())]
+    found, changes = results.get("variants", {}), results.get("differences", {})
+    measured = [m for m in MAIN if any(m in values for values in found.values())]
     if not measured:
-        raise KitError(f"comparison_plot: found no results for {', '.join(metrics)}. Run the evaluation first.")
-    variants = [v for v in VARIANTS if v in found]
-    variants += [v for v in found if v not in VARIANTS]  # saved runs come last
-    pairs = list(results.get("differences", {}))
-    figure = style.new_figure(5.4 * len(measured), 1.9 + 0.42 * (len(variants) + len(pairs)))
-    heights = [len(variants) + 0.5, len(pairs) + 0.5] if pairs else [1]
-    grid = figure.subplots(len(heights), len(measured), squeeze=False, height_ratios=heights, sharey="row")
-    for column, metric in enumerate(measured):
-        grid[0][column].set_title(f"{metric_name(metric)}, mean over prompts")
-        _draw_results(grid[0][column], {v: (v, found[v]) for v in variants}, metric)
-        if pairs:
-            grid[1][column].set_title("paired difference (0: no change)")
-            grid[1][column].axvline(0, color=style.INK, lw=1)
-            changes = {pair: (pair.split("-")[0], results["differences"][pair]) for pair in pairs}
-            _draw_results(grid[1][column], changes, metric, signed=True)
+        raise KitError(f"comparison_plot: found no results for {' or '.join(MAIN)}. Run the evaluation first.")
+    blocks = [{v: found[v] for v in dict.fromkeys((*VARIANTS, *found)) if v in found}]  # saved runs come last
+    blocks += [changes] if changes else []
+    figure = style.new_figure(5.4 * len(measured), 1.9 + 0.42 * sum(map(len, blocks)))
+    heights = [len(block) + 0.5 for block in blocks]
+    grid = figure.subplots(len(blocks), len(measured), squeeze=False, height_ratios=heights, sharey="row")
+    for block, panels in zip(blocks, grid, strict=True):
+        paired = block is changes
+        title = "paired difference (0: no change)" if paired else "{}, mean over prompts"
+        names = [name.replace("-", " − ") if paired else VARIANT_NAMES.get(name, name) for name in block]
+        for axes, metric in zip(panels, measured, strict=True):
+            axes.set_title(title.format(metric_name(metric)))
+            if paired:
+                axes.axvline(0, color=style.INK, lw=1)
+            for y, (name, intervals) in enumerate(block.items()):
+                value, look = intervals.get(metric), style.variant_look(name.split("-")[0] if paired else name)
+                text = format_metric(metric, value["mean"], signed=paired) if value else ""
+                draw_interval(axes, y, value, **look, text=text)
+            name_rows(axes, names, metric=metric)
     return figure
-
-
-def _draw_results(
-    axes: Axes, rows: Mapping[str, tuple[str, Mapping[str, Interval]]], metric: str, signed: bool = False
-) -> None:
-    """Draw a row for each variant or each pair: its name → the variant whose look it has, and its intervals."""
-    for y, (variant, intervals) in enumerate(rows.values()):
-        value = intervals.get(metric)
-        text = format_metric(metric, value["mean"], signed) if value else ""
-        draw_interval(
-            axes, y, value, style.VARIANT_COLOURS.get(variant, style.INK), style.VARIANT_MARKERS.get(variant, "o"), text
-        )
-    names = [name.replace("-", " − ") if signed else VARIANT_NAMES.get(name, name) for name in rows]
-    name_rows(axes, names, metric=metric)
 
 
 @style.styled
-def category_plot(results: Mapping, metrics: Sequence[str] = ("reward", "gold")) -> style.Drawing:
+def category_plot(results: Mapping) -> style.Drawing:
     """Draw the way from the raw prompt to the trained policy in each category, and where the oracle stands.
 
-    Args:
-        results: what final_results.json holds.
-        metrics: a column of panels each; one that was not measured is left out.
-
     Raises:
-        KitError: the results hold no categories with these metrics.
+        KitError: final_results.json holds no categories with reward or gold check.
     """
     categories = dict(sorted(results.get("by_category", {}).items()))
-    measured = [m for m in metrics if any(m in values.get("trained", {}) for values in categories.values())]
+    measured = [m for m in MAIN if any(m in values.get("trained", {}) for values in categories.values())]
     if not measured:
-        raise KitError(f"category_plot: found no categories with {', '.join(metrics)}. Run the evaluation first.")
+        raise KitError(f"category_plot: found no categories with {' or '.join(MAIN)}. Run the evaluation first.")
     figure = style.new_figure(5.4 * len(measured), 1.3 + 0.4 * len(categories))
     for axes, metric in zip(style.panel_grid(figure, len(measured), sharey=True), measured, strict=True):
         for y, values in enumerate(categories.values()):
-            _draw_category(axes, y, values, metric)
+            points = {v: values[v][metric] for v in VARIANTS if values.get(v, {}).get(metric) is not None}
+            if {"raw", "trained"} <= points.keys():
+                axes.plot([points["raw"], points["trained"]], [y, y], color=style.BLUE, lw=2.6, alpha=0.35, zorder=1)
+            for variant, x in points.items():
+                size = dict(ms=7.5, zorder=2) if variant in ("initial", "oracle") else dict(ms=9, zorder=3)
+                axes.plot(x, y, mec="white", mew=1, ls="", **style.variant_look(variant), **size)
         axes.set_title(metric_name(metric))
         name_rows(axes, list(categories), metric=metric)
     present = [v for v in VARIANTS if any(v in values for values in categories.values())]
-    looks = {
-        v: {"marker": style.VARIANT_MARKERS[v], "color": style.VARIANT_COLOURS[v], "linestyle": ""} for v in present
-    }
-    style.legend_above(figure, {VARIANT_NAMES[v]: look for v, look in looks.items()}, 4)
+    looks = {VARIANT_NAMES[v]: style.variant_look(v) | {"linestyle": ""} for v in present}
+    style.legend_above(figure, looks, 4)
     return figure
-
-
-def _draw_category(axes: Axes, y: int, values: Mapping, metric: str) -> None:
-    """Draw one category: a line from raw to trained, a mark for each variant that was measured."""
-    points = {v: values[v][metric] for v in VARIANTS if values.get(v, {}).get(metric) is not None}
-    if "raw" in points and "trained" in points:
-        axes.plot([points["raw"], points["trained"]], [y, y], color=style.BLUE, lw=2.6, alpha=0.35, zorder=1)
-    for variant, x in points.items():
-        small = variant in ("initial", "oracle")
-        look = dict(marker=style.VARIANT_MARKERS[variant], color=style.VARIANT_COLOURS[variant], ms=7.5 if small else 9)
-        axes.plot(x, y, mec="white", mew=1, ls="", zorder=2 if small else 3, **look)

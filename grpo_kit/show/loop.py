@@ -1,17 +1,14 @@
 """The one picture of the kit: how a prompt becomes a better prompt, in six numbered stages.
 
-Every notebook shows it with its own stage highlighted, and the code's comments carry the same numbers:
-
-    1 prompts → 2 rewrites → 3 images → 4 rewards → 5 advantages → 6 step → (back to 2)
-
-The four rewards are the hand-made toy of notebook 00, and the advantages are computed from them here as they are there.
+Every notebook shows it with its own stage highlighted, and the code's comments carry the same numbers. The four rewards
+are the hand-made toy of notebook 00, and the advantages are computed from them here as they are there.
 The README's copy is drawn by `loop_figure().save(Path("notebooks/images/loop.png"), dpi=140)`.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from grpo_kit.config import KitError
 from grpo_kit.evaluation.table import number_text
@@ -52,34 +49,27 @@ POLICY, GENERATOR, ZERO = 2.32, 5.62, COLUMNS["advantages"][1]  # their x
 RED = "#c8102e"
 DIM = "#aeb6bf"  # text and lines of the stages that are not highlighted
 GROUND = "#e8f1f8"  # behind the stages that are
+ROUND = "round,rounding_size=0.12"
+Pair = tuple[float, float]
 
 
 @styled
-def loop_figure(highlight: str | int | Sequence[str | int] | None = None) -> Drawing:
-    """Draw the loop, with some stages highlighted.
-
-    Args:
-        highlight: a stage by name or by number from 1, or several; None shows all of them in full colour.
+def loop_figure(highlight: int | Sequence[int] = ()) -> Drawing:
+    """Draw the loop, with a stage or several highlighted by their numbers from 1; none shows all in full colour.
 
     Raises:
         KitError: there is no such stage.
     """
-    chosen = [highlight] if isinstance(highlight, (str, int)) else highlight or []
-    loop = _Loop({_stage(stage) for stage in chosen})
+    stages = dict(enumerate(STAGES, start=1))
+    chosen = [highlight] if isinstance(highlight, int) else highlight
+    if not set(chosen) <= stages.keys():
+        raise KitError(f"highlight: found {highlight!r}, allowed: 1 to {len(STAGES)}. Choose a stage.")
+    loop = _Loop({stages[number] for number in chosen})
     loop.draw_columns()
     loop.draw_models()
     loop.draw_samples()
     loop.draw_way_back()
     return loop.figure
-
-
-def _stage(highlight: str | int) -> str:
-    names = list(STAGES)
-    if highlight in names:
-        return highlight
-    if isinstance(highlight, int) and 1 <= highlight <= len(names):
-        return names[highlight - 1]
-    raise KitError(f"highlight: found {highlight!r}, allowed: 1 to {len(names)} or {', '.join(names)}. Choose a stage.")
 
 
 def toy_advantages(eps: float = 1e-4) -> np.ndarray:
@@ -91,7 +81,7 @@ def toy_advantages(eps: float = 1e-4) -> np.ndarray:
 class _Loop:
     """The figure, which of its stages are highlighted (all where none is named), and the shapes that it is made of.
 
-    Boxes and texts stand around their point; a bar begins at its x.
+    Boxes and texts stand around their point.
     """
 
     def __init__(self, named: set[str]) -> None:
@@ -104,92 +94,82 @@ class _Loop:
         """The colour of what belongs to these stages: dim where none of them is highlighted."""
         return colour if not self.named or self.named & set(stages) else DIM
 
-    def _box(self, x: float, y: float, width: float, height: float, radius: float, face: str, **kwargs: object) -> None:
-        style = f"round,pad=0,rounding_size={radius}"
-        look = {"edgecolor": "none", "zorder": 2} | kwargs
-        corner = (x - width / 2, y - height / 2)
-        self.axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=face, **look))
+    def _box(self, x: float, y: float, size: Pair, face: str, shape: str = "square", **look: object) -> None:
+        corner, look = (x - size[0] / 2, y - size[1] / 2), {"edgecolor": "none", "zorder": 2} | look
+        self.axes.add_patch(FancyBboxPatch(corner, *size, boxstyle=f"{shape},pad=0", facecolor=face, **look))
 
-    def _bar(self, x: float, y: float, width: float, height: float, face: str, **kwargs: object) -> None:
-        look = {"edgecolor": "none", "zorder": 2} | kwargs
-        self.axes.add_patch(Rectangle((x, y - height / 2), width, height, facecolor=face, **look))
+    def _arrow(self, start: Pair, end: Pair, colour: str, head: float = 9, lw: float = 1.1) -> None:
+        look = dict(arrowstyle="-|>", mutation_scale=head, color=colour, lw=lw, zorder=1)
+        self.axes.add_patch(FancyArrowPatch(start, end, **look))
 
-    def _disc(self, x: float, y: float, radius: float, face: str, **kwargs: object) -> None:
-        self.axes.add_patch(Circle((x, y), radius, facecolor=face, edgecolor="none", **kwargs))
-
-    def _arrow(self, start: tuple[float, float], end: tuple[float, float], colour: str, head: float, lw: float) -> None:
-        style = dict(arrowstyle="-|>", mutation_scale=head, color=colour, lw=lw, zorder=1)
-        self.axes.add_patch(FancyArrowPatch(start, end, **style))
-
-    def _text(self, x: float, y: float, text: str, colour: str, size: float, **kwargs: object) -> None:
-        self.axes.text(x, y, text, color=colour, fontsize=size, **{"va": "center", "zorder": 3} | kwargs)
+    def _text(self, x: float, y: float, text: str, colour: str, fontsize: float, **look: object) -> None:
+        self.axes.text(x, y, text, color=colour, fontsize=fontsize, **{"va": "center", "zorder": 3} | look)
 
     def _badge(self, x: float, y: float, stage: str) -> None:
-        self._disc(x, y, 0.17, self.ink(stage), zorder=4)
+        self._box(x, y, (0.34, 0.34), self.ink(stage), "circle", zorder=4)
         number = str(list(STAGES).index(stage) + 1)
         self._text(x, y - 0.01, number, PAPER, 9.5, ha="center", weight="bold", zorder=5)
 
-    def _card(self, x: float, y: float, width: float, height: float, words: str, stage: str, **kwargs: object) -> None:
-        self._box(x, y, width, height, 0.08, PAPER, edgecolor=self.ink(stage, colour=GREY), lw=1.1)
-        self._text(x, y, words, self.ink(stage), ha="center", **kwargs)
+    def _card(self, x: float, y: float, size: Pair, words: str, stage: str, **look: object) -> None:
+        edge = self.ink(stage, colour=GREY)
+        self._box(x, y, size, PAPER, "round,rounding_size=0.08", edgecolor=edge, lw=1.1)
+        self._text(x, y, words, self.ink(stage), ha="center", **look)
 
     def draw_columns(self) -> None:
         """Each stage's number, name and words, on a coloured ground where highlighted; the prompt below the first."""
         for stage, (left, x, right) in COLUMNS.items():
             if stage in self.named:
-                self._box((left + right) / 2, 2.45, right - left, 4.5, 0.12, GROUND, zorder=0)
+                self._box((left + right) / 2, 2.45, (right - left, 4.5), GROUND, ROUND, zorder=0)
             self._badge(x - 0.56, 4.45, stage)
             self._text(x - 0.31, 4.44, stage, self.ink(stage), 11, weight="bold")
             self._text(x - 0.73, 4.2, STAGES[stage], self.ink(stage), 8.8, va="top", linespacing=1.25)
-        self._card(0.95, MIDDLE, 1.55, 0.72, f"“{TOY_PROMPT}”", "prompts", size=9, style="italic")
-        self._arrow((1.74, MIDDLE), (1.98, MIDDLE), self.ink("prompts", "rewrites", colour=GREY), 9, 1.1)
+        self._card(0.95, MIDDLE, (1.55, 0.72), f"“{TOY_PROMPT}”", "prompts", fontsize=9, style="italic")
+        self._arrow((1.74, MIDDLE), (1.98, MIDDLE), self.ink("prompts", "rewrites", colour=GREY))
 
     def draw_models(self) -> None:
         """Policy and generator as bars that all four lanes pass."""
-        models = (
+        for x, name, kind, face in (
             (POLICY, "policy", "VLM, learning", self.ink("rewrites", "step", colour=BLUE)),
             (GENERATOR, "generator", "SD3, frozen", self.ink("images", colour=GREY)),
-        )
-        for x, name, kind, face in models:
-            self._box(x, MIDDLE, 0.6, LANES[0] - LANES[-1] + 0.76, 0.1, FAINT if face == DIM else face)
+        ):
+            self._box(x, MIDDLE, (0.6, LANES[0] - LANES[-1] + 0.76), FAINT if face == DIM else face, ROUND)
             self._text(x - 0.09, MIDDLE, name, PAPER, 12, rotation=90, ha="center", weight="bold")
             self._text(x + 0.14, MIDDLE, kind, PAPER, 8.5, rotation=90, ha="center")
 
     def draw_samples(self) -> None:
         """The four lanes: a rewrite, its picture, its reward, and its advantage around the group's mean."""
-        mean = self.ink("advantages", colour=GREY)
+        mean, words = self.ink("advantages", colour=GREY), self.ink("advantages")
         self.axes.plot([ZERO, ZERO], [LANES[-1] - 0.35, LANES[0] + 0.35], color=mean, lw=1)
         samples = zip(LANES, TOY_REWRITES, TOY_REWARDS, toy_advantages(), strict=True)
         for lane, (y, rewrite, reward, advantage) in enumerate(samples):
             for (start, end), stages in ARROWS.items():
-                self._arrow((start, y), (end, y), self.ink(*stages, colour=GREY), 9, 1.1)
-            self._card(3.93, y, 1.95, 0.5, rewrite, "rewrites", size=8.5)
+                self._arrow((start, y), (end, y), self.ink(*stages, colour=GREY))
+            self._card(3.93, y, (1.95, 0.5), rewrite, "rewrites", fontsize=8.5)
             self.draw_picture(lane, y)
-            self._bar(8.08, y, reward, 0.26, self.ink("rewards", colour=GREY))
+            self._box(8.08 + reward / 2, y, (reward, 0.26), self.ink("rewards", colour=GREY))
             self._text(8.16 + reward, y, f"{reward:.2f}", self.ink("rewards"), 10)
-            above = advantage > 0
-            self._bar(ZERO, y, 0.42 * advantage, 0.26, self.ink("advantages", colour=BLUE if above else VERMILION))
-            words, ink = number_text(advantage, "+.2f"), self.ink("advantages")
-            self._text(ZERO + (-0.08 if above else 0.08), y, words, ink, 10, ha="right" if above else "left")
+            colour, side, across = (BLUE, "right", -0.08) if advantage > 0 else (VERMILION, "left", 0.08)
+            self._box(ZERO + 0.21 * advantage, y, (0.42 * advantage, 0.26), self.ink("advantages", colour=colour))
+            self._text(ZERO + across, y, number_text(advantage, "+.2f"), words, 10, ha=side)
 
     def draw_picture(self, lane: int, y: float) -> None:
         """What a rewrite gives: what was asked for, the same faded, one too few, another shape."""
-        self._bar(6.41, y, 0.68, 0.68, PAPER, edgecolor=self.ink("images", colour=GREY), lw=1.1)
+        self._box(6.75, y, (0.68, 0.68), PAPER, edgecolor=self.ink("images", colour=GREY), lw=1.1)
         alpha = (1.0, 0.3, 1.0, 1.0)[lane] * (0.25 if self.ink("images") == DIM else 1.0)
         for x in ((6.6, 6.9), (6.6, 6.9), (6.75,), ())[lane]:
-            self._disc(x, y, 0.13, RED, alpha=alpha, zorder=3)
+            self._box(x, y, (0.26, 0.26), RED, "circle", alpha=alpha, zorder=3)
         if lane == 3:
-            self._bar(6.58, y, 0.34, 0.34, RED, alpha=alpha, zorder=3)
+            self._box(6.75, y, (0.34, 0.34), RED, alpha=alpha, zorder=3)
 
     def draw_way_back(self) -> None:
         """The step: from the advantages, below everything, up into the policy."""
-        named, colour = "step" in self.named, self.ink("step", colour=BLUE)
+        colour, ground = self.ink("step", colour=BLUE), GROUND if "step" in self.named else PAPER
         line = dict(color=colour, lw=1.8, solid_capstyle="round", zorder=1)
         self.axes.plot([ZERO, ZERO, POLICY], [0.14, BACK, BACK], **line)
         self._arrow((POLICY, BACK), (POLICY, 0.36), colour, 15, 1.8)
-        if named:
-            self._box(6.6, BACK, 8.0, 0.8, 0.12, GROUND, zorder=1)
-        ground = dict(boxstyle="round,pad=0.35", facecolor=GROUND if named else PAPER, edgecolor="none")
-        self._text((POLICY + ZERO) / 2 + 0.55, BACK, STAGES["step"], self.ink("step"), 9.5, ha="center", bbox=ground)
-        self._text(3.2, BACK, "GRPO step", self.ink("step"), 11, weight="bold", bbox=ground)
+        if "step" in self.named:
+            self._box(6.6, BACK, (8.0, 0.8), GROUND, ROUND, zorder=1)
+        box = dict(boxstyle="round,pad=0.35", facecolor=ground, edgecolor="none")
+        self._text((POLICY + ZERO) / 2 + 0.55, BACK, STAGES["step"], self.ink("step"), 9.5, ha="center", bbox=box)
+        self._text(3.2, BACK, "GRPO step", self.ink("step"), 11, weight="bold", bbox=box)
         self._badge(2.95, BACK, "step")

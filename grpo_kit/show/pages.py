@@ -1,12 +1,13 @@
-"""HTML pages that need no network and run nothing: the templates, images as data URIs, executed notebooks made safe.
+"""HTML pages that need no network and run nothing: templates, data URIs, notebooks made safe, a small copy to send.
 
 A notebook's outputs may hold anything, so its page is made safe three times: only image and text outputs are kept, the
-HTML is cleaned with a list of allowed tags (bleach), and the page's own content security policy forbids scripts and
-every request.
-(nbconvert's own `sanitize_html` is not used: its list lacks headings, paragraphs and lists.)
+HTML is cleaned with a list of allowed tags (bleach; the list of nbconvert's own `sanitize_html` lacks headings and
+paragraphs), and the page's own content security policy forbids scripts and every request.
 """
 
 import base64
+import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ import jinja2
 import nbformat
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from PIL import Image
 from pygments.formatters import HtmlFormatter
 
+from grpo_kit.config import PROJECT_ROOT, KitError
 from grpo_kit.runs.durable import replace_file
-from grpo_kit.show.style import Drawing
+from grpo_kit.show.style import Drawing, image_bytes
 
 SHOWN_OUTPUTS = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 UNSHOWN = "colab"  # tag of cells that say nothing to a reader
@@ -30,6 +33,14 @@ TAGS = frozenset(
 IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+\Z")
 LINK = re.compile(r"(https?://|mailto:|#|[\w./-]+\Z)")
 IMAGE_KINDS = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
+# of the small copy
+PICTURE = re.compile(r"data:image/(png|jpeg|svg\+xml);base64,([A-Za-z0-9+/=\s]+)")
+LONG_NUMBER = re.compile(rb"\d+\.\d{3,}")
+# in a drawing, whose letters are paths and not text
+UNSEEN = re.compile(rb"<!--.*?-->|<metadata>.*?</metadata>|(?<=>)\s+(?=<)", re.DOTALL)
+NOTEBOOK_LINK = re.compile(r' ·\s*<a href="[\w.-]+\.ipynb">the notebook itself</a>')
+QUALITY = 70  # of WebP
+WIDEST = 1400  # pixels
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,9 @@ def write_page(path: Path, template: str, **context: object) -> Path:
 
     Every value is escaped, and one that the template lacks is an error; half a character becomes a question mark.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("grpo_kit.show"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader, strict = jinja2.PackageLoader("grpo_kit.show"), jinja2.StrictUndefined
+    spaces = dict(trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, **spaces)
     page = environment.get_template(template).render(**context)
     replace_file(path, page.encode("utf-8", errors="replace"))
     return path
@@ -85,17 +92,13 @@ def write_notebook_pages(folder: Path) -> list[NotebookPage]:
         title = next((heading[1].strip() for heading in headings if heading), path.stem)
         seconds = notebook.metadata.get("papermill", {}).get("duration")
         minutes = None if seconds is None else seconds / 60
-        pages.append(NotebookPage(path.with_suffix(".html"), title, minutes, _error(notebook)))
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        raised = next((f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"), None)
+        error = notebook.metadata.get("grpo_kit", {}).get("stopped") or raised  # a time-out, say; or `NameError: …`
+        pages.append(NotebookPage(path.with_suffix(".html"), title, minutes, error))
         body = clean_html(_notebook_html(notebook, path))
         write_page(pages[-1].file, "notebook.html.j2", page=pages[-1], body=body, highlighting=styles)
     return pages
-
-
-def _error(notebook: nbformat.NotebookNode) -> str | None:
-    """Return what stopped the notebook: what `grpo_kit.runs` noted, such as a time-out, or `NameError: …`."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    raised = next((f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"), None)
-    return notebook.metadata.get("grpo_kit", {}).get("stopped") or raised
 
 
 def _notebook_html(notebook: nbformat.NotebookNode, path: Path) -> str:
@@ -127,3 +130,50 @@ def _allowed(tag: str, name: str, value: str) -> bool:
     if tag in ("td", "th") and name in ("colspan", "rowspan"):
         return value.isdigit()
     return name in ("class", "alt", "title") or (name == "id" and re.match(r"h[1-6]$", tag) is not None)
+
+
+def share_pages(run_dir: Path, folder: Path) -> list[Path]:
+    """Copy a run's `index.html` and the pages of its notebooks, and return what was written.
+
+    Pictures become WebP where that is smaller, drawings are rounded to a hundredth of a point. The text stays, but for
+    the places of run and project on this machine, which concern nobody else. Pages that are in `folder` are replaced.
+
+    Raises:
+        KitError: the run has no report, or `folder` is the run's own.
+    """
+    run_dir, folder = Path(run_dir), Path(folder)
+    if not (run_dir / "index.html").is_file():
+        raise KitError(f"run {run_dir}: no index.html in it. Write it: grpo-kit report {run_dir}")
+    if folder.resolve() == run_dir.resolve():
+        raise KitError(f"share folder {folder}: the run's own folder. Choose another one")
+    for stale in folder.glob("notebooks/*.html"):
+        stale.unlink()
+    copies = []
+    for page in [run_dir / "index.html", *sorted((run_dir / "notebooks").glob("*.html"))]:
+        text = NOTEBOOK_LINK.sub("", PICTURE.sub(_smaller, page.read_text(encoding="utf-8")))
+        copies.append(folder / page.relative_to(run_dir))
+        replace_file(copies[-1], without_places(text, run_dir.resolve()).encode("utf-8"))
+    return copies
+
+
+def without_places(text: str, run_dir: Path) -> str:
+    """Paths under the project count from there, the run's folder elsewhere is its name."""
+    return text.replace(f"{PROJECT_ROOT}{os.sep}", "").replace(str(run_dir), run_dir.name)
+
+
+def _smaller(match: re.Match) -> str:
+    kind, content = match[1], base64.b64decode(match[2])
+    if kind == "svg+xml":
+        short = LONG_NUMBER.sub(_rounded, UNSEEN.sub(b"", content))
+        return data_uri(re.sub(rb"\s+", b" ", short), kind)
+    with Image.open(io.BytesIO(content)) as image:
+        small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    small.thumbnail((WIDEST, 10 * WIDEST))
+    smaller = image_bytes(small, "WEBP", quality=QUALITY, method=6)
+    return data_uri(smaller, "webp") if len(smaller) < len(content) else match[0]
+
+
+def _rounded(number: re.Match) -> bytes:
+    """Two decimals where the number is a place; more where it may be a scale, such as that of the letters."""
+    value = float(number[0])
+    return b"%.2f" % value if value >= 10 else b"%.4f" % value

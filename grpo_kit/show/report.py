@@ -1,4 +1,4 @@
-"""Write a run as one page that a person can open, project or send: offline, self-contained, nothing in it runs."""
+"""A run as one page to open, project or send: offline, self-contained, nothing in it runs; and as text."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, format_metric, number_text, percent
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import VARIANT_NAMES, comparison_rows, format_metric, interval_text, number_text, percent
+from grpo_kit.runs.notebooks import Executed
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import summary
 from grpo_kit.show.curves import CURVES, training_curves
@@ -21,30 +23,20 @@ CASES, LOSSES = 8, 3
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `index.html` into a run folder, and each of its executed notebooks as a page beside the notebook.
+    """Write `index.html` into a run folder, each of its executed notebooks as a page beside it, and return its path.
 
     What the run does not hold yet is left out of the page.
-
-    Args:
-        run_dir: the folder of a run.
-
-    Returns:
-        The path of the page.
 
     Raises:
         RecordError: there is no such run, or one of its files is damaged.
     """
     record = read_run(run_dir)
     notebooks = write_notebook_pages(record.path / "notebooks")
-    return write_page(record.path / "index.html", "report.html.j2", **_context(record, notebooks))
-
-
-def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, object]:
     results, branch, kept = record.results, record.branch, record.rollout_iterations
-    metrics, rows = summary.comparison_rows(results)
+    metrics, rows = comparison_rows(results)
     header, categories = summary.category_rows(record)
     first = next(iter(sorted(record.path.glob("thumbnails/*"))), None)
-    return {
+    context = {
         "name": record.path.resolve().name,
         "profile": record.config.get("profile"),
         "origin": f"branch of {branch.get('parent')}, {record.branch_text()}" if branch else "",
@@ -54,9 +46,9 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
         "tiles": _tiles(results),
         "charts": {
             "loop": figure_uri(loop_figure()),
-            "comparison": _chart(lambda: comparison_plot(results)),
-            "categories": _chart(lambda: category_plot(results)),
-            "curves": _chart(lambda: training_curves(record.metrics, record.validations, sentinel=record.sentinel)),
+            "comparison": _chart(comparison_plot, results),
+            "categories": _chart(category_plot, results),
+            "curves": _chart(training_curves, record.metrics, record.validations, sentinel=record.sentinel),
         },
         "curve_names": ", ".join(CURVES[name][0] for name in CURVES if name in record.metrics),
         "confidence": percent(results.get("confidence", 0.95)),
@@ -70,6 +62,7 @@ def _context(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, 
         "notebooks": notebooks,
         "config": json.dumps(record.config, indent=2, ensure_ascii=False) if record.config else "",
     }
+    return write_page(record.path / "index.html", "report.html.j2", **context)
 
 
 def _warning(record: RunRecord) -> str:
@@ -85,27 +78,26 @@ def _warning(record: RunRecord) -> str:
     return ""
 
 
-def _tiles(results: Mapping) -> list[dict[str, str]]:
+def _tiles(results: Mapping) -> list[tuple[str, str]]:
+    """Return the run's main numbers, each with what it is."""
     change = results.get("differences", {}).get("trained-raw", {})
-    changes = {"reward": "reward over the raw prompt", "gold": "points in the gold check over the raw prompt"}
+    tiles = []
+    for metric, words in (("reward", "reward"), ("gold", "points in the gold check")):
+        if metric in change:
+            value, interval = interval_text(metric, change[metric], signed=True).split(" ", 1)
+            tiles.append((value, f"{words} over the raw prompt {interval}"))
     shares = {
         "gap_closed": "of the way from the raw prompt to the oracle (gold check)",
         "success_rate": "of the prompts have a better gold check than before",
     }
-    texts = [
-        (*summary.interval_text(m, change[m], signed=True).split(" ", 1), changes[m]) for m in changes if m in change
-    ]
     found = [(percent(results.get(key, {}).get("gold")), words) for key, words in shares.items()]
-    return [
-        *({"value": value, "label": f"{words} {interval}"} for value, interval, words in texts),
-        *({"value": value, "label": words} for value, words in found if value != "–"),
-    ]
+    return tiles + [tile for tile in found if tile[0] != "–"]
 
 
-def _chart(draw: Callable[[], Drawing]) -> str:
+def _chart(draw: Callable[..., Drawing], *data: object, **more: object) -> str:
     """Return a figure as a data URI; an empty text where the run holds nothing for it yet."""
     try:
-        return figure_uri(draw())
+        return figure_uri(draw(*data, **more))
     except KitError:
         return ""
 
@@ -115,37 +107,58 @@ def _case(record: RunRecord, case: summary.Case) -> list[dict[str, object]]:
     rows = record.evaluation
     rows = rows[(rows["prompt_id"] == case[0]) & (rows["seed"] == case[1])].set_index("variant", drop=False)
     shown = [rows.loc[variant] for variant in VARIANTS if variant in rows.index]
-    return [
-        {**row, "name": VARIANT_NAMES[row["variant"]], "scores": score_text(row), "address": _thumbnail(record, row)}
-        for row in shown
-    ]
+    return [_picture(record, row, score_text(row), name=VARIANT_NAMES[row["variant"]]) for row in shown]
 
 
 def _group(record: RunRecord, iteration: int) -> list[dict[str, object]]:
     """Return the group of an iteration whose rewards differ most, best sample first."""
     return [
-        {
-            **row,
-            "scores": f"{format_metric('reward', row['reward'])} · {number_text(row['advantage'], '+.2f')}",
-            "address": _thumbnail(record, row),
-        }
+        _picture(record, row, f"{format_metric('reward', row['reward'])} · {number_text(row['advantage'], '+.2f')}")
         for _, row in record.widest_group(iteration).iterrows()
     ]
 
 
-def _thumbnail(record: RunRecord, row: pd.Series) -> str | None:
-    name = row.get("thumbnail")
-    return image_uri(record.file(name)) if isinstance(name, str) and name else None
+def _picture(record: RunRecord, row: pd.Series, scores: str, **more: str) -> dict[str, object]:
+    """Return a row with its scores as text and its picture as a data URI, None where it has none."""
+    file = row.get("thumbnail")
+    address = image_uri(record.file(file)) if isinstance(file, str) and file else None
+    return {**row, "scores": scores, "address": address, **more}
 
 
 def _minutes(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, dict[str, float]]:
     """Return tables of minutes: by notebook, by stage of the run, by part of a training iteration."""
-    parts = [name for name in record.metrics if name.startswith("time/")]
+    parts = record.metrics.filter(regex="^time/").sum() / 60
     tables = {
         "by notebook": {page.title: page.minutes for page in notebooks if page.minutes is not None},
         "by stage": record.results.get("minutes", {}),
-        "training, by part of an iteration": {
-            name.removeprefix("time/"): float(record.metrics[name].sum()) / 60 for name in parts
-        },
+        "training, by part of an iteration": parts.rename(lambda name: name.removeprefix("time/")).to_dict(),
     }
     return {heading: values for heading, values in tables.items() if values}
+
+
+def print_results(folder: Path) -> None:
+    """Print the table of a run's evaluation, with pooled seeds and minutes; nothing where there is no evaluation."""
+    results = folder / "final_results.json"
+    if not results.is_file():
+        return
+    data = json.loads(results.read_text(encoding="utf-8"))
+    print(f"\n{summary.comparison_table(data)}")
+    for found in data.get("pooled", {}).values():
+        print(f"\n{found['training_seeds']} training seeds of one setting, pooled ({', '.join(found['policies'])}):")
+        print(summary.pooled_table(found))
+    if data.get("minutes"):
+        print("\nminutes per stage")
+        for stage, minutes in data["minutes"].items():
+            print(f"  {stage:<12} {minutes:6.1f}")
+
+
+def print_run(folder: Path, ran: Sequence[Executed]) -> None:
+    """Print what a series of notebooks brought, how long each took and which one failed; and write the run's page."""
+    print_results(folder)
+    rows = [(one.name, one.minutes, "  failed" if one.error else "") for one in ran]
+    rows.append(("together", sum(minutes for _, minutes, _ in rows), ""))
+    width = max(len(name) for name, _, _ in rows)
+    print("\nminutes per notebook")
+    for name, minutes, outcome in rows:
+        print(f"  {name:<{width}}  {minutes:6.1f}{outcome}")
+    print(f"\nreport: {write_report(folder)}")

@@ -20,8 +20,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
+from PIL import Image
 
-from grpo_kit.evaluation.table import format_metric
+from grpo_kit.evaluation.table import format_metric, number_text
 from grpo_kit.show.fonts import drawable, use_fonts
 
 STYLE = mpl.rc_params_from_file(Path(__file__).with_name("figures.mplstyle"), use_default_template=False)
@@ -32,9 +33,9 @@ DASHED = (0, (4, 2))
 _SERIES = tuple(zip((BLUE, VERMILION, GREEN, PURPLE, ORANGE, INK), "oD^svP", strict=True))  # colours and markers
 _LINES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MOST_SERIES = len(_SERIES) * len(_LINES)
-
 VARIANT_COLOURS = {"raw": GREY, "initial": ORANGE, "trained": BLUE, "oracle": GREEN}
-VARIANT_MARKERS = {"raw": "o", "initial": "s", "trained": "D", "oracle": "^"}
+_VARIANT_MARKERS = {"raw": "o", "initial": "s", "trained": "D", "oracle": "^"}
+FULL = 2.0  # the advantage from which a frame no longer grows
 
 # Runs a drawing function under the kit's style; the caller's own matplotlib settings stay as they are.
 styled = mpl.rc_context(STYLE)
@@ -43,17 +44,17 @@ styled = mpl.rc_context(STYLE)
 class Drawing(Figure):
     """A matplotlib figure that a notebook shows by itself, whatever the backend, and that saves in the kit's style."""
 
+    @styled
     def savefig(self, fname: object, **kwargs: object) -> None:
         """Save as matplotlib does, under the kit's style (ticks are made as late as here)."""
-        with mpl.rc_context(STYLE):
-            own = findfont(FontProperties())
-            for axis in (axis for axes in self.axes for axis in (axes.xaxis, axes.yaxis)):
-                names = [name.get_text() for name in axis.get_ticklabels()]
-                kept = [drawable(name, own) for name in names]
-                if kept != names:
-                    axis.set_ticks(axis.get_ticklocs(), labels=kept)
-            use_fonts(self.findobj(Text))
-            super().savefig(fname, **kwargs)
+        own = findfont(FontProperties())
+        for axis in (axis for axes in self.axes for axis in (axes.xaxis, axes.yaxis)):
+            names = [name.get_text() for name in axis.get_ticklabels()]
+            kept = [drawable(name, own) for name in names]
+            if kept != names:
+                axis.set_ticks(axis.get_ticklocs(), labels=kept)
+        use_fonts(self.findobj(Text))
+        super().savefig(fname, **kwargs)
 
     def to_png(self, dpi: int = 100) -> bytes:
         """Return the figure as PNG bytes."""
@@ -74,8 +75,14 @@ class Drawing(Figure):
         self.savefig(stream, format=kind, **kwargs)
         return stream.getvalue()
 
-    def _repr_png_(self) -> bytes:
-        return self.to_png()
+    _repr_png_ = to_png
+
+
+def image_bytes(image: Image.Image, kind: str, **settings: object) -> bytes:
+    """Return a picture as the bytes of a file of that kind; `settings` are those of Pillow."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **settings)
+    return stream.getvalue()
 
 
 # --- parts of figures -------------------------------------------------------------------------------------------------
@@ -108,11 +115,40 @@ def label(axes: Axes, text: str, point: tuple[float, float], offset: tuple[float
     axes.annotate(text, point, xytext=offset, textcoords="offset points", path_effects=HALO, **kwargs)
 
 
+def explain(axes: Axes, title: str, note: str) -> None:
+    """Write a panel's title, and below it in grey how to read the panel."""
+    axes.set_title(title, pad=18)
+    look = dict(color=GREY, fontsize=8.5)
+    axes.annotate(note, (0, 1), xytext=(0, 5), xycoords="axes fraction", textcoords="offset points", **look)
+
+
 def series_look(number: int) -> dict[str, object]:
     """Return colour, marker and line of a series by its number from 0; the first `MOST_SERIES` all differ."""
     colour, marker = _SERIES[number % len(_SERIES)]
     line = _LINES[(number + number // len(_SERIES)) % len(_LINES)]
     return {"color": colour, "marker": marker, "linestyle": line}
+
+
+def variant_look(variant: str) -> dict[str, str]:
+    """Return colour and marker of a variant; saved runs, which have no look of their own, share one."""
+    return {"color": VARIANT_COLOURS.get(variant, INK), "marker": _VARIANT_MARKERS.get(variant, "o")}
+
+
+def frame_of(advantage: float | None) -> dict[str, object]:
+    """Return how a picture's frame is drawn: its sign can be told in colour and in black and white, its size by width.
+
+    Blue and solid above 0, orange and dashed below, grey at 0 (and NaN), faint where there is no advantage.
+    """
+    width = 1.2 + 4.4 * min(abs(advantage or 0.0), FULL) / FULL
+    if advantage is None:
+        colour, width, line = FAINT, 1.0, "-"
+    elif advantage > 0:
+        colour, line = BLUE, "-"
+    elif advantage < 0:
+        colour, line = VERMILION, (0, (2.2, 0.9))
+    else:
+        colour, width, line = GREY, 1.2, "-"
+    return {"edgecolor": colour, "linewidth": width, "linestyle": line, "capstyle": "butt"}
 
 
 def legend_above(figure: Drawing, looks: Mapping[str, Mapping[str, object]], columns: int) -> None:
@@ -126,7 +162,9 @@ def legend_above(figure: Drawing, looks: Mapping[str, Mapping[str, object]], col
 
 def plain_text(text: object, limit: int = 400) -> str:
     """Return `text` as any font can lay it out: no control characters, no half ones, at most `limit` cells wide."""
-    clean = "".join(_printable(character) for character in str(text)[: limit + 1])
+    one_line = str(text)[: limit + 1].replace("\n", " ").replace("\t", " ")
+    unprintable = {c for c in one_line if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn")}
+    clean = "".join("\N{REPLACEMENT CHARACTER}" if c in unprintable else c for c in one_line)
     return clean if cells(clean) <= limit else _ended(clean, limit)
 
 
@@ -141,12 +179,6 @@ def _ended(text: str, width: int) -> str:
     return text[: sum(end < width for end in ends)].rstrip() + "…"
 
 
-def _printable(character: str) -> str:
-    if character in "\n\t":
-        return " "
-    return "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn") else character
-
-
 def wrap(text: object, width: int, lines: int) -> str:
     """Return `text` broken to `lines` lines of at most `width` cells, the rest cut with an ellipsis."""
     wide = ["".join(c + "\0" * (cells(c) - 1) for c in plain_text(line)) for line in str(text).split("\n")]
@@ -154,6 +186,11 @@ def wrap(text: object, width: int, lines: int) -> str:
     if len(broken) > lines:
         broken = [*broken[: lines - 1], _ended(broken[lines - 1], width)]
     return "\n".join(broken)
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign, a true minus included: `+1.09`, `−0.31`; none where the digits say 0."""
+    return number_text(value, f"+.{digits}f") if round(value, digits) else f"{abs(value):.{digits}f}"
 
 
 def score_text(row: Mapping[str, float]) -> str:

@@ -5,22 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from grpo_kit.evaluation.table import (
-    MAIN,
-    SHARES,
-    VARIANTS,
-    comparison_rows,
-    format_metric,
-    interval_text,
-    metric_name,
-    percent,
-)
+from grpo_kit.evaluation import table
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import MAIN, Interval, interval_text, metric_name, percent
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show import style
-from grpo_kit.show.intervals import Interval
 
 RISES, FALLS, UNCLEAR = "rises", "falls", "unclear"
-NO_BREAK = "\N{NO-BREAK SPACE}"
 Case = tuple[int, int]  # (prompt_id, seed)
 
 
@@ -50,21 +41,26 @@ def headline(results: Mapping) -> str:
 
 def paragraph(record: RunRecord) -> str:
     """Return the run in a few sentences whose figures come from its files."""
-    sentences = [_training_sentence(record), _reward_hacking_sentence(record.sentinel)]
     results = record.results
-    variants, changes = results.get("variants", {}), results.get("differences", {})
-    if "trained-raw" in changes:
+    change = results.get("differences", {}).get("trained-raw")
+    sentences = [_training_sentence(record), _reward_hacking_sentence(record.sentinel)]
+    if change is not None:
         count, seeds = results["num_prompts"], results["seeds_per_prompt"]
         sentences.append(f"It was judged on {count} held-out prompts, {seeds} images each.")
-        sentences += [_change_sentence(variants, changes["trained-raw"], m) for m in ("reward", "gold")]
+        check = "The gold check, a program that reads the image and that training never saw,"
+        for metric, name in (("reward", "The reward"), ("gold", check)):
+            if metric in change:
+                means = (results["variants"][variant][metric]["mean"] for variant in ("raw", "trained"))
+                start, end = (table.format_metric(metric, mean) for mean in means)
+                sentences.append(f"{name} goes from {start} to {end}: {_change(metric, change[metric])}.")
     closed = results.get("gap_closed", {}).get("gold")
     if closed is not None:
-        way = f"{100 * closed:.0f} % of the way from the raw prompt to the oracle, a rewrite that knows the answer"
+        way = f"{percent(closed)} of the way from the raw prompt to the oracle, a rewrite that knows the answer"
         sentences.append(f"In the gold check that is {way}.")
     better = results.get("success_rate", {}).get("reward")
     if better is not None:
-        sentences.append(f"{100 * better:.0f} % of the prompts score better than before.")
-    return " ".join(sentence for sentence in sentences if sentence)
+        sentences.append(f"{percent(better)} of the prompts score better than before.")
+    return " ".join(filter(None, sentences))
 
 
 def _training_sentence(record: RunRecord) -> str:
@@ -90,16 +86,12 @@ def _reward_hacking_sentence(sentinel: Mapping) -> str:
     return f"In none of {looks} validations did the sentinel find that {found}."
 
 
-def _change_sentence(variants: Mapping, change: Mapping, metric: str) -> str:
-    if metric not in change:
-        return ""
-    start, end = (format_metric(metric, variants[v][metric]["mean"]) for v in ("raw", "trained"))
-    name = {
-        "reward": "The reward",
-        "gold": "The gold check, a program that reads the image and that training never saw,",
-    }
-    difference = interval_text(metric, change[metric], signed=True)
-    return f"{name[metric]} goes from {start} to {end}: {difference}{_unit(metric)}."
+def _change(metric: str, value: Interval) -> str:
+    return interval_text(metric, value, signed=True) + _unit(metric)
+
+
+def _unit(metric: str) -> str:
+    return " points" if metric in table.SHARES else ""
 
 
 def comparison_table(final_results: Mapping) -> str:
@@ -108,7 +100,7 @@ def comparison_table(final_results: Mapping) -> str:
     Metrics stand two by two, so that a line fits a terminal. Below stand, where they were measured, how the policy
     did on paraphrases, what its rewrites share, and the smallest difference that this evaluation could have found.
     """
-    names, rows = comparison_rows(final_results)
+    names, rows = table.comparison_rows(final_results)
     if not rows:
         return "not evaluated yet"
     confidence = percent(final_results.get("confidence", 0.95))
@@ -121,8 +113,15 @@ def comparison_table(final_results: Mapping) -> str:
 
 def pooled_table(pooled: Mapping) -> str:
     """Return what several training seeds gave together as plain text: means and differences, over seeds and prompts."""
-    names, rows = comparison_rows(pooled)
-    return _text_block(names, rows, slice(None))
+    return _text_block(*table.comparison_rows(pooled), slice(None))
+
+
+def _text_block(names: Sequence[str], rows: Sequence[tuple[str, list[str], str]], columns: slice) -> str:
+    """Return some columns of the table, aligned, a blank line between kinds of rows; rows without a figure left out."""
+    kept = [(label, cells[columns], kind) for label, cells, kind in rows if set(cells[columns]) != {"–"}]
+    heading, *lines = style.aligned([["", *names[columns]], *([label, *cells] for label, cells, _ in kept)])
+    by_kind = pd.Series(lines).groupby([kind for *_, kind in kept], sort=False).agg("\n".join)
+    return f"{heading}\n" + "\n\n".join(by_kind)
 
 
 def evaluation_notes(results: Mapping) -> list[str]:
@@ -131,7 +130,7 @@ def evaluation_notes(results: Mapping) -> list[str]:
     notes = []
     asked = results.get("paraphrases", {})
     changes = asked.get("from_originals", {}).get(policy, {})
-    texts = [f"{metric_name(m)} {interval_text(m, changes[m], signed=True)}{_unit(m)}" for m in MAIN if m in changes]
+    texts = [f"{metric_name(metric)} {_change(metric, changes[metric])}" for metric in MAIN if metric in changes]
     if texts:
         same = f"The same {asked['num_prompts']} requests in other words change"
         notes.append(f"{same} the {policy} policy's {' and '.join(texts)}.")
@@ -159,67 +158,49 @@ def detectable_note(results: Mapping) -> str:
         return ""
 
     def sizes(key: str) -> str:
-        return " and ".join(f"{format_metric(m, by_metric[m][key], True).lstrip('+')}{_unit(m)}" for m in metrics)
+        return " and ".join(f"{table.format_metric(m, by_metric[m][key], True).lstrip('+')}{_unit(m)}" for m in metrics)
 
     names = " and ".join(metric_name(m) for m in metrics)
     more = [("twice the prompts", "with_twice_the_prompts"), ("twice the images of each", "with_twice_the_seeds")]
     known = [f"{sizes(key)} with {text}" for text, key in more if by_metric[metrics[0]][key] is not None]
-    error = percent(1 - results.get("confidence", 0.95)).replace(" ", NO_BREAK)
-    chance = percent(found["power"]).replace(" ", NO_BREAK)
+    shares = (found["power"], 1 - results.get("confidence", 0.95))
+    chance, error = (percent(share).replace(" ", "\N{NO-BREAK SPACE}") for share in shares)
     return (
         f"A difference {pair.replace('-', ' − ')} in {names} is found with a chance of {chance} (two-sided "
         f"{error}) from {sizes('difference')} on; {'; '.join(known)}."
     )
 
 
-def _unit(metric: str) -> str:
-    return " points" if metric in SHARES else ""
-
-
-def _text_block(names: Sequence[str], rows: Sequence[tuple[str, list[str], str]], columns: slice) -> str:
-    """Return some columns of the table, aligned, a blank line between kinds of rows; rows without a figure left out."""
-    kept = [(label, cells[columns], kind) for label, cells, kind in rows if set(cells[columns]) != {"–"}]
-    lines = style.aligned([["", *names[columns]], *([label, *cells] for label, cells, _ in kept)])
-    starts = [i for i in range(1, len(kept)) if kept[i][2] != kept[i - 1][2]]
-    for place in reversed(starts):
-        lines.insert(place + 1, "")
-    return "\n".join(lines)
-
-
 def representative_cases(rows: pd.DataFrame, count: int) -> list[Case]:
     """Choose cases without looking at scores: the first prompt of each category, then the second of each, …"""
     if rows.empty:
         return []
-    prompts = rows.drop_duplicates("prompt_id").sort_values("prompt_id")
-    turn = prompts.groupby("category").cumcount()
-    ordered = prompts.assign(turn=turn).sort_values(["turn", "prompt_id"])["prompt_id"].head(count)
-    seeds = rows.groupby("prompt_id")["seed"].min()
-    return [(int(prompt_id), int(seeds[prompt_id])) for prompt_id in ordered]
+    first = rows.sort_values(["prompt_id", "seed"]).drop_duplicates("prompt_id")
+    turn = first.groupby("category").cumcount()
+    chosen = first.assign(turn=turn).sort_values(["turn", "prompt_id"])[["prompt_id", "seed"]].head(count)
+    return [(int(prompt_id), int(seed)) for prompt_id, seed in chosen.to_numpy()]
 
 
 def worst_cases(rows: pd.DataFrame, count: int, metric: str = "gold") -> list[Case]:
     """Return the (prompt, seed) where the trained policy lost most against the raw prompt; only those where it lost."""
     if rows.empty or metric not in rows:
         return []
-    table = rows.pivot_table(index=["prompt_id", "seed"], columns="variant", values=[metric, "reward"])
-    if not {"raw", "trained"} <= set(table[metric].columns):
+    scores = rows.pivot_table(index=["prompt_id", "seed"], columns="variant", values=[metric, "reward"])
+    if not {"raw", "trained"} <= set(scores[metric].columns):
         return []
-    loss = pd.DataFrame({m: table[m]["trained"] - table[m]["raw"] for m in dict.fromkeys((metric, "reward"))})
+    loss = pd.DataFrame({m: scores[m]["trained"] - scores[m]["raw"] for m in dict.fromkeys((metric, "reward"))})
     lost = loss[loss[metric] < 0].sort_values(list(loss.columns), kind="stable")
     prompts = lost[~lost.index.get_level_values("prompt_id").duplicated()]  # each prompt once, at its worst seed
     return [(int(prompt_id), int(seed)) for prompt_id, seed in prompts.index[:count]]
 
 
-def category_rows(record: RunRecord, metrics: Sequence[str] = ("reward", "gold")) -> tuple[list[str], list[list[str]]]:
-    """Return a table by category: the header, then per category its prompts and each metric of each variant."""
-    categories = record.results.get("by_category", {})
-    present = [v for v in VARIANTS if any(v in values for values in categories.values())]
-    columns = [
-        (m, v) for m in metrics for v in present if any(m in values.get(v, {}) for values in categories.values())
-    ]
+def category_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Return a table by category: the header, then per category its prompts and the main metrics of each variant."""
+    found = dict(sorted(record.results.get("by_category", {}).items()))
+    columns = [(m, v) for m in MAIN for v in VARIANTS if any(m in values.get(v, {}) for values in found.values())]
     counts = record.evaluation.groupby("category")["prompt_id"].nunique() if len(record.evaluation) else {}
     body = [
-        [name, str(counts.get(name, "–")), *(format_metric(m, values.get(v, {}).get(m)) for m, v in columns)]
-        for name, values in sorted(categories.items())
+        [name, str(counts.get(name, "–")), *(table.format_metric(m, values.get(v, {}).get(m)) for m, v in columns)]
+        for name, values in found.items()
     ]
     return ["category", "prompts", *(f"{metric_name(m)}: {v}" for m, v in columns)], body

@@ -21,7 +21,7 @@ from grpo_kit.evaluation.pools import pool_runs, read_runs
 from grpo_kit.runs.checkpoint import sha256
 from grpo_kit.show import write_report
 from grpo_kit.show.comparison import write_comparison
-from grpo_kit.show.share import share_pages, without_places
+from grpo_kit.show.pages import share_pages, without_places
 
 REFERENCE = PROJECT_ROOT / "reports" / "reference"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -21,7 +21,7 @@ from grpo_kit.show import (
     group_rows_figure,
     group_size_figure,
     kl_estimators_figure,
-    one_token,
+    pushes,
     similarity_figure,
     token_weights_figure,
     vectors_figure,
@@ -135,23 +135,21 @@ def test_group_sizes_are_drawn_beside_the_law_of_the_mean() -> None:
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-def clip_panels(epsilon: float, delta: float | None) -> None:
+def clip_panels(epsilon: float) -> None:
     """Assert that both panels show PPO's clip: its loss and, in grey, where it has no gradient."""
-    figure = clipping_figure(epsilon, delta)
+    figure = clipping_figure(epsilon)
     for axes, advantage, colour in zip(figure.axes, (1, -1), (BLUE, VERMILION), strict=True):
         ratio, loss = curve(axes, colour).T
-        bounded = ratio if delta is None else np.minimum(ratio, delta)
         clipped = np.clip(ratio, 1 - epsilon, 1 + epsilon)
-        assert loss == pytest.approx(-np.minimum(bounded * advantage, clipped * advantage))
+        assert loss == pytest.approx(-np.minimum(ratio * advantage, clipped * advantage))
         spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
         expected = [(1 + epsilon, 3.0)] if advantage > 0 else [(0.02, 1 - epsilon)]
-        expected += [(delta, 3.0)] if advantage < 0 and delta else []
         assert np.array(spans) == pytest.approx(np.array(expected), abs=0.011)
 
 
-@pytest.mark.parametrize(("epsilon", "delta"), [(0.2, None), (0.2, 2.0), (0.35, 1.7)])
-def test_the_clip_is_drawn_as_the_loss_computes_it(epsilon: float, delta: float | None) -> None:
-    clip_panels(epsilon, delta)
+@pytest.mark.parametrize("epsilon", [0.2, 0.35])
+def test_the_clip_is_drawn_as_the_loss_computes_it(epsilon: float) -> None:
+    clip_panels(epsilon)
 
 
 def unclipped(logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, **settings: object) -> LossOutput:
@@ -170,9 +168,9 @@ def clipped_on_both_sides(
 
 @pytest.mark.parametrize("broken", [unclipped, clipped_on_both_sides])
 def test_another_loss_would_be_another_picture(broken: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_token, "grpo_loss", broken)
+    monkeypatch.setattr(pushes, "grpo_loss", broken)
     with pytest.raises(AssertionError):
-        clip_panels(0.2, None)
+        clip_panels(0.2)
 
 
 def test_kl_estimates_and_their_slopes_are_the_formulas() -> None:

@@ -281,14 +281,12 @@ def test_plain_text_is_printable_and_bounded() -> None:
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
-def test_the_loop_lights_each_stage_by_name_and_number() -> None:
-    pictures = [pixels(loop_figure(stage)) for stage in (None, *STAGES, [1, 2])]
+def test_the_loop_lights_each_stage_by_its_number() -> None:
+    pictures = [pixels(loop_figure(stage)) for stage in ((), *range(1, len(STAGES) + 1), [1, 2])]
     assert all((pictures[i] != pictures[j]).any() for i in range(8) for j in range(i))
-    for number, stage in enumerate(STAGES, start=1):
-        assert (pixels(loop_figure(number)) == pixels(loop_figure(stage))).all()
 
 
-@pytest.mark.parametrize("stage", [0, 7, "reward", True and -1])
+@pytest.mark.parametrize("stage", [0, 7, "rewards", -1])
 def test_an_unknown_stage_is_refused(stage: object) -> None:
     with pytest.raises(KitError, match="allowed: 1 to 6"):
         loop_figure(stage)

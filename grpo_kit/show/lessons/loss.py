@@ -6,10 +6,11 @@ Those on clip, KL and token weights draw what the kit's own functions return: th
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
 from grpo_kit.show import style
-from grpo_kit.show.curves import draw_curve
+from grpo_kit.show.curves import draw_curve, ticks_at
 from grpo_kit.show.intervals import name_rows
 
 SIDES = ((1.0, "better than its group (A > 0)", style.BLUE), (-1.0, "worse than its group (A < 0)", style.VERMILION))
@@ -21,30 +22,32 @@ ESTIMATORS = {
 _LARGEST_RATIO = 3.0  # of the clip's axis
 
 
+def _draw_samples(axes: Axes, x: np.ndarray, y: np.ndarray, above: np.ndarray) -> None:
+    """Draw samples as points: blue discs those above their group's mean, orange squares the others."""
+    for chosen, colour, marker in ((above, style.BLUE, "o"), (~above, style.VERMILION, "s")):
+        if chosen.any():
+            axes.plot(x[chosen], y[chosen], ls="", marker=marker, color=colour, mec="white", mew=0.8, ms=7)
+
+
 @style.styled
 def group_rows_figure(groups: Mapping[str, Sequence[float]], title: str = "reward") -> style.Drawing:
     """Draw each group's rewards on a line of its own: its samples, its mean as a tick, its standard deviation in words.
 
-    Equal rewards are stacked.
-
-    Args:
-        groups: a group's name → its rewards; NaN is left out.
+    NaN is left out, equal rewards are stacked.
 
     Raises:
         KitError: there is no group, or one without a reward.
     """
-    values = {name: np.asarray(rewards, float)[np.isfinite(rewards)] for name, rewards in groups.items()}
+    values = {name: np.sort(np.asarray(rewards, float)[np.isfinite(rewards)]) for name, rewards in groups.items()}
     if not values or not all(map(len, values.values())):
         raise KitError(f"group_rows_figure: found {len(values)} groups, allowed: at least one, each with a reward.")
     figure = style.new_figure(7.6, 0.85 + 0.5 * len(values))
     axes = figure.subplots()
     for y, rewards in enumerate(values.values()):
         mean, spread = rewards.mean(), rewards.std(ddof=1) if len(rewards) > 1 else 0.0
-        axes.plot([rewards.min(), rewards.max()], [y, y], color=style.FAINT, lw=1.5, zorder=1)
-        for above, colour, marker in ((True, style.BLUE, "o"), (False, style.VERMILION, "s")):
-            chosen = np.sort(rewards[(rewards > mean) == above])
-            heights = [y - 0.17 * int((chosen[:i] == value).sum()) for i, value in enumerate(chosen)]
-            axes.plot(chosen, heights, ls="", marker=marker, color=colour, mec="white", mew=0.7, ms=7)
+        axes.plot([rewards[0], rewards[-1]], [y, y], color=style.FAINT, lw=1.5, zorder=1)
+        equal_before = np.arange(len(rewards)) - np.searchsorted(rewards, rewards)
+        _draw_samples(axes, rewards, y - 0.17 * equal_before, rewards > mean)
         axes.plot([mean, mean], [y - 0.27, y + 0.27], color=style.INK, lw=2)
         axes.text(1.01, y, f"std {spread:.3f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     name_rows(axes, list(values), width=36, lines=2)
@@ -58,11 +61,8 @@ def group_size_figure(
 ) -> style.Drawing:
     """Draw what a larger group buys: a steadier baseline, and a better chance that it holds something good.
 
-    Args:
-        sizes: group sizes G.
-        errors: measured standard error of the group's mean at each size.
-        deviation: standard deviation of one reward; the curve beside the points is deviation / √G.
-        chances: what a group may hold → the share of groups that hold it, at each size.
+    At each group size G, `errors` are the measured standard errors of the group's mean, beside the curve deviation / √G
+    of one reward's standard deviation; `chances` is what a group may hold → the share of groups that hold it.
     """
     figure = style.new_figure(8.6, 3.0)
     left, right = style.panel_grid(figure, 2)
@@ -80,28 +80,21 @@ def group_size_figure(
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     for axes in (left, right):
         axes.set_xlabel("group size G")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(list(sizes), [str(size) for size in sizes])
-        axes.minorticks_off()
+        ticks_at(axes, sizes)
     return figure
 
 
 @style.styled
-def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> style.Drawing:
-    """Draw a token's loss against its ratio, for A = 1 and A = −1; shaded where it has no gradient.
-
-    Args:
-        epsilon: half the width of the clip.
-        delta: upper bound of the unclipped ratio; None draws none.
-    """
+def clipping_figure(epsilon: float = 0.2) -> style.Drawing:
+    """Draw a token's loss against its ratio, clipped at 1 ± `epsilon`, for A = ±1; grey where it has no gradient."""
     import torch
 
-    from grpo_kit.show.one_token import TokenSettings, loss_and_push
+    from grpo_kit.show.pushes import loss_and_push
 
-    ratios, settings = np.linspace(0.02, _LARGEST_RATIO, 299), TokenSettings("grpo", epsilon, epsilon, delta)
+    ratios = np.linspace(0.02, _LARGEST_RATIO, 299)
     figure = style.new_figure(8.6, 3.2)
     for axes, (advantage, title, colour) in zip(style.panel_grid(figure, 2), SIDES, strict=True):
-        losses, pushes = map(torch.Tensor.numpy, loss_and_push(torch.from_numpy(ratios), advantage, settings))
+        losses, pushes = map(torch.Tensor.numpy, loss_and_push(torch.from_numpy(ratios), advantage, epsilon=epsilon))
         axes.plot(ratios, -advantage * ratios, color=style.GREY, lw=1.1, ls=style.DASHED)
         axes.plot(ratios, losses, color=colour, lw=2.4)
         edges = np.flatnonzero(np.diff(np.concatenate(([0], (pushes == 0).astype(int), [0]))))
@@ -110,9 +103,9 @@ def clipping_figure(epsilon: float = 0.2, delta: float | None = None) -> style.D
             middle = (ratios[start] + ratios[end]) / 2
             axes.text(middle, 0.04, "no gradient", transform=axes.get_xaxis_transform(), ha="center", fontsize=8.5)
         axes.axvline(1, color=style.INK, lw=0.8)
-        axes.set(title=title, xlabel="ratio: new / old probability", xlim=(0, _LARGEST_RATIO))
         low, high = sorted((0.0, -advantage * _LARGEST_RATIO))
-        axes.set_ylim(low - 0.35, high + 0.15)
+        limits = dict(xlim=(0, _LARGEST_RATIO), ylim=(low - 0.35, high + 0.15))
+        axes.set(title=title, xlabel="ratio: new / old probability", **limits)
         side = "right" if advantage < 0 else "left"
         style.label(axes, "unclipped", (2.4, -advantage * 2.4), (0, 6), color=style.GREY, ha=side)
     figure.axes[0].set_ylabel("loss of the token")
@@ -128,16 +121,16 @@ def kl_estimators_figure() -> style.Drawing:
 
     moved = torch.linspace(-2.2, 2.2, 221, dtype=torch.float64).unsqueeze(1).requires_grad_()
     figure = style.new_figure(8.6, 3.2)
-    values, slopes = style.panel_grid(figure, 2)
+    panels, titles = style.panel_grid(figure, 2), ("estimate", "its slope: how hard it pulls back")
     for name, (colour, line, end) in ESTIMATORS.items():
         estimate = kl_divergence(moved, torch.zeros_like(moved), name)
         slope = torch.autograd.grad(estimate.sum(), moved)[0]
-        for axes, curve in ((values, estimate.detach()), (slopes, slope)):
+        for axes, curve in zip(panels, (estimate.detach(), slope), strict=True):
             places, heights = moved.detach().flatten(), curve.flatten()
             axes.plot(places, heights, color=colour, lw=2.2, ls=line)
             place, side = (float(places[end]), float(heights[end])), "left" if end else "right"
             style.label(axes, name, place, (4 if end else -4, 0), color=colour, weight="bold", ha=side, va="center")
-    for axes, title in ((values, "estimate"), (slopes, "its slope: how hard it pulls back")):
+    for axes, title in zip(panels, titles, strict=True):
         axes.axhline(0, color=style.INK, lw=0.8)
         axes.axvline(0, color=style.INK, lw=0.8)
         axes.set(title=title, xlabel="log of policy / reference", ylim=(-2.6, 5.2), xlim=(-2.7, 2.7))
@@ -148,9 +141,7 @@ def kl_estimators_figure() -> style.Drawing:
 def token_weights_figure(lengths: tuple[int, int] = (10, 100), max_completion_length: int = 120) -> style.Drawing:
     """Draw how much a token of a short row weighs against one of a long row, under each loss type.
 
-    Args:
-        lengths: tokens of the two rows.
-        max_completion_length: the limit, which dr_grpo divides by.
+    `lengths` are those of the two rows, `max_completion_length` is the limit, which dr_grpo divides by.
     """
     import torch
 
@@ -177,19 +168,13 @@ def token_weights_figure(lengths: tuple[int, int] = (10, 100), max_completion_le
 
 @style.styled
 def learning_figure(advantages: Sequence[float], changes: Sequence[float]) -> style.Drawing:
-    """Draw what a step did: each sample's advantage against the change of its log-probability.
-
-    Args:
-        advantages, changes: one of each a sample; the change is new minus old, summed over the sample's tokens.
-    """
+    """Draw what a step did to each sample: its advantage against new − old log-probability, summed over its tokens."""
     figure = style.new_figure(5.2, 3.6)
     axes = figure.subplots()
     axes.axhline(0, color=style.GREY, lw=0.8)
     axes.axvline(0, color=style.GREY, lw=0.8)
-    for above, colour, marker in ((True, style.BLUE, "o"), (False, style.VERMILION, "s")):
-        points = [(float(a), float(c)) for a, c in zip(advantages, changes, strict=True) if (a > 0) == above]
-        if points:
-            axes.plot(*zip(*points, strict=True), ls="", marker=marker, color=colour, mec="white", mew=0.8, ms=7)
+    x, y = (np.array([float(value) for value in values]) for values in (advantages, changes))
+    _draw_samples(axes, x, y, x > 0)
     axes.set(xlabel="advantage", ylabel="change of log-probability")
     axes.set_title("What the step made likelier, and less likely")
     return figure

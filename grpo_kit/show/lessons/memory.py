@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
 from grpo_kit.show import style
@@ -16,10 +15,9 @@ _GIGA = 1e9  # bytes in a GB
 
 @style.styled
 def memory_figure(plans: Mapping[str, Mapping]) -> style.Drawing:
-    """Draw the memory of each phase of an iteration: what lies there all the time, and what the phase adds.
+    """Draw a bar for each phase of an iteration: the memory that stays, and what the phase adds to it.
 
-    Args:
-        plans: title → a plan's numbers, as `grpo-kit plan --json` prints them; a panel each, all on one scale.
+    A panel is a plan, title → its numbers as `grpo-kit plan --json` prints them; all stand on one scale.
 
     Raises:
         KitError: there is no plan.
@@ -30,28 +28,23 @@ def memory_figure(plans: Mapping[str, Mapping]) -> style.Drawing:
     figure = style.new_figure(9.2, 0.7 + sum(0.3 * count + 0.65 for count in rows))
     panels = style.panel_grid(figure, len(plans), columns=1, sharex=True, height_ratios=rows)
     for axes, (title, plan) in zip(panels, plans.items(), strict=True):
-        _draw_plan(axes, title, plan)
+        parts = plan["parts"].items()
+        names = [f"{part}: {name}" for part, found in parts for name in found["phases"]]
+        added = np.array([phase["peak"] for _, found in parts for phase in found["phases"].values()])
+        fits = plan["resident"] + added <= plan["room"]
+        places, left, look = range(len(names)), 0.0, {"edgecolor": "white", "height": 0.62}
+        for part, (colour, hatch) in _RESIDENT.items():
+            width = plan["parts"][part]["resident"] / _GIGA
+            axes.barh(places, width, left=left, color=colour, alpha=0.55, hatch=hatch, label=f"{part} stays", **look)
+            left += width
+        left = plan["resident"] / _GIGA  # pictures lie there too where the device is the host
+        axes.barh(places, added * fits / _GIGA, left=left, color=style.ORANGE, label="the phase adds", **look)
+        axes.barh(places, added * ~fits / _GIGA, left=left, color=style.VERMILION, label="adds too much", **look)
+        axes.axvline(plan["room"] / _GIGA, color=style.INK, lw=1.4, ls=style.DASHED, label="room")
+        name_rows(axes, names)
+        axes.margins(x=0)
+        axes.set_title(f"{style.plain_text(title, 60)}: {'fits' if fits.all() else 'does not fit'}")
     panels[-1].set_xlabel("GB")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
     return figure
-
-
-def _draw_plan(axes: Axes, title: str, plan: Mapping) -> None:
-    """Draw a bar for each phase: the parts that stay, then what the phase adds, up to the device's room or beyond."""
-    parts = plan["parts"].items()
-    names = [f"{part}: {name}" for part, found in parts for name in found["phases"]]
-    added = np.array([phase["peak"] for _, found in parts for phase in found["phases"].values()])
-    fits = plan["resident"] + added <= plan["room"]
-    places, left, look = range(len(names)), 0.0, {"edgecolor": "white", "height": 0.62}
-    for part, (colour, hatch) in _RESIDENT.items():
-        width = plan["parts"][part]["resident"] / _GIGA
-        axes.barh(places, width, left=left, color=colour, alpha=0.55, hatch=hatch, label=f"{part} stays", **look)
-        left += width
-    left = plan["resident"] / _GIGA  # pictures lie there too where the device is the host
-    axes.barh(places, added * fits / _GIGA, left=left, color=style.ORANGE, label="the phase adds", **look)
-    axes.barh(places, added * ~fits / _GIGA, left=left, color=style.VERMILION, label="adds too much", **look)
-    axes.axvline(plan["room"] / _GIGA, color=style.INK, lw=1.4, ls=style.DASHED, label="room")
-    name_rows(axes, names)
-    axes.margins(x=0)
-    axes.set_title(f"{style.plain_text(title, 60)}: {'fits' if fits.all() else 'does not fit'}")

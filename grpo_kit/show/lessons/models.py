@@ -4,12 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.table import metric_name
 from grpo_kit.show import style
 from grpo_kit.show.curves import Curve
 from grpo_kit.show.intervals import name_rows
@@ -20,31 +18,25 @@ _CHARACTER = 0.092  # inches of one character of the token font
 
 
 @style.styled
-def seed_figure(table: pd.DataFrame, value: str = "reward", prompt: str = "user_prompt") -> style.Drawing:
-    """Draw what the latent seed does: a row a prompt, a faint dot a picture, the prompt's mean as a strong mark.
-
-    Args:
-        table: a row a picture.
-        value: the column to draw.
-        prompt: the column that names the prompt; the highest mean stands on top.
+def seed_figure(table: pd.DataFrame) -> style.Drawing:
+    """Draw what the latent seed does: a row a prompt, the highest mean on top, a dot a picture (a row of the table).
 
     Raises:
-        KitError: the table has no such column or no finite value in it.
+        KitError: the table has no rewards.
     """
-    missing = [name for name in (value, prompt) if name not in table]
-    if missing or table[value].notna().sum() == 0:
-        raise KitError(f"seed_figure: found no values in {', '.join(missing) or value}. Pass one row a picture.")
-    means = table.groupby(prompt)[value].mean().sort_values(ascending=False)
+    if "reward" not in table or table["reward"].notna().sum() == 0:
+        raise KitError("seed_figure: found no values in reward. Pass one row a picture.")
+    rewards = table.groupby("user_prompt")["reward"]
+    means = rewards.mean().sort_values(ascending=False)
     figure = style.new_figure(8.6, 0.9 + 0.24 * len(means))
     axes = figure.subplots()
-    for y, (text, mean) in enumerate(means.items()):
-        values = table.loc[table[prompt] == text, value]
+    for y, (prompt, mean) in enumerate(means.items()):
+        values = rewards.get_group(prompt)
+        dots = dict(ls="", marker="o", ms=4.5, color=style.BLUE, alpha=0.35, mec="none", zorder=2)
         axes.plot([values.min(), values.max()], [y, y], color=style.FAINT, lw=1.2, zorder=1)
-        axes.plot(
-            values, [y] * len(values), ls="", marker="o", ms=4.5, color=style.BLUE, alpha=0.35, mec="none", zorder=2
-        )
+        axes.plot(values, [y] * len(values), **dots)
         axes.plot(mean, y, marker="|", ms=11, mew=2.6, color=style.INK, zorder=3)
-    axes.set_title(f"{metric_name(value)}: a dot a picture, a bar the prompt's mean")
+    axes.set_title("reward: a dot a picture, a bar the prompt's mean")
     name_rows(axes, list(means.index), width=56)
     axes.tick_params(axis="y", labelsize=8.5)
     return figure
@@ -52,11 +44,9 @@ def seed_figure(table: pd.DataFrame, value: str = "reward", prompt: str = "user_
 
 @style.styled
 def flow_figure(paths: Mapping[str, Curve], targets: Sequence[float]) -> style.Drawing:
-    """Draw paths from noise to data in one dimension, a panel for each number of steps.
+    """Draw paths from noise to the data, which lie at `targets`, in one dimension, a panel for each number of steps.
 
-    Args:
-        paths: title → (noise levels (S + 1,) from 1 to 0, positions (S + 1, K) of K points).
-        targets: where the data lie.
+    `paths` is title → (noise levels (S + 1,) from 1 to 0, positions (S + 1, K) of K points).
 
     Raises:
         KitError: a panel whose positions do not have a row for each noise level.
@@ -80,11 +70,7 @@ def flow_figure(paths: Mapping[str, Curve], targets: Sequence[float]) -> style.D
 
 @style.styled
 def distribution_figure(words: Sequence[str], distributions: Mapping[str, Sequence[float]]) -> style.Drawing:
-    """Draw probabilities over the same words, a panel a distribution, each bar with its value.
-
-    Args:
-        words: what the bars stand for.
-        distributions: title → one probability a word.
+    """Draw probabilities over the same words (title → one a word), a panel a distribution, each bar with its value.
 
     Raises:
         KitError: a distribution with another number of words.
@@ -107,11 +93,7 @@ def distribution_figure(words: Sequence[str], distributions: Mapping[str, Sequen
 
 @style.styled
 def token_figure(rows: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]]) -> style.Drawing:
-    """Draw texts token by token: below each its probability, and the darker, the less certain it was.
-
-    Args:
-        rows: the tokens of each text.
-        probabilities: one a token.
+    """Draw texts, a row of tokens each: below a token its probability, and the darker, the less certain it was.
 
     Raises:
         KitError: no text, or a text with another number of tokens than probabilities.
@@ -126,9 +108,16 @@ def token_figure(rows: Sequence[Sequence[str]], probabilities: Sequence[Sequence
     axes = style.bare(figure.add_axes((0, 0, 1, 1)))
     axes.set(xlim=(-0.15, width - 0.15), ylim=(-height, 0))
     top = 0.0
+    middle = dict(ha="center", va="center", family="DejaVu Sans Mono")
+    box = dict(boxstyle="round,pad=0,rounding_size=0.05", edgecolor=style.GREY, lw=0.7)
     for row, lines in zip(placed, heights, strict=True):
         for text, chance, column, line in row:
-            _draw_token(axes, text, chance, column * _CHARACTER, -(top + 0.62 * line))
+            x, y, size = column * _CHARACTER, -(top + 0.62 * line), (max(len(text), 3) + 1.0) * _CHARACTER
+            face = _TINT(1.0 - min(max(chance, 0.0), 1.0))
+            axes.add_patch(FancyBboxPatch((x, y - 0.33), size, 0.27, facecolor=face, **box))
+            axes.text(x + size / 2, y - 0.2, text, fontsize=10, **middle)
+            written = f"{chance:.2f}" if chance >= 0.005 or chance == 0 else "<.01"  # a small one is not zero
+            axes.text(x + size / 2, y - 0.45, written, fontsize=8, color=style.GREY, **middle)
         top += 0.62 * lines + 0.16
     return figure
 
@@ -143,17 +132,3 @@ def _placed(row: Sequence[str], chances: Sequence[float]) -> Iterator[tuple[str,
             column, line = 2.0, line + 1  # indented, since it continues the line above
         yield text, float(chance), column, line
         column += size
-
-
-def _draw_token(axes: Axes, text: str, chance: float, x: float, y: float) -> None:
-    """Draw a token's box and, below it, its probability; a small one is not written as zero."""
-    width = (max(len(text), 3) + 1.0) * _CHARACTER
-    box = "round,pad=0,rounding_size=0.05"
-    face = _TINT(1.0 - min(max(chance, 0.0), 1.0))
-    axes.add_patch(
-        FancyBboxPatch((x, y - 0.33), width, 0.27, boxstyle=box, facecolor=face, edgecolor=style.GREY, lw=0.7)
-    )
-    middle = dict(ha="center", va="center", family="DejaVu Sans Mono")
-    axes.text(x + width / 2, y - 0.2, text, fontsize=10, **middle)
-    written = f"{chance:.2f}" if chance >= 0.005 or chance == 0 else "<.01"
-    axes.text(x + width / 2, y - 0.45, written, fontsize=8, color=style.GREY, **middle)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from grpo_kit.config import KitError
@@ -24,11 +23,7 @@ if TYPE_CHECKING:  # it loads torch
 
 @style.styled
 def vectors_figure(vectors: Mapping[str, Sequence[float]], anchor: str) -> style.Drawing:
-    """Draw plane vectors brought to length 1, each with its cosine to one of them.
-
-    Args:
-        vectors: name → (x, y).
-        anchor: the name of the vector that the others are compared with.
+    """Draw plane vectors, name → (x, y), brought to length 1, each with its cosine to the one named `anchor`.
 
     Raises:
         KitError: there is no such vector, or one has length 0.
@@ -56,18 +51,13 @@ def similarity_figure(
 ) -> style.Drawing:
     """Draw a table of similarities, a row a text and a column an image; the best image of each text is framed.
 
-    Args:
-        similarity: (texts, images).
-
     Raises:
         KitError: the table does not have a row for each text and a column for each image.
     """
     table = np.asarray(similarity, dtype=float)
     if table.shape != (len(texts), len(images)) or not table.size:
-        raise KitError(
-            f"similarity_figure: found a table {table.shape} for {len(texts)} texts and {len(images)} images. "
-            "Give a row for each text and a column for each image."
-        )
+        found = f"a table {table.shape} for {len(texts)} texts and {len(images)} images"
+        raise KitError(f"similarity_figure: found {found}. Give a row for each text and a column for each image.")
     figure = style.new_figure(2.6 + 0.95 * len(images), 1.1 + 0.5 * len(texts))
     figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0.01)
     grid = figure.add_gridspec(2, len(images), height_ratios=(0.95, 0.5 * len(texts)))
@@ -88,10 +78,8 @@ def similarity_figure(
 def agreement_figure(proxy: Sequence[float], gold: Sequence[float], title: str = "") -> style.Drawing:
     """Draw each sample's proxy reward against its gold score, and the mean proxy of each third of the gold scale.
 
-    Points are moved a little sideways, always in the same way, since gold takes few values.
-
-    Args:
-        proxy, gold: one of each a sample; samples without both are left out.
+    Points are moved a little sideways, always in the same way, since gold takes few values; samples without both scores
+    are left out.
 
     Raises:
         KitError: no sample has both.
@@ -118,9 +106,8 @@ def agreement_figure(proxy: Sequence[float], gold: Sequence[float], title: str =
 def winners_figure(chosen: Mapping[str, Mapping[str, float]], random_choice: float, title: str = "") -> style.Drawing:
     """Draw what each reward's winners are worth, with intervals, beside a winner that is chosen blindly.
 
-    Args:
-        chosen: reward → {"mean", "low", "high"} of the judge's score of the group's best by that reward.
-        random_choice: the judge's mean over all samples.
+    `chosen` is reward → {"mean", "low", "high"} of the judge's score of the group's best by that reward,
+    `random_choice` the judge's mean over all samples.
     """
     figure = style.new_figure(6.6, 0.9 + 0.42 * len(chosen))
     axes = figure.subplots()
@@ -151,9 +138,6 @@ def audit_figure(audits: Audit | Sequence[Audit]) -> style.Drawing:
 
     A bar is an interval. What was not measured (gold, a text that was never drawn twice) is left empty.
 
-    Args:
-        audits: one audit, or several of different rewards.
-
     Raises:
         KitError: no reward, or one that was audited twice.
     """
@@ -162,26 +146,23 @@ def audit_figure(audits: Audit | Sequence[Audit]) -> style.Drawing:
         raise KitError(f"audit_figure: found {len(table)} rewards ({', '.join(table.index)}). Give each of them once.")
     panels = [panel for panel in _AUDIT_PANELS if panel[0] in table or panel[0] in _AUDIT_PAIRS]
     figure = style.new_figure(1.8 + 1.9 * len(panels), 1.3 + 0.3 * len(table))
+    rows = range(len(table))
     for axes, (name, title, limits) in zip(style.panel_grid(figure, len(panels), sharey=True), panels, strict=True):
-        _audit_panel(axes, table, name)
+        if f"{name}, low" in table:
+            axes.hlines(rows, table[f"{name}, low"], table[f"{name}, high"], color=style.BLUE, lw=3, alpha=0.4)
+        filled, *hollow = _AUDIT_PAIRS.get(name, (name,))
+        for column in hollow:
+            axes.plot(table[column], rows, ls="", marker="o", ms=8, mfc="none", mec=style.VERMILION, mew=1.5)
+        axes.plot(table[filled], rows, ls="", marker="o", ms=6, color=style.BLUE, mec="white", mew=0.6)
+        if name == "ms per image":
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(numticks=4))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.axvline(0, color=style.GREY, lw=1, ls=style.DASHED)
         axes.set_title(title, fontsize=8.5)
         name_rows(axes, [metric_name(reward) for reward in table.index], width=30)
-        axes.set(**({"xlim": limits} if limits else {}))
+        if limits:
+            axes.set_xlim(limits)
     return figure
-
-
-def _audit_panel(axes: Axes, table: pd.DataFrame, name: str) -> None:
-    rows = range(len(table))
-    if f"{name}, low" in table:
-        axes.hlines(rows, table[f"{name}, low"], table[f"{name}, high"], color=style.BLUE, lw=3, alpha=0.4)
-    filled, *hollow = _AUDIT_PAIRS.get(name, (name,))
-    for column in hollow:
-        axes.plot(table[column], rows, ls="", marker="o", ms=8, mfc="none", mec=style.VERMILION, mew=1.5)
-    axes.plot(table[filled], rows, ls="", marker="o", ms=6, color=style.BLUE, mec="white", mew=0.6)
-    if name == "ms per image":
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(numticks=4))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.axvline(0, color=style.GREY, lw=1, ls=style.DASHED)

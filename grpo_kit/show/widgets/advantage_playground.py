@@ -1,18 +1,15 @@
 """The advantage playground: drag a group's rewards and see what each definition of the advantage makes of them."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import ipywidgets
+import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
-from grpo_kit.config import KitError
 from grpo_kit.grpo import group_advantages
-from grpo_kit.show.frame import signed
-from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, styled
+from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, explain, signed, styled
 from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox, button, on_change, row, slider
 
 MOST = 8  # rewards of a group
@@ -48,27 +45,16 @@ class AdvantagePlayground(PictureBox):
 
     A second group stands beside it, whose rewards never change. Its advantages move with yours only where they are
     divided by the whole batch's standard deviation.
-
-    Args:
-        rewards: the rewards to begin with, 2 to 8 of them.
-
-    Raises:
-        KitError: another number of rewards, or one that is not finite.
     """
 
-    def __init__(self, rewards: Sequence[float] = PRESETS["toy group"]) -> None:
-        rewards = [float(reward) for reward in rewards]
-        if not 2 <= len(rewards) <= MOST or not all(math.isfinite(reward) for reward in rewards):
-            raise KitError(
-                f"rewards: found {rewards!r:.80}, allowed: 2 to {MOST} finite numbers. Pass one group's rewards."
-            )
-        low, high = min(0.0, math.floor(min(rewards))), max(1.0, math.ceil(max(rewards)))
-        self._live = LiveFigure(_empty_figure(low, high))
-        look = dict(step=0.001, orientation="vertical", readout_format=".3f", layout=dict(height="170px", width="70px"))
-        starts = enumerate([*rewards, *[0.5] * (MOST - len(rewards))], start=1)
-        self.sliders = [slider(f"r{number}", value, low, high, **look) for number, value in starts]
-        size = dict(value=len(rewards), min=2, max=MOST, description="G, rewards", layout=dict(width="280px"))
-        self.size = ipywidgets.IntSlider(**size)
+    def __init__(self) -> None:
+        self._live = LiveFigure(_empty_figure())
+        size = dict(height="170px", width="70px")
+        upright = dict(step=0.001, orientation="vertical", readout_format=".3f", layout=size)
+        self.sliders = [slider(f"r{number}", 0.5, 0.0, 1.0, **upright) for number in range(1, MOST + 1)]
+        size = dict(description="G, rewards", layout=dict(width="280px"))
+        self.size = ipywidgets.IntSlider(min=2, max=MOST, **size)
+        self.rewards = PRESETS["toy group"]
         self.presets = [button(name, partial(setattr, self, "rewards", values)) for name, values in PRESETS.items()]
         super().__init__([row([self.size, *self.presets]), ipywidgets.HBox(self.sliders)])
         on_change([self.size, *self.sliders], self.redraw)
@@ -100,8 +86,7 @@ class AdvantagePlayground(PictureBox):
         with self._live.redrawn() as panels:
             panels[0].plot([0, WIDTH], [sum(rewards) / count] * 2, color=INK, lw=1.2, ls="--", zorder=4)
             for axes, values in zip(panels, shown, strict=True):
-                for place, value in enumerate(values):
-                    _draw_bar(axes, place, count, value, with_sign=axes is not panels[0])
+                _draw_bars(axes, values, count, is_reward=axes is panels[0])
         return [self._live]
 
     def reading(self) -> list[str]:
@@ -141,43 +126,39 @@ def _strongest(values: Sequence[float]) -> float:
 
 
 @styled
-def _empty_figure(low: float, high: float) -> Drawing:
-    """Return the axes: rewards from `low` to `high` on the left, four definitions of the advantage beside them."""
+def _empty_figure() -> Drawing:
+    """Return the axes: rewards on the left, four definitions of the advantage beside them."""
     figure = Drawing(figsize=(11.4, 4.9))
     grid = figure.add_gridspec(2, 3, width_ratios=(1.1, 1, 1), left=0.04, right=0.995, top=0.87, bottom=0.07)
     grid.update(wspace=0.11, hspace=0.45)
-    rewards = figure.add_subplot(grid[:, 0])
-    _frame(rewards, "rewards", "dashed: the group's mean, its baseline", low, high * 1.06)
-    for place, (title, note, _) in enumerate(DEFINITIONS.values()):
-        axes = figure.add_subplot(grid[place // 2, 1 + place % 2])
-        _frame(axes, title, note, -HIGHEST, HIGHEST)
-        axes.axhline(0, color=INK, lw=0.8)
+    cells = [grid[:, 0], grid[0, 1], grid[0, 2], grid[1, 1], grid[1, 2]]
+    texts = [("rewards", "dashed: the group's mean, its baseline"), *(texts[:2] for texts in DEFINITIONS.values())]
+    for cell, (title, note) in zip(cells, texts, strict=True):
+        axes = figure.add_subplot(cell)
+        explain(axes, title, note)
+        axes.set(xlim=(-0.2, LAST + 0.2), ylim=(0, 1.06) if cell is cells[0] else (-HIGHEST, HIGHEST))
+        axes.set_xticks([WIDTH / 2, (WIDTH + GAP + LAST) / 2], ["your group", "second group"])
+        axes.tick_params(axis="x", length=0)
+        axes.axvline(WIDTH + GAP / 2, color=FAINT, lw=0.8)
+        if cell is not cells[0]:
+            axes.axhline(0, color=INK, lw=0.8)
     return figure
 
 
-def _frame(axes: Axes, title: str, note: str, low: float, high: float) -> None:
-    axes.set(xlim=(-0.2, LAST + 0.2), ylim=(low, high))
-    axes.set_xticks([WIDTH / 2, (WIDTH + GAP + LAST) / 2], ["your group", "second group"])
-    axes.tick_params(axis="x", length=0)
-    axes.axvline(WIDTH + GAP / 2, color=FAINT, lw=0.8)
-    axes.set_title(title, pad=19)
-    axes.text(0, 1.025 if low >= 0 else 1.05, note, transform=axes.transAxes, color=GREY, fontsize=9)
-
-
-def _draw_bar(axes: Axes, place: int, count: int, value: float, with_sign: bool) -> None:
-    """Draw a bar with its value: the first `count` share the first group's width, the others are grey."""
-    first, below, step = place < count, with_sign and value < 0, WIDTH / count
-    if first:
-        centre, width, digits = (place + 0.5) * step, min(0.8 * step, 1.2), 2 if with_sign else 3
-        colour = GREY if not with_sign else VERMILION if below else BLUE
-    else:
-        centre, width, digits, colour = WIDTH + GAP + (place - count + 0.5) * SECOND_STEP, 1.0, 1, FAINT
-    edge = ("white" if abs(value) > THIN else "none") if first else GREY
-    look = dict(facecolor=colour, edgecolor=edge, hatch="////" if below else None, linewidth=0.6, zorder=2)
-    axes.add_patch(Rectangle((centre - width / 2, 0), width, value, **look))
-    text = signed(value, digits) if with_sign else f"{value:.{digits}f}"
-    height, side = (0.1, "bottom") if below else (-0.12, "top")  # across the zero line from its bar, hiding nothing
-    if not with_sign:
-        height, side = value + 0.012, "bottom"
-    turned = 90 if first and step < ROOMY else 0
-    axes.text(centre, height, text, ha="center", va=side, rotation=turned, fontsize=9 if first else 8.5)
+def _draw_bars(axes: Axes, values: Sequence[float], count: int, is_reward: bool) -> None:
+    """Draw both groups' values as bars with numbers: the first `count` share a fixed width, the rest is grey."""
+    values, places, step = np.array(values), np.arange(len(values)), WIDTH / count
+    own, below = places < count, (values < 0) & (not is_reward)
+    centres = np.where(own, (places + 0.5) * step, WIDTH + GAP + (places - count + 0.5) * SECOND_STEP)
+    colours = np.where(own, np.where(below, VERMILION, GREY if is_reward else BLUE), FAINT)
+    edges = np.where(own, np.where(np.abs(values) > THIN, "white", "none"), GREY)
+    look = dict(color=colours, edgecolor=edges, hatch=np.where(below, "////", ""), linewidth=0.6, zorder=2)
+    axes.bar(centres, values, np.where(own, min(0.8 * step, 1.2), 1.0), **look)
+    for x, value, mine in zip(centres, values, own, strict=True):
+        digits = 1 if not mine else 3 if is_reward else 2
+        height, side = (0.1, "bottom") if value < 0 else (-0.12, "top")  # across the zero line, hiding nothing
+        if is_reward:
+            height, side = value + 0.012, "bottom"
+        text = f"{value:.{digits}f}" if is_reward else signed(value, digits)
+        words = dict(rotation=90 if mine and step < ROOMY else 0, fontsize=9 if mine else 8.5)
+        axes.text(x, height, text, ha="center", va=side, **words)

@@ -10,7 +10,7 @@ from PIL import Image
 from grpo_kit.config import KitError
 from grpo_kit.show.style import BLUE, GREY, Drawing
 from grpo_kit.show.widgets.cards import Card, card_sheet
-from grpo_kit.show.widgets.picture_box import PictureBox, button
+from grpo_kit.show.widgets.picture_box import PAGE, PictureBox, button
 
 LINES = 3
 
@@ -18,12 +18,10 @@ LINES = 3
 class BeTheReward(PictureBox):
     """The images of a group, each with a button: click the best first, then the next best, down to the worst.
 
-    A second click on a button takes its image out of the order again. `rewards` is 1 for the best image, 0 for the
-    worst, and evenly spaced between.
+    A second click on a button takes its image out of the order again.
 
     Args:
-        images: one a sample; None where a sample has none.
-        texts: each sample's rewrite.
+        images, texts: each sample's picture (None: it has none) and rewrite.
         prompt: what the user asked for.
         default: one reward a sample, which count until every image is ranked: so that a run in which nobody clicks can
             go on. Without it `rewards` is an error until then, since nobody's opinion is not a reward.
@@ -45,10 +43,10 @@ class BeTheReward(PictureBox):
         if count < 2 or len(self._texts) != count:
             found = f"{count} images and {len(self._texts)} texts"
             raise KitError(f"BeTheReward: found {found}, allowed: at least 2 images and a text each. Pass one group.")
-        if self._default is not None and len(self._default) != count:
-            raise KitError(f"default: found {len(self._default)} rewards, allowed: {count}. Pass one an image.")
-        if self._default is not None and not all(math.isfinite(value) for value in self._default):
-            raise KitError("default: found a reward that is not finite, allowed: numbers. Leave that sample out.")
+        finite = [value for value in self._default or () if math.isfinite(value)]
+        if self._default is not None and not len(finite) == len(self._default) == count:
+            found = f"{len(self._default)} rewards, {len(finite)} of them finite"
+            raise KitError(f"default: found {found}, allowed: {count} finite ones. Pass one an image.")
         self._columns = 5 if count % 5 == 0 and count % 4 else 4
         self.order: list[int] = []  # of the samples, best first
         width = f"{100 / self._columns - 2:.1f}%"
@@ -56,10 +54,14 @@ class BeTheReward(PictureBox):
         self.reset_button = button("start again", self.reset, "120px")
         super().__init__(pictures=-(-count // self._columns))
         rows: list[ipywidgets.Widget] = []  # of cards, each card with its button below
-        for number, picture in enumerate(self.pictures):
-            buttons = self.buttons[self._columns * number : self._columns * (number + 1)]
-            rows += [picture, ipywidgets.HBox(buttons, layout=dict(width="100%", max_width="1140px"))]
+        for start, picture in zip(self._starts, self.pictures, strict=True):
+            rows += [picture, ipywidgets.HBox(self.buttons[start : start + self._columns], layout=PAGE)]
         self.children = [*rows, self.reset_button, self.words, self.folded]
+
+    @property
+    def _starts(self) -> range:
+        """The first image of each row."""
+        return range(0, len(self._images), self._columns)
 
     def _click(self, number: int) -> None:
         if number in self.order:
@@ -115,12 +117,9 @@ class BeTheReward(PictureBox):
         for number, (image, text) in enumerate(zip(self._images, self._texts, strict=True)):
             colour = BLUE if number in self.order else GREY
             cards.append(Card(image, self._place(number) or f"image {number + 1}", text=text, colour=colour))
-        starts = range(0, len(cards), self._columns)
-        title, note = f"“{self._prompt}”", "Which image shows it best? Click that one first."
-        return [
-            card_sheet(cards[i : i + self._columns], self._columns, [LINES], *((title, note) if i == 0 else ()))
-            for i in starts
-        ]
+        heading = f"“{self._prompt}”", "Which image shows it best? Click that one first."
+        rows = [cards[start : start + self._columns] for start in self._starts]
+        return [card_sheet(row, self._columns, [LINES], *(heading if row is rows[0] else ())) for row in rows]
 
     def reading(self) -> list[str]:
         """Say how far the ranking is, and what each image was drawn from."""

@@ -7,9 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from grpo_kit.show.frame import Frame, frame_of
 from grpo_kit.show.images import SMOOTH_FROM
-from grpo_kit.show.style import FAINT, GREY, INK, Drawing, bare, cells, plain_text, styled, wrap
+from grpo_kit.show.style import GREY, INK, Drawing, bare, cells, frame_of, plain_text, styled, wrap
 from grpo_kit.show.widgets.tokens import Token
 
 WIDTH = 11.4  # inches of a sheet, and below: of its head, a card's title, a line of text, a line of its note
@@ -48,14 +47,13 @@ def card_sheet(
     note_lines: int = 0,
     foot: float = 0.0,
 ) -> Drawing:
-    """Draw cards in rows; the size depends on the other arguments alone, so that sheets can take each other's place.
+    """Draw cards in rows, from left to right, from top to bottom, below the sheet's title and note.
+
+    The size depends on the other arguments alone, so that sheets can take each other's place.
 
     Args:
-        cards: from left to right, from top to bottom.
-        columns: cards in a row.
+        cards, columns: all cards, and how many stand in a row.
         lines: for each row, how many lines its texts have; the rest of a text is cut with an ellipsis.
-        title: of the whole sheet.
-        note: below the title.
         note_lines: lines of each card's note.
         foot: inches that stay free at the bottom; the figure's only axes measure inches from the upper left corner.
     """
@@ -78,14 +76,23 @@ def card_sheet(
 
 def _draw_card(axes: Axes, card: Card, corner: tuple[float, float], side: float, width: float, lines: int) -> None:
     left, top = corner
-    frame = Frame(FAINT, 1.0, "-") if card.advantage is None else frame_of(card.advantage)
-    colour = frame.colour if card.advantage else card.colour
+    frame = frame_of(card.advantage)
+    colour = frame["edgecolor"] if card.advantage else card.colour
     axes.text(left, top + TITLE - 0.11, plain_text(card.title, 40), fontsize=12.5, weight="bold", color=colour)
     axes.text(left + width, top + TITLE - 0.11, card.beside, ha="right", fontsize=10.5)
-    _draw_image(axes, card.image, left, top + TITLE, side, frame)
-    top += TITLE + side + GAP
+    top += TITLE
+    size = side, side
+    if card.image is None:
+        axes.text(left + side / 2, top + side / 2, "no picture", ha="center", va="center", color=GREY)
+    else:
+        size = [side * pixels / max(card.image.size) for pixels in card.image.size]
+        smoothing = "nearest" if card.image.width < SMOOTH_FROM else "antialiased"
+        place = (left, left + size[0], top + size[1], top)
+        axes.imshow(card.image, extent=place, aspect="auto", interpolation=smoothing)
+    axes.add_patch(Rectangle((left, top), *size, fill=False, **frame))
+    top += side + GAP
     if lines and card.tokens:
-        draw_tokens(axes, card.tokens, left, top, int(width / LETTER), lines)
+        _draw_tokens(axes, card.tokens, left, top, int(width / LETTER), lines)
     elif lines:
         text = wrap(card.text, int(width / 0.078), lines)
         axes.text(left, top, text, va="top", fontsize=9.8, linespacing=1.25, clip_on=True)
@@ -93,27 +100,8 @@ def _draw_card(axes: Axes, card: Card, corner: tuple[float, float], side: float,
     axes.text(left, top + LINE * lines, note, va="top", fontsize=9.2, color=GREY, linespacing=1.25)
 
 
-def _draw_image(axes: Axes, image: Image.Image | None, left: float, top: float, side: float, frame: Frame) -> None:
-    if image is None:
-        axes.text(left + side / 2, top + side / 2, "no picture", ha="center", va="center", color=GREY)
-        width = height = side
-    else:
-        width, height = (side * pixels / max(image.size) for pixels in image.size)
-        smoothing = "nearest" if image.width < SMOOTH_FROM else "antialiased"
-        place = (left, left + width, top + height, top)
-        axes.imshow(image, extent=place, aspect="auto", interpolation=smoothing)
-    line = dict(edgecolor=frame.colour, linewidth=frame.width, linestyle=frame.line, capstyle="butt")
-    axes.add_patch(Rectangle((left, top), width, height, fill=False, **line))
-
-
-def draw_tokens(axes: Axes, tokens: Sequence[Token], left: float, top: float, characters: int, lines: int) -> None:
-    """Write tokens in a typewriter face, each on its tint; what does not fit ends with an ellipsis.
-
-    Args:
-        axes: measures inches downwards, as those of `card_sheet` do.
-        left, top: inches to the first line's upper left corner.
-        characters, lines: the room.
-    """
+def _draw_tokens(axes: Axes, tokens: Sequence[Token], left: float, top: float, characters: int, lines: int) -> None:
+    """Write tokens in a typewriter face, each on its tint; what does not fit ends with an ellipsis."""
     column, line = 0, 0
     for token in tokens:
         text = token.text[:characters]
@@ -123,16 +111,13 @@ def draw_tokens(axes: Axes, tokens: Sequence[Token], left: float, top: float, ch
         if line == lines:
             axes.text(left + LETTER * characters, top + LINE * (lines - 0.5), "…", va="center", ha="right")
             return
-        _draw_token(axes, token, text, left + LETTER * column, top + LINE * line)
+        x, y, width, depth = left + LETTER * column, top + LINE * line, LETTER * cells(text), abs(token.tint)
+        if token.clipped or depth > 0.04:
+            edge = INK if token.clipped else "none"
+            box = dict(facecolor=(token.colour, DEEPEST * depth), edgecolor=edge, linewidth=0.9)
+            axes.add_patch(Rectangle((x, y + 0.02), width, LINE - 0.03, **box))
+            stroke = dict(color=token.colour, alpha=min(1.0, 1.6 * depth), linewidth=1.3)
+            ends = [x + 0.01, x + width - 0.01], [y + LINE - 0.015] * 2
+            axes.plot(*ends, linestyle=(0, (2, 1)) if token.tint < 0 else "-", **stroke)
+        axes.text(x, y + LINE / 2, text, fontsize=LETTER_SIZE, family="DejaVu Sans Mono", va="center")
         column += cells(text)
-
-
-def _draw_token(axes: Axes, token: Token, text: str, left: float, top: float) -> None:
-    width, edge = LETTER * cells(text), INK if token.clipped else "none"
-    if token.clipped or abs(token.tint) > 0.04:
-        box = dict(facecolor=(token.colour, DEEPEST * abs(token.tint)), edgecolor=edge, linewidth=0.9)
-        axes.add_patch(Rectangle((left, top + 0.02), width, LINE - 0.03, **box))
-        line = dict(color=token.colour, alpha=min(1.0, 1.6 * abs(token.tint)), linewidth=1.3)
-        ends = [left + 0.01, left + width - 0.01], [top + LINE - 0.015] * 2
-        axes.plot(*ends, linestyle=(0, (2, 1)) if token.tint < 0 else "-", **line)
-    axes.text(left, top + LINE / 2, text, fontsize=LETTER_SIZE, family="DejaVu Sans Mono", va="center")

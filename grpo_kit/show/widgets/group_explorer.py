@@ -7,11 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
 from grpo_kit.evaluation.table import format_metric
-from grpo_kit.show.frame import signed
-from grpo_kit.show.style import GREY, VERMILION, Drawing, styled
+from grpo_kit.show.style import GREY, VERMILION, Drawing, signed, styled
 from grpo_kit.show.widgets.cards import DEEPEST, GAP, WIDTH, Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import GroupBox, open_image, parts_text, range_text
-from grpo_kit.show.widgets.picture_box import button, on_change, row
+from grpo_kit.show.widgets.picture_box import on_change, row, steps
 from grpo_kit.show.widgets.tokens import MEASURES, Token, tinted
 
 COLUMNS, LINES, NOTE_LINES = 4, 4, 3
@@ -22,15 +21,7 @@ class GroupExplorer(GroupBox):
 
     Each picture is framed by its advantage, blue and solid above the group's mean, orange and dashed below. The tokens
     of a rewrite are tinted by what the step did to them: the change of their log-probability, the ratio, or their KL
-    from the reference. Unfold *as text* for whole rewrites and each token's number.
-
-    Args:
-        run: a run folder, or its record.
-        iteration: which kept rollout to open; the last by default.
-        group: which of its prompts, counted from 0; by default the one whose rewards differ most.
-
-    Raises:
-        KitError: the run kept no such rollout, or it has no such group.
+    from the reference. Unfold *as text* for whole rewrites and each token's number. See `GroupBox` for the arguments.
     """
 
     def controls(self) -> list[ipywidgets.Widget]:
@@ -38,28 +29,23 @@ class GroupExplorer(GroupBox):
         training = self.record.config.get("training_settings", {})
         low, high = training.get("epsilon", 0.2), training.get("epsilon_high")
         self._clip = 1 - low, 1 + (low if high is None else high)  # the ratios that the run's clip left alone
+        tints = [(m.short, n) for n, m in MEASURES.items() if {"tokens", "new_logprobs", m.other} <= set(self.rollout)]
+        options = [("best first", "reward"), ("as sampled", "sample")], [*tints, ("none", None)]
         style = {"button_width": "auto"}
-        orders = [("best first", "reward"), ("as sampled", "sample")]
-        self.order = ipywidgets.ToggleButtons(options=orders, style=style)
-        columns = set(self.rollout)
-        tints = [(m.short, name) for name, m in MEASURES.items() if {"tokens", *m.columns} <= columns]
-        self.tint = ipywidgets.ToggleButtons(options=[*tints, ("none", None)], style=style)
+        self.order, self.tint = (ipywidgets.ToggleButtons(options=choices, style=style) for choices in options)
         on_change([self.order, self.tint], self.redraw)
-        previous, following = button("‹ previous", lambda: self._step(-1)), button("next ›", lambda: self._step(1))
         views = [ipywidgets.Label("order"), self.order, ipywidgets.Label("tint tokens by"), self.tint]
-        return [row([previous, self.iteration, self.prompt, following]), row(views)]
+        return [steps(self._step, self.iteration, self.prompt), row(views)]
 
     def _step(self, by: int) -> None:
         """Go to the next or previous prompt; past an iteration's end to the neighbouring iteration."""
-        groups = [group for _, group in self.prompt.options]
-        place = groups.index(self.prompt.value) + by
-        if 0 <= place < len(groups):
-            self.prompt.value = groups[place]
+        place = self.prompt.index + by
+        if 0 <= place < len(self.prompt.options):
+            self.prompt.index = place
             return
-        kept = list(self.iteration.options)
         with self.drawn_once():
-            self.iteration.value = kept[(kept.index(self.iteration.value) + by) % len(kept)]
-            self.prompt.value = self.prompt.options[0 if by > 0 else -1][1]
+            self.iteration.index = (self.iteration.index + by) % len(self.iteration.options)
+            self.prompt.index = 0 if by > 0 else len(self.prompt.options) - 1
 
     @property
     def group(self) -> pd.DataFrame:
@@ -79,22 +65,16 @@ class GroupExplorer(GroupBox):
         tokens, full = self._tokens(group)
         cards = []
         for sample, drawn in zip(group.to_dict("records"), tokens, strict=True):
-            reward, text = sample["reward"], sample["enhanced_prompt"]
+            reward, advantage, text = sample["reward"], sample["advantage"], sample["enhanced_prompt"]
             distance = signed(reward - mean, 3) if reward == reward else "not scored"
+            beside = f"reward {format_metric('reward', reward)} ({distance})"
             unsaid = drawn and text.strip() not in "".join(token.text for token in drawn)
-            card = Card(
-                open_image(self.record, sample["thumbnail"]),
-                title=signed(sample["advantage"]),
-                beside=f"reward {format_metric('reward', reward)} ({distance})",
-                text=text,
-                tokens=drawn,
-                note=parts_text(sample) + (f" · drawn: {text}" if unsaid else ""),
-                advantage=sample["advantage"],
-            )
-            cards.append(card)
+            note = parts_text(sample) + (f" · drawn: {text}" if unsaid else "")
+            image = open_image(self.record, sample["thumbnail"])
+            cards.append(Card(image, signed(advantage), beside, text, drawn, note, advantage))
         rows = -(-int(self.rollout["group_id"].value_counts().max()) // COLUMNS)
-        title, note = f"“{self.name_of(self.prompt.value)}”", self._note(group)
-        figure = card_sheet(cards, COLUMNS, [LINES] * rows, title, note, NOTE_LINES, foot=0.35)
+        title = f"“{self.name_of(self.prompt.value)}”"
+        figure = card_sheet(cards, COLUMNS, [LINES] * rows, title, self._note(group), NOTE_LINES, foot=0.35)
         if self.tint.value is not None:
             _draw_scale(figure.axes[0], self.tint.value, full, self._clip)
         return [figure]
@@ -121,7 +101,7 @@ class GroupExplorer(GroupBox):
 @styled
 def _draw_scale(axes: Axes, measure: str, full: float, clip: tuple[float, float]) -> None:
     """Draw how to read the tints in the sheet's foot: the scale, and what underlines and outlines mean."""
-    middle, low, high = axes.get_ylim()[0] - 0.2, signed(-full), signed(full)
+    low, high = signed(-full), signed(full)
     words = "dashed underline: less likely than before; solid: more likely"
     if measure == "kl":
         low, high, words = "0", f"{full:.3f}", "darker: further from the reference"
@@ -130,6 +110,7 @@ def _draw_scale(axes: Axes, measure: str, full: float, clip: tuple[float, float]
         words = f"dashed: less likely; solid: more likely; outlined: outside the clip, {clip[0]:g} to {clip[1]:g}"
     tints = np.linspace(0 if measure == "kl" else -1, 1, 64)
     scale = [to_rgba(VERMILION if tint < 0 else MEASURES[measure].above, DEEPEST * abs(tint)) for tint in tints]
+    middle = axes.get_ylim()[0] - 0.2
     axes.imshow([scale], extent=(3.4, 4.9, middle + 0.08, middle - 0.08), aspect="auto", interpolation="bilinear")
     axes.text(GAP, middle, MEASURES[measure].name, va="center", weight="bold", fontsize=10.5)
     axes.text(3.35, middle, low, va="center", ha="right", fontsize=10.5)

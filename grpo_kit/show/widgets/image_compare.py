@@ -11,7 +11,7 @@ from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.style import VARIANT_COLOURS, Drawing, plain_text, score_text
 from grpo_kit.show.widgets.cards import Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import open_run
-from grpo_kit.show.widgets.picture_box import PictureBox, button, dropdown, on_change, row
+from grpo_kit.show.widgets.picture_box import PictureBox, dropdown, on_change, steps
 
 if TYPE_CHECKING:
     from grpo_kit.evaluation.evaluate import EvalResult
@@ -22,15 +22,13 @@ MOST_SEEDS, LINES = 4, 3
 class ImageCompare(PictureBox):
     """A prompt of an evaluation in every variant: a column a variant, a row a latent seed.
 
-    Args:
-        run: a run folder with an evaluation, its record, or what `evaluate` returned.
-        prompt_id: which prompt to open; the first by default.
+    A run is a folder with an evaluation, its record, or what `evaluate` returned.
 
     Raises:
-        KitError: the run has not been evaluated, or has no such prompt.
+        KitError: the run has not been evaluated.
     """
 
-    def __init__(self, run: "RunRecord | Path | str | EvalResult", prompt_id: int | None = None) -> None:
+    def __init__(self, run: "RunRecord | Path | str | EvalResult") -> None:
         if isinstance(run, (RunRecord, Path, str)):
             run = open_run(run)
             if run.evaluation.empty:
@@ -39,19 +37,14 @@ class ImageCompare(PictureBox):
             self._rows, self._images = run.evaluation, run.evaluation_images()
         else:
             self._rows, self._images = run.rows, run.images
-        ids = [int(i) for i in sorted(self._rows["prompt_id"].unique())]
-        if prompt_id is not None and prompt_id not in ids:
-            raise KitError(f"prompt_id: found {prompt_id}, allowed: {ids[0]} to {ids[-1]}. Choose an evaluated prompt.")
-        names = self._rows.drop_duplicates("prompt_id").set_index("prompt_id")["user_prompt"]
-        options = [(f"{i}: {plain_text(names[i], 70)}", i) for i in ids]
-        self.prompt = dropdown("prompt", options, ids[0] if prompt_id is None else prompt_id, 540)
-        previous, following = button("‹ previous", lambda: self._step(-1)), button("next ›", lambda: self._step(1))
-        super().__init__([row([previous, self.prompt, following])])
+        names = self._rows.drop_duplicates("prompt_id").set_index("prompt_id")["user_prompt"].sort_index()
+        options = [(f"{i}: {plain_text(name, 70)}", int(i)) for i, name in names.items()]
+        self.prompt = dropdown("prompt", options, options[0][1], 540)
+        super().__init__([steps(self._step, self.prompt)])
         on_change([self.prompt], self.redraw)
 
     def _step(self, by: int) -> None:
-        ids = [i for _, i in self.prompt.options]
-        self.prompt.value = ids[(ids.index(self.prompt.value) + by) % len(ids)]
+        self.prompt.index = (self.prompt.index + by) % len(self.prompt.options)
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -76,10 +69,11 @@ class ImageCompare(PictureBox):
         cards = []
         for seed in self.seeds:
             for variant in self.variants:
-                shown = table.loc[(seed, variant)] if (seed, variant) in table.index else None
                 image = self._images.get((int(self.prompt.value), variant, seed))
-                words = {} if shown is None else dict(text=shown["text"], note=score_text(shown))
-                words |= dict(beside=f"mean {self._mean(variant)}") if seed == self.seeds[0] else {}
+                words = {"beside": f"mean {self._mean(variant)}"} if seed == self.seeds[0] else {}
+                if (seed, variant) in table.index:
+                    shown = table.loc[(seed, variant)]
+                    words |= {"text": shown["text"], "note": score_text(shown)}
                 cards.append(Card(image, VARIANT_NAMES[variant], colour=VARIANT_COLOURS[variant], **words))
         most = min(MOST_SEEDS, len({seed for _, _, seed in self._images}) or self._rows["seed"].nunique())
         note = f"{first['category']}, {first['difficulty']} · each row starts from the same noise · "

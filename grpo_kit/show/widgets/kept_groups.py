@@ -18,55 +18,39 @@ from grpo_kit.show.widgets.picture_box import PictureBox, dropdown, on_change
 class GroupBox(PictureBox):
     """A picture of one group, and controls that choose the kept rollout (`iteration`) and the group (`prompt`).
 
-    A subclass adds its own `controls`, which may depend on the opened `rollout`.
-
-    Args:
-        run: a run folder, or its record.
-        iteration: which kept rollout to open; the last by default.
-        group: which of its prompts, counted from 0; by default the one whose rewards differ most.
+    A run is a folder or its record; it is opened at its last kept rollout or the given one, and at the group whose
+    rewards differ most. A subclass adds its own `controls`, which may depend on the opened `rollout`.
 
     Raises:
-        KitError: the run kept no such rollout, or it has no such group.
+        KitError: the run kept no such rollout.
     """
 
-    def __init__(self, run: RunRecord | Path | str, iteration: int | None = None, group: int | None = None) -> None:
+    def __init__(self, run: RunRecord | Path | str, iteration: int | None = None) -> None:
         self.record = open_run(run)
         kept = self.record.rollout_iterations
         if not kept:
-            raise KitError(
-                f"run {self.record.path}: found no kept rollout. Train at least one iteration, or choose another run."
-            )
-        if iteration is not None and iteration not in kept:
-            allowed = ", ".join(map(str, kept))
-            raise KitError(f"iteration: found {iteration}, allowed: {allowed}. Choose a kept rollout.")
-        iteration = kept[-1] if iteration is None else iteration
-        self.rollout = self.record.rollout(iteration).reset_index(drop=True)
-        groups = [value for _, value in self._prompts()]
-        if group is not None and group not in groups:
-            raise KitError(
-                f"group: found {group}, allowed: {groups[0]} to {groups[-1]}. Choose a prompt of this iteration."
-            )
-        group = int(ranges(self.rollout).idxmax()) if group is None else group
-        self.iteration = dropdown("iteration", kept, iteration, 160)
-        self.prompt = dropdown("prompt", self._prompts(), group, 540)
+            how = "Train at least one iteration, or choose another run."
+            raise KitError(f"run {self.record.path}: found no kept rollout. {how}")
+        self.iteration = dropdown("iteration", kept, kept[-1], 160)
+        self.prompt = dropdown("prompt", (), None, 540)
+        self._open(kept[-1] if iteration is None else iteration)
         super().__init__(self.controls())
-        on_change([self.iteration], self._open)
+        on_change([self.iteration], lambda: self._open(self.iteration.value))
         on_change([self.prompt], self.redraw)
 
     def controls(self) -> list[ipywidgets.Widget]:
         """Return what stands above the picture, `iteration` and `prompt` among it."""
         raise NotImplementedError
 
-    def _prompts(self) -> list[tuple[str, int]]:
+    def _open(self, iteration: int) -> None:
+        """Show an iteration, at the group whose rewards differ most."""
+        self.rollout = self.record.rollout(iteration).reset_index(drop=True)
         apart = ranges(self.rollout)
-        return [(f"{self.name_of(g, 60)}   (rewards {apart[g]:.3f} apart)", int(g)) for g in apart.index]
-
-    def _open(self) -> None:
-        """Show another iteration, at the group whose rewards differ most."""
-        self.rollout = self.record.rollout(self.iteration.value).reset_index(drop=True)
+        names = [f"{self.name_of(group, 60)}   (rewards {apart[group]:.3f} apart)" for group in apart.index]
         with self.drawn_once():
-            self.prompt.options = self._prompts()
-            self.prompt.value = int(ranges(self.rollout).idxmax())
+            self.iteration.value = iteration
+            self.prompt.options = list(zip(names, map(int, apart.index), strict=True))
+            self.prompt.value = int(apart.idxmax())
 
     def name_of(self, group: int, limit: int = 400) -> str:
         """Return what the user asked for in a group, as plain text."""
@@ -86,10 +70,10 @@ def ranges(rollout: pd.DataFrame) -> pd.Series:
 
 def parts_text(row: Mapping[str, object]) -> str:
     """Return the single rewards of a row of a rollout in a line: `CLIP similarity 0.882 · gold check 60.0 %`."""
-    names = [str(name).removeprefix("reward/") for name in row if str(name).startswith("reward/")]
-    names = [name for name in names if row[f"reward/{name}"] != math.inf]  # it abstained
-    parts = [f"{metric_name(name)} {format_metric(name, row[f'reward/{name}'])}" for name in names]
-    return " · ".join(parts).replace(" %", "\N{NO-BREAK SPACE}%")
+    parts = {str(name).removeprefix("reward/"): row[name] for name in row if str(name).startswith("reward/")}
+    scored = {name: value for name, value in parts.items() if value != math.inf}  # the others abstained
+    texts = [f"{metric_name(name)} {format_metric(name, value)}" for name, value in scored.items()]
+    return " · ".join(texts).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def range_text(rewards: pd.Series) -> str:

@@ -10,11 +10,10 @@ from IPython.display import DisplayHandle
 from grpo_kit.evaluation.table import format_metric
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.curves import training_curves
-from grpo_kit.show.frame import signed
-from grpo_kit.show.style import GREY, Drawing, new_figure, styled
+from grpo_kit.show.style import GREY, Drawing, new_figure, signed, styled
 from grpo_kit.show.widgets.cards import Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import open_image, range_text
-from grpo_kit.show.widgets.picture_box import DPI, PictureBox, paragraphs
+from grpo_kit.show.widgets.picture_box import DPI, PAGE, PictureBox, paragraphs
 
 PANELS = ("reward", "rewards/gold/mean", "kl")
 PAUSE = 2.0  # seconds between two pictures, at least
@@ -29,12 +28,9 @@ class LiveTraining(PictureBox):
         display(watch)
         gk.train(kit, run, on_iteration=watch.update)
 
-    What it shows is read from the run folder, so an interrupted training keeps its curves, and they go on when the cell
-    is run again. `update` sets values of widgets and nothing else. The line on top follows every iteration; curves and
-    group are drawn every few seconds, and never for more than a twentieth of the time.
-
-    Args:
-        run_dir: the run's folder, which need not exist yet.
+    What it shows is read from the run folder, which need not exist yet: an interrupted training keeps its curves, and
+    they go on when the cell is run again. `update` sets values of widgets and nothing else. The line on top follows
+    every iteration; curves and group are drawn every few seconds, and never for more than a twentieth of the time.
 
     Raises:
         RecordError: a file of the run is damaged.
@@ -44,7 +40,7 @@ class LiveTraining(PictureBox):
         self._path = Path(run_dir)
         self._handle: DisplayHandle | None = None
         self._group_of: int | None = None  # the iteration whose group is shown
-        self.progress = ipywidgets.IntProgress(layout=dict(width="100%", max_width="1140px"))
+        self.progress = ipywidgets.IntProgress(layout=PAGE)
         super().__init__(pictures=2)
         self.pictures[0].layout.height, self.pictures[0].layout.object_fit = "280px", "contain"
         self.children = [self.words, self.progress, *self.pictures, self.folded]
@@ -55,11 +51,7 @@ class LiveTraining(PictureBox):
         return int(self._settings.get("num_iterations", 0))
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Follow one finished iteration.
-
-        Args:
-            metrics: what the iteration logged, as `train` hands it over.
-        """
+        """Follow one finished iteration by what it logged, as `train` hands it over."""
         self._follow(metrics)
         stops = self._settings.get("stop_on_divergence")  # the check for reward hacking ends the run
         stopped = stops and read_run(self._path).sentinel.get("divergence")
@@ -81,6 +73,7 @@ class LiveTraining(PictureBox):
         started = time.monotonic()
         self._record = read_run(self._path) if self._path.is_dir() else RunRecord(self._path, {}, [], [], {})
         self._settings: Mapping[str, object] = self._record.config.get("training_settings", {})
+        self._newest = self._record.lines[-1] if self._record.lines else {}
         curves, group = self.pictures
         curves.value = self._draw_curves().to_png(DPI)
         kept = max(self._record.rollout_iterations, default=None)
@@ -88,13 +81,10 @@ class LiveTraining(PictureBox):
             self._group_of = kept
             group.value = self._draw_group().to_png(DPI)
         self.write(self.reading())
-        self._follow(self._newest())
+        self._follow(self._newest)
         self._due = ended = time.monotonic()
         if self._record.iterations > 1:  # the first come at once
             self._due += max(PAUSE, (ended - started) / SHARE)
-
-    def _newest(self) -> Mapping[str, float]:
-        return self._record.lines[-1] if self._record.lines else {}
 
     @styled
     def _draw_curves(self) -> Drawing:
@@ -138,7 +128,7 @@ class LiveTraining(PictureBox):
         """Return how far the run is, and the newest group."""
         title, note, rows = self._group()
         samples = [f"{signed(row['advantage'])}: {row['enhanced_prompt']}" for row in rows]
-        return [_progress(self._newest(), self.planned), f"{title}, {note}", *samples]
+        return [_progress(self._newest, self.planned), f"{title}, {note}", *samples]
 
 
 def _progress(metrics: Mapping[str, float], planned: int) -> str:

@@ -1,18 +1,15 @@
 """The loss playground: one token's loss and gradient over the ratio, and a recorded step under other settings."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import ipywidgets
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 
 from grpo_kit.grpo import CLIPPED_LOSS_TYPES, LOSS_TYPES
 from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.frame import signed
-from grpo_kit.show.one_token import TokenSettings, loss_and_push
-from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, styled
+from grpo_kit.show.pushes import loss_and_push
+from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, explain, signed, styled
 from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox, dropdown, on_change, row, slider
 from grpo_kit.show.widgets.what_if import CISPO_CAP, WhatIf
 
@@ -28,20 +25,15 @@ PANELS = {
 class LossPlayground(PictureBox):
     """Sliders for a token's ratio and advantage, the bounds and the loss type; loss and push over the ratio.
 
-    Args:
-        run: a run folder or its record; None shows the curves alone. With a run, one of its recorded steps is computed
-            again under other settings, each sample's push beside the recorded one (`what_if`).
-        iteration: which kept rollout to open; the last by default.
-        group: which of its prompts; by default the one whose rewards differ most.
+    With a run (a folder or its record), the step of one of its kept iterations, the last by default, is computed again
+    under other settings, each sample's push beside the recorded one (`what_if`).
 
     Raises:
-        KitError: the run kept no such rollout, it has no such group, or it lacks its tokens' log-probabilities.
+        KitError: the run kept no such rollout, or it lacks its tokens' log-probabilities.
     """
 
-    def __init__(
-        self, run: RunRecord | Path | str | None = None, iteration: int | None = None, group: int | None = None
-    ) -> None:
-        self.what_if = None if run is None else WhatIf(run, iteration, group)
+    def __init__(self, run: RunRecord | Path | str | None = None, iteration: int | None = None) -> None:
+        self.what_if = None if run is None else WhatIf(run, iteration)
         self.loss_type = dropdown("loss_type", LOSS_TYPES, LOSS_TYPES[0], 220)
         self.ratio = slider("ratio", 1.3, 0.01, HIGHEST_RATIO)
         self.advantage = slider("advantage", 1.0, -2.0, 2.0)
@@ -50,12 +42,12 @@ class LossPlayground(PictureBox):
         self.bounded = ipywidgets.Checkbox(description="delta", indent=False, layout=dict(width="70px"))
         self.delta = slider("", 2.0, 1.05, HIGHEST_RATIO, disabled=True, layout=dict(width="220px"))
         self._live = LiveFigure(_empty_figure())
-        bounds = row([self.epsilon, self.epsilon_high, self.bounded, self.delta])
-        super().__init__([row([self.loss_type, self.ratio, self.advantage]), bounds])
+        bounds = [self.epsilon, self.epsilon_high, self.bounded, self.delta]
+        super().__init__([row([self.loss_type, self.ratio, self.advantage]), row(bounds)])
         if self.what_if is not None:
             self.children = [*self.children, self.what_if]
         on_change([self.loss_type], self._suit_bounds)
-        on_change([self.ratio, self.advantage, self.epsilon, self.epsilon_high, self.bounded, self.delta], self.redraw)
+        on_change([self.ratio, self.advantage, *bounds], self.redraw)
 
     def _suit_bounds(self) -> None:
         """Let only those bounds be moved that this loss type has; cispo's bounds the ratio itself."""
@@ -66,17 +58,33 @@ class LossPlayground(PictureBox):
             if cispo != (self.epsilon_high.value >= 1):
                 self.epsilon_high.value = CISPO_CAP if cispo else self.epsilon.value
 
-    @property
-    def settings(self) -> TokenSettings:
-        """What the controls say about the loss."""
-        delta = self.delta.value if self.bounded.value else None
-        return TokenSettings(self.loss_type.value, self.epsilon.value, self.epsilon_high.value, delta)
-
     def figures(self) -> list[LiveFigure]:
-        """Return the curves with the point where the sliders stand, whose `loss` and `push` are kept."""
+        """Return the curves with the point where the sliders stand, whose `loss` and `push` are kept.
+
+        A point beyond the axes is drawn at their edge; the value beside it stays true.
+        """
         self.delta.disabled = self.bounded.disabled or not self.bounded.value
+        loss_type, ratio, advantage = self.loss_type.value, self.ratio.value, self.advantage.value
+        epsilon, high, delta = self.epsilon.value, self.epsilon_high.value, self.delta.value
+        bounds = dict(epsilon=epsilon, epsilon_high=high, delta=delta if self.bounded.value else None)
+        free = (1 - epsilon, 1 + high) if loss_type in CLIPPED_LOSS_TYPES else (0.0, high)  # between the bounds
+        ratios = torch.tensor([*np.linspace(0.01, HIGHEST_RATIO, STEPS), ratio], dtype=torch.float64)
+        curves = [values.tolist() for values in loss_and_push(ratios, advantage, loss_type=loss_type, **bounds)]
+        self.loss, self.push = (curve.pop() for curve in curves)
+        right = ratio < 0.8 * HIGHEST_RATIO
         with self._live.redrawn() as panels:
-            self.loss, self.push = _draw_curves(panels, self.ratio.value, self.advantage.value, self.settings)
+            for axes, curve, value, sign in zip(panels, curves, (self.loss, self.push), (-1, 1), strict=True):
+                height = max(-HIGHEST, min(HIGHEST, value))
+                if not self.epsilon_high.disabled:
+                    axes.axvspan(free[0], min(free[1], HIGHEST_RATIO), facecolor=FAINT, alpha=0.45, lw=0)
+                axes.plot(ratios[:-1], sign * advantage * ratios[:-1], color=GREY, lw=1.2, ls=(0, (4, 3)))
+                axes.plot(ratios[:-1], curve, color=BLUE, lw=2.6)
+                axes.plot([ratio, ratio], [0, height], color=VERMILION, lw=1, ls=":")
+                axes.plot(ratio, height, marker="o", ms=9, color=VERMILION, mec="white", mew=1.2)
+                box = dict(facecolor="white", edgecolor="none", pad=1.5, alpha=0.85)
+                words = dict(color=VERMILION, weight="bold", fontsize=12, bbox=box, ha="left" if right else "right")
+                place = ratio + (0.08 if right else -0.08), height + (0.3 if height < 2.6 else -0.5)
+                axes.text(*place, signed(value), **words)
         return [self._live]
 
     def reading(self) -> list[str]:
@@ -101,32 +109,8 @@ def _empty_figure() -> Drawing:
     places = dict(left=0.045, right=0.985, top=0.83, bottom=0.15, wspace=0.12)
     panels = figure.subplots(1, 2, gridspec_kw=places)
     for axes, (title, note) in zip(panels, PANELS.items(), strict=True):
+        explain(axes, title, note)
         axes.set(xlim=(0, HIGHEST_RATIO), ylim=(-HIGHEST, HIGHEST), xlabel="ratio, new / old probability of the token")
         axes.axhline(0, color=INK, lw=0.8)
         axes.axvline(1, color=GREY, lw=0.8)
-        axes.set_title(title, pad=19)
-        axes.text(0, 1.03, note, transform=axes.transAxes, color=GREY, fontsize=9)
     return figure
-
-
-def _draw_curves(panels: Sequence[Axes], ratio: float, advantage: float, settings: TokenSettings) -> list[float]:
-    """Draw curve, line without a bound, range between the bounds and marked point; return the point's loss and push.
-
-    A point beyond the axes is drawn at their edge; the value beside it stays true.
-    """
-    ratios = torch.tensor([*np.linspace(0.01, HIGHEST_RATIO, STEPS), ratio], dtype=torch.float64)
-    curves = [values.tolist() for values in loss_and_push(ratios, advantage, settings)]
-    low, high = settings.open_range
-    right = ratio < 0.8 * HIGHEST_RATIO
-    for axes, (*curve, value), sign in zip(panels, curves, (-1, 1), strict=True):
-        places, height = ratios[:-1].tolist(), max(-HIGHEST, min(HIGHEST, value))
-        axes.axvspan(low, min(high, HIGHEST_RATIO), facecolor=FAINT, alpha=0.45, lw=0)
-        axes.plot(places, [sign * advantage * place for place in places], color=GREY, lw=1.2, ls=(0, (4, 3)))
-        axes.plot(places, curve, color=BLUE, lw=2.6)
-        axes.plot([ratio, ratio], [0, height], color=VERMILION, lw=1, ls=":")
-        axes.plot(ratio, height, marker="o", ms=9, color=VERMILION, mec="white", mew=1.2)
-        box = dict(facecolor="white", edgecolor="none", pad=1.5, alpha=0.85)
-        words = dict(color=VERMILION, weight="bold", fontsize=12, bbox=box, ha="left" if right else "right")
-        place = ratio + (0.08 if right else -0.08), height + (0.3 if height < 2.6 else -0.5)
-        axes.text(*place, signed(value), **words)
-    return [curve[-1] for curve in curves]

@@ -1,9 +1,8 @@
 """A widget that is also a picture: what readers see where nothing runs (GitHub, nbconvert, the HTML report).
 
 A notebook shows a widget in several forms, of which each reader takes the best that it knows: JupyterLab the live
-widget, all others the static twin, which is the same pictures. nbconvert prefers the live widget too, as long as the
-notebook holds its state; the committed notebooks and the report hold no state. At the end of this file stand the
-controls, each with the width and the label that it has everywhere.
+widget (nbconvert too, where the notebook holds its state; ours hold none), all others the static twin: the same
+pictures. At the end of this file stand the controls, each with the width and the label that it has everywhere.
 """
 
 import base64
@@ -23,33 +22,30 @@ from matplotlib.text import Text
 from PIL import Image
 
 from grpo_kit.show.fonts import use_fonts
-from grpo_kit.show.style import INK, PAPER, STYLE, Drawing, plain_text
+from grpo_kit.show.style import INK, PAPER, STYLE, Drawing, image_bytes, plain_text, styled
 
 DPI = 150  # of a live picture: sharp on a projector; its twin has 100
 BUDGET = 110_000  # bytes of a static twin, 147 kB as base64: a notebook with several widgets stays small
 QUALITIES = (90, 80, 70, 60, 50, 40, 30)
 MOST_WORDS = 2000  # characters of a paragraph and of an alt text
-WHOLE_LABEL = {"description_width": "initial"}  # as wide as its text
+PAGE = dict(width="100%", max_width="1140px")  # of what is as wide as the page
 DRAWING = threading.RLock()  # matplotlib's settings are shared by all threads
 
 
 class LiveFigure:
-    """A figure that follows a slider: its axes are drawn once, their content again and again by `redrawn`.
+    """A figure with fixed limits that follows a slider: what stays is drawn once, the rest again by `redrawn`.
 
     Drawing a whole figure takes some hundred milliseconds, too slow to drag by; what changes alone takes a tenth.
-
-    Args:
-        figure: with fixed limits, and everything that stays.
     """
 
+    @styled
     def __init__(self, figure: Drawing) -> None:
         self.figure = figure
         self._changing: list[Artist] = []
         self._canvas = FigureCanvasAgg(figure)
         figure.set_dpi(DPI)
-        with mpl.rc_context(STYLE):
-            use_fonts(figure.findobj(Text))
-            self._canvas.draw()
+        use_fonts(figure.findobj(Text))
+        self._canvas.draw()
         self._frame = self._canvas.copy_from_bbox(figure.bbox)
 
     @contextmanager
@@ -64,39 +60,34 @@ class LiveFigure:
         use_fonts(artist for artist in drawn if isinstance(artist, Text))
         self._changing = sorted(drawn, key=lambda artist: artist.zorder)
 
+    @styled
     def to_png(self, dpi: int = 100) -> bytes:
         """Return the figure as PNG bytes; quick at `DPI`, drawn whole at any other."""
         if dpi != DPI:
             return self.figure.to_png(dpi)
         self._canvas.restore_region(self._frame)
-        with mpl.rc_context(STYLE):
-            for artist in self._changing:
-                self.figure.draw_artist(artist)
-        pixels, stream = np.asarray(self._canvas.buffer_rgba())[..., :3], io.BytesIO()
-        Image.fromarray(pixels).save(stream, "PNG", compress_level=1)
-        return stream.getvalue()
+        for artist in self._changing:
+            self.figure.draw_artist(artist)
+        pixels = np.asarray(self._canvas.buffer_rgba())[..., :3]
+        return image_bytes(Image.fromarray(pixels), "PNG", compress_level=1)
 
 
 class PictureBox(ipywidgets.VBox):
-    """Controls, the pictures that they change, and below them what the pictures show in words.
+    """Controls, a number of pictures that they change, and below them what the pictures show in words.
 
     A subclass says what is drawn (`figures`) and what that shows (`reading`), and calls `redraw` after a change.
     JupyterLab may call a widget from two threads at once, one of which draws while the other waits.
-
-    Args:
-        controls: what stands above the pictures.
-        pictures: how many there are.
     """
 
-    _on_hold = False
+    _on_hold = True  # until the pictures are made
 
     def __init__(self, controls: Sequence[ipywidgets.Widget] = (), pictures: int = 1) -> None:
-        layout = dict(width="100%", max_width="1140px")
-        self.pictures = [ipywidgets.Image(format="png", layout=layout) for _ in range(pictures)]
+        self.pictures = [ipywidgets.Image(format="png", layout=PAGE) for _ in range(pictures)]
         self.words = ipywidgets.HTML(layout=dict(min_height="46px"))
         self._whole = ipywidgets.HTML(layout=dict(max_height="400px"))
-        self.folded = ipywidgets.Accordion([self._whole], titles=["as text"], layout=layout)
+        self.folded = ipywidgets.Accordion([self._whole], titles=["as text"], layout=PAGE)
         super().__init__([*controls, *self.pictures, self.words, self.folded])
+        self._on_hold = False
         self.redraw()
 
     def figures(self) -> Sequence[Drawing | LiveFigure]:
@@ -127,11 +118,11 @@ class PictureBox(ipywidgets.VBox):
     @contextmanager
     def drawn_once(self) -> Iterator[None]:
         """Change several controls, then draw once."""
-        self._on_hold = True
+        held, self._on_hold = self._on_hold, True
         try:
             yield
         finally:
-            self._on_hold = False
+            self._on_hold = held
         self.redraw()
 
     def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
@@ -172,21 +163,19 @@ def encode(figures: Sequence[Drawing | LiveFigure]) -> tuple[str, bytes]:
     for picture in pictures:
         stacked.paste(picture, (0, top))
         top += picture.height
-    for exact in (stacked, stacked.quantize(256, method=Image.Quantize.FASTOCTREE)):
-        content = _bytes(exact, "PNG", optimize=True)
-        if len(content) <= BUDGET:
-            return "image/png", content
-    for quality in QUALITIES:
-        content = _bytes(stacked, "JPEG", quality=quality, subsampling=0)
+    flat = stacked.quantize(256, method=Image.Quantize.FASTOCTREE)
+    forms = [(picture, "PNG", dict(optimize=True)) for picture in (stacked, flat)]
+    forms += [(stacked, "JPEG", dict(quality=quality, subsampling=0)) for quality in QUALITIES]
+    for picture, kind, settings in forms:
+        content = image_bytes(picture, kind, **settings)
         if len(content) <= BUDGET:
             break
-    return "image/jpeg", content
+    return f"image/{kind.lower()}", content
 
 
-def _bytes(picture: Image.Image, kind: str, **settings: object) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, kind, **settings)
-    return stream.getvalue()
+def look(name: str, width: str) -> dict[str, object]:
+    """Return what gives a control its whole label and its width."""
+    return dict(description=name, style={"description_width": "initial"}, layout=dict(width=width))
 
 
 def row(children: Iterable[ipywidgets.Widget]) -> ipywidgets.HBox:
@@ -201,17 +190,19 @@ def button(text: str, action: Callable[[], object], width: str = "auto") -> ipyw
     return made
 
 
+def steps(step: Callable[[int], object], *between: ipywidgets.Widget) -> ipywidgets.HBox:
+    """Return a row of controls between buttons that call `step` with −1 and 1."""
+    return row([button("‹ previous", lambda: step(-1)), *between, button("next ›", lambda: step(1))])
+
+
 def dropdown(name: str, options: Sequence, value: object, pixels: int) -> ipywidgets.Dropdown:
     """Return a list to choose from."""
-    return ipywidgets.Dropdown(
-        options=options, value=value, description=name, style=WHOLE_LABEL, layout=dict(width=f"{pixels}px")
-    )
+    return ipywidgets.Dropdown(options=options, value=value, **look(name, f"{pixels}px"))
 
 
 def slider(name: str, value: float, low: float, high: float, **settings: object) -> ipywidgets.FloatSlider:
     """Return a slider in steps of 0.01; `settings` are those of ipywidgets."""
-    usual = dict(step=0.01, style=WHOLE_LABEL, layout=dict(width="300px"))
-    return ipywidgets.FloatSlider(value=value, min=low, max=high, description=name, **usual | settings)
+    return ipywidgets.FloatSlider(value=value, min=low, max=high, **{"step": 0.01} | look(name, "300px") | settings)
 
 
 def on_change(controls: Iterable[ipywidgets.Widget], action: Callable[[], object]) -> None:

@@ -14,19 +14,19 @@ QUANTILE = 0.95  # of the sizes in a group: one outlier does not pale all the ot
 
 @dataclass(frozen=True)
 class Measure:
-    """A number a token: its names, the columns of a rollout that it needs, its colour."""
+    """A number a token, of its log-probability after the step and another one."""
 
     short: str
     name: str
-    columns: tuple[str, str]
+    other: str  # the column of a rollout with the other one
     floor: float  # sizes below it stay pale, however small all others are
     above: str  # the colour of values above the middle
 
 
 MEASURES = {
-    "change": Measure("change", "change of log-probability", ("new_logprobs", "old_logprobs"), 0.02, BLUE),
-    "ratio": Measure("ratio", "ratio, after / before the step", ("new_logprobs", "old_logprobs"), 0.02, BLUE),
-    "kl": Measure("KL", "KL from the reference (k3)", ("new_logprobs", "ref_logprobs"), 0.005, PURPLE),
+    "change": Measure("change", "change of log-probability", "old_logprobs", 0.02, BLUE),
+    "ratio": Measure("ratio", "ratio, after / before the step", "old_logprobs", 0.02, BLUE),
+    "kl": Measure("KL", "KL from the reference (k3)", "ref_logprobs", 0.005, PURPLE),
 }
 
 
@@ -42,19 +42,19 @@ class Token:
 
 
 def token_values(group: pd.DataFrame, measure: str) -> list[np.ndarray]:
-    """Return each sample's values, one a token.
+    """Return each sample's values, one a token, from rows of a rollout with the measure's columns.
 
-    Args:
-        group: rows of a rollout with the measure's columns.
-        measure: "change" is new − old log-probability, "ratio" its exponential, "kl" the k3 estimate of the KL
-            between the policy after the step and the reference.
+    "change" is new − old log-probability, "ratio" its exponential, "kl" the k3 estimate of the KL between the policy
+    after the step and the reference.
     """
-    new, other = ([torch.tensor(np.asarray(row, dtype=float)) for row in group[c]] for c in MEASURES[measure].columns)
-    pairs = zip(new, other, strict=True)
-    if measure == "kl":
-        return [kl_divergence(n, o, "k3").numpy() for n, o in pairs]
-    changes = [(n - o).numpy() for n, o in pairs]
-    return [np.exp(change) for change in changes] if measure == "ratio" else changes
+    compute = {
+        "change": lambda new, old: new - old,
+        "ratio": lambda new, old: (new - old).exp(),
+        "kl": lambda new, reference: kl_divergence(new, reference, "k3"),
+    }
+    columns = zip(group["new_logprobs"], group[MEASURES[measure].other], strict=True)
+    pairs = ((torch.tensor(np.asarray(row, float)) for row in rows) for rows in columns)
+    return [compute[measure](*pair).numpy() for pair in pairs]
 
 
 def tinted(
@@ -62,10 +62,8 @@ def tinted(
 ) -> tuple[list[list[Token]], float]:
     """Return each sample's tokens with their tints, and the size that has the full one: nearly the group's largest.
 
-    Args:
-        group: rows of a rollout.
-        measure: one of `MEASURES` whose columns the group has. A ratio's size is that of its logarithm.
-        clip: the lowest and highest ratio that is not clipped; only "ratio" marks what lies outside.
+    A ratio's size is that of its logarithm, and a ratio outside of `clip`, the lowest and the highest one that is not
+    clipped, is marked.
     """
     values = token_values(group, measure)
     sizes = [np.log(row) if measure == "ratio" else row for row in values]

@@ -6,13 +6,13 @@ from typing import get_args
 import ipywidgets
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from grpo_kit.config import TrainingSettings
+from grpo_kit.evaluation.table import number_text
+from grpo_kit.show.pushes import Pushes, recompute
 from grpo_kit.show.style import BLUE, GREY, INK, VERMILION, Drawing, styled
 from grpo_kit.show.widgets.kept_groups import GroupBox, ranges
-from grpo_kit.show.widgets.picture_box import WHOLE_LABEL, button, dropdown, on_change, row
-from grpo_kit.show.widgets.recorded_step import Pushes, recompute
+from grpo_kit.show.widgets.picture_box import button, dropdown, look, on_change, row
 
 CISPO_CAP = 5.0  # its authors' bound of the ratio; the other types' epsilon_high means 1 + that
 PRESETS = {
@@ -26,6 +26,12 @@ OPENING = PRESETS["Dr. GRPO"]  # what it opens with, so that its picture in a re
 CHOICES = ("loss_type", "scale_rewards", "baseline", "importance_sampling_level")
 SCALES = {"epsilon": (0.05, 0.1, 0.2, 0.3, 0.5), "beta": (0.0, 0.01, 0.04, 0.1, 0.5, 1.0)}
 LEGEND = "outline: as recorded · filled: with these settings · below each rewrite its reward and its tokens"
+OUTLINE = dict(facecolor="none", edgecolor=INK, lw=1.1, zorder=3)
+PANELS = {  # field of the pushes → title, factor
+    "advantages": ("advantage of each rewrite", 1),
+    "weights": ("weight of one of its tokens, in thousandths", 1000),
+    "shares": ("push on each rewrite, % of the whole step", 100),
+}
 
 
 class WhatIf(GroupBox):
@@ -34,7 +40,7 @@ class WhatIf(GroupBox):
     It opens with Dr. GRPO's settings beside the recorded ones.
 
     Raises:
-        KitError: there is no such rollout or group, or it was kept without log-probabilities.
+        KitError: there is no such rollout, or it was kept without log-probabilities.
     """
 
     def controls(self) -> list[ipywidgets.Widget]:
@@ -48,10 +54,9 @@ class WhatIf(GroupBox):
             value = OPENING.get(name, getattr(self.recorded, name))
             self.choices[name] = dropdown(name.replace("importance_sampling_", ""), options, value, 250)
         for name, options in SCALES.items():
-            recorded = getattr(self.recorded, name)
-            scale = dict(options=sorted({*options, recorded}), value=recorded, continuous_update=False)
-            look = dict(description=name, style=WHOLE_LABEL, layout=dict(width="250px"))
-            self.choices[name] = ipywidgets.SelectionSlider(**scale, **look)
+            value = getattr(self.recorded, name)
+            scale = dict(options=sorted({*options, value}), value=value, continuous_update=False)
+            self.choices[name] = ipywidgets.SelectionSlider(**scale, **look(name, "250px"))
         self.presets = [button(name, partial(self._choose, changes)) for name, changes in PRESETS.items()]
         on_change([self.moment, *self.choices.values()], self.redraw)
         return [row([self.iteration, self.prompt, self.moment]), row(self.presets), row(self.choices.values())]
@@ -101,46 +106,33 @@ class WhatIf(GroupBox):
         """Return one group's advantages, token weights and pushes, and every prompt's share of the step."""
         group = self.rollout[self.rollout["group_id"] == self.prompt.value]
         group = group.sort_values("reward", ascending=False, kind="stable")
-        recorded, other = self.pushes
+        samples = zip(group["reward"], group["completion_ids"], strict=True)
+        names = [f"{number_text(reward, '.2f')}\n{len(ids)}" for reward, ids in samples]
+        steps = self.pushes
         figure = Drawing(figsize=(11.4, 5.8), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
         title = f"iteration {self.iteration.value}, computed again with other settings"
         figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=13)
-        upper, lower = figure.subfigures(2, 1)  # apart, so that the prompts' names take no room above them
-        (advantages, weights), (pushes, prompts) = upper.subplots(1, 2), lower.subplots(1, 2)
-        for axes, title, scale, name in (
-            (advantages, "advantage of each rewrite", 1, "advantages"),
-            (weights, "weight of one of its tokens, in thousandths", 1000, "weights"),
-            (pushes, "push on each rewrite, % of the whole step", 100, "shares"),
-        ):
+        halves = figure.subfigures(2, 1)  # apart, so that the prompts' names take no room above them
+        *panels, prompts = (axes for half in halves for axes in half.subplots(1, 2))
+        for axes, (name, (title, factor)) in zip(panels, PANELS.items(), strict=True):
+            recorded, other = (factor * getattr(step, name)[group.index] for step in steps)
+            places = np.arange(len(group))
+            axes.bar(places, recorded, width=0.82, **OUTLINE)
+            signs = dict(color=np.where(other < 0, VERMILION, BLUE), hatch=np.where(other < 0, "////", ""))
+            axes.bar(places, other, width=0.5, edgecolor="white", lw=0.5, zorder=2, **signs)
+            axes.set_xticks(places, names)
+            axes.axhline(0, color=INK, lw=0.8)
+            axes.margins(x=0.03, y=0.08)
             axes.set_title(title)
-            _draw_pairs(axes, group, *(scale * getattr(step, name)[group.index] for step in (recorded, other)))
-        self._draw_prompts(prompts, recorded, other)
+        shares = [100 * self._prompt_shares(step) for step in steps]
+        places = np.arange(len(shares[0]))[::-1]
+        colours = [BLUE if number == self.prompt.value else GREY for number in shares[0].index]
+        prompts.barh(places, shares[0], height=0.82, **OUTLINE)
+        prompts.barh(places, shares[1], height=0.5, color=colours, zorder=2)
+        prompts.set_yticks(places, [self.name_of(number, 30) for number in shares[0].index])
+        prompts.set_title("each prompt's share, %")
+        prompts.grid(True, axis="x")
+        prompts.grid(False, axis="y")
         figure.supxlabel(LEGEND, fontsize=9.5, color=GREY)
         return [figure]
-
-    def _draw_prompts(self, axes: Axes, recorded: Pushes, other: Pushes) -> None:
-        before, after = (100 * self._prompt_shares(pushes) for pushes in (recorded, other))
-        places = np.arange(len(before))[::-1]
-        colours = [BLUE if group == self.prompt.value else GREY for group in before.index]
-        axes.barh(places, before, height=0.82, facecolor="none", edgecolor=INK, lw=1.1, zorder=3)
-        axes.barh(places, after, height=0.5, color=colours, zorder=2)
-        axes.set_yticks(places, [self.name_of(group, 30) for group in before.index])
-        axes.set_title("each prompt's share, %")
-        axes.grid(True, axis="x")
-        axes.grid(False, axis="y")
-
-
-def _draw_pairs(axes: Axes, group: pd.DataFrame, recorded: np.ndarray, other: np.ndarray) -> None:
-    """Draw two bars a sample: the recorded one an outline, the other one filled by its sign."""
-    places = np.arange(len(group))
-    axes.bar(places, recorded, width=0.82, facecolor="none", edgecolor=INK, lw=1.1, zorder=3)
-    colours = [VERMILION if value < 0 else BLUE for value in other]
-    bars = axes.bar(places, other, width=0.5, color=colours, edgecolor="white", lw=0.5, zorder=2)
-    for bar, value in zip(bars, other, strict=True):
-        bar.set_hatch("////" if value < 0 else None)
-    rewards = [f"{reward:.2f}" if reward == reward else "–" for reward in group["reward"]]
-    lengths = group["completion_ids"].map(len)
-    axes.set_xticks(places, [f"{reward}\n{count}" for reward, count in zip(rewards, lengths, strict=True)])
-    axes.axhline(0, color=INK, lw=0.8)
-    axes.margins(x=0.03, y=0.08)

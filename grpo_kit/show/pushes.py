@@ -1,4 +1,4 @@
-"""What would the step have done under other settings? A recorded rollout put through advantages and loss again."""
+"""What a loss pushes at: minus its gradient by log-probabilities, for a single token and for a recorded step."""
 
 from dataclasses import dataclass
 from inspect import signature
@@ -12,16 +12,29 @@ from grpo_kit.config import KitError, TrainingSettings
 from grpo_kit.grpo import group_advantages, grpo_loss, token_weights
 from grpo_kit.rewards.bad_rewards import usable_rewards
 
+OLD_PROBABILITY = 0.25  # of a single token when it was sampled: so that a ratio of 3 is still a probability
 NEEDED = ("completion_ids", "old_logprobs", "ref_logprobs", "new_logprobs")
 LOSS_SETTINGS = [name for name in signature(grpo_loss).parameters if name in TrainingSettings.model_fields]
 
 
+def loss_and_push(ratios: torch.Tensor, advantage: float, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one token's loss at each ratio, and the push on its log-probability there.
+
+    Both come from `grpo_loss`, which takes the settings, and autograd: every ratio (K,), new over old probability, is a
+    row with one token and weight 1. The gradient with respect to the weights is each row's own loss.
+    """
+    old = torch.full((len(ratios), 1), OLD_PROBABILITY, dtype=ratios.dtype).log()
+    logprobs = (old + ratios.unsqueeze(1).log()).requires_grad_()
+    weights = torch.ones_like(old).requires_grad_()
+    sampled = torch.full_like(ratios, advantage), torch.ones_like(old, dtype=torch.bool)
+    output = grpo_loss(logprobs, *sampled, old_logprobs=old, weights=weights, **settings)
+    gradient, losses = torch.autograd.grad(output.loss, [logprobs, weights])
+    return losses.flatten(), -gradient.flatten()
+
+
 @dataclass(frozen=True)
 class Pushes:
-    """What a step does to each of N samples: advantage, weight of one of its tokens, and push on its log-probability.
-
-    The push is minus the gradient of the loss, added up over the sample's tokens.
-    """
+    """What a step does to each of N samples: advantage, weight of one of its tokens, and the push on all of them."""
 
     advantages: np.ndarray
     weights: np.ndarray
@@ -41,14 +54,11 @@ class Pushes:
 def recompute(
     rollout: pd.DataFrame, settings: TrainingSettings, max_new_tokens: int | None = None, after: bool = False
 ) -> Pushes:
-    """Compute advantages, weights and pushes of a whole recorded rollout.
+    """Compute advantages, weights and pushes of a whole recorded rollout, as other settings would have had them.
 
-    Args:
-        rollout: all rows of an iteration: a batch's weights and standard deviation need them all.
-        settings: what to compute with; only what turns rewards into a gradient is read.
-        max_new_tokens: the longest rewrite that was allowed, which "dr_grpo" divides by.
-        after: where the policy stands. False: at the start of the step, where every ratio is 1. True: after the
-            recorded step, where ratios differ and the clip may hold.
+    The rollout holds all rows of an iteration, since a batch's weights and standard deviation need them. The policy
+    stands at the start of the step, where every ratio is 1, or `after` it, where ratios differ and the clip may hold.
+    "dr_grpo" divides by `max_new_tokens`, the longest rewrite that was allowed.
 
     Raises:
         KitError: the rollout was kept without its tokens' log-probabilities.
