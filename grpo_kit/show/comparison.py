@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,25 +16,25 @@ from grpo_kit.show.intervals import interval_figure
 from grpo_kit.show.pages import figure_uri, write_page
 from grpo_kit.show.style import aligned, plain_text
 
-Row = tuple[str, list[str]]
+Row = list[str]  # a label, then the cells
 
 
-def settings_rows(pools: Sequence[pooling.Pool]) -> tuple[list[str], list[Row]]:
+def settings_rows(pools: Sequence[pooling.Pool]) -> list[Row]:
     """Return the settings that differ as a table: header, then a row a pool."""
     differing = pooling.differing_settings(pools)
-    header = [*(name.split(".")[-1] for name in differing), "seeds", "iterations", "s an iteration", "minutes"]
-    rows = []
+    names = [name.split(".")[-1] for name in differing]
+    rows = [["", *names, "seeds", "iterations", "s an iteration", "minutes"]]
     for number, pool in enumerate(pools):
-        cells = [pooling.value_text(values[number]) for values in differing.values()]
+        row = [pool.label, *(pooling.value_text(values[number]) for values in differing.values())]
         done = sorted({run.iterations for run in pool.runs})
         iterations = f"{done[0]}" if len(done) == 1 else f"{done[0]}–{done[-1]}"
         asked = pool.settings.get("training_settings.num_iterations")
         if asked is not None and done[0] < asked:
             iterations += f" of {asked}"
-        cells += [", ".join(map(pooling.value_text, pool.seeds)), iterations]
-        cells += [number_text(pool.seconds_an_iteration, ".2f"), number_text(pool.seconds and pool.seconds / 60, ".1f")]
-        rows.append((pool.label, cells))
-    return header, rows
+        row += [", ".join(map(pooling.value_text, pool.seeds)), iterations]
+        row += [number_text(pool.seconds_an_iteration, ".2f"), number_text(pool.seconds and pool.seconds / 60, ".1f")]
+        rows.append(row)
+    return rows
 
 
 def final_rows(pools: Sequence[pooling.Pool]) -> tuple[list[str], list[tuple[str, list[Row]]]]:
@@ -52,7 +52,7 @@ def final_rows(pools: Sequence[pooling.Pool]) -> tuple[list[str], list[tuple[str
                 if any(found):
                     signed = kind == "differences"
                     cells = [interval_text(m, value, signed) for m, value in zip(measured, found, strict=True)]
-                    lines.append((VARIANT_NAMES.get(name, name.replace("-", " − ")), cells))
+                    lines.append([VARIANT_NAMES.get(name, name.replace("-", " − ")), *cells])
         seeds = f"{len(pool.runs)} seeds, intervals over seeds" if pool.over_seeds else "1 run, intervals over prompts"
         judged = seeds if any(run.results for run in pool.runs) else "not evaluated"
         body.append((f"{pool.label} ({judged})", lines))
@@ -64,7 +64,7 @@ def against_rows(pools: Sequence[pooling.Pool]) -> list[Row]:
     found = {metric: pooling.against_first(pools, metric) for metric in pooling.METRICS}
     labels = dict.fromkeys(label for values in found.values() for label in values)
     return [
-        (label, [interval_text(metric, values.get(label), signed=True) for metric, values in found.items()])
+        [label, *(interval_text(metric, values.get(label), signed=True) for metric, values in found.items())]
         for label in labels
     ]
 
@@ -93,7 +93,6 @@ def cautions(pools: Sequence[pooling.Pool]) -> list[str]:
 
 def runs_text(pools: Sequence[pooling.Pool]) -> str:
     """Return the whole comparison as plain text for a terminal."""
-    header, rows = settings_rows(pools)
     blocks, differing = [], pooling.differing_settings(pools)
     wide = len(differing)  # those columns stand in the labels, or in lines of their own
     if differing:
@@ -101,26 +100,24 @@ def runs_text(pools: Sequence[pooling.Pool]) -> str:
         named = [pool.label for pool in pools] in (texts, pooling.setting_texts(differing, changes_only=True))
         settings = [f"{pool.label}: {text}" for pool, text in zip(pools, texts, strict=True)]
         blocks.append(settings[:1] if named else settings)
-    blocks.append(aligned([["", *header[wide:]], *([label, *cells[wide:]] for label, cells in rows)]))
+    blocks.append(aligned([row[:1] + row[1 + wide :] for row in settings_rows(pools)]))
     metrics, body = final_rows(pools)
-    lines = [[f"  {name}", *cells] for _, block in body for name, cells in block]
+    lines = [[f"  {name}", *cells] for _, block in body for name, *cells in block]
     if lines:
-        heading, *rest = aligned([["mean [95 % interval]", *metrics], *lines])
-        shown = iter(rest)
-        titled = ([title, *islice(shown, len(block))] for title, block in body)
-        blocks.append([heading, *chain.from_iterable(titled)])
+        table = iter(aligned([["mean [95 % interval]", *metrics], *lines]))
+        blocks.append([next(table)])
+        for title, block in body:
+            blocks[-1] += [title, *islice(table, len(block))]
     against = against_rows(pools)
     if against:
-        table = [[f"trained policy, minus {pools[0].label}", *map(metric_name, pooling.METRICS)]]
-        table += [[label, *cells] for label, cells in against]
-        blocks.append([*aligned(table), "(paired by seed, interval over seeds)"])
+        heading = [f"trained policy, minus {pools[0].label}", *map(metric_name, pooling.METRICS)]
+        blocks.append([*aligned([heading, *against]), "(paired by seed, interval over seeds)"])
     return "\n\n".join(["\n".join(block) for block in blocks] + cautions(pools))
 
 
 def write_comparison(pools: Sequence[pooling.Pool], path: Path) -> Path:
     """Write the comparison as the page `path`, each run with a link to its own page where it has one."""
     metrics, final = final_rows(pools)
-    header, settings = settings_rows(pools)
     curves = pooling.curves_table(pools)
     finals = {}  # each pool's trained policy on the held-out prompts, a panel a metric
     for metric in pooling.METRICS:
@@ -132,7 +129,7 @@ def write_comparison(pools: Sequence[pooling.Pool], path: Path) -> Path:
         "comparison.html.j2",
         title=f"{sum(len(pool.runs) for pool in pools)} runs of {len(pools)} settings",
         cautions=cautions(pools),
-        settings={"header": header, "rows": settings},
+        settings=settings_rows(pools),
         final={"metrics": metrics, "pools": final},
         against={"first": pools[0].label, "metrics": [*map(metric_name, pooling.METRICS)], "rows": against_rows(pools)},
         charts={

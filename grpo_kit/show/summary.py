@@ -41,9 +41,15 @@ def headline(results: Mapping) -> str:
 
 def paragraph(record: RunRecord) -> str:
     """Return the run in a few sentences whose figures come from its files."""
-    results = record.results
+    results, training = record.results, record.config.get("training_settings", {})
     change = results.get("differences", {}).get("trained-raw")
-    sentences = [_training_sentence(record), _reward_hacking_sentence(record.sentinel)]
+    trained = f"The policy was trained for {record.iterations} iterations"
+    if {"prompts_per_iteration", "group_size"} <= set(training):
+        trained += f" of {training['prompts_per_iteration']} prompts × {training['group_size']} rewrites"
+    if "step_time" in record.metrics:
+        trained += f" in {record.metrics['step_time'].sum() / 60:.1f} minutes"
+    sentences = [f"{trained}." if record.iterations else "No iteration has been logged yet."]
+    sentences.append(_reward_hacking_sentence(record.sentinel))
     if change is not None:
         count, seeds = results["num_prompts"], results["seeds_per_prompt"]
         sentences.append(f"It was judged on {count} held-out prompts, {seeds} images each.")
@@ -61,18 +67,6 @@ def paragraph(record: RunRecord) -> str:
     if better is not None:
         sentences.append(f"{percent(better)} of the prompts score better than before.")
     return " ".join(filter(None, sentences))
-
-
-def _training_sentence(record: RunRecord) -> str:
-    if not record.iterations:
-        return "No iteration has been logged yet."
-    training = record.config.get("training_settings", {})
-    size = time = ""
-    if {"prompts_per_iteration", "group_size"} <= set(training):
-        size = f" of {training['prompts_per_iteration']} prompts × {training['group_size']} rewrites"
-    if "step_time" in record.metrics:
-        time = f" in {record.metrics['step_time'].sum() / 60:.1f} minutes"
-    return f"The policy was trained for {record.iterations} iterations{size}{time}."
 
 
 def _reward_hacking_sentence(sentinel: Mapping) -> str:

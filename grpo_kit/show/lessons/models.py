@@ -1,6 +1,6 @@
 """Figures of the lessons on prompts, policy and generator (notebooks 01 to 03)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -101,34 +101,26 @@ def token_figure(rows: Sequence[Sequence[str]], probabilities: Sequence[Sequence
     found = [(len(row), len(chances)) for row, chances in zip(rows, probabilities, strict=False)]
     if not rows or len(rows) != len(probabilities) or any(a != b for a, b in found):
         raise KitError(f"token_figure: found {found} tokens and probabilities, allowed: one each. Pass equal lengths.")
-    placed = [list(_placed(row, chances)) for row, chances in zip(rows, probabilities, strict=True)]
-    heights = [1 + max(line for *_, line in row) for row in placed]
-    width, height = _TOKEN_CHARACTERS * _CHARACTER + 0.3, 0.62 * sum(heights) + 0.16 * len(rows)
-    figure = style.Drawing(figsize=(width, height))
+    figure = style.Drawing()
     axes = style.bare(figure.add_axes((0, 0, 1, 1)))
-    axes.set(xlim=(-0.15, width - 0.15), ylim=(-height, 0))
-    top = 0.0
-    middle = dict(ha="center", va="center", family="DejaVu Sans Mono")
     box = dict(boxstyle="round,pad=0,rounding_size=0.05", edgecolor=style.GREY, lw=0.7)
-    for row, lines in zip(placed, heights, strict=True):
-        for text, chance, column, line in row:
-            x, y, size = column * _CHARACTER, -(top + 0.62 * line), (max(len(text), 3) + 1.0) * _CHARACTER
-            face = _TINT(1.0 - min(max(chance, 0.0), 1.0))
-            axes.add_patch(FancyBboxPatch((x, y - 0.33), size, 0.27, facecolor=face, **box))
-            axes.text(x + size / 2, y - 0.2, text, fontsize=10, **middle)
+    middle = dict(ha="center", va="center", family="DejaVu Sans Mono")
+    height = 0.0
+    for row, chances in zip(rows, probabilities, strict=True):
+        column = 0.0
+        for token, chance in zip(row, map(float, chances), strict=True):
+            text = style.plain_text(token.replace("\n", "↵"), 24).strip() or "␣"
+            size = max(len(text), 3) + 1.0
+            if column and column + size + 0.6 > _TOKEN_CHARACTERS:
+                column, height = 2.0, height + 0.62  # the next line, indented, since it continues the one above
+            x, width, face = column * _CHARACTER, size * _CHARACTER, _TINT(1.0 - min(max(chance, 0.0), 1.0))
+            axes.add_patch(FancyBboxPatch((x, -height - 0.33), width, 0.27, facecolor=face, **box))
+            axes.text(x + width / 2, -height - 0.2, text, fontsize=10, **middle)
             written = f"{chance:.2f}" if chance >= 0.005 or chance == 0 else "<.01"  # a small one is not zero
-            axes.text(x + size / 2, y - 0.45, written, fontsize=8, color=style.GREY, **middle)
-        top += 0.62 * lines + 0.16
+            axes.text(x + width / 2, -height - 0.45, written, fontsize=8, color=style.GREY, **middle)
+            column += size + 0.6
+        height += 0.62 + 0.16
+    width = _TOKEN_CHARACTERS * _CHARACTER + 0.3
+    figure.set_size_inches(width, height)
+    axes.set(xlim=(-0.15, width - 0.15), ylim=(-height, 0))
     return figure
-
-
-def _placed(row: Sequence[str], chances: Sequence[float]) -> Iterator[tuple[str, float, float, int]]:
-    """Each token's text, probability, column and line; a token that does not fit begins the next line."""
-    column, line = 0.0, 0
-    for token, chance in zip(row, chances, strict=True):
-        text = style.plain_text(token.replace("\n", "↵"), 24).strip() or "␣"
-        size = max(len(text), 3) + 1.6
-        if column and column + size > _TOKEN_CHARACTERS:
-            column, line = 2.0, line + 1  # indented, since it continues the line above
-        yield text, float(chance), column, line
-        column += size

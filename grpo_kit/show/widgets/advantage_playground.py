@@ -72,11 +72,6 @@ class AdvantagePlayground(PictureBox):
             for control, value in zip(self.sliders, values, strict=False):
                 control.value = value
 
-    @property
-    def advantages(self) -> dict[str, list[float]]:
-        """The group's advantages by definition: "group", "batch", "none", "leave_one_out"."""
-        return {name: values[: self.size.value] for name, values in advantages_of(self.rewards).items()}
-
     def figures(self) -> list[LiveFigure]:
         """Return the bars as the sliders stand, and show only the sliders of this group's size."""
         for number, control in enumerate(self.sliders):
@@ -90,8 +85,23 @@ class AdvantagePlayground(PictureBox):
         return [self._live]
 
     def reading(self) -> list[str]:
-        """Say what happens to these rewards."""
-        return [reading(self.rewards)]
+        """Say in words what happens to these rewards; every number is computed from them."""
+        rewards, both = self.rewards, advantages_of(self.rewards)
+        apart = max(rewards) - min(rewards)
+        if apart == 0:
+            return ["All rewards are equal: every advantage is exactly 0, and this group teaches nothing."]
+        divided, plain = (_strongest(both[name][: len(rewards)]) for name in ("group", "none"))
+        text = f"The rewards lie {apart:.3f} apart. Divided by their standard deviation, the strongest advantage is "
+        text += f"{signed(divided)}; not divided, it is {signed(plain, 4)}."
+        if len(rewards) == 2:
+            wider = _strongest(advantages_of([1.0, 0.0])["group"][:2])
+            text += f" With two rewards the gap cancels: rewards 1.000 apart would give ±{wider:.2f}."
+        elif apart < SMALL:
+            times = abs(divided / plain)
+            text += f" A difference this small may be noise, and the division makes it {times:.0f} times as large."
+        second = signed(_strongest(both["batch"][len(rewards) :]))
+        text += f" Divided by the batch's standard deviation, the second group's strongest advantage is {second}, "
+        return [text + "which moves with your rewards."]
 
 
 def advantages_of(rewards: Sequence[float]) -> dict[str, list[float]]:
@@ -99,25 +109,6 @@ def advantages_of(rewards: Sequence[float]) -> dict[str, list[float]]:
     both = torch.tensor([*rewards, *SECOND_GROUP], dtype=torch.float64)
     groups = torch.tensor([0] * len(rewards) + [1] * len(SECOND_GROUP))
     return {name: group_advantages(both, groups, **how).tolist() for name, (_, _, how) in DEFINITIONS.items()}
-
-
-def reading(rewards: Sequence[float]) -> str:
-    """Say in words what happens to these rewards; every number is computed from them."""
-    apart, both = max(rewards) - min(rewards), advantages_of(rewards)
-    if apart == 0:
-        return "All rewards are equal: every advantage is exactly 0, and this group teaches nothing."
-    divided, plain = (_strongest(both[name][: len(rewards)]) for name in ("group", "none"))
-    text = f"The rewards lie {apart:.3f} apart. Divided by their standard deviation, the strongest advantage is "
-    text += f"{signed(divided)}; not divided, it is {signed(plain, 4)}."
-    if len(rewards) == 2:
-        wider = _strongest(advantages_of([1.0, 0.0])["group"][:2])
-        text += f" With two rewards the gap cancels: rewards 1.000 apart would give ±{wider:.2f}."
-    elif apart < SMALL:
-        times = abs(divided / plain)
-        text += f" A difference this small may be noise, and the division makes it {times:.0f} times as large."
-    second = signed(_strongest(both["batch"][len(rewards) :]))
-    text += f" Divided by the batch's standard deviation, the second group's strongest advantage is {second}, which "
-    return text + "moves with your rewards."
 
 
 def _strongest(values: Sequence[float]) -> float:

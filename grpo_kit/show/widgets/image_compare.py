@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, format_metric
-from grpo_kit.runs.record import RunRecord
+from grpo_kit.evaluation.pairs import VARIANTS
+from grpo_kit.evaluation.table import VARIANT_NAMES, format_metric
+from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.style import VARIANT_COLOURS, Drawing, plain_text, score_text
 from grpo_kit.show.widgets.cards import Card, card_sheet
-from grpo_kit.show.widgets.kept_groups import open_run
 from grpo_kit.show.widgets.picture_box import PictureBox, dropdown, on_change, steps
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class ImageCompare(PictureBox):
 
     def __init__(self, run: "RunRecord | Path | str | EvalResult") -> None:
         if isinstance(run, (RunRecord, Path, str)):
-            run = open_run(run)
+            run = run if isinstance(run, RunRecord) else read_run(run)
             if run.evaluation.empty:
                 how = "Evaluate it first: gk.evaluate(kit, run_dir=...)."
                 raise KitError(f"run {run.path}: found no evaluation. {how}")

@@ -26,7 +26,7 @@ class GroupBox(PictureBox):
     """
 
     def __init__(self, run: RunRecord | Path | str, iteration: int | None = None) -> None:
-        self.record = open_run(run)
+        self.record = run if isinstance(run, RunRecord) else read_run(run)
         kept = self.record.rollout_iterations
         if not kept:
             how = "Train at least one iteration, or choose another run."
@@ -55,11 +55,6 @@ class GroupBox(PictureBox):
     def name_of(self, group: int, limit: int = 400) -> str:
         """Return what the user asked for in a group, as plain text."""
         return plain_text(self.rollout.loc[self.rollout["group_id"] == group, "user_prompt"].iloc[0], limit)
-
-
-def open_run(run: RunRecord | Path | str) -> RunRecord:
-    """Return the record of a run given as a record or as its folder."""
-    return run if isinstance(run, RunRecord) else read_run(run)
 
 
 def ranges(rollout: pd.DataFrame) -> pd.Series:
