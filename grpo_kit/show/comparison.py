@@ -152,11 +152,7 @@ def _run_link(run: RunRecord, folder: Path) -> dict[str, str | None]:
 
 
 def print_comparison(folders: Sequence[Path], page: Path, tables: Path | None = None) -> None:
-    """Print runs side by side, write the page that compares them, and into the folder `tables` their figures.
-
-    Raises:
-        KitError: the page's path is a folder, or that of the tables a file.
-    """
+    """Print runs side by side; write their page, a file, and their tables, in a folder: another place is a `KitError`."""
     if page.is_dir():
         raise KitError(f"--html {page}: a folder. Name a file in it")
     if tables is not None and tables.is_file():

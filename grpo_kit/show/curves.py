@@ -51,10 +51,7 @@ def curve_figure(
 ) -> style.Drawing:
     """Draw curves with their points marked and their names at their ends, a panel beside the other.
 
-    `panels` is title → name → (x, y). With `log_x` the ticks of x are the points themselves.
-
-    Raises:
-        KitError: a panel has no curve, or more than can be named.
+    `panels` is title → name → (x, y), 1 to 4 curves each, else a `KitError`; with `log_x` the points are the ticks.
     """
     counts = [len(curves) for curves in panels.values()]
     if not counts or min(counts) < 1 or max(counts) > MOST_NAMED:
@@ -98,11 +95,8 @@ def training_curves(
     """Draw what training logged: each iteration faint, a moving average strong, held-out validations as points.
 
     Metrics, validations and sentinel are what the files of a run hold; `panels` are columns of metrics.jsonl, of which
-    those that were not logged are left out. The score that the sentinel judges by is drawn too, and a divergence is
-    marked by a line in every panel.
-
-    Raises:
-        KitError: none of the columns was logged.
+    those that were not logged are left out (none at all is a `KitError`). The score that the sentinel judges by is
+    drawn too, and a divergence is marked by a line in every panel.
     """
     judged = f"rewards/{(sentinel or {}).get('held_out')}/mean"
     wanted = dict.fromkeys((*panels[:1], judged, *panels[1:]) if judged not in panels else panels)
@@ -151,10 +145,8 @@ def _draw_logged(axes: Axes, values: pd.Series, validations: Sequence[Mapping], 
 def seeds_figure(curves: pd.DataFrame) -> style.Drawing:
     """Draw training curves of several settings: moving averages of each seed faint, of a setting's mean strong.
 
-    `curves` has a row for each (setting, seed, iteration), and any of the columns reward, gold and kl.
-
-    Raises:
-        KitError: there is nothing to draw, or more settings than can be told apart.
+    `curves` has a row for each (setting, seed, iteration), and any of the columns reward, gold and kl; a `KitError`
+    where there is nothing to draw, or more settings than can be told apart.
     """
     drawn = [name for name in ("reward", "gold", "kl") if name in curves and curves[name].notna().any()]
     settings = curves["setting"].unique() if drawn else []

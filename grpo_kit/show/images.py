@@ -34,11 +34,7 @@ def show_image(axes: Axes, image: Image.Image | None, below: str = "", advantage
 def image_grid(
     images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 6, size: float = 1.7
 ) -> style.Drawing:
-    """Draw images of `size` inches in a grid, each with its caption below where there are captions.
-
-    Raises:
-        KitError: there is no image, or there are captions for other than every image.
-    """
+    """Draw images of `size` inches in a grid, with a caption for each or none at all, else a `KitError`."""
     if not images or len(captions) not in (0, len(images)):
         raise KitError(f"image_grid: found {len(images)} images and {len(captions)} captions. Give a caption for each.")
     columns = min(columns, len(images))
@@ -58,12 +54,9 @@ def group_figure(
     advantages: Sequence[float],
     prompt: str,
 ) -> style.Drawing:
-    """Draw a group, one of each a sample, best reward first: each image framed by its advantage.
+    """Draw a group, one of each a sample (else a `KitError`), best reward first: each image framed by its advantage.
 
     Above the group's mean the frame is blue and solid, below it orange and dashed; the thicker, the further away.
-
-    Raises:
-        KitError: the four do not have the same length, or the group is empty.
     """
     sizes = {len(images), len(texts), len(rewards), len(advantages)}
     if len(sizes) != 1 or 0 in sizes:
@@ -89,10 +82,8 @@ def gallery_figure(
 ) -> style.Drawing:
     """Draw before and after: a row a case (prompt_id, seed), a column a variant, all from that case's latent seed.
 
-    `rows` are an evaluation's (prompt_id, variant, seed, text, reward, gold), `images` its pictures.
-
-    Raises:
-        KitError: the rows hold none of these cases.
+    `rows` are an evaluation's (prompt_id, variant, seed, text, reward, gold), `images` its pictures; a `KitError` where
+    the rows hold none of these cases.
     """
     table = rows.set_index(["prompt_id", "seed", "variant"]).sort_index()
     cases = [case for case in cases if case in table.index]

@@ -44,11 +44,9 @@ def name_rows(axes: Axes, names: Sequence[str], width: int = 40, lines: int = 1,
 def interval_figure(panels: Panels, zero_line: bool = False) -> style.Drawing:
     """Draw means with their intervals, a row a thing: panels stand side by side, several series share each row.
 
-    `panels` is title → series → row → {"mean", "low", "high"}. The rows are those of the first panel and stand in its
-    order, from the top; a series named "" has no entry in the key. `zero_line` marks 0, for differences.
-
-    Raises:
-        KitError: there is nothing to draw, or more series than can share a row.
+    `panels` is title → series → row → {"mean", "low", "high"}; none, or more than 4 series, is a `KitError`. The rows
+    are those of the first panel and stand in its order, from the top; a series named "" has no entry in the key.
+    `zero_line` marks 0, for differences.
     """
     first = next(iter(panels.values()), {})
     rows = list(dict.fromkeys(row for intervals in first.values() for row in intervals))
@@ -74,10 +72,9 @@ def interval_figure(panels: Panels, zero_line: bool = False) -> style.Drawing:
 
 @style.styled
 def comparison_plot(results: Mapping) -> style.Drawing:
-    """Draw final_results.json: each variant's mean with its interval, and below it the paired differences against zero.
+    """Draw each variant's mean with its interval, and below it the paired differences against zero.
 
-    Raises:
-        KitError: the results hold neither reward nor gold check.
+    A `KitError` where final_results.json holds neither reward nor gold check.
     """
     found, changes = results.get("variants", {}), results.get("differences", {})
     measured = [m for m in MAIN if any(m in values for values in found.values())]
@@ -108,8 +105,7 @@ def comparison_plot(results: Mapping) -> style.Drawing:
 def category_plot(results: Mapping) -> style.Drawing:
     """Draw the way from the raw prompt to the trained policy in each category, and where the oracle stands.
 
-    Raises:
-        KitError: final_results.json holds no categories with reward or gold check.
+    A `KitError` where final_results.json holds no categories with reward or gold check.
     """
     categories = dict(sorted(results.get("by_category", {}).items()))
     measured = [m for m in MAIN if any(m in values.get("trained", {}) for values in categories.values())]

@@ -57,8 +57,7 @@ Pair = tuple[float, float]
 def loop_figure(highlight: int | Sequence[int] = ()) -> Drawing:
     """Draw the loop, with a stage or several highlighted by their numbers from 1; none shows all in full colour.
 
-    Raises:
-        KitError: there is no such stage.
+    A `KitError` where there is no such stage.
     """
     stages = dict(enumerate(STAGES, start=1))
     chosen = [highlight] if isinstance(highlight, int) else highlight

@@ -136,10 +136,8 @@ def share_pages(run_dir: Path, folder: Path) -> list[Path]:
     """Copy a run's `index.html` and the pages of its notebooks, and return what was written.
 
     Pictures become WebP where that is smaller, drawings are rounded to a hundredth of a point. The text stays, but for
-    the places of run and project on this machine, which concern nobody else. Pages that are in `folder` are replaced.
-
-    Raises:
-        KitError: the run has no report, or `folder` is the run's own.
+    the places of run and project on this machine, which concern nobody else. Pages that are in `folder` are replaced; a
+    `KitError` where it is the run's own, or the run has no report.
     """
     run_dir, folder = Path(run_dir), Path(folder)
     if not (run_dir / "index.html").is_file():

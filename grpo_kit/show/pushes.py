@@ -56,12 +56,10 @@ def recompute(
 ) -> Pushes:
     """Compute advantages, weights and pushes of a whole recorded rollout, as other settings would have had them.
 
-    The rollout holds all rows of an iteration, since a batch's weights and standard deviation need them. The policy
-    stands at the start of the step, where every ratio is 1, or `after` it, where ratios differ and the clip may hold.
-    "dr_grpo" divides by `max_new_tokens`, the longest rewrite that was allowed.
-
-    Raises:
-        KitError: the rollout was kept without its tokens' log-probabilities.
+    The rollout holds all rows of an iteration, since a batch's weights and standard deviation need them; a `KitError`
+    where it was kept without log-probabilities. The policy stands at the start of the step, where every ratio is 1, or
+    `after` it, where ratios differ and the clip may hold. "dr_grpo" divides by `max_new_tokens`, the longest rewrite
+    that was allowed.
     """
     missing = [name for name in NEEDED if name not in rollout]
     if missing:

@@ -25,10 +25,7 @@ CASES, LOSSES = 8, 3
 def write_report(run_dir: Path) -> Path:
     """Write `index.html` into a run folder, each of its executed notebooks as a page beside it, and return its path.
 
-    What the run does not hold yet is left out of the page.
-
-    Raises:
-        RecordError: there is no such run, or one of its files is damaged.
+    What the run does not hold yet is left out of the page; no run, or a damaged file in it, is a `RecordError`.
     """
     record = read_run(run_dir)
     notebooks = write_notebook_pages(record.path / "notebooks")

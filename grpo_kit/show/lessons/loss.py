@@ -33,10 +33,7 @@ def _draw_samples(axes: Axes, x: np.ndarray, y: np.ndarray, above: np.ndarray) -
 def group_rows_figure(groups: Mapping[str, Sequence[float]], title: str = "reward") -> style.Drawing:
     """Draw each group's rewards on a line of its own: its samples, its mean as a tick, its standard deviation in words.
 
-    NaN is left out, equal rewards are stacked.
-
-    Raises:
-        KitError: there is no group, or one without a reward.
+    NaN is left out, equal rewards are stacked; no group, or one without a reward, is a `KitError`.
     """
     values = {name: np.sort(np.asarray(rewards, float)[np.isfinite(rewards)]) for name, rewards in groups.items()}
     if not values or not all(map(len, values.values())):

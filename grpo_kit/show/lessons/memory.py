@@ -17,10 +17,7 @@ _GIGA = 1e9  # bytes in a GB
 def memory_figure(plans: Mapping[str, Mapping]) -> style.Drawing:
     """Draw a bar for each phase of an iteration: the memory that stays, and what the phase adds to it.
 
-    A panel is a plan, title → its numbers as `grpo-kit plan --json` prints them; all stand on one scale.
-
-    Raises:
-        KitError: there is no plan.
+    A panel is a plan (none: a `KitError`), title → its numbers as `grpo-kit plan --json` prints them, on one scale.
     """
     if not plans:
         raise KitError("memory_figure: found no plan. Pass {title: as_json(plan, steps)}.")

@@ -21,8 +21,7 @@ _CHARACTER = 0.092  # inches of one character of the token font
 def seed_figure(table: pd.DataFrame) -> style.Drawing:
     """Draw what the latent seed does: a row a prompt, the highest mean on top, a dot a picture (a row of the table).
 
-    Raises:
-        KitError: the table has no rewards.
+    A `KitError` where the table has no rewards.
     """
     if "reward" not in table or table["reward"].notna().sum() == 0:
         raise KitError("seed_figure: found no values in reward. Pass one row a picture.")
@@ -46,10 +45,7 @@ def seed_figure(table: pd.DataFrame) -> style.Drawing:
 def flow_figure(paths: Mapping[str, Curve], targets: Sequence[float]) -> style.Drawing:
     """Draw paths from noise to the data, which lie at `targets`, in one dimension, a panel for each number of steps.
 
-    `paths` is title → (noise levels (S + 1,) from 1 to 0, positions (S + 1, K) of K points).
-
-    Raises:
-        KitError: a panel whose positions do not have a row for each noise level.
+    `paths` is title → (noise levels (S + 1,) from 1 to 0, positions (S + 1, K) of K points), else a `KitError`.
     """
     figure = style.new_figure(2.9 * max(1, len(paths)), 2.6)
     grid = style.panel_grid(figure, max(1, len(paths)), sharey=True)
@@ -70,11 +66,7 @@ def flow_figure(paths: Mapping[str, Curve], targets: Sequence[float]) -> style.D
 
 @style.styled
 def distribution_figure(words: Sequence[str], distributions: Mapping[str, Sequence[float]]) -> style.Drawing:
-    """Draw probabilities over the same words (title → one a word), a panel a distribution, each bar with its value.
-
-    Raises:
-        KitError: a distribution with another number of words.
-    """
+    """Draw probabilities (title → one a word, else a `KitError`), a panel a distribution, each bar with its value."""
     lengths = {len(values) for values in distributions.values()}
     if lengths != {len(words)}:
         raise KitError(f"distribution_figure: found {sorted(lengths)} values, allowed: {len(words)}, one a word.")
@@ -95,8 +87,7 @@ def distribution_figure(words: Sequence[str], distributions: Mapping[str, Sequen
 def token_figure(rows: Sequence[Sequence[str]], probabilities: Sequence[Sequence[float]]) -> style.Drawing:
     """Draw texts, a row of tokens each: below a token its probability, and the darker, the less certain it was.
 
-    Raises:
-        KitError: no text, or a text with another number of tokens than probabilities.
+    A `KitError` where there is no text, or one with another number of tokens than probabilities.
     """
     found = [(len(row), len(chances)) for row, chances in zip(rows, probabilities, strict=False)]
     if not rows or len(rows) != len(probabilities) or any(a != b for a, b in found):

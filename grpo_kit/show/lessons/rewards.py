@@ -25,8 +25,7 @@ if TYPE_CHECKING:  # it loads torch
 def vectors_figure(vectors: Mapping[str, Sequence[float]], anchor: str) -> style.Drawing:
     """Draw plane vectors, name → (x, y), brought to length 1, each with its cosine to the one named `anchor`.
 
-    Raises:
-        KitError: there is no such vector, or one has length 0.
+    A `KitError` where there is no such vector, or one has length 0.
     """
     if anchor not in vectors or any(not np.hypot(*vector) for vector in vectors.values()):
         raise KitError(f"vectors_figure: found {anchor!r}, allowed: a name of {', '.join(vectors)}, all longer than 0.")
@@ -51,8 +50,7 @@ def similarity_figure(
 ) -> style.Drawing:
     """Draw a table of similarities, a row a text and a column an image; the best image of each text is framed.
 
-    Raises:
-        KitError: the table does not have a row for each text and a column for each image.
+    A `KitError` where the table has another shape.
     """
     table = np.asarray(similarity, dtype=float)
     if table.shape != (len(texts), len(images)) or not table.size:
@@ -79,10 +77,7 @@ def agreement_figure(proxy: Sequence[float], gold: Sequence[float], title: str =
     """Draw each sample's proxy reward against its gold score, and the mean proxy of each third of the gold scale.
 
     Points are moved a little sideways, always in the same way, since gold takes few values; samples without both scores
-    are left out.
-
-    Raises:
-        KitError: no sample has both.
+    are left out, and a `KitError` where none has both.
     """
     pairs = np.array([(g, p) for g, p in zip(gold, proxy, strict=True) if np.isfinite(g) and np.isfinite(p)], float)
     if not len(pairs):
@@ -136,10 +131,8 @@ _AUDIT_PAIRS = {"edges": ("at ceiling", "at floor"), "idle words": ("idle words,
 def audit_figure(audits: Audit | Sequence[Audit]) -> style.Drawing:
     """Draw what audits found, a line a reward: agreement with gold, noise, saturation, idle words, cost.
 
-    A bar is an interval. What was not measured (gold, a text that was never drawn twice) is left empty.
-
-    Raises:
-        KitError: no reward, or one that was audited twice.
+    A bar is an interval. What was not measured (gold, a text that was never drawn twice) is left empty. No reward, or
+    one that was audited twice, is a `KitError`.
     """
     table = pd.concat([one.table() for one in ([audits] if hasattr(audits, "table") else audits)] or [pd.DataFrame()])
     if table.empty or table.index.has_duplicates:

@@ -21,13 +21,10 @@ class BeTheReward(PictureBox):
     A second click on a button takes its image out of the order again.
 
     Args:
-        images, texts: each sample's picture (None: it has none) and rewrite.
+        images, texts: each sample's picture (None: it has none) and rewrite; two at least, else a `KitError`.
         prompt: what the user asked for.
         default: one reward a sample, which count until every image is ranked: so that a run in which nobody clicks can
             go on. Without it `rewards` is an error until then, since nobody's opinion is not a reward.
-
-    Raises:
-        KitError: there are fewer than two images, or other than one text (and default) each.
     """
 
     def __init__(
@@ -100,8 +97,7 @@ class BeTheReward(PictureBox):
     def rewards(self) -> list[float]:
         """One reward a sample, in the given order: 1 for the best image, 0 for the worst, evenly spaced between.
 
-        Raises:
-            KitError: not every image is ranked, and there is no `default`.
+        A `KitError` where not every image is ranked, and there is no `default`.
         """
         if self.ranked:
             last = len(self.order) - 1

@@ -22,10 +22,7 @@ MOST_SEEDS, LINES = 4, 3
 class ImageCompare(PictureBox):
     """A prompt of an evaluation in every variant: a column a variant, a row a latent seed.
 
-    A run is a folder with an evaluation, its record, or what `evaluate` returned.
-
-    Raises:
-        KitError: the run has not been evaluated.
+    A run is a folder with an evaluation (else a `KitError`), its record, or what `evaluate` returned.
     """
 
     def __init__(self, run: "RunRecord | Path | str | EvalResult") -> None:

@@ -18,11 +18,8 @@ from grpo_kit.show.widgets.picture_box import PictureBox, dropdown, on_change
 class GroupBox(PictureBox):
     """A picture of one group, and controls that choose the kept rollout (`iteration`) and the group (`prompt`).
 
-    A run is a folder or its record; it is opened at its last kept rollout or the given one, and at the group whose
-    rewards differ most. A subclass adds its own `controls`, which may depend on the opened `rollout`.
-
-    Raises:
-        KitError: the run kept no such rollout.
+    A run, a folder or its record, is opened at its last kept rollout or the given one (not kept: a `KitError`), and at
+    the group whose rewards differ most. A subclass adds its own `controls`, which may depend on the opened `rollout`.
     """
 
     def __init__(self, run: RunRecord | Path | str, iteration: int | None = None) -> None:

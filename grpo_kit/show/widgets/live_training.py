@@ -29,11 +29,9 @@ class LiveTraining(PictureBox):
         gk.train(kit, run, on_iteration=watch.update)
 
     What it shows is read from the run folder, which need not exist yet: an interrupted training keeps its curves, and
-    they go on when the cell is run again. `update` sets values of widgets and nothing else. The line on top follows
-    every iteration; curves and group are drawn every few seconds, and never for more than a twentieth of the time.
-
-    Raises:
-        RecordError: a file of the run is damaged.
+    they go on when the cell is run again; a damaged file is a `RecordError`. `update` sets values of widgets and
+    nothing else. The line on top follows every iteration; curves and group are drawn every few seconds, and never for
+    more than a twentieth of the time.
     """
 
     def __init__(self, run_dir: Path | str) -> None:

@@ -26,10 +26,8 @@ class LossPlayground(PictureBox):
     """Sliders for a token's ratio and advantage, the bounds and the loss type; loss and push over the ratio.
 
     With a run (a folder or its record), the step of one of its kept iterations, the last by default, is computed again
-    under other settings, each sample's push beside the recorded one (`what_if`).
-
-    Raises:
-        KitError: the run kept no such rollout, or it lacks its tokens' log-probabilities.
+    under other settings, each sample's push beside the recorded one (`what_if`). A `KitError` where it kept no such
+    rollout, or no log-probabilities.
     """
 
     def __init__(self, run: RunRecord | Path | str | None = None, iteration: int | None = None) -> None:

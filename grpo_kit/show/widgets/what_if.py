@@ -37,10 +37,7 @@ PANELS = {  # field of the pushes → title, factor
 class WhatIf(GroupBox):
     """One group of a kept rollout: what the step did to each sample, and what it would have done.
 
-    It opens with Dr. GRPO's settings beside the recorded ones.
-
-    Raises:
-        KitError: there is no such rollout, or it was kept without log-probabilities.
+    It opens with Dr. GRPO's settings beside the recorded ones; a `KitError` where there are no log-probabilities.
     """
 
     def controls(self) -> list[ipywidgets.Widget]:
