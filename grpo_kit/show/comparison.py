@@ -8,8 +8,7 @@ from urllib.parse import quote
 
 from grpo_kit.config import KitError
 from grpo_kit.evaluation import pools as pooling
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import VARIANT_NAMES, interval_text, metric_name, number_text
+from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, interval_text, metric_name, number_text
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show.curves import seeds_figure
 from grpo_kit.show.intervals import interval_figure
@@ -152,7 +151,7 @@ def _run_link(run: RunRecord, folder: Path) -> dict[str, str | None]:
 
 
 def print_comparison(folders: Sequence[Path], page: Path, tables: Path | None = None) -> None:
-    """Print runs side by side; write their page, a file, and their tables, in a folder: another place is a `KitError`."""
+    """Print runs side by side; write their page, a file, and their tables, in a folder; a `KitError` elsewhere."""
     if page.is_dir():
         raise KitError(f"--html {page}: a folder. Name a file in it")
     if tables is not None and tables.is_file():

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import MAIN, SHARES, VARIANT_NAMES, Interval, format_metric, metric_name, number_text
+from grpo_kit.evaluation import table
+from grpo_kit.evaluation.table import Interval, format_metric, metric_name, number_text
 from grpo_kit.show import style
 
 Panels = Mapping[str, Mapping[str, Mapping[str, Interval]]]  # panel → series → row → interval
@@ -36,7 +36,7 @@ def name_rows(axes: Axes, names: Sequence[str], width: int = 40, lines: int = 1,
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.1)
-    if metric in SHARES:
+    if metric in table.SHARES:
         axes.xaxis.set_major_formatter(lambda value, _: number_text(100 * value, ".0f"))
 
 
@@ -77,10 +77,10 @@ def comparison_plot(results: Mapping) -> style.Drawing:
     A `KitError` where final_results.json holds neither reward nor gold check.
     """
     found, changes = results.get("variants", {}), results.get("differences", {})
-    measured = [m for m in MAIN if any(m in values for values in found.values())]
+    measured = [m for m in table.MAIN if any(m in values for values in found.values())]
     if not measured:
-        raise KitError(f"comparison_plot: found no results for {' or '.join(MAIN)}. Run the evaluation first.")
-    blocks = [{v: found[v] for v in dict.fromkeys((*VARIANTS, *found)) if v in found}]  # saved runs come last
+        raise KitError(f"comparison_plot: found no results for {' or '.join(table.MAIN)}. Run the evaluation first.")
+    blocks = [{v: found[v] for v in dict.fromkeys((*table.VARIANTS, *found)) if v in found}]  # saved runs come last
     blocks += [changes] if changes else []
     figure = style.new_figure(5.4 * len(measured), 1.9 + 0.42 * sum(map(len, blocks)))
     heights = [len(block) + 0.5 for block in blocks]
@@ -88,7 +88,7 @@ def comparison_plot(results: Mapping) -> style.Drawing:
     for block, panels in zip(blocks, grid, strict=True):
         paired = block is changes
         title = "paired difference (0: no change)" if paired else "{}, mean over prompts"
-        names = [name.replace("-", " − ") if paired else VARIANT_NAMES.get(name, name) for name in block]
+        names = [name.replace("-", " − ") if paired else table.VARIANT_NAMES.get(name, name) for name in block]
         for axes, metric in zip(panels, measured, strict=True):
             axes.set_title(title.format(metric_name(metric)))
             if paired:
@@ -108,13 +108,13 @@ def category_plot(results: Mapping) -> style.Drawing:
     A `KitError` where final_results.json holds no categories with reward or gold check.
     """
     categories = dict(sorted(results.get("by_category", {}).items()))
-    measured = [m for m in MAIN if any(m in values.get("trained", {}) for values in categories.values())]
+    measured = [m for m in table.MAIN if any(m in values.get("trained", {}) for values in categories.values())]
     if not measured:
-        raise KitError(f"category_plot: found no categories with {' or '.join(MAIN)}. Run the evaluation first.")
+        raise KitError(f"category_plot: found no categories with {' or '.join(table.MAIN)}. Run the evaluation first.")
     figure = style.new_figure(5.4 * len(measured), 1.3 + 0.4 * len(categories))
     for axes, metric in zip(style.panel_grid(figure, len(measured), sharey=True), measured, strict=True):
         for y, values in enumerate(categories.values()):
-            points = {v: values[v][metric] for v in VARIANTS if values.get(v, {}).get(metric) is not None}
+            points = {v: values[v][metric] for v in table.VARIANTS if values.get(v, {}).get(metric) is not None}
             if {"raw", "trained"} <= points.keys():
                 axes.plot([points["raw"], points["trained"]], [y, y], color=style.BLUE, lw=2.6, alpha=0.35, zorder=1)
             for variant, x in points.items():
@@ -122,7 +122,7 @@ def category_plot(results: Mapping) -> style.Drawing:
                 axes.plot(x, y, mec="white", mew=1, ls="", **style.variant_look(variant), **size)
         axes.set_title(metric_name(metric))
         name_rows(axes, list(categories), metric=metric)
-    present = [v for v in VARIANTS if any(v in values for values in categories.values())]
-    looks = {VARIANT_NAMES[v]: style.variant_look(v) | {"linestyle": ""} for v in present}
+    present = [v for v in table.VARIANTS if any(v in values for values in categories.values())]
+    looks = {table.VARIANT_NAMES[v]: style.variant_look(v) | {"linestyle": ""} for v in present}
     style.legend_above(figure, looks, 4)
     return figure

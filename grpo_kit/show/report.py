@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import VARIANT_NAMES, comparison_rows, format_metric, interval_text, number_text, percent
+from grpo_kit.evaluation import table
 from grpo_kit.runs.notebooks import Executed
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import summary
@@ -30,7 +29,7 @@ def write_report(run_dir: Path) -> Path:
     record = read_run(run_dir)
     notebooks = write_notebook_pages(record.path / "notebooks")
     results, branch, kept = record.results, record.branch, record.rollout_iterations
-    metrics, rows = comparison_rows(results)
+    metrics, rows = table.comparison_rows(results)
     header, categories = summary.category_rows(record)
     first = next(iter(sorted(record.path.glob("thumbnails/*"))), None)
     context = {
@@ -48,7 +47,7 @@ def write_report(run_dir: Path) -> Path:
             "curves": _chart(training_curves, record.metrics, record.validations, sentinel=record.sentinel),
         },
         "curve_names": ", ".join(CURVES[name][0] for name in CURVES if name in record.metrics),
-        "confidence": percent(results.get("confidence", 0.95)),
+        "confidence": table.percent(results.get("confidence", 0.95)),
         "comparison": {"metrics": metrics, "rows": rows},
         "pixelated": first is not None and record.image(f"thumbnails/{first.name}").width < SMOOTH_FROM,
         "cases": [_case(record, case) for case in summary.representative_cases(record.evaluation, CASES)],
@@ -81,13 +80,13 @@ def _tiles(results: Mapping) -> list[tuple[str, str]]:
     tiles = []
     for metric, words in (("reward", "reward"), ("gold", "points in the gold check")):
         if metric in change:
-            value, interval = interval_text(metric, change[metric], signed=True).split(" ", 1)
+            value, interval = table.interval_text(metric, change[metric], signed=True).split(" ", 1)
             tiles.append((value, f"{words} over the raw prompt {interval}"))
     shares = {
         "gap_closed": "of the way from the raw prompt to the oracle (gold check)",
         "success_rate": "of the prompts have a better gold check than before",
     }
-    found = [(percent(results.get(key, {}).get("gold")), words) for key, words in shares.items()]
+    found = [(table.percent(results.get(key, {}).get("gold")), words) for key, words in shares.items()]
     return tiles + [tile for tile in found if tile[0] != "–"]
 
 
@@ -103,14 +102,18 @@ def _case(record: RunRecord, case: summary.Case) -> list[dict[str, object]]:
     """Return one row of the gallery: what a prompt and a seed gave, a picture a variant."""
     rows = record.evaluation
     rows = rows[(rows["prompt_id"] == case[0]) & (rows["seed"] == case[1])].set_index("variant", drop=False)
-    shown = [rows.loc[variant] for variant in VARIANTS if variant in rows.index]
-    return [_picture(record, row, score_text(row), name=VARIANT_NAMES[row["variant"]]) for row in shown]
+    shown = [rows.loc[variant] for variant in table.VARIANTS if variant in rows.index]
+    return [_picture(record, row, score_text(row), name=table.VARIANT_NAMES[row["variant"]]) for row in shown]
 
 
 def _group(record: RunRecord, iteration: int) -> list[dict[str, object]]:
     """Return the group of an iteration whose rewards differ most, best sample first."""
     return [
-        _picture(record, row, f"{format_metric('reward', row['reward'])} · {number_text(row['advantage'], '+.2f')}")
+        _picture(
+            record,
+            row,
+            f"{table.format_metric('reward', row['reward'])} · {table.number_text(row['advantage'], '+.2f')}",
+        )
         for _, row in record.widest_group(iteration).iterrows()
     ]
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from grpo_kit.evaluation import table
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import MAIN, Interval, interval_text, metric_name, percent
+from grpo_kit.evaluation.table import MAIN, VARIANTS, Interval, interval_text, metric_name, percent
 from grpo_kit.runs.record import RunRecord
 from grpo_kit.show import style
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation.pairs import VARIANTS
-from grpo_kit.evaluation.table import VARIANT_NAMES, format_metric
+from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, format_metric
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.style import VARIANT_COLOURS, Drawing, plain_text, score_text
 from grpo_kit.show.widgets.cards import Card, card_sheet
