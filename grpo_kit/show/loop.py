@@ -131,7 +131,8 @@ class _Loop:
             (POLICY, "policy", "VLM, learning", self.ink("rewrites", "step", colour=BLUE)),
             (GENERATOR, "generator", "SD3, frozen", self.ink("images", colour=GREY)),
         ):
-            self._box(x, MIDDLE, (0.6, LANES[0] - LANES[-1] + 0.76), FAINT if face == DIM else face, ROUND)
+            size, face = (0.6, LANES[0] - LANES[-1] + 0.76), FAINT if face == DIM else face
+            self._box(x, MIDDLE, size, face, "round,rounding_size=0.1")
             self._text(x - 0.09, MIDDLE, name, PAPER, 12, rotation=90, ha="center", weight="bold")
             self._text(x + 0.14, MIDDLE, kind, PAPER, 8.5, rotation=90, ha="center")
 
