@@ -27,6 +27,7 @@ from tools import colab
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 INDEX = PROJECT_ROOT / "notebooks" / "index.ipynb"
 LONG = {"07_train", "08_evaluate", "09_ablations"}  # minutes with their defaults
+PLANS = "10_scale_up"  # plans with any parameters for minutes
 QUICK = {"index", "00_start_here", "06_grpo_loss"}  # a quarter of a minute each
 # Each set is given to the notebooks that have such a parameter.
 SMALL = {"seed": "1", "group_size": "4"}
@@ -127,7 +128,7 @@ def run_with(path: Path, wanted: dict[str, str], run_dir: Path) -> nbformat.Note
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in LONG], ids=by_name)
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in LONG | {PLANS}], ids=by_name)
 def test_it_runs_with_other_parameters(path: Path, tmp_path: Path) -> None:
     executed = run_with(path, SMALL, tmp_path / "run")
     injected = next(cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", []))
@@ -136,7 +137,7 @@ def test_it_runs_with_other_parameters(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in ("07_train", "09_ablations")], ids=by_name)
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in ("07_train", "09_ablations", PLANS)], ids=by_name)
 def test_it_runs_with_a_second_set_of_parameters(path: Path, tmp_path: Path) -> None:
     run_with(path, OTHER, tmp_path / "run")
 
