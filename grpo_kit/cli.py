@@ -295,7 +295,7 @@ def push(
 @app.command()
 def merge(run: Run, out: Annotated[Path | None, typer.Option(help="A new folder; else merged/ in it.")] = None) -> None:
     """Write a run's LoRA policy as whole weights, for servers that take no adapter."""
-    from grpo_kit.models.merge import merge_run
+    from grpo_kit.models.push import merge_run
     from grpo_kit.runs.places import existing_run
 
     print(f"written: {merge_run(existing_run(run), out)}")

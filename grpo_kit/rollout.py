@@ -13,8 +13,8 @@ from grpo_kit.config.display import GROUPS, Shown, cell, group_table
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.grpo.advantages import group_advantages, group_spread
-from grpo_kit.models.decoding import stacked
-from grpo_kit.models.generator import Generator, Pair, even_batches
+from grpo_kit.models.decoding import even_batches, stacked
+from grpo_kit.models.generator import Generator, Pair
 from grpo_kit.models.policy import Policy, Scores
 from grpo_kit.models.prompt_format import EncodedPrompts
 from grpo_kit.rewards.composition import Rewards
@@ -334,7 +334,7 @@ def _whole_groups(generator: Generator, request: DrawRequest) -> Iterator[tuple[
     pairs = request.pairs()
     drawn: dict[Pair, Image.Image | None] = {}
     begin = 0
-    for batch in even_batches(list(dict.fromkeys(pair for row in pairs for pair in row)), generator.batch_size):
+    for batch in even_batches(list(dict.fromkeys(pair for row in pairs for pair in row)), generator.images_at_once):
         drawn.update(zip(batch, generator.generate_images(*zip(*batch, strict=True)), strict=True))
         missing = next((row for row in range(begin, len(pairs)) if not drawn.keys() >= set(pairs[row])), None)
         groups = request.group_ids

@@ -19,7 +19,8 @@ from grpo_kit import rollout as rollout_module
 from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import generator as generator_module
-from grpo_kit.models.generator import Generator, even_batches
+from grpo_kit.models.decoding import even_batches
+from grpo_kit.models.generator import Generator
 from grpo_kit.rewards import RewardError, Rewards
 from grpo_kit.rewards.loading import load_rewards
 from grpo_kit.rewards.slow import started
@@ -125,7 +126,7 @@ _right = rollout_module._whole_groups
 def cuts_groups(generator: Generator, wanted: DrawRequest) -> Iterator[tuple[DrawRequest, list]]:
     """As many rows as a batch has pictures, wherever that ends."""
     images = [image for _, part in _right(generator, wanted) for image in part]
-    for rows in even_batches(range(len(images)), generator.batch_size):
+    for rows in even_batches(range(len(images)), generator.images_at_once):
         yield wanted[rows[0] : rows[-1] + 1], images[rows[0] : rows[-1] + 1]
 
 
@@ -335,7 +336,7 @@ from grpo_kit.rollout import DrawRequest, draw_and_score
 from grpo_kit.rewards import Rewards
 
 class Draws:
-    batch_size = 1
+    images_at_once = 1
     def generate_images(self, texts, seeds):
         return [Image.new("RGB", (8, 8)) for _ in texts]
 

@@ -132,7 +132,7 @@ def build_policy(size: Size, device: str, dtype: torch.dtype) -> Policy:
         model = Qwen2_5_VLForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None
     return Policy(
-        add_lora(model, LoraSettings(), None, seed=0),
+        add_lora(model, LoraSettings(), seed=0),
         word_tokenizer(size.text["vocab_size"]),
         instruction="{prompt}",
         max_new_tokens=size.shape.completion_tokens,

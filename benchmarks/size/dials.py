@@ -141,7 +141,7 @@ def _policy(lora: bool, checkpointing: bool) -> Policy:
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
     return Policy(
-        add_lora(model, LoraSettings(), None, 0) if lora else model,
+        add_lora(model, LoraSettings(), 0) if lora else model,
         tokenizer,
         instruction="{prompt}",
         max_new_tokens=SHAPE.completion_tokens,

@@ -194,7 +194,7 @@ def _rows(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 def _image_gates(kit: Experiment, rollout: Rollout) -> list[Gate]:
     """Pictures of the same texts and seeds: in the same batch, one by one, and their rewards."""
     pairs = list(dict.fromkeys(zip(rollout.enhanced_prompts, rollout.image_seeds.flatten().tolist(), strict=True)))
-    texts, seeds = zip(*pairs[: kit.generator.batch_size], strict=True)  # as many as the kit draws in one call
+    texts, seeds = zip(*pairs[: kit.generator.images_at_once], strict=True)  # as many as the kit draws in one call
     kept = kit.generator.generate_images(texts, seeds)
     users = [prompt.user_prompt for prompt in rollout.prompts]
     everything = draw_together(kit, rollout.enhanced_prompts, rollout.image_seeds.flatten().tolist())

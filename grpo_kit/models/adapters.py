@@ -3,13 +3,14 @@
 import copy
 import json
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from grpo_kit.config import PROJECT_ROOT, ConfigError, KitError, ModelSettings, load_config, one_line
-from grpo_kit.config.hub import ModelError, load_failure
+from grpo_kit.config.hub import ModelError, loading
 from grpo_kit.config.paths import working_folder
 
 
@@ -17,10 +18,7 @@ def base_and_adapter(settings: ModelSettings, *, fetch: bool = True) -> tuple[st
     """The whole model, and the adapter on it (None without one), that `vlm_model` and `policy_adapter` name.
 
     `vlm_model` may be an adapter itself, a folder or hub id with an adapter_config.json. The model below is then the
-    one that the adapter's run had, or the one that it names.
-
-    Args:
-        fetch: ask the hub for a name's adapter_config.json; else only this machine's cache.
+    one that the adapter's run had, or the one that it names. Without `fetch` the hub is not asked for that file.
 
     Raises:
         KitError: the model below is not known; the adapter is no LoRA, or another one than `lora` says.
@@ -43,25 +41,20 @@ def base_and_adapter(settings: ModelSettings, *, fetch: bool = True) -> tuple[st
 
 def _adapter_config(name: str, setting: str, fetch: bool) -> dict | None:
     """The content of an adapter's configuration; None where the name is no adapter's, or not known at all."""
-    try:
+    with loading(f"model_settings.{setting}", name), suppress(OSError):  # of which loading the model says why
         place = find_adapter_config_file(name, local_files_only=not fetch)
         return None if place is None else json.loads(Path(place).read_text(encoding="utf-8"))
-    except OSError:  # loading it says why
-        return None
-    except ValueError as error:
-        raise load_failure(f"model_settings.{setting}", name, error) from error
+    return None
 
 
 def _base_of(adapter: str, content: dict) -> str:
     """The model that an adapter was trained on: in its run's config, whose path is whole, else by its own account."""
     for folder in list(Path(adapter).parents)[:3] if Path(adapter).is_dir() else []:
         if (folder / "config.json").is_file():
-            try:
+            with suppress(KitError):  # another program's config.json
                 base, _ = base_and_adapter(load_config(folder).model_settings, fetch=False)
-            except KitError:  # another program's config.json
-                continue
-            if not Path(base).is_absolute() or Path(base).is_dir():
-                return base
+                if not Path(base).is_absolute() or Path(base).is_dir():
+                    return base
     named = content.get("base_model_name_or_path")
     for root in (working_folder(), PROJECT_ROOT) if named else ():
         if (root / named).is_dir():
@@ -76,38 +69,33 @@ def _base_of(adapter: str, content: dict) -> str:
 
 def _require_fit(settings: ModelSettings, adapter: str, content: dict) -> None:
     """Refuse an adapter that cannot be trained on, or that `lora` describes otherwise than it is."""
-    if content.get("peft_type") != "LORA":
-        raise ModelError(
-            f"model_settings: found the adapter {adapter!r} of kind {content.get('peft_type')!r}, allowed: 'LORA'"
-        )
+    if (kind := content.get("peft_type")) != "LORA":
+        raise ModelError(f"model_settings: found the adapter {adapter!r} of kind {kind!r}, allowed: 'LORA'")
     if settings.lora is None:
         return
-    names = {"r": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
-    own = {key: content.get(name) for key, name in names.items()}
-    wanted = {key: getattr(settings.lora, key) for key in names}
-    if wanted["target_modules"] is None:
-        del wanted["target_modules"]
-    differs = [key for key, value in wanted.items() if _as_set(value) != _as_set(own[key])]
-    if differs:
+    found, there = [], []
+    for key, name in {"r": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}.items():
+        wanted, own = getattr(settings.lora, key), content.get(name)
+        if key == "target_modules":
+            wanted, own = (sorted(one) if isinstance(one, list) else one for one in (wanted or own, own))
+        if wanted != own:
+            found.append(f"{key} {wanted}")
+            there.append(f"{key} {own}")
+    if found:
         raise ConfigError(
-            f"model_settings.lora: found {', '.join(f'{key} {wanted[key]}' for key in differs)}, but the adapter "
-            f"{adapter!r} has {', '.join(f'{key} {own[key]}' for key in differs)}. Set lora so to go on from it, or "
-            "lora: null to merge it and train all weights"
+            f"model_settings.lora: found {', '.join(found)}, but the adapter {adapter!r} has {', '.join(there)}. Set "
+            "lora so to go on from it, or lora: null to merge it and train all weights"
         )
-
-
-def _as_set(value: object) -> object:
-    return set(value) if isinstance(value, list) else value
 
 
 def load_adapter(model: torch.nn.Module, name: str) -> torch.nn.Module:
     """The model with a trained LoRA adapter on it, by folder or hub id, ready to be trained on.
 
-    Raises:
-        ModelError: it belongs to another model, or not all of its weights are those of its file.
+    It is a `ModelError` where the adapter belongs to another model, or lacks weights.
     """
     from peft import PeftModel
 
+    advice = "set the model that it was trained on, or fetch the adapter again"
     mapping = getattr(model, "_checkpoint_conversion_mapping", None)  # names that older versions gave
     try:
         with warnings.catch_warnings(action="ignore"):  # of missing weights, which are looked for below
@@ -116,13 +104,12 @@ def load_adapter(model: torch.nn.Module, name: str) -> torch.nn.Module:
     except Exception as error:  # the libraries raise a dozen kinds
         raise ModelError(
             f"model_settings: could not load the adapter {name!r} onto {type(model).__name__} ({type(error).__name__}: "
-            f"{one_line(error, 300)}); set the model that it was trained on, or fetch the adapter again"
+            f"{one_line(error, 300)}); {advice}"
         ) from error
     if lost := [*found.missing_keys, *found.unexpected_keys]:
         raise ModelError(
             f"model_settings: found the adapter {name!r}, whose file lacks {len(found.missing_keys)} weights and has "
-            f"{len(found.unexpected_keys)} that {type(model).__name__} has no place for ({min(lost)} …); set the model "
-            "that it was trained on, or fetch the adapter again"
+            f"{len(found.unexpected_keys)} that {type(model).__name__} has no place for ({min(lost)} …); {advice}"
         )
     return adapted
 
@@ -136,13 +123,13 @@ def frozen_copy(adapted: torch.nn.Module) -> torch.nn.Module:
 def merged(adapted: torch.nn.Module) -> torch.nn.Module:
     """The whole model that an adapter and the model below it are together.
 
-    Raises:
-        ModelError: the adapter is not finite, or changes one of two layers that share their weights.
+    It is a `ModelError` where the adapter is not finite, or changes one of two layers that share their weights.
     """
     whole = adapted.get_base_model()
     ends = (whole.get_input_embeddings(), whole.get_output_embeddings())
     changed = any(type(end).__module__.startswith("peft.") for end in ends)
-    if changed and whole.config.get_text_config().tie_word_embeddings:
+    configs = (whole.config, whole.config.get_text_config())  # a model that sees may say it in either
+    if changed and any(getattr(config, "tie_word_embeddings", False) for config in configs):
         raise ModelError(
             "model_settings: found an adapter on embeddings that the language head shares, which cannot be merged. Set "
             "model_settings.lora to go on from it as an adapter"

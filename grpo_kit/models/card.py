@@ -41,11 +41,9 @@ def save_with_card(
     num_prompts: int | None = None,
     rewards: Entries | None = None,
 ) -> None:
-    """Write a policy as transformers (or peft) loads it, and its card.
+    """Write a policy as transformers (or peft) loads it, and its card, after an iteration.
 
     Args:
-        folder: where to, made if need be.
-        iteration: the iteration after which the policy is saved.
         state: as for `Policy.save_pretrained`.
         num_prompts: how many prompts it was trained on.
         rewards: what it was trained on (`Rewards.record`); None is what the config names.
@@ -66,11 +64,10 @@ def model_card(
     num_prompts: int | None = None,
     rewards: Entries | None = None,
 ) -> str:
-    """The card's text. Its code gives the policy's likeliest rewrite with transformers (and peft) alone.
+    """The card's text; the arguments are those of `save_with_card`.
 
-    The code replaces the base model's own generation settings (a repetition penalty, say), which training does not use.
-
-    Args: as for `save_with_card`.
+    Its code gives the policy's likeliest rewrite with transformers (and peft) alone. It replaces the base model's own
+    generation settings (a repetition penalty, say), which training does not use.
     """
     settings, data = config.model_settings, config.to_dict()
     base, adapter = base_and_adapter(settings, fetch=False)
@@ -118,17 +115,23 @@ def _public_name(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
+def load_card(folder: Path) -> ModelCard:
+    """The card of a saved policy.
+
+    Raises:
+        KitError: its head is no YAML, or not a card's.
+    """
+    try:
+        return ModelCard.load(folder / CARD)
+    except (ValueError, yaml.YAMLError) as error:
+        raise KitError(f"{folder / CARD}: {one_line(error)}; correct the lines at its head") from error
+
+
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
 def add_results(run: Path, policy: "Policy", results: Mapping) -> None:
-    """Put the results of an evaluation into the card of a run's `best/`, if that holds the evaluated policy.
-
-    Args:
-        run: its folder.
-        policy: the one that `results` calls "trained".
-        results: the content of `final_results.json`.
-    """
+    """Put an evaluation's results (`final_results.json`) into the card of a run's `best/`, if that holds its policy."""
     place = run / "best" / CARD
     if not place.is_file() or "trained" not in results["variants"]:
         return
@@ -136,9 +139,9 @@ def add_results(run: Path, policy: "Policy", results: Mapping) -> None:
         if not policy.is_saved_in(place.parent):
             logger.warning("%s: left as it is, since another policy was evaluated than best/ holds", place)
             return
-        card = ModelCard.load(place)
-    except (KitError, ValueError, yaml.YAMLError) as error:
-        logger.warning("%s: left as it is: %s", place, one_line(error))
+        card = load_card(place.parent)
+    except KitError as error:
+        logger.warning("%s: left as it is: %s", place, error)
         return
     found = _for_the_hub(results)
     card.data.model_name, card.data.eval_results = ("trained policy", found) if found else (None, None)
@@ -151,14 +154,9 @@ def add_results(run: Path, policy: "Policy", results: Mapping) -> None:
 
 def _for_the_hub(results: Mapping) -> list[EvalResult]:
     """The results in the hub's form, without those that could not be scored."""
+    data = {"dataset_type": "prompts", "dataset_name": f"{results['num_prompts']} prompts"}
     return [
-        EvalResult(
-            task_type="text-to-image",
-            dataset_type="prompts",
-            dataset_name=f"{results['num_prompts']} prompts",
-            metric_type=metric,
-            metric_value=value["mean"],
-        )
+        EvalResult(task_type="text-to-image", metric_type=metric, metric_value=value["mean"], **data)
         for metric, value in results["variants"]["trained"].items()
         if _is_known(value["mean"])
     ]

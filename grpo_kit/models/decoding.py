@@ -1,6 +1,7 @@
-"""Sampling token ids on a prefix that is computed once for a whole group."""
+"""Sampling token ids on a prefix that is computed once for a whole group, in calls of even size."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -24,14 +25,11 @@ def row_seeds(seed: int, num_prompts: int, num_generations: int, first_prompt: i
 
 
 def choose_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature: float) -> torch.Tensor:
-    """(N,) ids: the likeliest ones where `uniforms` is None, else drawn from softmax(logits / temperature).
+    """(N,) ids for logits (N, V): the likeliest ones without `uniforms`, else drawn from softmax(logits / temperature).
 
-    Args:
-        logits: (N, V).
-        uniforms: (N,) numbers in [0, 1), turned into tokens through the cumulative distribution.
-
-    Logits with a NaN or plus infinity are no distribution. Their row gets an id without meaning, which exists, and its
-    log-probability is NaN: that is how the step on the rollout sees it, and is skipped.
+    The uniforms (N,) in [0, 1) are turned into tokens through the cumulative distribution. Logits with a NaN or plus
+    infinity are no distribution. Their row gets an id without meaning, which exists, and its log-probability is NaN:
+    that is how the step on the rollout sees it, and is skipped.
     """
     if uniforms is None:
         return logits.argmax(dim=-1)
@@ -52,12 +50,7 @@ def decode(
     temperature: float,
     uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample until every row has ended.
-
-    Returns:
-        (N, T) ids, `pad_token_id` after a row's end, and (N, T) log-probabilities of the ids; T is at most
-        `max_new_tokens`.
-    """
+    """Sample until every row has ended, or has `max_new_tokens`: (N, T) ids and their log-probabilities."""
     ends = torch.tensor(list(eos_token_ids), device=first_logits.device)
     logits, ended = first_logits, torch.zeros_like(first_logits[:, 0], dtype=torch.bool)
     columns, logprobs = [], []
@@ -71,6 +64,14 @@ def decode(
             break
         logits = next_logits(ids, step)
     return torch.stack(columns, dim=1), torch.stack(logprobs, dim=1)
+
+
+def even_batches(items: Sequence, most: int) -> Iterator[list]:
+    """Consecutive parts of at most `most` items, of nearly equal size: a small last part would cost more an item."""
+    calls = math.ceil(len(items) / most)
+    size = math.ceil(len(items) / max(calls, 1))
+    for start in range(0, len(items), max(size, 1)):
+        yield list(items[start : start + size])
 
 
 def stacked(parts: Sequence[torch.Tensor], fill: float) -> torch.Tensor:

@@ -3,13 +3,12 @@
 import copy
 import inspect
 import logging
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from queue import SimpleQueue
 from typing import Literal
 
 import numpy as np
@@ -23,9 +22,9 @@ from grpo_kit.config.hardware import choose_dtype, placement
 from grpo_kit.config.hub import ModelError
 from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import computes_best_alone, fitting_threads
+from grpo_kit.models.decoding import even_batches
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
-from grpo_kit.models.pipeline import load_pipeline, place, save_memory, size_multiple, use_scheduler
-from grpo_kit.models.single_file import add_loras
+from grpo_kit.models.pipeline import add_loras, load_pipeline, place, save_memory, size_multiple, use_scheduler
 from grpo_kit.models.text_embeddings import TextEmbeddings, has_separate_encoding
 
 logger = logging.getLogger(__name__)
@@ -34,62 +33,44 @@ _SMALLEST_CONTRAST = 2 / 255  # an image whose lightest and darkest values diffe
 Pair = tuple[str, int]  # a text and a seed, which fix a picture
 
 
+@dataclass(eq=False, repr=False)
 class Generator(Shown):
-    """A frozen pipeline with its sampling settings.
-
-    Args:
-        pipeline: a diffusers text-to-image pipeline.
-        num_inference_steps: denoising steps an image.
-        guidance_scale: classifier-free guidance; at 1 the negative branch is not computed.
-        negative_prompt: what the negative branch reads; None means what the pipeline has by itself.
-        height, width: pixels; None means the pipeline's own size.
-        max_sequence_length: tokens for a T5 encoder, where the pipeline has one; None means its default.
-        batch_size: most images in one call; "auto" measures how many fit, when more than one is first drawn.
-        memory: bytes that "auto" may use; None means what is free then.
-        text_device: where the text encoders are; None means where the pipeline computes.
+    """A frozen diffusers text-to-image pipeline with its sampling settings.
 
     Raises:
         ConfigError: a size or guidance that the pipeline cannot draw with.
     """
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        *,
-        num_inference_steps: int,
-        guidance_scale: float,
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        max_sequence_length: int | None = None,
-        batch_size: int | Literal["auto"] = 16,
-        memory: int | None = None,
-        text_device: torch.device | None = None,
-    ) -> None:
-        self.pipeline = pipeline
+    pipeline: DiffusionPipeline
+    _: KW_ONLY
+    num_inference_steps: int  # denoising steps an image
+    guidance_scale: float  # classifier-free guidance; at 1 the negative branch is not computed
+    negative_prompt: str | None = None  # what that branch reads; None: what the pipeline has by itself
+    height: int | None = None  # pixels; None: the pipeline's own size
+    width: int | None = None
+    max_sequence_length: int | None = None  # tokens for a T5 encoder, where the pipeline has one; None: its default
+    batch_size: int | Literal["auto"] = 16  # most images in one call; "auto": as many as fit
+    memory: int | None = None  # bytes that "auto" may use; None: what is free then
+    text_device: torch.device | None = None  # where the text encoders are; None: where the pipeline computes
+
+    def __post_init__(self) -> None:
         self.pipeline.set_progress_bar_config(disable=True)
-        self.num_inference_steps = num_inference_steps
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
-        self.height, self.width = height, width
-        self.max_sequence_length = max_sequence_length
-        self.memory = memory
         self.flagged = 0  # images that the pipeline's own safety checker replaced by black ones
-        self._batch_size = batch_size
-        self._takes = inspect.signature(pipeline.__call__).parameters
+        self._takes = inspect.signature(self.pipeline.__call__).parameters
         self._texts = None
-        if has_separate_encoding(pipeline):
-            self._texts = TextEmbeddings(pipeline, max_sequence_length, text_device, negative_prompt)
-        _check_arguments(self)
+        if has_separate_encoding(self.pipeline):
+            texts = (self.pipeline, self.max_sequence_length, self.text_device, self.negative_prompt)
+            self._texts = TextEmbeddings(*texts)
+        self._check_arguments()
 
     def _shown(self) -> dict[str, object]:
         settings = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
         return {"pipeline": type(self.pipeline).__name__, **settings, "device": self.pipeline.device}
 
-    @cached_property
-    def batch_size(self) -> int:
-        """Most images in one call; "auto" is measured when this is first read. It may be set."""
-        return self._measured_batch() if self._batch_size == "auto" else self._batch_size
+    @property
+    def images_at_once(self) -> int:
+        """Most images in one call; where that is "auto", it is measured when this is first read."""
+        return self._measured_batch if self.batch_size == "auto" else self.batch_size
 
     @property
     def truncated(self) -> int:
@@ -131,43 +112,35 @@ class Generator(Shown):
         wanted = [(str(prompt), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         distinct = list(dict.fromkeys(wanted))
         drawn: dict[Pair, Image.Image | None] = {}
-        calls = list(even_batches(distinct, self.batch_size if len(distinct) > 1 else 1))
+        calls = list(even_batches(distinct, self.images_at_once if len(distinct) > 1 else 1))
         with _DRAWING, _infinities_as_nan(self.pipeline):
             for pairs, images in zip(calls, self._draw_calls(calls), strict=True):
                 drawn.update(zip(pairs, images, strict=True))
         return [drawn[pair] for pair in wanted]
 
     def _draw_calls(self, calls: list[list[Pair]]) -> list[list[Image.Image | None]]:
-        """The pictures of several calls; those of a small pipeline on a CPU are shared by as many threads as torch has.
+        """The pictures of several calls; a small pipeline on a CPU draws them in as many threads as torch has.
 
-        Threads that draw different pictures never wait for each other, as those that share an operator do. What is
-        drawn in one call does not depend on how many there are.
+        Threads that draw different pictures never wait for each other, as those that share an operator do.
         """
         models = [part for part in vars(self.pipeline).values() if isinstance(part, torch.nn.Module)]
         threads = min(len(calls), torch.get_num_threads())
-        shared = self._texts is not None and self._batch_size != "auto" and not torch.is_autocast_enabled("cpu")
+        shared = self._texts is not None and self.batch_size != "auto" and not torch.is_autocast_enabled("cpu")
         if threads < 2 or not shared or not computes_best_alone(models):
             with fitting_threads(*models):
                 return [self._draw(pairs) for pairs in calls]
-        twins = [self._twin() for _ in range(threads)]
-        idle: SimpleQueue[Generator] = SimpleQueue()
-        for twin in twins:
-            idle.put(twin)
+        local, twins, before = threading.local(), [], self.flagged
+
+        def prepare() -> None:
+            torch.set_num_threads(1)  # it becomes that of all later threads of the process, until it is set back
+            local.twin = self._twin()
+            twins.append(local.twin)
 
         @torch.no_grad()
         def draw(pairs: list[Pair]) -> list[Image.Image | None]:
-            twin = idle.get()
-            try:
-                return twin._draw(pairs)
-            finally:
-                idle.put(twin)
+            return local.twin._draw(pairs)
 
-        before = self.flagged
-        # a thread's setting becomes that of all later threads of the process, until it is set back
-        with (
-            fitting_threads(*models),
-            ThreadPoolExecutor(threads, "drawing", torch.set_num_threads, (1,)) as executor,
-        ):
+        with fitting_threads(*models), ThreadPoolExecutor(threads, "drawing", prepare) as executor:
             images = list(executor.map(draw, calls))
         self.flagged = before + sum(twin.flagged - before for twin in twins)
         return images
@@ -197,9 +170,8 @@ class Generator(Shown):
     def _options(self) -> dict[str, object]:
         """Steps, size and guidance, as far as the pipeline's call takes them; it may neither resize nor reword."""
         steps = self.num_inference_steps
-        size = {"height": self.height, "width": self.width}
-        given = {name: value for name, value in size.items() if value is not None}
-        given |= {"num_inference_steps": steps, "guidance_scale": self.guidance_scale}
+        given = {"num_inference_steps": steps, "guidance_scale": self.guidance_scale}
+        given |= {name: size for name, size in (("height", self.height), ("width", self.width)) if size is not None}
         given |= {"use_resolution_binning": False, "clean_caption": False}
         if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             given["sigmas"] = [1 - i / steps for i in range(steps)]  # the default's last step, to almost 0, is wasted
@@ -209,11 +181,34 @@ class Generator(Shown):
 
     def _text_inputs(self, texts: list[str]) -> dict[str, object]:
         """The prompts as kept embeddings, or as texts for pipelines that the kit cannot encode for."""
-        if self._texts is None:
-            unwanted = {} if self.negative_prompt is None else {"negative_prompt": [self.negative_prompt] * len(texts)}
-            return {"prompt": texts} | unwanted
-        return self._texts.inputs(texts, guided=self.guidance_scale > 1)
+        if self._texts is not None:
+            return self._texts.inputs(texts, guided=self.guidance_scale > 1)
+        unwanted = {} if self.negative_prompt is None else {"negative_prompt": [self.negative_prompt] * len(texts)}
+        return {"prompt": texts} | unwanted
 
+    def _check_arguments(self) -> None:
+        """Refuse a pipeline that does not draw from texts, or cannot use the size or the guidance that is asked for."""
+        kind, takes, scale = type(self.pipeline).__name__, self._takes.keys(), self.guidance_scale
+        if missing := sorted({"prompt", "generator", "num_inference_steps", "output_type"} - takes):
+            raise ConfigError(
+                f"model_settings.sd_model: found {kind}, which takes no {', '.join(missing)}; allowed: a pipeline that "
+                "draws from a text and a seed"
+            )
+        if "guidance_scale" not in takes and scale != 1:
+            raise ConfigError(f"generation_settings.guidance_scale: found {scale}, but {kind} takes none; set 1")
+        takes_none = "negative_prompt" not in takes or "true_cfg_scale" in takes  # FLUX: distilled
+        if self.negative_prompt is not None and (takes_none or scale <= 1):
+            reason = f"{kind} takes none" if takes_none else f"guidance_scale is {scale:g}, not above 1"
+            raise ConfigError(f"generation_settings.negative_prompt: found one, but {reason}; set null")
+        multiple = size_multiple(self.pipeline)
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if pixels is not None and pixels % multiple:
+                raise ConfigError(
+                    f"generation_settings.{name}: found {pixels}, allowed for {kind}: multiples of {multiple}, such as "
+                    f"{max(pixels // multiple, 1) * multiple}"
+                )
+
+    @cached_property
     def _measured_batch(self) -> int:
         """The most images that fit at once, by drawing one and two images after a first one, which allocates more."""
         device = self.pipeline._execution_device
@@ -230,14 +225,6 @@ class Generator(Shown):
         return found
 
 
-def even_batches(items: Sequence[Pair], most: int) -> Iterator[list[Pair]]:
-    """Consecutive parts of at most `most` items, of nearly equal size: a small last part would cost more an image."""
-    calls = math.ceil(len(items) / most)
-    size = math.ceil(len(items) / max(calls, 1))
-    for start in range(0, len(items), max(size, 1)):
-        yield list(items[start : start + size])
-
-
 def load_generator(config: Config) -> Generator:
     """The generator of a config, frozen, on its device."""
     settings, generation = config.model_settings, config.generation_settings
@@ -248,60 +235,23 @@ def load_generator(config: Config) -> Generator:
     if generation.scheduler is not None:
         use_scheduler(pipeline, generation.scheduler)
     save_memory(pipeline, settings)
+    drawn = {"num_inference_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length"}
     gigabytes = generation.image_memory_gb
     return Generator(
         pipeline,
         text_device=place(pipeline, device, settings),
-        num_inference_steps=generation.num_inference_steps,
-        guidance_scale=generation.guidance_scale,
-        negative_prompt=generation.negative_prompt,
-        height=generation.height,
-        width=generation.width,
-        max_sequence_length=generation.max_sequence_length,
         batch_size=generation.image_batch_size,
         memory=None if gigabytes is None else int(gigabytes * 1e9),
+        **generation.model_dump(include=drawn),
     )
 
 
-def _check_arguments(generator: Generator) -> None:
-    """Refuse a pipeline that does not draw from texts, or cannot use the size or the guidance that is asked for."""
-    kind = type(generator.pipeline).__name__
-    missing = sorted({"prompt", "generator", "num_inference_steps", "output_type"} - set(generator._takes))
-    if missing:
-        raise ConfigError(
-            f"model_settings.sd_model: found {kind}, which takes no {', '.join(missing)}; allowed: a pipeline that "
-            "draws from a text and a seed"
-        )
-    if "guidance_scale" not in generator._takes and generator.guidance_scale != 1:
-        raise ConfigError(
-            f"generation_settings.guidance_scale: found {generator.guidance_scale}, but {kind} takes none; set 1"
-        )
-    takes_none = "negative_prompt" not in generator._takes or "true_cfg_scale" in generator._takes  # FLUX: distilled
-    if generator.negative_prompt is not None and (takes_none or generator.guidance_scale <= 1):
-        reason = f"{kind} takes none" if takes_none else f"guidance_scale is {generator.guidance_scale:g}, not above 1"
-        raise ConfigError(f"generation_settings.negative_prompt: found one, but {reason}; set null")
-    multiple = size_multiple(generator.pipeline)
-    for name in ("height", "width"):
-        pixels = getattr(generator, name)
-        if pixels is not None and pixels % multiple:
-            raise ConfigError(
-                f"generation_settings.{name}: found {pixels}, allowed for {kind}: multiples of {multiple}, such as "
-                f"{max(pixels // multiple, 1) * multiple}"
-            )
-
-
-@contextmanager
-def _infinities_as_nan(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Turn infinite values of the decoder into NaN: the pipeline would clip them to 0 or 1, and hide them."""
+def _infinities_as_nan(pipeline: DiffusionPipeline) -> AbstractContextManager:
+    """Meanwhile infinite values of the decoder are NaN: the pipeline would clip them to 0 or 1, and hide them."""
     decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
     if decoder is None:
-        yield
-        return
-    hook = decoder.register_forward_hook(lambda module, arguments, values: values + values * 0)
-    try:
-        yield
-    finally:
-        hook.remove()
+        return nullcontext()
+    return decoder.register_forward_hook(lambda module, arguments, values: values + values * 0)
 
 
 def _checked_image(pixels: np.ndarray) -> Image.Image | None:

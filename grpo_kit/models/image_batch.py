@@ -1,7 +1,7 @@
 """How many images fit into memory at once, found by measuring what one and two of them take.
 
-`accelerate.utils.find_executable_batch_size` lowers the number each time that memory runs out. It cannot keep to a
-stated amount (`image_memory_gb`), and a CPU raises no such error: the system ends the process.
+`accelerate.utils.find_executable_batch_size` waits for memory to run out: it cannot keep to a stated amount
+(`image_memory_gb`), and on a CPU the system ends the process.
 """
 
 import gc
@@ -22,14 +22,10 @@ _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Li
 
 
 def largest_batch(measure: Callable[[int], int], free: int) -> int:
-    """The most images, up to `MOST`, that should take no more than 90 % of the free memory.
+    """The most images, up to `MOST`, that should take no more than 90 % of the free bytes; `ModelError` if none fits.
 
     Args:
         measure: draws so many images and returns the bytes that this took. They grow linearly with the images.
-        free: bytes.
-
-    Raises:
-        ModelError: not even one image fits.
     """
     one, two = measure(1), measure(2)
     if one > free:
@@ -42,11 +38,7 @@ def largest_batch(measure: Callable[[int], int], free: int) -> int:
 
 
 def memory_of(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `work` took on a device, at its peak, beyond what was held before.
-
-    Raises:
-        ModelError: the device, or the system for its CPU, has no such figure.
-    """
+    """Bytes that `work` took on a device, at its peak, beyond what was held before; `ModelError` if none can say."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -66,11 +58,7 @@ def memory_of(work: Callable[[], object], device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU no more than a container's limit leaves.
-
-    Raises:
-        ModelError: the device has no such figure.
-    """
+    """Bytes that are free on a device; on the CPU no more than a container's limit leaves."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

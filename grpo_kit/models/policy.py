@@ -6,7 +6,6 @@ completions are run on it: in sampling, and again, with gradients, in scoring.
 
 import copy
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.logprobs import completion_mask, is_truncated, logprobs_and_entropy
 from grpo_kit.models.adapters import base_and_adapter, frozen_copy, load_adapter, merged
-from grpo_kit.models.decoding import decode, row_seeds, row_uniforms, stacked
-from grpo_kit.models.loading import add_lora, load_language_model
+from grpo_kit.models.decoding import decode, even_batches, row_seeds, row_uniforms, stacked
+from grpo_kit.models.loading import add_lora, has_weights_of, load_language_model, load_weights, save_weights
 from grpo_kit.models.prompt_format import EncodedPrompts, PromptFormat
 from grpo_kit.models.prompt_part import part_patterns, prompt_part
 from grpo_kit.models.rows import continued_rows, evaluating, recomputable_layers, recomputing, row_logits
@@ -37,27 +36,15 @@ from grpo_kit.models.shared_prefix import (
     require_decoding,
     run_prompts,
 )
-from grpo_kit.models.weights import has_weights_of, load_weights, save_weights
 
 logger = logging.getLogger(__name__)
 
 
 class EnhancedPrompt(str):
-    """A rewrite; `fell_back` is True where the policy gave nothing usable and this is the user's own prompt.
+    """A rewrite of a user's prompt."""
 
-    `matched` is False where `prompt_part` found no prompt in what the policy wrote.
-    """
-
-    fell_back: bool = False
-    matched: bool = True
-
-    @classmethod
-    def of(cls, rewrite: str, user_prompt: str) -> "EnhancedPrompt":
-        """The rewrite, or the user's prompt where the rewrite is empty."""
-        usable = rewrite.strip()
-        prompt = cls(usable or user_prompt)
-        prompt.fell_back = not usable
-        return prompt
+    fell_back: bool = False  # the policy gave nothing usable, and this is the user's own prompt
+    matched: bool = True  # `prompt_part` found a prompt in what the policy wrote
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,44 +70,28 @@ class Scores(Shown):
 class Policy(Shown, PromptFormat, torch.nn.Module):
     """A model with its processor, its instruction and its reference; as a module its forward pass is `score`.
 
-    Args:
-        model: a transformers model with a language head.
-        processor, instruction, system_prompt, chat_template_kwargs: how it is asked; see `PromptFormat`.
-        temperature: for sampling and for scoring what was sampled.
-        max_new_tokens: longest completion.
-        reference: a frozen model to compare with; None where switching a LoRA adapter off gives it.
-        gradient_checkpointing: scoring with gradients computes layers again instead of keeping their activations.
-        decoding: how completions are sampled token by token; see `models.shared_prefix`.
-        sampling_batch_size: most completions sampled in one call, by whole groups; None is all.
-        prompt_part: which part of a completion is the prompt; see `models.prompt_part`.
-
     `not_shared` says why completions do not share their prompt's cache; None where they do.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        processor: object,
+        model: torch.nn.Module,  # a transformers model with a language head
+        processor: object,  # this, `instruction` and what belongs to them: see `PromptFormat`
         *,
         instruction: str,
         system_prompt: str = "",
-        temperature: float = 1.0,
-        max_new_tokens: int = 64,
-        reference: torch.nn.Module | None = None,
+        temperature: float = 1.0,  # for sampling and for scoring what was sampled
+        max_new_tokens: int = 64,  # of the longest completion
+        reference: torch.nn.Module | None = None,  # frozen, to compare with; None: the policy with its LoRA adapter off
         chat_template_kwargs: Mapping[str, object] | None = None,
-        gradient_checkpointing: bool = False,
-        decoding: Decoding = "plain",
-        sampling_batch_size: int | None = None,
-        prompt_part: str = "whole",
+        gradient_checkpointing: bool = False,  # scoring computes layers again instead of keeping their activations
+        decoding: Decoding = "plain",  # how completions are sampled; see `models.shared_prefix`
+        sampling_batch_size: int | None = None,  # most completions in one call, by whole groups; None: all
+        prompt_part: str = "whole",  # which part of a completion is the prompt; see `models.prompt_part`
     ) -> None:
         torch.nn.Module.__init__(self)
-        PromptFormat.__init__(
-            self,
-            processor,
-            instruction=instruction,
-            system_prompt=system_prompt,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        asked = {"instruction": instruction, "system_prompt": system_prompt}
+        PromptFormat.__init__(self, processor, **asked, chat_template_kwargs=chat_template_kwargs)
         self.model = model
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
@@ -159,25 +130,22 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
         reference: bool = False,
         first_prompt: int = 0,
     ) -> Completions:
-        """G completions of each prompt; the prompt is run once per group.
+        """G completions of each prompt (with its picture), or of what `encode` made of them, greedy or by seed.
 
         Args:
-            prompts: P users' prompts (with their `images`), or what `encode` made of them.
             seed: fixes every row's draw by (seed, prompt's place, sample's place).
-            greedy: the likeliest token each time.
             reference: the frozen reference answers instead.
             first_prompt: the first one's place in the batch that these prompts are a share of.
         """
         encoded, G = self._encoded(prompts, images), num_generations
         seeds = row_seeds(seed, len(encoded), G, first_prompt)
         uniforms = None if greedy else row_uniforms(seeds, self.max_new_tokens).to(self.device)
-        size = self._prompts_at_once(len(encoded), G)
+        most = len(encoded) if self.sampling_batch_size is None else max(self.sampling_batch_size // G, 1)
         calls = []
         with self._answering(reference) as model, evaluating(model):
-            for start in range(0, len(encoded), size):
-                part = encoded.take(range(start, min(start + size, len(encoded))))
-                rows = None if uniforms is None else uniforms[start * G : (start + len(part)) * G]
-                calls.append(self._decoded(model, part, G, rows))
+            for places in even_batches(range(len(encoded)), most):
+                rows = None if uniforms is None else uniforms[places[0] * G : (places[-1] + 1) * G]
+                calls.append(self._decoded(model, encoded.take(places), G, rows))
         ids, logprobs = zip(*calls, strict=True)
         ids, logprobs = stacked(ids, self.tokenizer.pad_token_id), stacked(logprobs, 0.0)
         mask = completion_mask(ids, self.eos_token_ids)
@@ -187,13 +155,6 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
 
     def _encoded(self, prompts: Sequence[str] | EncodedPrompts, images: Sequence[Image.Image] | None) -> EncodedPrompts:
         return prompts if isinstance(prompts, EncodedPrompts) else self.encode(prompts, images)
-
-    def _prompts_at_once(self, num_prompts: int, num_generations: int) -> int:
-        """Prompts in one call of the decoder, the calls as even as can be; a group stays together."""
-        if self.sampling_batch_size is None:
-            return max(num_prompts, 1)
-        calls = math.ceil(num_prompts / max(self.sampling_batch_size // num_generations, 1))
-        return math.ceil(num_prompts / max(calls, 1))
 
     def _decoded(
         self, model: torch.nn.Module, encoded: EncodedPrompts, G: int, uniforms: torch.Tensor | None
@@ -233,24 +194,26 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
         images: Sequence[Image.Image] | None = None,
         reference: bool = False,
     ) -> Scores:
-        """Log-probabilities of exactly these ids under the policy (or its reference), at the sampling temperature.
+        """Log-probabilities (N, T) of exactly these ids under the policy (or its reference), at its temperature.
+
+        They are 0 outside the mask; gradients flow where torch has them enabled. Dropout is off.
 
         Args:
             prompts: P users' prompts (with their `images`), or what `encode` made of them.
             group_ids: (N,) which prompt each row answers.
             completion_ids, mask: (N, T).
-
-        Returns:
-            (N, T) each, 0 outside the mask; gradients flow where torch has them enabled. Dropout is off.
         """
         encoded = self._encoded(prompts, images)
         group_ids, completion_ids, mask = (tensor.to(self.device) for tensor in (group_ids, completion_ids, mask))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        in_rows = self.not_shared or recompute
         with self._answering(reference) as model, evaluating(model):
-            with recomputing(model) if recompute else nullcontext():
-                scored = self._scored_in_rows if in_rows else self._scored_behind_prompts
-                columns = scored(model, encoded, group_ids, completion_ids, mask)
+            if self.not_shared or recompute:  # each completion behind its own copy of the prompt
+                inputs = encoded.take(group_ids.tolist()).on(self.device)
+                with recomputing(model) if recompute else nullcontext():
+                    logits = row_logits(model, inputs, completion_ids, mask)
+                columns = logprobs_and_entropy(logits, completion_ids, self.temperature)
+            else:
+                columns = self._scored_behind_prompts(model, encoded, group_ids, completion_ids, mask)
         return Scores(*(torch.where(mask, column, 0.0) for column in columns))
 
     score = forward  # as a plain method; DDP and FSDP need the module called
@@ -273,18 +236,6 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
         first = logprobs_and_entropy(prefix.last_logits[group_ids], completion_ids[:, 0], self.temperature)
         later = logprobs_and_entropy(logits, packing.lay_out(following), self.temperature)
         return [torch.cat([a[:, None], packing.take_out(b, mask)], dim=1) for a, b in zip(first, later, strict=True)]
-
-    def _scored_in_rows(
-        self,
-        model: torch.nn.Module,
-        encoded: EncodedPrompts,
-        group_ids: torch.Tensor,
-        completion_ids: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropy with each completion behind its own copy of the prompt."""
-        inputs = encoded.take(group_ids.tolist()).on(self.device)
-        return logprobs_and_entropy(row_logits(model, inputs, completion_ids, mask), completion_ids, self.temperature)
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
@@ -315,9 +266,12 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
     ) -> list[EnhancedPrompt]:
         """`enhance_prompt` for many prompts at once; with `reference`, by the policy as it was before training."""
         written = self.sample(prompts, 1, seed=0, images=images, greedy=True, reference=reference)
-        found = [EnhancedPrompt.of(text, prompt) for text, prompt in zip(written.texts, prompts, strict=True)]
-        for one, unmatched in zip(found, [] if written.unmatched is None else written.unmatched.tolist(), strict=False):
-            one.matched = not unmatched
+        unmatched = [False] * len(prompts) if written.unmatched is None else written.unmatched.tolist()
+        found = []
+        for prompt, text, is_unmatched in zip(prompts, written.texts, unmatched, strict=True):
+            rewrite = EnhancedPrompt(text.strip() or prompt)
+            rewrite.fell_back, rewrite.matched = not text.strip(), not is_unmatched
+            found.append(rewrite)
         return found
 
     # --- parameters ---------------------------------------------------------------------------------------------------
@@ -392,29 +346,20 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
     if settings.lora is None:
         model = model if adapter is None else merged(load_adapter(model, adapter))
         reference = copy.deepcopy(model).requires_grad_(False)
-        if trained is not None:
-            model, _ = load_language_model(str(trained), dtype)
-    elif adapter is None:
-        model = add_lora(model, settings.lora, trained, config.training_settings.seed)
-    else:
+    elif adapter is not None:
         model = load_adapter(model.to(device), adapter)
         reference = frozen_copy(model)
-        if trained is not None:
-            load_weights(model, trained)
-    policy = Policy(
-        model.to(device),
-        processor,
-        instruction=settings.instruction,
-        system_prompt=settings.system_prompt,
-        temperature=generation.temperature,
-        max_new_tokens=generation.max_new_tokens,
-        reference=None if reference is None else reference.to(device).eval(),
-        chat_template_kwargs=settings.chat_template_kwargs,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        decoding=generation.decoding,
-        sampling_batch_size=generation.sampling_batch_size,
-        prompt_part=generation.prompt_part,
-    )
+    elif trained is None:
+        model = add_lora(model, settings.lora, config.training_settings.seed)
+    else:
+        model = load_adapter(model, str(trained))
+    if trained is not None and reference is not None:
+        load_weights(model, trained)
+    reference = None if reference is None else reference.to(device).eval()
+    asked = {"instruction", "system_prompt", "chat_template_kwargs", "gradient_checkpointing"}
+    sampled = {"temperature", "max_new_tokens", "decoding", "sampling_batch_size", "prompt_part"}
+    options = settings.model_dump(include=asked) | generation.model_dump(include=sampled)
+    policy = Policy(model.to(device), processor, reference=reference, **options)
     if policy.not_shared:
         logger.warning("policy: prompts are run once for each completion, not once for a group: %s", policy.not_shared)
     return policy
@@ -431,7 +376,5 @@ def _end_tokens(model: torch.nn.Module, tokenizer: object) -> list[int]:
     ids = configured if isinstance(configured, list) else [configured]
     ends = [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]
     if not ends:
-        raise ModelError(
-            "vlm_model: found no end-of-sequence token; set eos_token in its tokenizer or generation config"
-        )
+        raise ModelError("vlm_model: found no end-of-sequence token; set eos_token in its tokenizer")
     return ends

@@ -1,7 +1,7 @@
 """What the policy reads: a user's prompt in its instruction, in the chat template of the model, as token ids."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from jinja2 import TemplateError
@@ -9,12 +9,11 @@ from PIL import Image
 
 from grpo_kit.config.display import Shown
 from grpo_kit.config.hub import ModelError
+from grpo_kit.config.prompts import without_control_tokens
 from grpo_kit.config.quiet import quiet_libraries
 
 _TEMPLATE = "vlm_model: its chat template does not fit"
-_WITHOUT_SYSTEM = (
-    'set model_settings.system_prompt to "" and say it in model_settings.instruction, or set another template'
-)
+_WITHOUT_SYSTEM = 'set system_prompt to "" and say it in model_settings.instruction, or set another template'
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,41 +51,24 @@ class EncodedPrompts(Shown):
         return {name: value.to(device) for name, value in self.inputs.items()}
 
 
+@dataclass(eq=False, repr=False)
 class PromptFormat:
-    """How a model is asked.
+    """How a model is asked."""
 
-    Args:
-        processor: its processor (vision-language) or tokenizer (text only).
-        instruction: the user turn, with "{prompt}" where the user's prompt goes.
-        system_prompt: an optional system turn.
-        chat_template_kwargs: variables for the chat template, such as Qwen3's `enable_thinking`.
-    """
+    processor: object  # the model's processor (vision-language) or tokenizer (text only)
+    _: KW_ONLY
+    instruction: str  # the user turn, with "{prompt}" where the user's prompt goes
+    system_prompt: str = ""
+    chat_template_kwargs: Mapping[str, object] | None = None  # variables, such as Qwen3's `enable_thinking`
 
-    def __init__(
-        self,
-        processor: object,
-        *,
-        instruction: str,
-        system_prompt: str = "",
-        chat_template_kwargs: Mapping[str, object] | None = None,
-    ) -> None:
-        self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.sees = self.tokenizer is not processor
-        self.instruction = instruction
-        self.system_prompt = system_prompt
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+    def __post_init__(self) -> None:
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.sees = self.tokenizer is not self.processor
 
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> EncodedPrompts:
-        """User prompts (and one picture each) as the model reads them.
-
-        Raises:
-            ModelError: there are pictures, and the policy is text-only.
-        """
+        """User prompts (and one picture each, which a text-only policy refuses) as the model reads them."""
         if images is not None and not self.sees:
-            raise ModelError(
-                "use_image: found true, but this policy is text-only; set model_settings.use_image to false"
-            )
+            raise ModelError("use_image: found true, but this policy is text-only; set model_settings.use_image: false")
         texts = [self.format_prompt(prompt, with_image=images is not None) for prompt in prompts]
         inputs = self._processed(texts, images)
         uneven = [name for name, value in inputs.items() if len(value) != len(texts)]
@@ -100,8 +82,9 @@ class PromptFormat:
     @quiet_libraries()
     def _processed(self, texts: Sequence[str], images: Sequence[Image.Image] | None) -> dict[str, torch.Tensor]:
         """What processor or tokenizer make of formatted prompts and their pictures."""
-        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        options["add_special_tokens"] = not self.writes_start(texts[0])
+        start = self.tokenizer.bos_token  # a processor's template may leave it to the tokenizer (LLaVA 1.5)
+        written = self.chats and (not self.sees or (start is not None and texts[0].startswith(start)))
+        options = {"padding": True, "padding_side": "left", "add_special_tokens": not written, "return_tensors": "pt"}
         if self.sees:
             pictures = None if images is None else [[image] for image in images]  # one list a prompt
             batch = self.processor(text=list(texts), images=pictures, **options)
@@ -112,17 +95,16 @@ class PromptFormat:
     def format_prompt(self, prompt: str, with_image: bool = False) -> str:
         """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none.
 
-        Raises:
-            ModelError: the template refuses the turns, or leaves one of them out.
+        It is a `ModelError` where the template refuses the turns, or leaves one of them out.
         """
-        text = self.instruction.replace("{prompt}", self._without_control(prompt))
+        text = self.instruction.replace("{prompt}", without_control_tokens(prompt, self.tokenizer))
         if not self.chats:
             picture = self.processor.image_token if with_image else ""
             return "\n".join(part for part in (picture, self.system_prompt, text) if part)
         turns = [{"role": "user", "content": self._content(text, with_image)}]
         if self.system_prompt:
             turns.insert(0, {"role": "system", "content": self._content(self.system_prompt)})
-        variables = {name: value for name, value in self.chat_template_kwargs.items() if name in self._template}
+        variables = {name: value for name, value in (self.chat_template_kwargs or {}).items() if name in self._template}
         try:
             read = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **variables)
         except TemplateError as error:
@@ -138,14 +120,6 @@ class PromptFormat:
             return text
         return [*([{"type": "image"}] if with_image else []), {"type": "text", "text": text}]
 
-    def writes_start(self, text: str) -> bool:
-        """Whether a formatted prompt has its special tokens already, as transformers decides it.
-
-        A tokenizer's template writes them all; a processor's may leave the first to the tokenizer (LLaVA 1.5).
-        """
-        start = self.tokenizer.bos_token
-        return self.chats and (not self.sees or (start is not None and text.startswith(start)))
-
     @property
     def _template(self) -> str:
         """The chat template, "" where there is none."""
@@ -156,10 +130,3 @@ class PromptFormat:
     def chats(self) -> bool:
         """Whether prompts are put into a chat template."""
         return bool(self._template)
-
-    def _without_control(self, prompt: str) -> str:
-        """The prompt with every added token's text broken by a space, so that it is read as ordinary text."""
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        for token in sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True):
-            prompt = prompt.replace(token, f"{token[:1]} {token[1:]}" if len(token) > 1 else " ")
-        return prompt

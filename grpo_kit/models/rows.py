@@ -1,10 +1,10 @@
 """Every completion in a row of its own, behind its own copy of the prompt: the plain way that any causal model takes.
 
-It is the way of models that cannot share a prompt (`prefix.reason_not_to_share`), and of scoring with gradient
+It is the way of models that cannot share a prompt (`shared_prefix.reason_not_to_share`), and of scoring with gradient
 checkpointing: recomputing a layer needs its whole input, and a cache would be filled a second time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,12 +18,7 @@ from grpo_kit.models.shared_prefix import Prefix, last_logits_only, placed
 
 
 def continued_rows(model: torch.nn.Module, prefix: Prefix, num_generations: int) -> NextLogits:
-    """Logits of each row's next token, from a cache of its own and the model's own masks.
-
-    Args:
-        prefix: P prompts that were run; its cache is used up.
-        num_generations: G rows for each of them.
-    """
+    """Logits of the next token of G rows for each of P prompts, from caches of their own; the prefix's is used up."""
     places = torch.arange(len(prefix.mask), device=prefix.mask.device).repeat_interleave(num_generations)
     prefix.cache.reorder_cache(places)  # beam search has made every kind of cache take it
     mask, start = prefix.mask[places].long(), prefix.next_position[places]
@@ -41,11 +36,9 @@ def continued_rows(model: torch.nn.Module, prefix: Prefix, num_generations: int)
 def row_logits(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], completion_ids: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Logits (N, T, V) that each token of the completions was drawn from, in one forward pass without a cache.
+    """Logits (N, T, V) that each token of the completions (N, T) was drawn from, in one pass without a cache.
 
-    Args:
-        inputs: N left-padded prompts, one for each completion.
-        completion_ids, mask: (N, T).
+    `inputs` are N left-padded prompts, one for each completion.
     """
     prompt, length = inputs["input_ids"], completion_ids.shape[1]
     # what a policy writes is text, should it write the very token that pictures stand for: the model may not look for
@@ -58,23 +51,14 @@ def row_logits(
         else value
         for name, value in inputs.items()
     }
-    with _embedding(model, torch.cat([prompt, completion_ids], dim=1)):
-        logits = model(**placed(model, whole), use_cache=False, **last_logits_only(model, length + 1)).logits
-    return logits[:, -length - 1 : -1]
-
-
-@contextmanager
-def _embedding(model: torch.nn.Module, ids: torch.Tensor) -> Iterator[None]:
-    """The model embeds these ids (N, L), whichever so many it is given."""
+    written = torch.cat([prompt, completion_ids], dim=1)
 
     def as_written(module: torch.nn.Module, given: tuple[torch.Tensor, ...], found: torch.Tensor) -> torch.Tensor:
-        return module.forward(ids) if given[0].shape == ids.shape else found
+        return module.forward(written) if given[0].shape == written.shape else found
 
-    hook = model.get_input_embeddings().register_forward_hook(as_written)
-    try:
-        yield
-    finally:
-        hook.remove()
+    with model.get_input_embeddings().register_forward_hook(as_written):
+        logits = model(**placed(model, whole), use_cache=False, **last_logits_only(model, length + 1)).logits
+    return logits[:, -length - 1 : -1]
 
 
 @contextmanager
@@ -89,16 +73,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def recomputable_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers, of text and of pictures, whose activations may be computed again instead of kept.
-
-    Raises:
-        ModelError: there are none.
-    """
+    """Layers, of text and of pictures, whose activations may be computed again; `ModelError` where there are none."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(
-            "model_settings.gradient_checkpointing: found true, but this model has no layers that transformers "
-            "recomputes; set false"
+            "model_settings.gradient_checkpointing: found true, but this model has no layers to recompute; set false"
         )
     return layers
 
@@ -112,19 +91,10 @@ def recomputing(model: torch.nn.Module) -> Iterator[None]:
     """
     layers = recomputable_layers(model)
     for layer in layers:
-        layer.forward = partial(checkpoint, _in_evaluation(layer), use_reentrant=False, preserve_rng_state=False)
+        forward = evaluating(layer)(layer.forward)
+        layer.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward  # what the class says stands again
-
-
-def _in_evaluation(layer: torch.nn.Module) -> Callable:
-    forward = layer.forward
-
-    def run(*args: object, **options: object) -> object:
-        with evaluating(layer):
-            return forward(*args, **options)
-
-    return run

@@ -9,11 +9,10 @@ sees the prompt and its own completion.
 In scoring attention pays for all pairs of tokens in a row, so the completions may share several rows, *lanes*, each
 behind the prompt. Models that cannot be continued like this say why (`reason_not_to_share`) and take `models.rows`.
 
-Sampling has three ways (`Decoding`). `plain`: the cache shows what it holds so far, so every step has a shape of its
-own. `static`: transformers' static cache; all room is there and attended to from the start, so that all steps have the
-same shapes. That alone saves nothing; a compiled step needs it. `compiled`: the same, with the step compiled by
-torch.compile (backend inductor, mode default). Sizes are symbolic from the start: one version serves all batches of
-several prompts and samples, so that a resumed run computes with the same one.
+Sampling has three ways (`Decoding`). `plain`: the cache shows what it holds so far, so every step has another shape.
+`static`: transformers' static cache, attended to as a whole from the start, so that all steps have the same shapes,
+which a compiled step needs. `compiled`: the same with torch.compile. Sizes are symbolic from the start: one version
+serves all batches of several prompts and samples, so that a resumed run computes with the same one.
 """
 
 import copy
@@ -60,16 +59,13 @@ class Prefix:
     def extend(
         self, model: torch.nn.Module, ids: torch.Tensor, steps: torch.Tensor, sees: torch.Tensor, cache: object = None
     ) -> torch.Tensor:
-        """Logits of tokens that stand behind the prompts.
+        """Logits (P, S, V) of tokens that stand behind the prompts.
 
         Args:
             ids: (P, S).
             steps: (P, S) how far into its completion each token is, from 0.
             sees: (P, S, own) bool: which of the tokens laid behind the prompt so far, these included, each one sees.
             cache: from `room_for`; None leaves the prompts' cache as it is and carries gradients.
-
-        Returns:
-            (P, S, V).
         """
         prompt = self.mask[:, None].expand(-1, ids.shape[1], -1)
         hidden = ~torch.cat([prompt, sees], dim=2).unsqueeze(1)  # (P, 1, S, L + own)
@@ -98,10 +94,7 @@ def run_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Pref
     mask = inputs["attention_mask"]
     output = model(**placed(model, inputs), use_cache=True, **last_logits_only(model, 1))
     if getattr(output, "past_key_values", None) is None:
-        raise ModelError(
-            f"vlm_model: found {type(model).__name__}, which gives no cache to go on from, allowed: models that do; "
-            "take another one"
-        )
+        raise ModelError(f"vlm_model: found {type(model).__name__}, which gives no cache to go on from; take another")
     deltas = None
     if "pixel_values" in inputs:  # models with multimodal rotary positions (Qwen-VL): pictures moved the text's
         deltas = next((m.rope_deltas for m in model.modules() if getattr(m, "rope_deltas", None) is not None), None)
@@ -111,13 +104,10 @@ def run_prompts(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Pref
 
 
 def placed(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's inputs with each token's position counted from its row's first token, wherever the padding stands.
-
-    Where pictures have positions of their own (Qwen-VL's multimodal rotary ones), the model counts by itself.
-    """
+    """A model's inputs with each token's position counted from its row's first token, wherever the padding stands."""
     with_picture = "pixel_values" in inputs
     if with_picture and any(hasattr(module, "get_rope_index") for module in model.modules()):
-        return inputs
+        return inputs  # the model counts by itself: pictures have positions of their own (Qwen-VL)
     named = inputs if with_picture else {name: inputs[name] for name in ("input_ids", "attention_mask")}
     return {**named, "position_ids": (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
 

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import diffusers
 import torch
@@ -37,29 +38,19 @@ def has_separate_encoding(pipeline: DiffusionPipeline) -> bool:
     return type(pipeline) in _RETURNS
 
 
+@dataclass(eq=False, repr=False)
 class TextEmbeddings:
-    """A pipeline's inputs for texts; `truncated` counts the texts that were longer than its encoder reads, and cut.
+    """A pipeline's inputs for texts; `truncated` counts the texts that were longer than its encoder reads, and cut."""
 
-    Args:
-        pipeline: one that `has_separate_encoding`.
-        max_sequence_length: tokens for a T5 encoder; None means the pipeline's default.
-        device: where the text encoders are; None means where the pipeline computes.
-        negative_prompt: what the negative branch reads; None means what the pipeline has by itself.
-    """
+    pipeline: DiffusionPipeline  # one that `has_separate_encoding`
+    max_sequence_length: int | None = None  # tokens for a T5 encoder; None: the pipeline's default
+    device: torch.device | None = None  # where the text encoders are; None: where the pipeline computes
+    negative_prompt: str | None = None  # what the negative branch reads; None: what the pipeline has by itself
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        max_sequence_length: int | None = None,
-        device: torch.device | None = None,
-        negative_prompt: str | None = None,
-    ) -> None:
-        self.pipeline = pipeline
-        self.negative_prompt = negative_prompt
-        self.device = device
+    def __post_init__(self) -> None:
         self.truncated = 0
-        self._options = _encoding_options(pipeline, max_sequence_length)
-        self._at_once = TEXTS_AT_ONCE if device is None else 1  # on the CPU, texts that only fill up take too long
+        self._options = _encoding_options(self.pipeline, self.max_sequence_length)
+        self._at_once = TEXTS_AT_ONCE if self.device is None else 1  # on the CPU, texts that only fill up take too long
         self._kept: OrderedDict[str | None, _Row] = OrderedDict()  # None: the negative branch
 
     def inputs(self, texts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:

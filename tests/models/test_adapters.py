@@ -1,5 +1,6 @@
 """Adapters that others made, or the kit itself: training goes on from them, and `grpo-kit merge` makes them whole."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from grpo_kit.cli import main
 from grpo_kit.config import PROJECT_ROOT, Config, KitError, load_config
 from grpo_kit.experiment import Experiment, load_experiment
+from grpo_kit.models.adapters import merged
 from grpo_kit.models.card import save_with_card
-from grpo_kit.models.merge import merge_run
 from grpo_kit.models.policy import Policy, load_policy
+from grpo_kit.models.push import merge_run
 from grpo_kit.rollout import collect_rollout
 from grpo_kit.training.loop import train
 from grpo_kit.training.step import grpo_step
@@ -294,6 +296,17 @@ def test_adapter_on_shared_embeddings_is_not_merged_but_gone_on_from(kit: Experi
         load_policy(load_config(kit.config, names | {"model_settings.lora": None}))
     policy = load_policy(load_config(kit.config, names | {"model_settings.lora": {"r": 4, "alpha": 8}}))
     assert torch.equal(_logprobs(policy), _logprobs(policy, reference=True))
+
+
+@pytest.mark.parametrize("tied", ["whole", "text"])
+def test_shared_embeddings_are_seen_in_whichever_config_says_so(kit: Experiment, tied: str):
+    model = copy.deepcopy(kit.policy.model)
+    configs = {"text": model.config.get_text_config(), "whole": model.config}
+    for name, config in configs.items():
+        config.tie_word_embeddings = name == tied
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(KitError, match="cannot be merged"):
+        merged(adapted)
 
 
 def test_merge_is_a_command(run: tuple[Path, torch.Tensor], capsys: pytest.CaptureFixture):

@@ -6,7 +6,7 @@ The short form takes each family once, with a picture where it sees, and an adap
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -232,20 +232,12 @@ def _gradient(policy: Policy, case: Case, scored: Callable[[], Scores]) -> tuple
 
 def _ways(case: Case) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Scores and gradients by each of the three ways that a policy may score in."""
-    policy = case.policy
-    mask = case.found.mask
-    given = (policy.model, policy.encode(PROMPTS, case.images), GROUPS, case.found.ids, mask)
-
-    def by(score: Callable[..., Sequence[torch.Tensor]]) -> Callable[[], Scores]:
-        def scored() -> Scores:
-            with evaluating(policy.model):
-                return Scores(*(torch.where(mask, column, 0.0) for column in score(*given)))
-
-        return scored
-
-    found = {"in rows": _gradient(policy, case, by(policy._scored_in_rows))}
-    if policy.not_shared is None:
-        found["shared"] = _gradient(policy, case, by(policy._scored_behind_prompts))
+    policy, reason = case.policy, case.policy.not_shared
+    policy.not_shared = reason or "to compare"
+    found = {"in rows": _gradient(policy, case, case.score)}
+    policy.not_shared = reason
+    if reason is None:
+        found["shared"] = _gradient(policy, case, case.score)
     policy.gradient_checkpointing = True
     found["computed again"] = _gradient(policy, case, case.score)
     policy.gradient_checkpointing = False
@@ -288,8 +280,9 @@ def test_padding_mistakes_behind_shared_prompts_are_noticed(
     assert _far(case.score().logprobs, case.found.logprobs) > NOTICED
 
 
-def dropout_in_the_repetition(layer: torch.nn.Module) -> Callable:
-    return layer.forward
+@contextmanager
+def dropout_in_the_repetition(layer: torch.nn.Module) -> Iterator[None]:
+    yield
 
 
 @pytest.mark.parametrize("mutant", broken_versions({dropout_in_the_repetition: "T13"}))
@@ -298,7 +291,7 @@ def dropout_in_the_repetition(layer: torch.nn.Module) -> Callable:
 def test_dropout_in_recomputed_layers_is_noticed(
     name: str, adapter: bool, make_case: Callable, mutant: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(rows, "_in_evaluation", mutant)
+    monkeypatch.setattr(rows, "evaluating", mutant)
     try:
         worst = _worst_difference_of_ways(make_case(name, NAMES[name].sees, adapter))
     except CheckpointError:  # torch itself notices dropout that is a layer of its own

@@ -14,6 +14,7 @@ from support.apart import printed_apart
 from grpo_kit.config import ConfigError, load_config
 from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
+from grpo_kit.models import generator as generator_file
 from grpo_kit.models import image_batch
 from grpo_kit.models.generator import Generator, load_generator
 from grpo_kit.models.image_batch import MOST, _container_headroom, free_memory, largest_batch, memory_of
@@ -134,7 +135,7 @@ def _auto(pipeline: StableDiffusion3Pipeline, memory: int | None) -> Generator:
 def memory_of_a_measured_batch(stated: int) -> tuple[int, int]:
     """How many images are found to fit, and the bytes that drawing them took."""
     generator = _auto(with_wide_decoder(load_generator(load_config("tiny")).pipeline), stated)
-    found = generator.batch_size
+    found = generator.images_at_once
     pairs = [("a red circle", seed) for seed in range(found)]
     return found, memory_of(lambda: generator.generate_images(*zip(*pairs, strict=True)), CPU)
 
@@ -150,22 +151,22 @@ def test_measured_batch_keeps_to_the_memory_that_was_stated():
 
 @pytest.mark.slow
 def test_more_memory_draws_more_at_once(wide: StableDiffusion3Pipeline):
-    assert _auto(wide, 32 * MB).batch_size < _auto(wide, 512 * MB).batch_size
+    assert _auto(wide, 32 * MB).images_at_once < _auto(wide, 512 * MB).images_at_once
 
 
 def test_batch_is_measured_once_and_only_when_several_images_are_drawn(
     wide: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyPatch
 ):
     generator = _auto(wide, 64 * MB)
-    measured, measure = [], generator._measured_batch
-    monkeypatch.setattr(generator, "_measured_batch", lambda: measured.append(1) or measure())
+    measured = []
+    monkeypatch.setattr(generator_file, "largest_batch", lambda *given: measured.append(1) or largest_batch(*given))
     alone = generator.generate_image("a red circle", 0)
     assert not measured
     images = generator.generate_images(["a red circle"] * 3, [0, 1, 2])
     generator.generate_images(["a red circle"] * 3, [0, 1, 2])
     assert len(measured) == 1 and images[0].size == alone.size
     generator.batch_size = 2
-    assert generator.batch_size == 2
+    assert generator.images_at_once == 2
 
 
 def test_too_little_memory_for_one_image_is_one_line(wide: StableDiffusion3Pipeline):
@@ -177,7 +178,7 @@ def test_too_little_memory_for_one_image_is_one_line(wide: StableDiffusion3Pipel
 def test_setting_reaches_the_generator(kit: Experiment):
     settings = {"generation_settings.image_batch_size": "auto", "generation_settings.image_memory_gb": "1.5"}
     generator = load_generator(load_config(kit.config, settings))
-    assert generator.memory == 1.5e9 and generator.batch_size == MOST  # pictures of 32 x 32
+    assert generator.memory == 1.5e9 and generator.images_at_once == MOST  # pictures of 32 x 32
 
 
 @pytest.mark.parametrize("value", ["many", 0, -1, 2.5, True])

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from grpo_kit.config import load_config
 from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
-from grpo_kit.models import decoding
+from grpo_kit.models import decoding, prompt_format
 from grpo_kit.models import policy as policy_module
 from grpo_kit.models.decoding import choose_tokens, row_seeds, row_uniforms
 from grpo_kit.models.loading import load_language_model
@@ -405,14 +405,16 @@ def _injections(policy: Policy) -> list[str]:
 @pytest.mark.abuse("S6")
 @pytest.mark.abuse("S6", broken="text_as_it_is")
 @seeing
-def test_special_tokens_in_a_users_text_stay_ordinary_text(any_policy: Policy, images: list | None, attempts: Count):
+def test_special_tokens_in_a_users_text_stay_ordinary_text(
+    any_policy: Policy, images: list | None, attempts: Count, monkeypatch: pytest.MonkeyPatch
+):
     plain, injections = _control_tokens(any_policy, "a red circle", images), _injections(any_policy)
     with attempts(len(injections)) as got_through:
         got_through += [text for text in injections if _control_tokens(any_policy, text, images) != plain]
         assert got_through == []
     for text in injections:
         assert any_policy.sample([text], 1, seed=0, images=None if images is None else images[:1]).texts
-    any_policy._without_control = lambda prompt: prompt
+    monkeypatch.setattr(prompt_format, "without_control_tokens", lambda prompt, tokenizer: prompt)
     assert _control_tokens(any_policy, f"a {any_policy.tokenizer.eos_token} circle", images) > plain
 
 

@@ -16,6 +16,7 @@ from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import shared_prefix as continuing
 from grpo_kit.models.policy import Completions, Policy, load_policy
+from grpo_kit.models.prompt_format import EncodedPrompts
 from grpo_kit.models.shared_prefix import Prefix, run_prompts
 
 PROMPTS = ["a red circle", "three tiny golden pyramids, over on the left side, at night", "a rosy plus above a box"]
@@ -195,11 +196,19 @@ def test_the_number_of_rows_in_a_call_changes_no_sample(size: int, decoding: str
     assert _difference(whole, _sampled(own_policy, decoding)) < CLOSE
 
 
-def test_calls_are_as_even_as_can_be_and_hold_whole_groups(own_policy: Policy):
-    own_policy.sampling_batch_size = 32
-    assert [own_policy._prompts_at_once(P, 8) for P in (1, 4, 5, 8, 9)] == [1, 4, 3, 4, 3]
-    own_policy.sampling_batch_size = 3
-    assert own_policy._prompts_at_once(5, 8) == 1
+def test_calls_are_as_even_as_can_be_and_hold_whole_groups(own_policy: Policy, monkeypatch: pytest.MonkeyPatch):
+    decoded, sizes = Policy._decoded, []
+
+    def counted(self: Policy, model: object, encoded: EncodedPrompts, *rest: object) -> tuple:
+        sizes.append(len(encoded))
+        return decoded(self, model, encoded, *rest)
+
+    monkeypatch.setattr(Policy, "_decoded", counted)
+    for most, count, expected in ((32, 1, [1]), (32, 4, [4]), (32, 5, [3, 2]), (32, 8, [4, 4]), (3, 2, [1, 1])):
+        own_policy.sampling_batch_size = most
+        own_policy.sample(["a red circle"] * count, 8, seed=0)
+        assert sizes == expected
+        sizes.clear()
 
 
 def test_rows_below_each_other_keep_to_their_seeds(own_policy: Policy, monkeypatch: pytest.MonkeyPatch):

@@ -36,7 +36,7 @@ def of_a_new_thread() -> int:
 
 def in_small_calls(kit: Experiment) -> Generator:
     generator = copy.copy(kit.generator)
-    generator.batch_size, generator.num_inference_steps, generator._batch_size = 2, 2, 2
+    generator.batch_size, generator.num_inference_steps = 2, 2
     return generator
 
 

@@ -65,7 +65,7 @@ def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tupl
     if settings.lora is None:
         reference = weightless(language_model(name, dtype)[0].requires_grad_(False), mode).eval()
     else:
-        model = add_lora(model, settings.lora, None, config.training_settings.seed)
+        model = add_lora(model, settings.lora, config.training_settings.seed)
     kind, notes = Policy, ()
     try:
         processor = AutoProcessor.from_pretrained(name, local_files_only=True)
