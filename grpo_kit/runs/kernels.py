@@ -68,6 +68,8 @@ class ForkedKernel:
 
     def __init__(self, command: list[str], folder: str, environment: dict[str, str]) -> None:
         with _ONE_AT_A_TIME:
+            if _warm_process().poll() is not None:  # a Ray worker ends what its task started
+                _warm_process.cache_clear()
             warm = _warm_process()
             print(json.dumps([command, folder, environment]), file=warm.stdin, flush=True)
             self.pid = int(warm.stdout.readline())
