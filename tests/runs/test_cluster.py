@@ -31,17 +31,18 @@ PARAMETERS = """profile: str = "tiny"  # a profile
 run_dir: str = ""  # a folder
 case: str = "well"  # what happens to it
 seed: int = 0  # a seed"""
-# What a trial does: note which processes it ran in, then as its case says; the kernel's parent is Ray's worker.
-BODY = """import json, os, pathlib, random, signal, time
-here = pathlib.Path(run_dir)
+# What a trial does: note which processes it ran in, then as its case says; Ray's worker is above the warm process.
+BODY = """import json, os, pathlib, psutil, random, signal, time
+here, worker = pathlib.Path(run_dir), psutil.Process().parent()
+worker = worker.parent() if any("warm_process" in part for part in worker.cmdline()) else worker
 log = (here / "log.jsonl").open("a")
-print(json.dumps([case, seed, os.getpid(), os.getppid()]), file=log, flush=True)
+print(json.dumps([case, seed, os.getpid(), worker.pid]), file=log, flush=True)
 first = not (here / "tried").exists()
 (here / "tried").touch()
 if case == "bad": 1 / 0
 if case == "kernel dies once" and first: os.kill(os.getpid(), signal.SIGKILL)
 if case == "worker dies" or (case == "worker dies once" and first):
-    os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)
+    os.kill(worker.pid, signal.SIGKILL); time.sleep(60)
 if case == "waits":
     (here / "pid").write_text(str(os.getpid()))
     while first: time.sleep(0.1)
