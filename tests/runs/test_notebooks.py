@@ -137,7 +137,9 @@ def test_it_runs_with_other_parameters(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem in ("07_train", "09_ablations", PLANS)], ids=by_name)
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem in ("07_train", "09_ablations", PLANS)], ids=by_name
+)
 def test_it_runs_with_a_second_set_of_parameters(path: Path, tmp_path: Path) -> None:
     run_with(path, OTHER, tmp_path / "run")
 
