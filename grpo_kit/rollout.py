@@ -334,7 +334,8 @@ def _whole_groups(generator: Generator, request: DrawRequest) -> Iterator[tuple[
     pairs = request.pairs()
     drawn: dict[Pair, Image.Image | None] = {}
     begin = 0
-    for batch in even_batches(list(dict.fromkeys(pair for row in pairs for pair in row)), generator.images_at_once):
+    at_once = getattr(generator, "images_at_once", generator.batch_size)  # the second in a class of a user's own
+    for batch in even_batches(list(dict.fromkeys(pair for row in pairs for pair in row)), at_once):
         drawn.update(zip(batch, generator.generate_images(*zip(*batch, strict=True)), strict=True))
         missing = next((row for row in range(begin, len(pairs)) if not drawn.keys() >= set(pairs[row])), None)
         groups = request.group_ids

@@ -336,7 +336,7 @@ from grpo_kit.rollout import DrawRequest, draw_and_score
 from grpo_kit.rewards import Rewards
 
 class Draws:
-    images_at_once = 1
+    batch_size = 1
     def generate_images(self, texts, seeds):
         return [Image.new("RGB", (8, 8)) for _ in texts]
 
