@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from grpo_kit.config import KitError
 from grpo_kit.evaluation.intervals import prompt_means
@@ -65,11 +65,12 @@ def detectable_difference(
 ) -> float:
     """The smallest true mean difference that a two-sided paired test finds with this power.
 
-    That is (t for the confidence + t for the power) · standard error, both of P − 1 degrees of freedom. (Cohen,
-    Statistical Power Analysis, 1988, ch. 2; Card et al., "With Little Power Comes Great Responsibility", EMNLP 2020.)
+    Over the standard error, that is the noncentrality with which t of P − 1 degrees of freedom passes the confidence's
+    bound. (Cohen, Statistical Power Analysis, 1988, ch. 2; Card et al., "With Little Power Comes Great Responsibility",
+    EMNLP 2020.)
     """
     freedom = (num_prompts or parts.num_prompts) - 1
-    factor = stats.t.ppf((1 + confidence) / 2, freedom) + stats.t.ppf(power, freedom)
+    factor = special.nctdtrinc(freedom, 1 - power, stats.t.ppf((1 + confidence) / 2, freedom))
     return float(factor * parts.standard_error(num_prompts, seeds_per_prompt))
 
 

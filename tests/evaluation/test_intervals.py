@@ -204,6 +204,16 @@ def test_a_difference_of_the_detectable_size_is_found_four_times_out_of_five():
     assert power(detectable_difference(pictures, num_prompts=60)) < 0.65
 
 
+@pytest.mark.parametrize("prompts", [2, 3, 5, 129])
+def test_the_detectable_difference_has_its_power_under_the_noncentral_t(prompts: int):
+    parts = variance_parts(np.array([[0.1], [0.3]]))
+    moved = detectable_difference(parts, prompts) / parts.standard_error(prompts)
+    limit = stats.t.ppf(0.975, prompts - 1)
+    assert stats.nct.sf(limit, prompts - 1, moved) == pytest.approx(0.8, abs=1e-5)
+    central = limit + stats.t.ppf(0.8, prompts - 1)  # the broken twin adds two t: too few prompts for little power
+    assert prompts > 100 or stats.nct.sf(limit, prompts - 1, central) < 0.8
+
+
 def test_more_prompts_detect_more_and_more_latents_only_up_to_a_point():
     parts = variance_parts(cells(np.random.default_rng(5), 100, 4, 0.3, 0.6))
     now, prompts = detectable_difference(parts), detectable_difference(parts, num_prompts=400)
