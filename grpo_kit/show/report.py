@@ -68,7 +68,7 @@ def _warning(record: RunRecord) -> str:
         return f"The sentinel, {divergence['text']}. Look at the gallery before you believe the reward."
     change = differences.get("trained-raw", {})
     if [summary.direction(change.get(m)) for m in ("reward", "gold")] == [summary.RISES, summary.FALLS]:
-        return "The reward and the truth part ways: look at the gallery before you believe the reward."
+        return "The reward and the gold check part ways: look at the gallery before you believe the reward."
     if summary.direction(differences.get("trained-initial", {}).get("keeps_objects")) == summary.FALLS:
         return "The trained policy keeps the user's objects less often than the initial one did: read its rewrites."
     return ""
