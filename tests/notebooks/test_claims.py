@@ -1,0 +1,525 @@
+"""What the notebooks' prose claims is computed again, from the data that it cites: text and number cannot drift apart.
+
+A claim is written as it stands in the notebook, with # for each number. Where a sentence changes, its test fails until
+it says the same again; where the data change, until the sentence does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import special, stats
+
+from grpo_kit.config import PROJECT_ROOT
+
+NOTEBOOKS, DATA = PROJECT_ROOT / "notebooks", PROJECT_ROOT / "data"
+NUMBER = r"([+−]?\d+(?:\.\d+)?)"
+
+
+def cells(stem: str, folder: Path | None = None) -> list[dict]:
+    """A notebook's cells, by the two digits of its name."""
+    (path,) = (folder or NOTEBOOKS).glob(f"{stem}_*.ipynb")
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def prose(stem: str) -> str:
+    """All markdown as one line."""
+    texts = ["".join(cell["source"]) for cell in cells(stem) if cell["cell_type"] == "markdown"]
+    return " ".join("\n".join(texts).split())
+
+
+def said(stem: str, claim: str) -> list[str]:
+    """The numbers of a claim, as they are written; the claim must stand once in the notebook."""
+    found = re.findall(re.escape(claim).replace(r"\#", NUMBER), prose(stem))
+    assert len(found) == 1, f"{stem} says {len(found)} times: {claim}"
+    return [found[0]] if isinstance(found[0], str) else list(found[0])
+
+
+def states(stem: str, claim: str) -> None:
+    """Assert that a claim without a number stands in the notebook."""
+    assert prose(stem).count(claim) == 1, f"{stem} does not say: {claim}"
+
+
+def printed(stem: str, piece: str) -> list[str]:
+    """The lines that the one code cell with this piece of code has printed."""
+    (cell,) = [c for c in cells(stem) if c["cell_type"] == "code" and piece in "".join(c["source"])]
+    return "".join("".join(output.get("text", [])) for output in cell["outputs"]).splitlines()
+
+
+def assert_rounds(written: list[str], values: list[float]) -> None:
+    """Assert that each number is the value, rounded as it is written."""
+    assert len(written) == len(values)
+    for text, value in zip(written, values, strict=True):
+        plain = text.replace("−", "-").lstrip("+")
+        digits = len(plain.partition(".")[2])
+        assert f"{value:.{digits}f}" == plain, f"found {text}, computed {value:.4f}"
+
+
+@cache
+def metrics() -> pd.DataFrame:
+    """A row an iteration of the recorded run."""
+    return pd.read_json(DATA / "demo_run/metrics.jsonl", lines=True)
+
+
+@cache
+def settings() -> dict:
+    """The recorded run's training settings."""
+    return json.loads((DATA / "demo_run/config.json").read_text(encoding="utf-8"))["training_settings"]
+
+
+@cache
+def results() -> dict:
+    """The recorded evaluation."""
+    return json.loads((DATA / "demo_run/final_results.json").read_text(encoding="utf-8"))
+
+
+@cache
+def rows() -> pd.DataFrame:
+    """A row a picture of the recorded evaluation."""
+    return pd.read_parquet(DATA / "demo_run/evaluation/rows.parquet")
+
+
+@cache
+def by_seed() -> pd.DataFrame:
+    """The gold check, in points, of the recorded grid: a row a seed, a column a setting, the baseline first."""
+    runs = pd.read_json(DATA / "demo_grid/runs.jsonl", lines=True)
+    table = runs.pivot(index="seed", columns="setting", values="gold/trained")
+    return 100 * table[runs["setting"].unique()]
+
+
+def differences(name: str) -> np.ndarray:
+    """Of a setting of the grid and the baseline, seed by seed."""
+    return (by_seed()[name] - by_seed().iloc[:, 0]).to_numpy()
+
+
+def spread_of_differences() -> float:
+    """Of a difference between two settings at one seed: the root of the mean variance over settings."""
+    return float(np.mean([differences(name).var(ddof=1) for name in by_seed().columns[1:]]) ** 0.5)
+
+
+def ends(interval: dict, scale: float = 1.0) -> list[float]:
+    """Mean and ends of an interval of the recorded evaluation."""
+    return [scale * interval[name] for name in ("mean", "low", "high")]
+
+
+# --- gold is a check --------------------------------------------------------------------------------------------------
+
+
+def test_no_text_says_that_the_check_knows_the_truth_or_that_the_oracle_is_a_ceiling() -> None:
+    """00 to 10 and docs: gold is a program with errors of its own; the oracle is a reference."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (PROJECT_ROOT / "docs").glob("*.md")}
+    texts |= {f"{number:02}": prose(f"{number:02}") for number in range(11)}
+    for name, text in texts.items():
+        assert not re.search(r"knows the truth|destroys the truth|is (a|the) ceiling", text), name
+    for stem in ("00", "01", "07", "08"):
+        assert re.search(r"errors of its own", prose(stem)), stem
+    states("04", "It does not share CLIP's mistakes, and makes others.")
+
+
+def test_the_check_and_the_reward_contradict_each_other_on_some_pictures() -> None:
+    """08_evaluate: how many of the trained policy's pictures one judge likes and the other does not."""
+    claim = "of the # pictures of the recorded trained policy # have a reward above # and a gold score of at most #,"
+    count, disputed, high, low = map(float, said("08", claim))
+    trained = rows().query("variant == 'trained'")
+    assert len(trained) == count
+    assert ((trained["reward"] > high) & (trained["gold"] <= low)).sum() == disputed > 0
+
+
+# --- baselines, groups ------------------------------------------------------------------------------------------------
+
+TOY = np.array([[0.90, 0.84, 0.78, 0.88], [0.30, 0.10, 0.20, 0.40]])  # a row a prompt, four texts, equally likely
+
+
+def gradients(baseline: Callable[[np.ndarray], np.ndarray | float], batches: int = 40_000) -> np.ndarray:
+    """(batches, 8): REINFORCE's estimates by the logits, four rewrites of each prompt a batch."""
+    drawn = np.random.default_rng(9).integers(4, size=(batches, 2, 4))
+    rewards = TOY[[[0], [1]], drawn]
+    slopes = np.eye(4)[drawn] - 1 / 4
+    return ((rewards - baseline(rewards))[..., None] * slopes).mean(axis=2).reshape(batches, 8)
+
+
+def of_everyone(rewards: np.ndarray) -> np.ndarray:
+    """The mean of all other rewrites of the batch."""
+    return (rewards.sum(axis=(1, 2), keepdims=True) - rewards) / 7
+
+
+def of_the_group(rewards: np.ndarray) -> np.ndarray:
+    """The mean of the other rewrites of the same prompt."""
+    return (rewards.sum(axis=2, keepdims=True) - rewards) / 3
+
+
+def test_a_baseline_changes_the_noise_and_not_the_aim() -> None:
+    """05_groups: the same expected gradient with every baseline, and how much the variance differs."""
+    states("05", "leaves the *expected* gradient as it is.")
+    exact = ((TOY - TOY.mean(axis=1, keepdims=True)) / 4).ravel()
+    found = {}
+    for name, baseline in {"none": lambda _: 0.0, "everyone": of_everyone, "own group": of_the_group}.items():
+        estimates = gradients(baseline)
+        error = estimates.std(axis=0, ddof=1) / len(estimates) ** 0.5
+        assert (np.abs(estimates.mean(axis=0) - exact) < 4.5 * error).all(), name
+        found[name] = estimates.var(axis=0).sum()
+    ratio = found["everyone"] / found["own group"]
+    claim = "a variance that is # times as large against everyone as against the own group"
+    assert [float(text) for text in said("05", claim)] == pytest.approx([ratio], rel=0.05)
+    assert said("05", "it takes # times as many batches") == said("05", claim)
+    for line in printed("05", "worth = np.array(rewards)"):
+        name, variance = line[:9].strip(), float(line.split()[-1])
+        assert variance == pytest.approx(found[name], rel=0.03, abs=1e-4)
+
+
+def test_a_baseline_that_looks_at_the_rewrite_itself_would_change_the_aim() -> None:
+    """05_groups: the condition of the sentence; such a baseline is not one of these."""
+    estimates = gradients(lambda rewards: rewards**2)
+    error = estimates.std(axis=0, ddof=1) / len(estimates) ** 0.5
+    exact = ((TOY - TOY.mean(axis=1, keepdims=True)) / 4).ravel()
+    assert (np.abs(estimates.mean(axis=0) - exact) > 10 * error).any()
+
+
+def test_luck_does_no_harm_to_exact_copies_and_harms_those_that_nearly_agree() -> None:
+    """05_groups: the sum of A ∇log p over identical rewrites is 0; one word apart it is not."""
+    states("05", "For exact copies they cancel, since one sentence has one log-probability")
+    states("05", "nothing cancels: the word in which they differ is made likelier or less likely by luck.")
+    rng = np.random.default_rng(0)
+    rewards, probabilities = rng.normal(size=8), special.softmax(rng.normal(size=5))
+    advantages = (rewards - rewards.mean()) / rewards.std(ddof=1)
+    slopes = np.eye(5) - probabilities  # of log p, a row a text
+    assert np.abs(advantages @ slopes[[2] * 8]).max() < 1e-12
+    assert np.abs(advantages @ slopes[[2, 3] * 4]).max() > 0.1
+
+
+def test_how_often_a_group_holds_one_of_the_best_tenth_is_an_identity() -> None:
+    """05_groups: 1 − 0.9^G for rewards of any kind, and so the notebook's figure says."""
+    states("05", "1 − 0.9^G, for any policy and any reward, so that is computed and not measured.")
+    rng = np.random.default_rng(0)
+    for line in printed("05", "tries = {size: rng.choice(pool"):
+        size, share = re.search(r"G = +(\d+).*best tenth: (\d+)%", line).groups()
+        assert_rounds([share], [100 * (1 - 0.9 ** int(size))])
+        for draw in (rng.normal, rng.random, rng.standard_cauchy):
+            rewards = draw(size=(20_000, int(size)))
+            held = (rewards.max(axis=1) >= np.quantile(rewards, 0.9)).mean()
+            assert held == pytest.approx(int(share) / 100, abs=0.02)
+
+
+def test_which_budgets_of_pictures_differ_by_more_than_chance() -> None:
+    """05_groups: only 2 × 2 × 8 does, in the table of docs/rewards.md; shared and own seeds do not."""
+    text = (PROJECT_ROOT / "docs/rewards.md").read_text(encoding="utf-8").split("## How many rewrites")[1]
+    found = re.findall(r"^\| (.+?) \| \d \| .+ \| ([−+]\S+) \[([−+]\S+), ([−+]\S+)\] \|$", text, flags=re.MULTILINE)
+    clear = [name for name, _, low, high in found if low[0] == high[0]]
+    assert len(found) == 6 and clear == ["2 × 2 × 8"]
+    assert any("its own seed" in name for name, *_ in found)
+    states("05", "Of its six alternatives to 4 prompts × 8 rewrites × 1 picture only one differs by more than chance")
+    states("05", "and is worse: 2 × 2 × 8 (`docs/rewards.md`). Own seeds in place of shared ones do not.")
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_log_calls_loss_is_mostly_the_kl_term() -> None:
+    """07_train: beta · KL beside |loss| in the recorded run."""
+    claim = (
+        "(beta #) the median of beta · KL is #, that of |loss| #, and the loss lies above 0 in # % of the iterations."
+    )
+    term, loss = settings()["beta"] * metrics()["kl"], metrics()["loss"]
+    values = [settings()["beta"], term.median(), loss.abs().median(), 100 * (loss > 0).mean()]
+    assert_rounds(said("07", claim), values)
+    assert np.corrcoef(term, loss)[0, 1] > 0.9 and (loss - term).abs().median() < 0.5 * term.median()
+
+
+def test_a_loss_is_0_at_the_start_only_for_some_types_and_without_a_kl_term() -> None:
+    """06_grpo_loss, 07_train: ratios of 1, four lengths; grpo gives 0, dapo, dr_grpo, luspo and cispo do not."""
+    states("06", "Types that give long rows more weight have another value here, and so has every loss with a KL term.")
+    states("07", "Without a KL term the loss of a fresh batch is 0 by construction (loss type `grpo`)")
+    rewards, lengths = np.array([0.8, 0.6, 0.4, 0.2]), np.array([12, 10, 6, 5])
+    advantages = (rewards - rewards.mean()) / rewards.std(ddof=1)
+    each = {"grpo": 1 / (4 * lengths), "dapo": 1 / lengths.sum(), "dr_grpo": 1 / (4 * 40), "luspo": 1 / 4}
+    value = {name: float(-(weight * lengths * advantages).sum()) for name, weight in each.items()}
+    assert abs(value.pop("grpo")) < 1e-12 and all(abs(other) > 0.05 for other in value.values())
+    logprobs = -np.linspace(0.5, 1.5, 4)  # cispo weighs log p itself
+    assert abs((advantages * lengths * logprobs).sum() / lengths.sum()) > 0.03
+
+
+def test_the_steps_do_not_shrink_with_the_spread() -> None:
+    """07_train: spread and gradient norm in the first and the last quarter of the recorded run."""
+    claim = "first and last quarter the spread is # and #, the gradient's norm # and #."
+    part = len(metrics()) // 4
+    first, last = metrics().head(part).mean(), metrics().tail(part).mean()
+    assert settings()["scale_rewards"] == "group"
+    values = [first["reward_std"], last["reward_std"], first["grad_norm"], last["grad_norm"]]
+    assert_rounds(said("07", claim), values)
+    assert values[1] < values[0] / 2 and values[3] > 0.9 * values[2]
+
+
+def test_the_clip_acts_on_few_tokens_and_never_in_a_single_update() -> None:
+    """06_grpo_loss, 07_train: the share of clipped tokens in the recorded run, and the profiles' updates."""
+    claim = "it acts on # % of the tokens in the median iteration, and on # % at most."
+    acted = 100 * metrics()["clip_ratio/region_mean"]
+    assert_rounds(said("06", claim), [acted.median(), acted.max()])
+    full = json.loads((PROJECT_ROOT / "grpo_kit/config/profiles/full.json").read_text(encoding="utf-8"))
+    assert full["training_settings"]["updates_per_rollout"] == 1 and settings()["updates_per_rollout"] == 2
+    states("06", "With one update for a rollout (profile `full`) all ratios are 1, and the clip never acts.")
+    states("07", "where there is only one (profile `full`), never.")
+
+
+def test_a_good_token_at_half_its_probability_is_pushed_half_as_hard() -> None:
+    """06_grpo_loss: the push on log p is the slope by the ratio, times the ratio."""
+    states("06", "The push on its log-probability is the slope times the ratio, so half of that at ratio 1.")
+    step, push = 1e-6, {}
+    for ratio in (1.0, 0.5):
+        up, down = (-min(r, min(r, 1.2)) for r in ratio * np.exp([step, -step]))
+        push[ratio] = (up - down) / (2 * step)
+    assert push[0.5] == pytest.approx(push[1.0] / 2)
+
+
+def test_the_mean_log_ratio_of_a_row_moves_less_than_its_tokens() -> None:
+    """06_grpo_loss: after the recorded steps, how many tokens and how many rows lie outside of 1 ± 0.2."""
+    paths = sorted((DATA / "demo_run/rollouts").glob("*.parquet"))
+    kept = pd.concat([pd.read_parquet(path, columns=["new_logprobs", "old_logprobs"]) for path in paths])
+    moved = [np.exp(np.subtract(new, old)) for new, old in zip(kept["new_logprobs"], kept["old_logprobs"], strict=True)]
+    tokens = np.concatenate(moved)
+    means = np.exp([np.log(ratio).mean() for ratio in moved])
+    left, rows_left, count = said("06", "recorded steps # % of the tokens have left 1 ± 0.2, and # of # rows.")
+    assert_rounds([left, rows_left], [100 * (np.abs(tokens - 1) > 0.2).mean(), (np.abs(means - 1) > 0.2).sum()])
+    assert int(count) == len(moved)
+    limits = said("06", "So the paper on GSPO sets ε to #e-4 and #e-4;")
+    assert limits == ["3", "4"] and (np.abs(means - 1) > 3e-4).mean() > 0.5  # at these the clip does act
+
+
+def test_kl_estimates_have_the_gradient_of_the_kl_for_one_decision_and_not_for_a_rewrite() -> None:
+    """06_grpo_loss: k2 by token against ∇KL of all rewrites of two tokens, on a policy that is listed."""
+    states("06", "This is proven for *one* decision, and while the batch is the policy's own.")
+    states("06", "what an early token does to the KL of the later ones is left out.")
+    rng = np.random.default_rng(0)
+    first, second, first_ref, second_ref = (
+        special.log_softmax(rng.normal(size=shape), axis=-1) for shape in (3, (3, 3), 3, (3, 3))
+    )
+    later = (np.exp(second) * (second - second_ref)).sum(axis=1)  # (3,): the KL of the second token, by prefix
+
+    def by_logits(weights: np.ndarray) -> np.ndarray:
+        """Σ p(a) weights(a) ∇log p(a), by the first token's logits."""
+        return np.exp(first) * (weights - (np.exp(first) * weights).sum())
+
+    k2, whole = by_logits(first - first_ref), by_logits(first - first_ref + later)
+
+    def kl(logits: np.ndarray, rest: np.ndarray | float) -> float:
+        log_p = special.log_softmax(logits)
+        return float((np.exp(log_p) * (log_p - first_ref + rest)).sum())
+
+    for rest, exact in ((0.0, k2), (later, whole)):  # one decision: k2 is ∇KL; two: `whole` is, k2 is not
+        steps = 1e-6 * np.eye(3)
+        assert [(kl(first + e, rest) - kl(first - e, rest)) / 2e-6 for e in steps] == pytest.approx(exact, abs=1e-7)
+    assert np.linalg.norm(k2 - whole) > 0.1 * np.linalg.norm(whole)
+
+
+def test_which_loss_types_change_the_objective() -> None:
+    """06_grpo_loss: three of the eight have no clip."""
+    from grpo_kit.grpo.loss import CLIPPED_LOSS_TYPES, LOSS_TYPES
+
+    assert sorted(set(LOSS_TYPES) - set(CLIPPED_LOSS_TYPES)) == ["cispo", "sapo", "vespo"] and len(LOSS_TYPES) == 8
+    states("06", "(`cispo`, `sapo` and `vespo` also change the objective")
+    states("06", "and for three of eight what is aimed at.")
+
+
+def test_the_kl_of_a_token_and_of_a_rewrite() -> None:
+    """02_policy, 06_grpo_loss: both at the end of the recorded run, and their ratio."""
+    last = pd.read_parquet(sorted((DATA / "demo_run/rollouts").glob("*.parquet"))[-1])
+    gaps = [np.subtract(old, ref) for old, ref in zip(last["old_logprobs"], last["ref_logprobs"], strict=True)]
+    token, rewrite = np.concatenate(gaps).mean(), np.mean([gap.sum() for gap in gaps])
+    assert_rounds(said("02", "has # nats a token, # a rewrite."), [token, rewrite])
+    assert_rounds(said("06", "# times as much in the last row):"), [rewrite / token])
+
+
+def test_a_scale_cancels_only_where_advantages_are_divided_by_the_spread() -> None:
+    """04_rewards: another CLIP's scale, with scale_rewards "group" and "none"."""
+    states("04", 'With `scale_rewards` "none" they are not divided, and a smaller scale makes smaller steps.')
+    rewards = np.array([0.8, 0.6, 0.4, 0.2])
+    centred = [values - values.mean() for values in (rewards, 0.3 * rewards)]
+    by_group = [values / values.std(ddof=1) for values in centred]
+    assert np.allclose(*by_group) and np.allclose(0.3 * centred[0], centred[1])
+
+
+def test_the_first_step_is_two_updates_with_a_kl_term() -> None:
+    """00_start_here: what `grpo_step` does with the profile tiny."""
+    tiny = json.loads((PROJECT_ROOT / "grpo_kit/config/profiles/tiny.json").read_text(encoding="utf-8"))
+    assert tiny["training_settings"]["updates_per_rollout"] == 2 and tiny["training_settings"]["beta"] > 0
+    states("00", "(with the profile `tiny`: two updates, with a KL term that holds the policy near where it was)")
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_the_oracle_is_a_reference_and_is_beaten() -> None:
+    """08_evaluate: a fixed form, and how often the trained policy's reward is higher."""
+    from grpo_kit.shapeworld.captions import oracle_caption, parse
+
+    assert oracle_caption(parse("a crimson ball")) == "a large red circle, in the center, white background, sharp"
+    means = rows().pivot_table(index="prompt_id", columns="variant", values="reward")
+    claim = "In the recorded evaluation the trained policy has the higher reward on # of # prompts."
+    assert_rounds(said("08", claim), [(means["trained"] > means["oracle"]).sum(), len(means)])
+    states("08", "*Oracle* is a reference and not a ceiling")
+
+
+def test_on_paraphrases_the_raw_prompt_gains_and_the_trained_policy_loses() -> None:
+    """08_evaluate: changes from the originals with their intervals, and the levels."""
+    changes, levels = results()["paraphrases"]["from_originals"], results()["paraphrases"]["variants"]
+    raw, trained = ends(changes["raw"]["reward"]), ends(changes["trained"]["reward"])
+    assert raw[1] > 0 > trained[2]
+    assert_rounds(said("08", "The raw prompt *gains* (recorded: reward # [#, #])"), raw)
+    assert_rounds(said("08", "*loses* a little (# [#, #])"), trained)
+    values = [levels[name]["reward"]["mean"] for name in ("trained", "raw")]
+    assert_rounds(said("08", "on the paraphrases #, the raw prompt #."), values)
+
+
+def test_what_got_worse_is_counted_and_quoted() -> None:
+    """08_evaluate: "keeps the user's objects" falls; how many prompts, and what became of tangerine."""
+    falls = ends(results()["differences"]["trained-raw"]["keeps_objects"], 100)
+    falls += ends(results()["paraphrases"]["from_originals"]["trained"]["keeps_objects"], 100)
+    numbers = said("08", "falls by # points [#, #], on the paraphrases by # [#, #].")
+    assert_rounds([("−" * (i % 3 == 0)) + text for i, text in enumerate(numbers)], falls)
+    written = rows().query("variant == 'trained'").groupby("prompt_id").agg(
+        {"user_prompt": "first", "text": "first", "reward": "mean", "reward/keeps_objects": "mean"}
+    )  # fmt: skip
+    changed = written[written["reward/keeps_objects"] < 1]
+    became = changed["user_prompt"].str.contains("tangerine") & changed["text"].str.contains("cyan")
+    claim = 'You should see # prompts, all with two things, and in # of them "tangerine" has become "cyan".'
+    assert_rounds(said("08", claim), [len(changed), became.sum()])
+    assert changed["user_prompt"].str.contains(r" (?:on top of|beside|above|left of|and) ").all()
+    assert_rounds(said("08", "rewards are # to #."), [changed["reward"].min(), changed["reward"].max()])
+    shown = " ".join(printed("08", 'kept = "reward/keeps_objects"'))
+    assert all(repr(text) in shown for text in (*changed["user_prompt"], *changed["text"]))
+    assert any(line.startswith("keeps_objects: ") for line in printed("08", "print(headline(result.results))"))
+
+
+def test_more_prompts_are_the_better_buy_since_they_divide_both_scatters() -> None:
+    """08_evaluate: the detectable difference with twice the prompts and with twice the seeds."""
+    found = results()["detectable"]["differences"]["trained-raw"]["reward"]
+    assert found["with_twice_the_prompts"] < found["with_twice_the_seeds"] < found["difference"]
+    states("08", "More prompts divide both kinds of scatter, over prompts and over seeds;")
+
+
+def test_seeds_that_all_prompts_share_make_the_correction_too_large() -> None:
+    """01_prompts: what is taken off the variance between prompts, with shared seeds and with seeds of their own."""
+    states("01", "Here all prompts share their seeds, and luck that all share does not set their means apart:")
+    rng, found = np.random.default_rng(0), {}
+    for name, shape in {"own": (4000, 12, 6), "shared": (4000, 1, 6)}.items():
+        rewards = 0.3 * rng.normal(size=(4000, 12, 1)) + 0.4 * rng.normal(size=shape)
+        rewards = rewards + 0.2 * rng.normal(size=(4000, 12, 6))
+        between = rewards.mean(axis=2).var(axis=1, ddof=1) - rewards.var(axis=2, ddof=1).mean(axis=1) / 6
+        found[name] = between.mean()
+    assert found["own"] == pytest.approx(0.09, abs=0.004)
+    assert found["shared"] == pytest.approx(0.09 - 0.16 / 6, abs=0.004)  # less by the shared part over their number
+
+
+# --- several seeds ----------------------------------------------------------------------------------------------------
+
+
+def test_clear_where_there_is_no_difference_is_not_no_difference_where_it_is_clear() -> None:
+    """09_ablations: P(clear | no difference) of 1.96 with three seeds; P(no difference | clear) depends on more."""
+    claim = 'and *where there is no difference*, it would call # % of the comparisons "clear".'
+    (clear,) = said("09", claim)
+    assert_rounds([clear], [100 * 2 * stats.t.sf(1.96, 2)])
+    shares = [float(clear) / 100 * none / (float(clear) / 100 * none + 0.5 * (1 - none)) for none in (0.1, 0.5, 0.9)]
+    assert max(shares) > 0.7 and min(shares) < 0.1  # of the clear results, where half of all true effects are found
+
+
+def test_what_pairing_costs() -> None:
+    """09_ablations: t of three pairs and of two samples, and from which correlation or share on pairs pay."""
+    pairs, two = stats.t.ppf(0.975, [2, 4])
+    claim = "t is # in place of #, so pairing pays only where the two settings' results correlate by more than #."
+    assert_rounds(said("09", claim), [pairs, two, 1 - (two / pairs) ** 2])
+    assert_rounds(said("09", "is narrower only where the share lies below # %"), [100 * (two / pairs) ** 2])
+    assert "Pairing is free" not in prose("09")
+
+
+def test_welch_against_paired_in_the_recorded_grid() -> None:
+    """09_ablations: both intervals of every setting, and where pairs made them narrower."""
+    lines, narrower = printed("09", "stats.ttest_ind"), []
+    for line, name in zip(lines, by_seed().columns[1:], strict=True):
+        test = stats.ttest_ind(by_seed()[name], by_seed().iloc[:, 0], equal_var=False)
+        alone = test.confidence_interval()
+        low, high, shared = re.match(r"\[ *(\S+), +(\S+)\]  correlation (\S+)", line).groups()
+        correlation = np.corrcoef(by_seed()[name], by_seed().iloc[:, 0])[0, 1]
+        assert_rounds([low, high, shared], [alone.low, alone.high, correlation])
+        paired = stats.ttest_1samp(differences(name), 0).confidence_interval()
+        narrower += [name] if paired.high - paired.low < alone.high - alone.low else []
+        if name.startswith("group_size 2"):
+            claim = "paired [#, #] could be chance, unpaired [#, #] is clear."
+            assert_rounds(said("09", claim), [paired.low, paired.high, alone.low, alone.high])
+    states("09", "You should see that pairs made the interval narrower for one setting of four.")
+    assert len(narrower) == 1 and len(lines) == 4
+
+
+def test_how_many_seeds_a_difference_needs() -> None:
+    """09_ablations: power from the noncentral t, from the spread of the recorded grid."""
+    s = spread_of_differences()
+
+    def power(n: int, d: float) -> float:
+        return float(stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, n**0.5 * d / s))
+
+    chance, five = said(
+        "09", "they find a difference of 10 points in # % of all grids, and # seeds are needed for 80 %."
+    )
+    (thirteen,) = said("09", "A difference of 5 points needs #,")
+    assert_rounds([chance], [100 * power(3, 10)])
+    needed = {int(d): int(n) for d, n in re.findall(r"of +(\d+) points: (\d+) seeds", "\n".join(printed("09", "nct")))}
+    assert set(needed) == {1, 2, 5, 10} and (needed[10], needed[5]) == (int(five), int(thirteen))
+    for d, n in needed.items():
+        assert power(n - 1, d) < 0.8 <= power(n, d)
+        assert n > np.ceil((2.8 * s / d) ** 2)  # what z in place of t would say
+
+
+def test_with_several_questions_the_chance_of_an_error_is_bounded_by_the_sum() -> None:
+    """09_ablations: 20 % for four questions; 1 − 0.95⁴ would need that they are independent."""
+    (line, *_) = printed("09", "paired_interval(gold[name], gold[baseline], 1 - 0.05 / questions)")
+    questions, bound = map(int, re.match(r"(\d+) questions: .* up to (\d+)%", line).groups())
+    assert questions == 4 and bound == 100 * 0.05 * questions > 100 * (1 - 0.95**questions)
+    states("09", "the chance that *some* interval is wrong is higher: at most the sum of the 5 %.")
+
+
+def test_the_grid_has_both_halves_of_dr_grpo_and_no_run_with_both() -> None:
+    """09_ablations: no weight by length and no division by the spread, each alone."""
+    grid = yaml.safe_load((DATA / "demo_grid/grid.yaml").read_text(encoding="utf-8"))
+    halves = [
+        (g.get("training_settings.loss_type") == "dr_grpo", g.get("training_settings.scale_rewards") == "none")
+        for g in grid
+    ]
+    assert (True, False) in halves and (False, True) in halves and (True, True) not in halves
+    states("09", "`loss_type dr_grpo` is the first, `scale_rewards none` the second, and no run has both.")
+
+
+# --- these tests can fail ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stem", "right", "wrong", "test"),
+    [
+        ("07", "in 89 % of the", "in 98 % of the", test_what_the_log_calls_loss_is_mostly_the_kl_term),
+        ("09", "10 points in 39 % of", "10 points in 80 % of", test_how_many_seeds_a_difference_needs),
+        ("05", "is 15 times as large", "is 5 times as large", test_a_baseline_changes_the_noise_and_not_the_aim),
+        ("08", "a reference and not", "a ceiling and not", test_the_oracle_is_a_reference_and_is_beaten),
+    ],
+)
+def test_a_wrong_number_in_a_copied_notebook_is_caught(
+    stem: str, right: str, wrong: str, test: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of 05, 07, 08 and 09: unchanged it passes, with one number or word changed it does not."""
+    (source,) = NOTEBOOKS.glob(f"{stem}_*.ipynb")
+    notebook = json.loads(source.read_text(encoding="utf-8"))
+    monkeypatch.setitem(globals(), "NOTEBOOKS", tmp_path)
+    for change in (False, True):
+        for cell in notebook["cells"]:
+            text = "".join(cell["source"])
+            cell["source"] = re.sub(r"\s+".join(map(re.escape, right.split())), wrong, text) if change else text
+        (tmp_path / source.name).write_text(json.dumps(notebook), encoding="utf-8")
+        if change:
+            with pytest.raises(AssertionError):
+                test()
+        else:
+            test()
