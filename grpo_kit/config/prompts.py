@@ -16,6 +16,7 @@ from grpo_kit.config.seeds import derive_seed
 
 _SHOWN = 10  # prompts of a list in a notebook
 TEXTS = ("user_prompt", "category", "difficulty")
+_MANY = 10_000  # prompts; to shuffle more would take longer than an iteration of a small run may
 _FORMS = "a JSONL, JSON, CSV or parquet file, or a folder of `datasets`"
 
 
@@ -124,7 +125,7 @@ def balanced_batch(prompts: Sequence[Prompt], size: int, seed: int, iteration: i
         own = (members[order[(position + step) % len(order)]] for step in range(len(order)))
         index = next((index for index in own if index not in chosen), None)
         if index is None:  # all of its category are in the batch
-            others = _order(len(prompts), seed, "any", place)
+            others = _some_order(len(prompts), len(chosen) + 1, seed, place)
             index = next((index for index in others if index not in chosen), members[order[position]])
         chosen.append(index)
     return [prompts[index] for index in chosen]
@@ -149,6 +150,13 @@ def _order(count: int, seed: int, purpose: str, number: int) -> list[int]:
     order = list(range(count))
     random.Random(derive_seed(seed, "prompts", purpose, number)).shuffle(order)
     return order
+
+
+def _some_order(count: int, most: int, seed: int, place: int) -> list[int]:
+    """The numbers below `count`, shuffled; of very many the first `most`."""
+    if count <= _MANY:
+        return _order(count, seed, "any", place)
+    return random.Random(derive_seed(seed, "prompts", "any", place)).sample(range(count), min(most, count))
 
 
 _kept_order = functools.lru_cache(maxsize=256)(_order)

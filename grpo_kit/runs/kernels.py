@@ -34,7 +34,10 @@ class ForkedProvisioner(LocalProvisioner):
         if not can_fork() or cmd[:2] != [sys.executable, "-m"]:
             return await super().launch_kernel(cmd, **options)
         self.cwd = str(options.get("cwd") or Path.cwd())
-        self.process = ForkedKernel(cmd, self.cwd, dict(options["env"]))
+        try:
+            self.process = ForkedKernel(cmd, self.cwd, dict(options["env"]))
+        except (OSError, ValueError):  # the warm process ended, most likely for want of memory
+            return await super().launch_kernel(cmd, **options)
         self.pid = self.pgid = self.process.pid
         return self.connection_info
 

@@ -253,9 +253,21 @@ def test_a_list_that_was_changed_in_place_gives_the_batch_of_what_it_holds_now()
 
 
 @pytest.mark.field("F11")
-@pytest.mark.parametrize("kinds", [1, 12, 5000])
-def test_the_work_of_an_iteration_does_not_grow_with_the_prompts(kinds: int) -> None:
-    assert lines_run([Prompt(f"{i}", f"c{i % kinds}") for i in range(400_000)]) < 100_000  # by whole lists: millions
+KINDS = {
+    "one category": lambda index: "c",
+    "twelve": lambda index: f"c{index % 12}",
+    "thousands": lambda index: f"c{index % 5000}",
+    "one of three prompts": lambda index: "rare" if index < 3 else "c",
+}
+
+
+@pytest.mark.field("F11")
+@pytest.mark.parametrize("kinds", KINDS)
+def test_the_work_of_an_iteration_does_not_grow_with_the_prompts(kinds: str) -> None:
+    prompts = [Prompt(f"{i}", KINDS[kinds](i)) for i in range(400_000)]
+    assert lines_run(prompts) < 100_000  # by whole lists: millions
+    batch = balanced_batch(prompts, 8, 0, 3)
+    assert len(set(batch)) == 8 and (kinds != "one of three prompts" or set(prompts[:3]) < set(batch))
 
 
 def lines_run(prompts: list[Prompt]) -> int:

@@ -108,6 +108,23 @@ def test_a_kernel_that_dies_is_noticed(tmp_path: Path) -> None:
     assert done.died and "kernel died" in done.error
 
 
+def test_where_the_warm_process_dies_kernels_are_started_anew_and_later_ones_forked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def parent() -> str:
+        async with started(tmp_path) as (manager, client):
+            assert await printed(client, "print(6 * 7)") == ("ok", "42\n")
+            return " ".join(psutil.Process(manager.provisioner.pid).parent().cmdline())
+
+    broken = tmp_path / "broken.py"
+    broken.write_text("import sys; sys.stdin.readline()")
+    kernels._warm_process.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels.warm_process, "__file__", str(broken))
+        assert not {"broken.py", "warm_process.py"} & {Path(word).name for word in asyncio.run(parent()).split()}
+    assert "warm_process.py" in asyncio.run(parent())
+
+
 STARTER = """
 import asyncio, sys, time
 from grpo_kit.runs import kernels
