@@ -252,7 +252,6 @@ def test_a_list_that_was_changed_in_place_gives_the_batch_of_what_it_holds_now()
     assert balanced_batch(tuple(prompts), 4, 0, 1) == batch_as_before(prompts, 4, 0, 1)
 
 
-@pytest.mark.field("F11")
 KINDS = {
     "one category": lambda index: "c",
     "twelve": lambda index: f"c{index % 12}",
