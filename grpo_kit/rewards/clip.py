@@ -1,22 +1,86 @@
-"""Rewards that compare embeddings of one shared CLIP."""
+"""CLIP in open_clip's and transformers' forms: unit vectors of images and texts, and their cosine as a reward."""
 
+import hashlib
+import logging
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
+import open_clip
 import torch
 from PIL import Image
-from pydantic import Field
+from transformers import AutoConfig, AutoProcessor, CLIPModel
 
-from grpo_kit.config import Name, Number, one_line
-from grpo_kit.rewards.clip_models import ClipEncoder, is_transformers_clip, load_open_clip, load_transformers_clip
-from grpo_kit.rewards.protocol import Images, RewardError, Texts
+from grpo_kit.config.hub import ModelError, load_whole, loading
+from grpo_kit.config.threads import fitting_threads
+from grpo_kit.rewards.protocol import Images, Texts
 
-Pair = Annotated[tuple[Name, Name], Field(description="[good, bad], two texts")]
-PHOTO_PAIRS: list[Pair] = [
-    ("Good photo.", "Bad photo."),
-    ("Sharp photo.", "Blurry photo."),
-    ("Clean photo.", "Noisy photo."),
-]
+logger = logging.getLogger(__name__)
+_TOKENIZING = threading.Lock()  # a hub tokenizer's call changes its padding and length: one thread at a time
+_KEPT_TEXTS = 4096
+_KEPT_BATCHES = 2  # of images: the rewards that share a model score the same ones
+Loaded = tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable[..., torch.Tensor]]
+
+
+@dataclass(eq=False, repr=False)
+class ClipEncoder:
+    """Image and text embeddings of a frozen CLIP; `truncated` counts texts longer than its context, which were cut."""
+
+    name = "clip_similarity"  # of the reward, for the log
+
+    model: torch.nn.Module  # with the methods `encode_image` and `encode_text` of open_clip's models
+    preprocess: Callable[[Image.Image], torch.Tensor]  # an image → its pixels (3, height, width)
+    tokenizer: Callable[..., torch.Tensor]  # texts → ids (N, context)
+    device: torch.device  # where the model runs
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.truncated = 0
+        self._texts: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._batches: tuple[tuple[bytes, torch.Tensor], ...] = ()
+
+    @torch.no_grad()
+    def encode_images(self, images: Images) -> torch.Tensor:
+        """(N, D) unit vectors. The last two batches are kept, by their pixels."""
+        key = _fingerprint(images)
+        if kept := [features for batch, features in self._batches if batch == key]:
+            return kept[0]
+        pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
+        with fitting_threads(self.model):
+            features = self.model.encode_image(pixels, normalize=True).float()
+        self._batches = ((key, features), *self._batches[: _KEPT_BATCHES - 1])
+        return features
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Texts) -> torch.Tensor:
+        """(N, D) unit vectors; each distinct text is encoded once and kept."""
+        found = {text: self._encoded(text) for text in dict.fromkeys(texts)}
+        while len(self._texts) > _KEPT_TEXTS:
+            self._texts.popitem(last=False)
+        return torch.stack([found[text] for text in texts])
+
+    def _encoded(self, text: str) -> torch.Tensor:
+        """(D,) one text at a time, so that its embedding does not depend on the others of its batch."""
+        features = self._texts.get(text)
+        if features is None:
+            with _TOKENIZING:
+                ids = self.tokenizer([text])
+                self._count_truncated(text, ids)
+            with fitting_threads(self.model):
+                features = self.model.encode_text(ids.to(self.device), normalize=True).float()[0]
+            self._texts[text] = features
+        return features
+
+    def _count_truncated(self, text: str, ids: torch.Tensor) -> None:
+        """Count a text that was cut: a context longer by one token changes the ids before it."""
+        length = ids.shape[1]
+        if not torch.equal(self.tokenizer([text], context_length=length + 1)[:, :length], ids):
+            if not self.truncated:
+                logger.warning("%s: a text longer than %d tokens was cut: %r", self.name, length, text)
+            self.truncated += 1
 
 
 class ClipSimilarity(ClipEncoder):
@@ -38,130 +102,99 @@ def load_clip_similarity(name: str, pretrained: str | None, device: torch.device
     return ClipSimilarity(*load_open_clip(name, pretrained, setting), device)
 
 
-class ImageQuality:
-    """How much more an image is like a good description than like its opposite, in [0, 1] (CLIP-IQA, arXiv 2207.12396).
-
-    For each pair of texts (good, bad), by default ones for photographs, the softmax over the image's two similarities,
-    times CLIP's own scale, gives the good one's share; the score is the mean over pairs. The paper's change of CLIP's
-    position embedding is left out.
-    """
-
-    def __init__(self, clip: ClipEncoder, pairs: list[Pair] | None = None) -> None:
-        pairs = PHOTO_PAIRS if pairs is None else pairs
-        if not pairs:
-            raise RewardError("pairs: found none, allowed: at least one pair [good, bad] of texts")
-        self.clip, self.pairs = clip, [tuple(pair) for pair in pairs]
-
-    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> torch.Tensor:
-        """(N,) mean shares of the good texts."""
-        features = self.clip.encode_images(images)
-        texts = self.clip.encode_texts([text for pair in self.pairs for text in pair])
-        logits = self.clip.model.logit_scale.exp() * (features @ texts.T)
-        return logits.reshape(len(features), -1, 2).softmax(dim=-1)[..., 0].mean(dim=1)
+def _fingerprint(images: Images) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for image in images:
+        plain = image if image.mode == "RGB" else image.convert("RGBA")
+        digest.update(f"{plain.mode}{plain.size}".encode())
+        digest.update(plain.tobytes())
+    return digest.digest()
 
 
-class Consistency:
-    """Cosine between an image and the *enhanced* prompt, in [-1, 1].
-
-    It says whether the generator follows the rewrite, not whether the rewrite is what the user wanted. As a reward it
-    is easily gamed, by rewrites about something that is easy to draw: use it as a monitor.
-    """
-
-    def __init__(self, clip: ClipEncoder) -> None:
-        self.clip = clip
-
-    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> torch.Tensor:
-        """(N,) cosines between images and rewrites."""
-        return (self.clip.encode_images(images) * self.clip.encode_texts(enhanced_prompts)).sum(dim=-1)
-
-
-class MeaningKept:
-    """Cosine between the enhanced and the user's prompt in CLIP's text space, in [-1, 1]; 1 for the same text.
-
-    Words beyond the encoder's context do not count.
-    """
-
-    def __init__(self, clip: ClipEncoder) -> None:
-        self.clip = clip
-
-    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> torch.Tensor:
-        """(N,) cosines between rewrites and users' prompts."""
-        return (self.clip.encode_texts(enhanced_prompts) * self.clip.encode_texts(prompts)).sum(dim=-1)
-
-
-class Safety:
-    """A penalty for images that resemble a concept to avoid: -min(1, max(0, c - threshold) / margin), in [-1, 0].
-
-    c is the image's highest cosine with any of the concepts: 0 up to the threshold, -1 from threshold + margin on. It
-    lowers the probability of these concepts and is no filter: CLIP detects only the concepts that are named. Cosines of
-    images with fitting texts are about 0.2 to 0.35 in OpenAI's models; measure yours before you set the threshold.
+@torch.random.fork_rng(devices=[])  # it fills a model with random numbers first: the user's stay as they are
+def load_open_clip(name: str, pretrained: str | None, setting: str, **options: object) -> Loaded:
+    """Model, preprocessing and tokenizer in open_clip's form, by folder, hub id ("hf-hub:…"), or name and weights.
 
     Args:
-        avoid: the concepts, as texts ("blood", "a photo of a weapon").
+        pretrained: open_clip's tag of the weights, or their file.
+        setting: the dotted setting that names the model, for errors.
+        options: of open_clip's `create_model_from_pretrained`.
     """
-
-    def __init__(self, clip: ClipEncoder, avoid: list[Name], threshold: Number = 0.25, margin: Number = 0.05) -> None:
-        if isinstance(avoid, str) or not avoid:
-            raise RewardError(f"avoid: found {avoid!r}, allowed: a list of at least one text")
-        if not margin > 0:
-            raise RewardError(f"margin: found {margin}, allowed: more than 0")
-        self.clip, self.avoid, self.threshold, self.margin = clip, list(avoid), threshold, margin
-
-    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> torch.Tensor:
-        """(N,) penalties of the images."""
-        highest = (self.clip.encode_images(images) @ self.clip.encode_texts(self.avoid).T).amax(dim=1)
-        return 0 - ((highest - self.threshold) / self.margin).clamp(0, 1)  # 0, where a minus alone gives -0
-
-
-class Style:
-    """Cosine between an image and a reference for its style, in [-1, 1]: an image, or a phrase ("an oil painting").
-
-    CLIP does not separate style from content: the images become like what a reference image shows, too.
-    """
-
-    def __init__(
-        self, clip: ClipEncoder, reference: Image.Image | Path | str | None = None, phrase: str | None = None
-    ) -> None:
-        if (reference is None) == (phrase is None):
-            found = "neither" if phrase is None else "both"
-            raise RewardError(f"reference, phrase: found {found}, allowed: one of them, an image file or some words")
-        target = clip.encode_texts([phrase]) if reference is None else clip.encode_images([_opened(reference)])
-        self.clip, self.target = clip, target[0]
-
-    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> torch.Tensor:
-        """(N,) cosines between images and the reference."""
-        return self.clip.encode_images(images) @ self.target
+    if Path(name).is_dir():
+        name, pretrained = f"local-dir:{name}", None
+    tag = (open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None) or {}  # what open_clip knows of it
+    is_file = bool(pretrained) and Path(pretrained).is_file()
+    if name in open_clip.list_models() and not is_file and not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "no tag"
+        place = "model_settings.clip_pretrained" if setting == "model_settings.clip_model" else setting
+        raise ModelError(
+            f"{place}: could not load {name!r}: found {pretrained!r}, allowed: {tags}, or the path of a file of "
+            "weights (.safetensors, .bin, .pt); set one of them"
+        )
+    with loading(setting, name.removeprefix("local-dir:"), tag.get("hf_hub", "").strip("/") or None):
+        if is_file:
+            names = zipfile.ZipFile(pretrained).namelist() if zipfile.is_zipfile(pretrained) else []
+            if any(entry.endswith("/constants.pkl") for entry in names):  # OpenAI's TorchScript, which runs no Python
+                # such weights were trained with QuickGELU: with another activation the scores are wrong
+                options |= {"weights_only": False, "force_quick_gelu": True}
+        elif tag.get("quick_gelu"):
+            options["force_quick_gelu"] = True
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, **options)
+        return model, preprocess, open_clip.get_tokenizer(name)
 
 
-def _opened(reference: Image.Image | Path | str) -> Image.Image:
-    if isinstance(reference, Image.Image):
-        return reference
-    try:
-        with Image.open(reference) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise RewardError(
-            f"reference: found {str(reference)!r}, allowed: a picture file ({one_line(error)})"
-        ) from error
+def is_transformers_clip(name: str) -> bool:
+    """Whether a model's name is a folder in transformers' form, or a hub id without open_clip's prefix."""
+    folder = Path(name)
+    if folder.is_dir():
+        return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()
+    return name.count("/") == 1 and not folder.is_absolute() and not name.startswith("hf-hub:")
 
 
-class Diversity:
-    """1 - the mean CLIP cosine to the other images of the same prompt, in [0, 2]; 0 where all are alike.
+class TransformersClip(torch.nn.Module):
+    """A transformers `CLIPModel` with the methods of open_clip's models."""
 
-    NaN for an image without another one in its group. An evaluation, which has one rewrite a prompt, leaves it out of
-    its total (`Rewards.total`). With several images a rewrite, its own other images count too.
-    """
+    def __init__(self, model: CLIPModel) -> None:
+        super().__init__()
+        self.model = model
 
-    def __init__(self, clip: ClipEncoder) -> None:
-        self.clip = clip
+    @property
+    def logit_scale(self) -> torch.nn.Parameter:
+        """The logarithm of what cosines are multiplied by."""
+        return self.model.logit_scale
 
-    def __call__(
-        self, images: Images, prompts: Texts, enhanced_prompts: Texts, group_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(N,) distances to the group; `group_ids` (N,) says which rows belong together."""
-        if group_ids is None:
-            raise RewardError("compares the images of a group, and found no group_ids. Pass them to Rewards.score")
-        features = self.clip.encode_images(images)
-        ids = torch.as_tensor(group_ids).to(features.device)
-        others = (ids[:, None] == ids[None, :]).fill_diagonal_(False).to(features.dtype)
-        return 1 - (others * (features @ features.T)).sum(dim=1) / others.sum(dim=1)
+    def encode_image(self, pixels: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """(N, D) embeddings of (N, 3, height, width) preprocessed pixels; unit vectors with `normalize`."""
+        features = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, ids: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """(N, D) embeddings of (N, context) token ids; unit vectors with `normalize`.
+
+        No mask is needed: attention is causal, and the embedding is read at the first end-of-text token.
+        """
+        features = self.model.get_text_features(input_ids=ids).pooler_output
+        return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+def load_transformers_clip(name: str, setting: str, processor: str, processor_setting: str) -> Loaded:
+    """A transformers `CLIPModel` in open_clip's form, with an image processor and a tokenizer, by folder or hub id."""
+    with loading(setting, name):
+        kind = AutoConfig.from_pretrained(name).model_type
+    if kind != "clip":
+        raise ModelError(
+            f"{setting}: found {name!r} of type {kind!r}, allowed here: clip; open_clip has others by name (SigLIP …)"
+        )
+    model = load_whole(CLIPModel, name, setting)
+    with loading(processor_setting, processor):
+        tools = AutoProcessor.from_pretrained(processor)
+    context = model.config.text_config.max_position_embeddings
+
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        return tools.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+    def tokenize(texts: Sequence[str], context_length: int = context) -> torch.Tensor:
+        options = {"padding": "max_length", "truncation": True, "max_length": context_length}
+        return tools.tokenizer(list(texts), return_tensors="pt", **options)["input_ids"]
+
+    return TransformersClip(model), preprocess, tokenize

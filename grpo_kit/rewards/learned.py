@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from grpo_kit.config import Name, one_line
 from grpo_kit.config.hub import ModelError, loading
-from grpo_kit.rewards.clip import ClipSimilarity
-from grpo_kit.rewards.clip_models import ClipEncoder, load_open_clip, load_transformers_clip
+from grpo_kit.rewards.clip import ClipEncoder, ClipSimilarity, load_open_clip, load_transformers_clip
 from grpo_kit.rewards.protocol import Images, Texts
 
 Layer = tuple[torch.Tensor, torch.Tensor]  # weight (out, in), bias (out,)

@@ -20,17 +20,9 @@ from grpo_kit.config.hardware import placement
 from grpo_kit.config.own_code import files_behind, imported, origin
 from grpo_kit.config.paths import inside_project
 from grpo_kit.config.settings import RewardSettings
-from grpo_kit.rewards.clip import (
-    ClipSimilarity,
-    Consistency,
-    Diversity,
-    ImageQuality,
-    MeaningKept,
-    Safety,
-    Style,
-    load_clip_similarity,
-)
+from grpo_kit.rewards.clip import ClipSimilarity, load_clip_similarity
 from grpo_kit.rewards.composition import Rewards
+from grpo_kit.rewards.embedding_scores import Consistency, Diversity, ImageQuality, MeaningKept, Safety, Style
 from grpo_kit.rewards.gain import Gain, ImageGenerator
 from grpo_kit.rewards.gold import gold, grammatical, keeps_objects
 from grpo_kit.rewards.http import HttpScorer

@@ -16,7 +16,8 @@ from transformers import CLIPModel, CLIPProcessor
 from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.config.hub import ModelError, load_failure
 from grpo_kit.models.generator import load_generator
-from grpo_kit.rewards.clip import ImageQuality, load_clip_similarity
+from grpo_kit.rewards.clip import load_clip_similarity
+from grpo_kit.rewards.embedding_scores import ImageQuality
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import random_scenes
 

@@ -24,7 +24,7 @@ from grpo_kit.rewards import (
     sharpness,
     with_time_limit,
 )
-from grpo_kit.rewards.clip_models import ClipEncoder
+from grpo_kit.rewards.clip import ClipEncoder
 from grpo_kit.rewards.gold import gold
 from grpo_kit.rewards.loading import REWARDS
 from grpo_kit.rewards.protocol import context_of

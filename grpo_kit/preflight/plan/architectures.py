@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from grpo_kit.config import KitError
-from grpo_kit.rewards.clip_models import TransformersClip, is_transformers_clip
+from grpo_kit.rewards.clip import TransformersClip, is_transformers_clip
 
 OWN = "its own configuration"  # the source of a shape that was read on this machine
 
