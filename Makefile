@@ -4,7 +4,7 @@
 # `make run PYTHON=path/to/python` uses an environment that exists and installs only what it lacks.
 
 VENV ?= .venv
-JOBS ?= 3  # on two cores: one of them waits for a process most of the time
+JOBS ?= 2
 PROFILE ?= tiny
 ARGS ?=
 

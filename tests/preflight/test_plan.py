@@ -119,9 +119,13 @@ def _sampling(config: Config) -> tuple[Policy, Callable[[], object]]:
     return policy, lambda: policy.sample(texts, group_size, seed=0, images=rollout.prompt_images)
 
 
-@pytest.mark.parametrize(
-    ("family", "use_image"), [pytest.param(f, seen, id=f"{f.name}-{seen}") for f in FAMILIES for seen in f.views]
-)
+def as_they_take(family: Family, use_image: bool) -> object:
+    """One family with pictures and one without in every run; all others are slow."""
+    quick = (family.name, use_image) in (("Qwen2.5-VL", True), ("Qwen3", False))
+    return pytest.param(family, use_image, id=f"{family.name}-{use_image}", marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "use_image"), [as_they_take(f, seen) for f in FAMILIES for seen in f.views])
 def test_a_policy_of_each_family_is_planned_with_its_operations(family: Family, use_image: bool, tmp_path: Path):
     if family.needs:
         pytest.importorskip(family.needs)

@@ -102,12 +102,13 @@ def test_a_checked_cell_that_prints_something_else_is_caught(tmp_path: Path) -> 
     checked = next(cell for cell in cells if cell.source.startswith("# NBVAL_CHECK_OUTPUT") and cell.outputs)
     small = nbformat.v4.new_notebook(metadata=source.metadata)
     start = nbformat.v4.new_code_cell(imports.split("check_parameters(globals())")[0], execution_count=1)
-    for wrong in (False, True):
+    for name, more in (("as_it_is", ""), ("changed", "and more")):
         checked.execution_count = 2
-        checked.outputs[0]["text"] += "and more" * wrong
+        checked.outputs[0]["text"] += more
         small.cells = [start, checked]
-        nbformat.write(small, tmp_path / "small.ipynb")
-        assert bool(nbval([tmp_path / "small.ipynb"], tmp_path)["small"]) == wrong
+        nbformat.write(small, tmp_path / f"{name}.ipynb")
+    found = nbval([tmp_path / "as_it_is.ipynb", tmp_path / "changed.ipynb"], tmp_path)
+    assert found["as_it_is"] == "" and "and more" in found["changed"]
 
 
 def test_the_series_has_checked_cells() -> None:
