@@ -6,7 +6,6 @@ prompts, rewrites of each and images of each rewrite that makes, and in whether 
 measurement goes on with the first run that is missing.
 """
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ import torch
 import typer
 
 import grpo_kit as gk
+from benchmarks.speed.measure import Seconds, timed
 from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.evaluation.intervals import pooled_interval
 from grpo_kit.experiment import Experiment
@@ -68,15 +68,25 @@ def measure(place: Path, config: Config) -> None:
     """Train one run and keep the scores of its last policy on held-out prompts, unless that was done."""
     if place.is_file():
         return
-    kit, started = gk.load_experiment(config), time.perf_counter()
-    optimizer = make_optimizer(kit, config)
-    for iteration in range(1, config.training_settings.num_iterations + 1):
-        run_iteration(kit, optimizer, iteration)
-    seconds = time.perf_counter() - started
+    kit, seconds = trained(config)
     rows = scored(kit, "trained")
-    keep(rows, place)
-    typer.echo(f"{place.stem}: {seconds:.0f} s, gold {rows['gold'].mean():.3f}, reward {rows['reward'].mean():.3f}")
+    keep(rows[["prompt_id", "user_prompt", "variant", "seed", "reward", "gold"]], place)
+    typer.echo(
+        f"{place.stem}: {seconds.wall:.0f} s, gold {rows['gold'].mean():.3f}, reward {rows['reward'].mean():.3f}"
+    )
     gk.release(kit)
+
+
+def trained(config: Config) -> tuple[Experiment, Seconds]:
+    """An experiment whose policy was trained without any files, and what the training took."""
+    kit = gk.load_experiment(config)
+    optimizer = make_optimizer(kit, config)
+
+    def train() -> None:
+        for iteration in range(1, config.training_settings.num_iterations + 1):
+            run_iteration(kit, optimizer, iteration)
+
+    return kit, timed(train)
 
 
 def scored(kit: Experiment, variant: str) -> pd.DataFrame:
@@ -89,7 +99,7 @@ def keep(rows: pd.DataFrame, place: Path) -> None:
     """Write the numbers, whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_suffix(".part")
-    rows[["prompt_id", "user_prompt", "variant", "seed", "reward", "gold"]].to_parquet(temporary, index=False)
+    rows.to_parquet(temporary, index=False)
     temporary.replace(place)
 
 

@@ -6,7 +6,6 @@ the weight of the KL term. The last policy's likeliest rewrites of held-out prom
 stopped measurement goes on with the first run that is missing.
 """
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +14,9 @@ import pandas as pd
 import typer
 
 import grpo_kit as gk
+from benchmarks.studies.budget import keep, trained
 from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.evaluation.intervals import t_interval
-from grpo_kit.training.loop import make_optimizer, run_iteration
 
 ARMS = "8,4,3,2"
 METRICS = ["reward", "reward/gold", "reward/keeps_objects", "reward/grammatical"]
@@ -49,18 +48,11 @@ def measure(place: Path, config: Config) -> None:
     """Train one run and keep the scores of its last policy and what it cost, unless that was done."""
     if place.is_file():
         return
-    kit, started = gk.load_experiment(config), time.process_time()
-    optimizer = make_optimizer(kit, config)
-    for iteration in range(1, config.training_settings.num_iterations + 1):
-        run_iteration(kit, optimizer, iteration)
-    seconds = time.process_time() - started
+    kit, seconds = trained(config)
     rows = gk.evaluate(kit, None, ("trained",), paraphrases=False).rows
-    place.parent.mkdir(parents=True, exist_ok=True)
-    kept = rows[["prompt_id", "user_prompt", "text", "seed", *METRICS]].assign(cpu_seconds=seconds)
-    kept.to_parquet(place.with_suffix(".part"), index=False)
-    place.with_suffix(".part").replace(place)
+    keep(rows[["prompt_id", "user_prompt", "text", "seed", *METRICS]].assign(cpu_seconds=seconds.cpu), place)
     scores = ", ".join(f"{metric} {rows[metric].mean():.3f}" for metric in METRICS)
-    typer.echo(f"{place.stem}: {seconds:.0f} CPU-seconds, {scores}")
+    typer.echo(f"{place.stem}: {seconds.cpu:.0f} CPU-seconds, {scores}")
     gk.release(kit)
 
 

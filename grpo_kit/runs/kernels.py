@@ -36,7 +36,8 @@ class ForkedProvisioner(LocalProvisioner):
         self.cwd = str(options.get("cwd") or Path.cwd())
         try:
             self.process = ForkedKernel(cmd, self.cwd, dict(options["env"]))
-        except (OSError, ValueError):  # the warm process ended, most likely for want of memory
+        except (OSError, ValueError):
+            self.log.warning("the process that forks kernels ended, perhaps for want of memory; one is started anew")
             return await super().launch_kernel(cmd, **options)
         self.pid = self.pgid = self.process.pid
         return self.connection_info
@@ -71,7 +72,7 @@ class ForkedKernel:
 
     def __init__(self, command: list[str], folder: str, environment: dict[str, str]) -> None:
         with _ONE_AT_A_TIME:
-            if _warm_process().poll() is not None:  # a Ray worker ends what its task started
+            if _warm_process().poll() is not None:  # ended from outside, as was seen on Ray
                 _warm_process.cache_clear()
             warm = _warm_process()
             print(json.dumps([command, folder, environment]), file=warm.stdin, flush=True)
