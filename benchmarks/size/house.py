@@ -21,7 +21,7 @@ FLOORS = (  # from the ground up: a room imports from the floors below its own
     {"experiment", "rollout"},
     {"evaluation"},
     {"training", "show"},
-    {"preflight"},
+    {"preflight", "course"},
     {"cli"},
 )
 Function = ast.FunctionDef | ast.AsyncFunctionDef
