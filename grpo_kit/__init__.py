@@ -64,3 +64,5 @@ def lazy_names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], o
 
 
 __getattr__, __dir__ = lazy_names(__name__, _HOME)
+
+from grpo_kit import course as course  # noqa: E402  `gk.course` is as light as this file, and needs the lines above

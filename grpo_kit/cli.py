@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from grpo_kit.course.commands import app as course
 from grpo_kit.runs.surroundings import prepare
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach a vision-language model to write better text-to-image prompts, with GRPO.",
 )
+app.add_typer(course, name="course")
 
 Profile = Annotated[str, typer.Option("--profile", "--config", help="A profile (tiny, full, …), a JSON or YAML file.")]
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; an existing run is continued.")]

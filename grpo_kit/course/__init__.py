@@ -2,6 +2,6 @@
 
 from grpo_kit import lazy_names
 
-_HOME = {"Checked": "exercise", "check": "exercise", "catch_up": "exercise"}
+_HOME = {"Checked": "exercise", "catch_up": "exercise", "check": "exercise", "join": "progress", "leave": "progress"}
 __all__ = sorted(_HOME)
 __getattr__, __dir__ = lazy_names(__name__, _HOME)

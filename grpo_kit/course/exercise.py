@@ -6,6 +6,7 @@ learner's code gives for inputs that the notebook does not show.
 
 import importlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -21,17 +22,22 @@ EXERCISES: dict[str, "Exercise"] = {}  # filled by the modules `exercises_NN`, a
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise: `check(*answers)` raises `WrongAnswer` at the first mistake."""
+    """One exercise: `check(*answers)` raises `WrongAnswer` at the first mistake, and may say more than "right"."""
 
     name: str
     title: str
     minutes: int
     difficulty: int
-    check: Callable[..., None]
+    check: Callable[..., str | None]
 
 
 class WrongAnswer(Exception):
     """What a learner handed in is not right; its text is the sentence that the learner reads."""
+
+    def __init__(self, sentence: str, idea: str | None = None) -> None:
+        """`idea` is the name of the misconception, where it is a known one."""
+        super().__init__(f"{sentence} ({idea})" if idea else sentence)
+        self.idea = idea or "another mistake"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Checked:
     exercise: str
     passed: bool
     message: str
+    mistake: str = ""  # in a word: the misconception, or what stopped the code
 
     def __repr__(self) -> str:
         return f"{'✓' if self.passed else '✗'} {self.exercise}: {self.message}"
@@ -78,25 +85,39 @@ def expect(
         return
     idea = next((name for name, value in (wrong or {}).items() if _equal(found, value, tolerance)), None)
     sentence = f"for {given}: expected {_short(expected)}, found {_short(found)}"
-    raise WrongAnswer(f"{sentence} ({idea})" if idea else sentence)
+    raise WrongAnswer(sentence, idea)
 
 
 def check(name: str, *answers: Any) -> Checked:
     """Check what was written for the exercise `name`, such as "06.1"; a wrong answer is told, not raised.
 
+    A learner who has joined a class (`grpo_kit.course.join`) gets one more line in the file of progress.
+
     Raises:
         KitError: there is no such exercise.
+        WrongAnswer: where nbgrader grades, which counts a cell without an error as solved.
     """
-    task = find_exercise(name)
+    from grpo_kit.course.progress import record
+
+    checked = _tried(find_exercise(name), answers)
+    record(name, checked.passed, checked.mistake)
+    if not checked.passed and os.environ.get("NBGRADER_EXECUTION"):
+        raise WrongAnswer(checked.message)
+    return checked
+
+
+def _tried(task: Exercise, answers: tuple) -> Checked:
     try:
-        task.check(*answers)
+        said = task.check(*answers)
     except WrongAnswer as mistake:
-        return Checked(name, False, str(mistake))
+        return Checked(task.name, False, str(mistake), mistake.idea)
     except NotImplementedError:
-        return Checked(name, False, "not written yet: put your code in the place of `raise NotImplementedError()`")
+        sentence = "not written yet: put your code in the place of `raise NotImplementedError()`"
+        return Checked(task.name, False, sentence, "not written yet")
     except Exception as error:
-        return Checked(name, False, f"your code stopped with {type(error).__name__}: {error}")
-    return Checked(name, True, f"{task.title}: right")
+        kind = type(error).__name__
+        return Checked(task.name, False, f"your code stopped with {kind}: {error}", f"stopped with {kind}")
+    return Checked(task.name, True, f"{task.title}: {said or 'right'}")
 
 
 def find_exercise(name: str) -> Exercise:
@@ -115,16 +136,22 @@ def find_exercise(name: str) -> Exercise:
 
 
 def catch_up(name: str) -> None:
-    """Define in the notebook what the exercise `name` asks for, as its solution does, and show that code."""
+    """Define in the notebook what the exercise `name` asks for, as its solution does, and show that code.
+
+    Raises:
+        KitError: there is no such exercise, or no notebook to define it in.
+    """
     from IPython import get_ipython
 
     find_exercise(name)
+    if (notebook := get_ipython()) is None:
+        raise KitError(f"catch_up: found no notebook to define {name} in. Call it in a notebook's cell")
     for path in sorted((PROJECT_ROOT / "notebooks").glob(f"{name.partition('.')[0]}_*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if {f"exercise:{name}", "solution"} <= set(cell["metadata"].get("tags", [])):
                 code = "".join(cell["source"])
                 print(code)
-                get_ipython().run_cell(code)
+                notebook.run_cell(code)
 
 
 def _equal(found: Any, expected: Any, tolerance: float) -> bool:

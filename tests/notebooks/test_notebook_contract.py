@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -10,15 +12,25 @@ import nbformat
 import papermill
 import pytest
 
+from grpo_kit import course
 from grpo_kit.config import PROJECT_ROOT, KitError
+from grpo_kit.course.editions import BEGIN, END, NOT_WRITTEN, stub
+from grpo_kit.course.exercise import EXERCISES
 from grpo_kit.runs.parameters import check_parameters
+from tests.support.course import bound, notebook_of, used
 
-NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
 MAX_CODE_CELLS, MAX_LINES, MAX_WIDTH = 25, 15, 88
-MAX_BYTES, MAX_BYTES_TOGETHER = 1_000_000, 6_000_000
+MAX_SOLUTION_LINES = 30  # with its markers and docstring
+MAX_BYTES, MAX_BYTES_TOGETHER = 1_000_000, 8_000_000
 MACHINE = re.compile(r"/(home|root|work|tmp|Users|private|var/folders)/|\.\./|getcwd|sys\.path|%pip|%cd|[A-Z]:\\\\")
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+for module in pkgutil.iter_modules(course.__path__):
+    if module.name.startswith("exercises_"):
+        importlib.import_module(f"grpo_kit.course.{module.name}")
+every_exercise = pytest.mark.parametrize("name", sorted(EXERCISES))
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -43,6 +55,11 @@ def tags(cell: nbformat.NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
+def exercise_of(cell: nbformat.NotebookNode) -> str | None:
+    """Return the name of the exercise that a cell is part of."""
+    return next((tag.partition(":")[2] for tag in tags(cell) if tag.startswith("exercise:")), None)
+
+
 def test_the_first_notebooks_are_there() -> None:
     assert {"00_start_here", "07_train", "08_evaluate"} <= {path.stem for path in NOTEBOOKS}
 
@@ -51,7 +68,7 @@ def test_the_first_notebooks_are_there() -> None:
 def test_it_opens_with_title_objectives_minutes_and_hardware(path: Path) -> None:
     first = read(path).cells[0]
     assert first.cell_type == "markdown"
-    assert re.match(rf"# {path.stem[:2]} · \S", first.source)
+    assert re.match(rf"# {path.stem.partition('_')[0]} · \S", first.source)
     for word in ("You will", "Minutes", "Hardware"):
         assert word in first.source, f"{word} is missing in the first cell"
 
@@ -87,10 +104,12 @@ def test_the_cell_after_the_parameters_checks_them(path: Path) -> None:
 @every_notebook
 def test_cells_are_few_short_and_parse(path: Path) -> None:
     cells = code(read(path))
-    assert sum("colab" not in tags(cell) for cell in cells) <= MAX_CODE_CELLS  # that one only installs the kit
+    counted = [cell for cell in cells if "colab" not in tags(cell) and not exercise_of(cell)]
+    assert len(counted) <= MAX_CODE_CELLS  # without the one that only installs the kit, and without exercises
     for cell in cells:
         lines = cell.source.splitlines()
-        assert len(lines) <= MAX_LINES and max(map(len, lines)) <= MAX_WIDTH, cell.source
+        most = MAX_SOLUTION_LINES if "solution" in tags(cell) else MAX_LINES
+        assert len(lines) <= most and max(map(len, lines)) <= MAX_WIDTH, cell.source
         ast.parse(cell.source)
 
 
@@ -111,9 +130,10 @@ def test_it_has_checkpoints_and_ends_with_recap_exercises_and_release(path: Path
     assert len(asserts) >= 3
     assert "You should see" in prose(notebook) or "you should see" in prose(notebook)
     headings = re.findall(r"^## (.+)$", prose(notebook), flags=re.MULTILINE)
-    assert "Recap" in headings and "Exercises" in headings
-    exercises = prose(notebook).split("## Exercises")[1]
-    assert len(re.findall(r"\(\d+ min", exercises)) >= 2 and exercises.count("<summary>Hint</summary>") >= 2
+    assert "Recap" in headings
+    in_the_text = {exercise_of(cell) for cell in notebook.cells} - {None}
+    at_the_end = re.findall(r"\(\d+ min", prose(notebook).partition("\n## Exercises\n")[2])
+    assert len(in_the_text) + len(at_the_end) >= 2
     assert "gk.release(" in code(notebook)[-1].source
 
 
@@ -183,3 +203,48 @@ def test_a_wrong_type_stops_with_the_value(wrong: dict) -> None:
 def test_without_a_parameters_cell_it_says_so() -> None:
     with pytest.raises(KitError, match="found no cell that declares them"):
         check_parameters({"In": ["", "%matplotlib inline", "x = 1"]})
+
+
+# --- the exercises in the text ----------------------------------------------------------------------------------------
+
+
+def cells_of(name: str) -> list[nbformat.NotebookNode]:
+    """Return the exercise's three cells, which follow each other."""
+    found = [(n, cell) for n, cell in enumerate(read(notebook_of(name)).cells) if exercise_of(cell) == name]
+    assert len(found) == 3 and found[2][0] - found[0][0] == 2, f"{name}: three cells, one right after the other"
+    return [cell for _, cell in found]
+
+
+@every_exercise
+def test_an_exercise_is_a_text_with_three_hints_a_solution_and_a_check(name: str) -> None:
+    task = EXERCISES[name]
+    text, solution, check = cells_of(name)
+    assert [text.cell_type, solution.cell_type, check.cell_type] == ["markdown", "code", "code"]
+    lines = text.source.splitlines()
+    assert lines[0] == f"### Exercise {name} · {task.title}"
+    assert f"{task.minutes} minutes · difficulty {task.difficulty} of 5" in lines
+    assert re.findall(r"<summary>(.+?)</summary>", text.source) == ["Hint 1", "Hint 2", "Hint 3"]
+    assert 1 <= task.difficulty <= 5 and task.minutes % 5 == 0
+    assert {"solution", "taught"} <= set(tags(solution)) and solution.metadata["jupyter"]["source_hidden"] is True
+    assert solution.source.count(BEGIN) == solution.source.count(END) >= 1
+    for hidden in (stub(solution.source), text.source):  # neither the learner's cell nor a hint is the solution
+        assert BEGIN not in hidden and END not in hidden
+    assert stub(solution.source).count(NOT_WRITTEN) == solution.source.count(BEGIN)
+    assert "check" in tags(check) and f'check("{name}", ' in check.source
+    said = [output.get("data", {}).get("text/plain") for output in check.outputs]
+    assert str(said[-1]).startswith(f"✓ {name}: {task.title}: "), "execute the notebook: its check must pass"
+
+
+@every_notebook
+def test_every_exercise_of_a_notebook_has_a_check(path: Path) -> None:
+    found = {exercise_of(cell) for cell in read(path).cells} - {None}
+    assert found <= set(EXERCISES) and all(notebook_of(name) == path for name in found)
+
+
+@every_notebook
+def test_nothing_else_in_a_notebook_needs_what_a_learner_has_to_write(path: Path) -> None:
+    for name in {exercise_of(cell) for cell in read(path).cells} - {None}:
+        written = bound(ast.parse(cells_of(name)[1].source).body)
+        for cell in code(read(path)):
+            needed = written & used(cell.source)
+            assert exercise_of(cell) or not needed, f"{needed} of exercise {name}: its stub would stop this cell"

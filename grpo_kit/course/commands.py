@@ -1,0 +1,77 @@
+"""`grpo-kit course`: options and a call for each command; the work is in `editions` and `progress`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="For teachers: editions of the notebooks, and the progress of a class.")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; what differs there stays.")]
+
+
+@app.command()
+def student(folder: Folder) -> None:
+    """The learners' notebooks: stubs in the place of solutions, no outputs; nbgrader can import them."""
+    from grpo_kit.course.editions import write_students
+
+    print(f"{len(write_students(folder))} files in {folder}. Next: jupyter lab {folder / 'index.ipynb'}")
+
+
+@app.command()
+def solutions(folder: Folder) -> None:
+    """The notebooks with their solutions open; the source of an assignment in nbgrader."""
+    from grpo_kit.course.editions import write_solutions
+
+    print(f"{len(write_solutions(folder))} files in {folder}")
+
+
+@app.command()
+def teacher(folder: Folder) -> None:
+    """Notes for the teacher: minutes, answers, misconceptions, and the plan of 180 minutes."""
+    from grpo_kit.course.editions import write_teacher
+
+    print(f"{len(write_teacher(folder))} pages in {folder}. Next: read {folder / 'workshop.md'}")
+
+
+@app.command()
+def slides(
+    folder: Folder,
+    js: Annotated[list[Path] | None, typer.Option(help="An archive that holds reveal.js, or MathJax.")] = None,
+) -> None:
+    """Slides of each notebook, which open without a network.
+
+    reveal.js is not part of the kit. With a network, get it once, and MathJax for the formulas:
+
+    pip download --no-deps sphinx-revealjs        (or: npm pack reveal.js)
+    npm pack mathjax@3
+
+    Then: grpo-kit course slides DIR --js FILE --js FILE
+    """
+    from grpo_kit.course.editions import write_slides
+
+    write_slides(folder, js or [])
+    print(f"slides in {folder}. Next: open {folder / '00_start_here.html'}")
+
+
+@app.command("class")
+def class_(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="progress.jsonl of each learner.")],
+    html: Annotated[Path, typer.Option(help="The page.")] = Path("class.html"),
+) -> None:
+    """A page of a class: person by exercise, minutes, and the commonest first mistakes."""
+    from grpo_kit.course.progress import class_page
+
+    print(class_page(files, html.expanduser().resolve()))
+
+
+@app.command()
+def wheelhouse(
+    folder: Folder,
+    index: Annotated[str, typer.Option(help="One more index of pip, such as torch's own for CPUs.")] = "",
+) -> None:
+    """Download the pinned libraries, for a USB stick: a room then installs without a network."""
+    from grpo_kit.course.editions import write_wheelhouse
+
+    write_wheelhouse(folder, index)
+    print(f"there: pip install --no-index --find-links {folder} grpo_kit")

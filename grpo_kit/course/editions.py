@@ -1,0 +1,220 @@
+"""The editions of the notebooks that a course needs, all cut from the committed ones: their cells' tags say how."""
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_kit.config.errors import KitError
+from grpo_kit.config.paths import PROJECT_ROOT
+from grpo_kit.course.exercise import Exercise, find_exercise
+
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+NOT_WRITTEN = "raise NotImplementedError()"
+NOTEBOOKS = PROJECT_ROOT / "notebooks"
+WORKSHOP = PROJECT_ROOT / "data" / "course" / "workshop.md"  # the plan of 180 minutes
+_REGION = re.compile(rf"^([ \t]*){BEGIN}\n.*?^[ \t]*{END}$", flags=re.MULTILINE | re.DOTALL)
+_PREDICTION = re.compile(r"^(\w+) = .*?(  #.*)?$", flags=re.MULTILINE)
+_HINTS = re.compile(r"\n*<details>.*?</details>", flags=re.DOTALL)
+_SLIDES = """{% extends "reveal/index.html.j2" %}{% block html_head_js %}{% endblock %}
+{% block html_head_js_mathjax %}<script>MathJax = {tex: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]]}}</script>
+<script src="js/tex-svg.js" defer></script>{% endblock %}
+{% block footer_js %}<script src="js/dist/reveal.js"></script><script src="js/plugin/notes/notes.js"></script>
+<script>Reveal.initialize({hash: true, plugins: [RevealNotes], width: 1280, height: 800, margin: 0.02})</script>
+<style>.reveal .slides section {max-height: 780px; overflow-y: auto} .reveal img {max-height: 640px}</style>
+{% endblock %}"""
+
+
+def stub(source: str) -> str:
+    """Return a cell's code with each solution region replaced by a line that says that it is not written yet."""
+    return _REGION.sub(rf"\g<1>{NOT_WRITTEN}", source)
+
+
+def write_students(folder: Path) -> list[Path]:
+    """Write the learners' edition: stubs, open predictions, no outputs; with the metadata of nbgrader (format 3)."""
+    return _lay_out(folder, _notebooks(_for_students))
+
+
+def write_solutions(folder: Path) -> list[Path]:
+    """Write the edition with its solutions open, the source from which nbgrader makes its own assignment."""
+    return _lay_out(folder, _notebooks(_graded))
+
+
+def _notebooks(edit: Callable[[dict], dict]) -> dict[str, bytes]:
+    """The files of the notebooks' folder, by their path in it; the cells of the numbered ones edited."""
+    files = {}
+    for path in sorted(path for path in NOTEBOOKS.rglob("*.*") if path.is_file() and ".ipynb_" not in str(path)):
+        content = path.read_bytes()
+        if path.suffix == ".ipynb":
+            notebook = json.loads(content)
+            kept = [cell for cell in notebook["cells"] if "teacher" not in _tags(cell)]
+            notebook["cells"] = [edit(cell) for cell in kept]
+            content = (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
+        files[path.relative_to(NOTEBOOKS).as_posix()] = content
+    return files
+
+
+def _lay_out(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    places = {Path(folder) / name: content for name, content in files.items()}
+    for place, content in places.items():
+        if place.exists() and place.read_bytes() != content:
+            raise KitError(f"{place}: there already, and differs. Name another folder, or move it away")
+    for place, content in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    return list(places)
+
+
+def _tags(cell: Mapping) -> list[str]:
+    return cell["metadata"].get("tags", [])
+
+
+def _exercise(cell: Mapping) -> Exercise | None:
+    name = next((tag.partition(":")[2] for tag in _tags(cell) if tag.startswith("exercise:")), None)
+    return find_exercise(name) if name else None
+
+
+def _graded(cell: dict) -> dict:
+    """Give an exercise's code cells what nbgrader reads; the solution is no longer folded."""
+    task, kinds = _exercise(cell), {"solution", "check"}.intersection(_tags(cell))
+    if task and kinds:
+        cell["metadata"].pop("jupyter", None)
+        is_check, name = kinds == {"check"}, f"exercise-{task.name.replace('.', '-')}"
+        cell["metadata"]["nbgrader"] = {
+            "grade": is_check,
+            "grade_id": f"{name}-check" if is_check else name,
+            "locked": is_check,
+            "schema_version": 3,
+            "solution": not is_check,
+            "task": False,
+        } | ({"points": task.difficulty} if is_check else {})
+    return cell
+
+
+def _for_students(cell: dict) -> dict:
+    cell, source = _graded(cell), "".join(cell["source"])
+    if cell["cell_type"] == "code":
+        cell |= {"outputs": [], "execution_count": None}
+        source = stub(source) if "solution" in _tags(cell) else source
+        source = _PREDICTION.sub(r"\1 = None\2", source) if "predict" in _tags(cell) else source
+        cell["source"] = source.splitlines(keepends=True)
+    return cell
+
+
+def write_teacher(folder: Path) -> list[Path]:
+    """Write the teacher's notes, a page a notebook: its minutes, exercises with answers, and the misconceptions."""
+    files = {"workshop.md": WORKSHOP.read_bytes()}
+    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        cells = json.loads(path.read_bytes())["cells"]
+        first = "".join(cells[0]["source"])
+        parts = [first.partition("\n")[0], *re.findall(r"^\*\*Minutes\*\*.*$", first, flags=re.MULTILINE)]
+        for cell in cells:
+            text, task, tags = "".join(cell["source"]), _exercise(cell), _tags(cell)
+            if "teacher" in tags or (task and cell["cell_type"] == "markdown"):
+                parts.append(_HINTS.sub("", text))
+            if "predict" in tags:
+                parts.append(f"Predict, then look:\n\n```python\n{text}\n```")
+            if task and "solution" in tags:
+                answer = "\n".join(line for line in text.splitlines() if line.strip() not in (BEGIN, END))
+                named = "".join(f"\n* {idea}" for idea in misconceptions(task))
+                parts.append(f"Answer:\n\n```python\n{answer}\n```\n\nMisconceptions that the check names:\n{named}")
+        files[f"{path.stem}.md"] = ("\n\n".join(parts) + "\n").encode()
+    return _lay_out(folder, files)
+
+
+def misconceptions(task: Exercise) -> list[str]:
+    """Return the sentences by which a check names mistakes: the keys of the dictionaries in its module's functions."""
+    functions, found = [task.check], []
+    for function in functions:  # those of the same module that it calls come after it
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        for node in ast.walk(tree):
+            called = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+            if inspect.isfunction(called) and called.__module__ == task.check.__module__ and called not in functions:
+                functions.append(called)
+            keys = node.keys if isinstance(node, ast.Dict) else []
+            found += [key.value for key in keys if isinstance(key, ast.Constant) and " " in str(key.value)]
+    return list(dict.fromkeys(found))
+
+
+def write_slides(folder: Path, libraries: Sequence[Path]) -> list[Path]:
+    """Write slides of each notebook with nbconvert's exporter: sections, exercises, figures, cells tagged slide.
+
+    Args:
+        libraries: archives (wheel, zip, tgz) that hold reveal.js and, for formulas, MathJax; what is needed of them is
+            copied beside the slides, which then need no network.
+    """
+    import nbformat
+    from jinja2 import DictLoader
+    from nbconvert import SlidesExporter
+
+    files = {f"js/{name}": content for library in libraries for name, content in _javascript(Path(library))}
+    if "js/dist/reveal.js" not in files:
+        text = "found no reveal.js, which is not part of the kit. Get it: pip download --no-deps sphinx-revealjs"
+        raise KitError(f"slides: {text} (or npm pack reveal.js), and name that file: --js FILE")
+    exporter = SlidesExporter(extra_loaders=[DictLoader({"slides": _SLIDES})], template_file="slides")
+    exporter.reveal_url_prefix, exporter.exclude_input_prompt, exporter.exclude_output_prompt = "js", True, True
+    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells = [slide for cell in notebook.cells if (slide := _slide(cell)) is not None]
+        html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        files[f"{path.stem}.html"] = html.encode()
+    return _lay_out(folder, files)
+
+
+def _slide(cell: Any) -> Any:
+    """The cell as a slide, or None: what is tagged as one, a title, a section, an exercise's task, or a figure."""
+    from nbformat.v4 import new_markdown_cell
+
+    kind = cell.metadata.get("slideshow", {}).get("slide_type", "slide" if "slide" in _tags(cell) else None)
+    if kind is None and cell.cell_type == "markdown" and re.match("#{1,2} |### Exercise", cell.source):
+        kind, cell.source = "slide", _HINTS.sub("", cell.source)
+    pictures = [one["data"]["image/png"] for one in cell.get("outputs", []) if "image/png" in one.get("data", {})]
+    if kind is None and pictures:
+        cell = new_markdown_cell(
+            f'<img alt="the notebook\'s figure" src="data:image/png;base64,{pictures[0].strip()}">'
+        )
+        kind = "subslide"
+    cell.metadata["slideshow"] = {"slide_type": kind}
+    return cell if kind else None
+
+
+def _javascript(library: Path) -> Iterator[tuple[str, bytes]]:
+    """What slides need of an archive: reveal.js with its styles and notes, and MathJax; names below their folder."""
+    is_zip = zipfile.is_zipfile(library)
+    with zipfile.ZipFile(library) if is_zip else tarfile.open(library) as archive:
+        for name in archive.namelist() if is_zip else archive.getnames():
+            if found := re.search(r"(?:^|/)((?:dist|plugin/notes)/(?!.*(\.\.|\.map$)).+|tex-svg\.js)$", name):
+                file = archive.open(name) if is_zip else archive.extractfile(name)
+                if file is not None and not name.endswith("/"):
+                    yield found[1], file.read()
+
+
+def write_wheelhouse(folder: Path, index: str = "") -> None:
+    """Download what the lock file pins, and build the kit's own wheel, for machines of this kind without a network.
+
+    Args:
+        index: one more index for pip, such as torch's own of builds for CPUs; the libraries for GPUs are then left out.
+    """
+    lock, pip = (
+        PROJECT_ROOT / "requirements.lock",
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(folder)],
+    )
+    if not lock.is_file():
+        raise KitError(f"wheelhouse: found no {lock.name}. Run it in a checkout of the kit; a wheel does not have it")
+    pins = [line for line in lock.read_text(encoding="utf-8").split() if "==" in line]
+    if index or sys.platform != "linux":
+        pins = [pin for pin in pins if not pin.startswith(("nvidia-", "triton=="))]
+    more = ["--extra-index-url", index] if index else []
+    for what in ([*more, *pins], [str(PROJECT_ROOT)]):
+        if code := subprocess.run([*pip, *what], check=False).returncode:
+            raise KitError(
+                f"wheelhouse: pip stopped with {code}; its own lines above say why. The same command goes on"
+            )
