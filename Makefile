@@ -11,9 +11,11 @@ ARGS ?=
 ifdef PYTHON
 PY := $(PYTHON)
 READY := build/ready$(subst /,-,$(PYTHON))
+READY_TO_TEST := build/tests$(subst /,-,$(PYTHON))
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+READY_TO_TEST := $(VENV)/.ready-to-test
 endif
 
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -27,36 +29,37 @@ help: ## list the commands
 run: $(READY) ## train and evaluate on the embedded world through the notebooks, and write the report
 	$(PY) -m grpo_kit.cli run --profile $(PROFILE) $(ARGS)
 
-test: $(READY) ## run the tests, but for those marked slow
+test: $(READY_TO_TEST) ## run the tests, but for those marked slow
 	$(TESTS) -m "not slow" $(ARGS)
 
-test-slow: $(READY) ## run the slow tests: real JupyterLab, notebooks, kills and crashes (ARGS="-m long": the longest)
+test-slow: $(READY_TO_TEST) ## run the slow tests: real JupyterLab, notebooks, kills and crashes (ARGS="-m long": the longest)
 	$(TESTS) -m "slow and not long" $(ARGS)
 
-traps: $(READY) ## show that each known trap of GRPO is avoided, and that deliberately broken versions are caught
+traps: $(READY_TO_TEST) ## show that each known trap of GRPO is avoided, and that deliberately broken versions are caught
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m trap --traps -n $(JOBS) --dist loadfile $(ARGS)
 
-chaos: $(READY) ## kill, crash, fill up and damage runs, and show that nothing is lost (ARGS="--short", or some: ARGS="R1 R2")
+chaos: $(READY_TO_TEST) ## kill, crash, fill up and damage runs, and show that nothing is lost (ARGS="--short", or some: ARGS="R1 R2")
 	OMP_NUM_THREADS=1 $(PY) -m tests.chaos $(ARGS)
 
-abuse: $(READY) ## try hostile names, values, texts and files, and show how often they were tried and got through
+abuse: $(READY_TO_TEST) ## try hostile names, values, texts and files, and show how often they were tried and got through
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m abuse --abuse -n $(JOBS) --dist loadfile $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	JUPYTER_DEFAULT_PROVISIONER_NAME=grpo-kit-forked $(PY) -m jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)
 
-bench: $(READY) ## measure speed and memory, beside TRL (ARGS="--quick", or some workloads: ARGS="W1 W3")
+bench: $(READY_TO_TEST) ## measure speed and memory, beside TRL (ARGS="--quick", or some workloads: ARGS="W1 W3")
 	$(PY) -m benchmarks $(ARGS)
 
 models: $(READY) ## train the embedded world's models again, from nothing
 	$(PY) -m tools.shapeworld $(ARGS)
 
-format: $(READY) ## format the code, and strip the notebooks of what does not belong into history
+format: $(READY_TO_TEST) ## format the code, and strip the notebooks of what does not belong into history
 	$(PY) -m ruff check --fix grpo_kit tools tests benchmarks
 	$(PY) -m ruff format grpo_kit tools tests benchmarks
 	find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0 | xargs -0 -r $(PY) -m nbstripout \
 		--keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets"
 
+# What runs the notebooks comes first; what only tests, benchmarks and formatting need is added by the first of these.
 $(VENV)/.ready: pyproject.toml requirements.lock
 	@base=; for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 		if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then base=$$name; break; fi; done; \
@@ -66,13 +69,28 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 	$$base -m venv $(VENV)
 	@echo "setting up $(VENV): 7 GB, 1 to 5 minutes, once" >&2
 	@# uv installs the same versions faster; where it cannot be had, or fails, pip does it
-	@{ $(PY) -m pip install --quiet --disable-pip-version-check uv && \
-		$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY) -c requirements.lock -e ".[dev]"; } || \
-		$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[dev]"
+	@$(PY) -m pip install --quiet --disable-pip-version-check uv || echo "uv cannot be had here; pip takes its place" >&2
+	@$(call INSTALL,.)
 	@touch $@
 
+$(VENV)/.ready-to-test: $(VENV)/.ready
+	@$(call INSTALL,.[dev])
+	@touch $@
+
+define INSTALL
+{ $(PY) -m uv --version >/dev/null 2>&1 && \
+	$(PY) -m uv pip install --compile-bytecode --python $(PY) -c requirements.lock -e "$(1)"; } || \
+	$(PY) -m pip install --disable-pip-version-check -c requirements.lock -e "$(1)"
+endef
+
 build/ready%: pyproject.toml
-	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "grpo_kit needs Python 3.11 or newer; PYTHON=$(PY) is $$($(PY) --version 2>&1). Name another one." >&2; exit 2; }
-	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	@mkdir -p $(@D) && touch $@
+	@$(call INSTALL_INTO,.)
+
+build/tests%: pyproject.toml
+	@$(call INSTALL_INTO,.[dev])
+
+define INSTALL_INTO
+$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "grpo_kit needs Python 3.11 or newer; PYTHON=$(PY) is $$($(PY) --version 2>&1). Name another one." >&2; exit 2; }; \
+	$(PY) -m pip install --quiet --disable-pip-version-check -e "$(1)" && mkdir -p $(@D) && touch $@
+endef
