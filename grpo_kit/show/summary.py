@@ -22,7 +22,7 @@ def direction(difference: Interval | None) -> str:
 
 
 def headline(results: Mapping) -> str:
-    """Return one sentence on what the evaluation shows, no more than its intervals allow."""
+    """Return one sentence on what the evaluation shows, no more than its intervals allow, and what got worse."""
     change = results.get("differences", {}).get("trained-raw")
     if not change:
         return "This run has not been evaluated yet."
@@ -35,7 +35,9 @@ def headline(results: Mapping) -> str:
         (UNCLEAR, gold): "No clear difference from the users' own prompts yet.",
         (FALLS, gold): "Training made it worse: the users' own prompts score higher.",
     }
-    return sentences[reward, gold]
+    fell = [m for m in change if m not in MAIN and direction(change[m]) == FALLS]
+    worse = ", ".join(f"{metric_name(m)} {_change(m, change[m])}" for m in fell)
+    return sentences[reward, gold] + (f" What got worse: {worse}." if worse else "")
 
 
 def paragraph(record: RunRecord) -> str:

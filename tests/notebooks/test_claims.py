@@ -89,6 +89,11 @@ def rows() -> pd.DataFrame:
     return pd.read_parquet(DATA / "demo_run/evaluation/rows.parquet")
 
 
+def rows_of_paraphrases() -> pd.DataFrame:
+    """A row a paraphrase and variant of the recorded evaluation."""
+    return pd.read_parquet(DATA / "demo_run/evaluation/paraphrases.parquet")
+
+
 @cache
 def by_seed() -> pd.DataFrame:
     """The gold check, in points, of the recorded grid: a row a seed, a column a setting, the baseline first."""
@@ -413,9 +418,32 @@ def test_what_got_worse_is_counted_and_quoted() -> None:
     assert_rounds(said("08", claim), [len(changed), became.sum()])
     assert changed["user_prompt"].str.contains(r" (?:on top of|beside|above|left of|and) ").all()
     assert_rounds(said("08", "rewards are # to #."), [changed["reward"].min(), changed["reward"].max()])
-    shown = " ".join(printed("08", 'kept = "reward/keeps_objects"'))
+    shown = " ".join(printed("08", "wanted = render("))
     assert all(repr(text) in shown for text in (*changed["user_prompt"], *changed["text"]))
     assert any(line.startswith("keeps_objects: ") for line in printed("08", "print(headline(result.results))"))
+
+
+def test_the_kinds_of_failure_are_counted() -> None:
+    """08_evaluate: a colour exchanged, a shape of the neighbour, a place that nobody asked for."""
+    from grpo_kit.shapeworld.captions import parse
+
+    written = rows().query("variant == 'trained' and seed == 0")
+    pairs = [(parse(asked), parse(text)) for asked, text in zip(written["user_prompt"], written["text"], strict=True)]
+    colours = [(a, b) for a, b in pairs if a.colour != b.colour]
+    assert_rounds(said("08", '"orange → cyan", # prompts.'), [len(colours)])
+    assert {(a.colour, b.colour) for a, b in colours} == {("orange", "cyan")}
+    shapes = [(a, b) for a, b in pairs if a.shape != b.shape]
+    claim = '"square → cross" and "circle → cross", # prompts; in all of them the other object is a cross.'
+    assert_rounds(said("08", claim), [len(shapes)])
+    assert {(a.shape, b.shape) for a, b in shapes} == {("square", "cross"), ("circle", "cross")}
+    assert all(a.second_shape == b.shape == "cross" for a, b in shapes)
+    placed = [a.place for a, b in pairs if b.place == "bottom" and a.place is None]
+    assert_rounds(said("08", 'In # of # rewrites the policy adds "at the bottom"'), [len(placed), len(pairs)])
+    assert sum(a.kind == "single" and a.place is None for a, _ in pairs) == len(placed)
+    lost = rows_of_paraphrases().query("variant == 'trained'")
+    changed = [(parse(a).stated(), parse(b).stated()) for a, b in lost[["user_prompt", "text"]].to_numpy()]
+    names = [name for a, b in changed for name in a if a[name] != b.get(name)]
+    assert names.count("background") > 0 and names.count("second_shape") > 0 and names.count("count") > 0
 
 
 def test_more_prompts_are_the_better_buy_since_they_divide_both_scatters() -> None:

@@ -171,6 +171,15 @@ def test_the_headline_claims_no_more_than_the_intervals(reward: tuple, gold: tup
     assert words in headline(results_with(reward, gold))
 
 
+def test_what_got_worse_stands_in_the_headline() -> None:
+    results = results_with((0.1, 0.2), (0.1, 0.2))
+    change = results["differences"]["trained-raw"]
+    change["grammatical"] = {"mean": -0.01, "low": -0.03, "high": 0.01}  # could be chance
+    assert "worse" not in headline(results)
+    change["keeps_objects"] = {"mean": -0.047, "low": -0.085, "high": -0.016}
+    assert headline(results).endswith(" What got worse: keeps the objects −4.7 [−8.5, −1.6] points.")
+
+
 def test_the_paragraph_gives_the_computed_figures(synthetic_run: Path) -> None:
     record = read_run(synthetic_run)
     means = record.evaluation.groupby("variant")[["reward", "gold"]].mean()
