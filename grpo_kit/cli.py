@@ -32,8 +32,8 @@ Texts = list[str] | None
 Overrides = Annotated[Texts, typer.Option("-o", help="section.key=value; may be repeated.")]
 _RAY_HELP = (
     "With --grid: run the trials on a Ray cluster: local (several at once on this machine), auto, or host:port. "
-    "All its machines must see the grid's folder, and this checkout, at the same path."
 )
+_RAY_HELP += "All its machines must see the grid's folder, and this checkout, at the same path."
 
 
 @app.command()

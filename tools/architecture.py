@@ -30,6 +30,7 @@ WHAT = {  # what a room holds, in a line
     "training": "the loop, the step, processes,\nresume, replay, branch",
     "show": "figures, report, widgets,\nlessons",
     "preflight": "before a run: machine, plan,\nmistakes in a loss",
+    "course": "exercises, their checks,\neditions of the notebooks",
     "cli": "the commands",
 }
 WAY = (  # module and name: what one user prompt meets, in order

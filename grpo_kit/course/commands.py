@@ -12,7 +12,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Where it goes; what
 
 @app.command()
 def student(folder: Folder) -> None:
-    """The learners' notebooks: stubs in the place of solutions, no outputs; nbgrader can import them."""
+    """The learners' notebooks: stubs in place of solutions."""
     from grpo_kit.course.editions import write_students
 
     print(f"{len(write_students(folder))} files in {folder}. Next: jupyter lab {folder / 'index.ipynb'}")
@@ -20,7 +20,7 @@ def student(folder: Folder) -> None:
 
 @app.command()
 def solutions(folder: Folder) -> None:
-    """The notebooks with their solutions open; the source of an assignment in nbgrader."""
+    """The notebooks with their solutions open."""
     from grpo_kit.course.editions import write_solutions
 
     print(f"{len(write_solutions(folder))} files in {folder}")
@@ -28,7 +28,7 @@ def solutions(folder: Folder) -> None:
 
 @app.command()
 def teacher(folder: Folder) -> None:
-    """Notes for the teacher: minutes, answers, misconceptions, and the plan of 180 minutes."""
+    """Notes: minutes, answers, misconceptions, a plan."""
     from grpo_kit.course.editions import write_teacher
 
     print(f"{len(write_teacher(folder))} pages in {folder}. Next: read {folder / 'workshop.md'}")
@@ -39,14 +39,10 @@ def slides(
     folder: Folder,
     js: Annotated[list[Path] | None, typer.Option(help="An archive that holds reveal.js, or MathJax.")] = None,
 ) -> None:
-    """Slides of each notebook, which open without a network.
+    """Slides that open without a network.
 
-    reveal.js is not part of the kit. With a network, get it once, and MathJax for the formulas:
-
-    pip download --no-deps sphinx-revealjs        (or: npm pack reveal.js)
-    npm pack mathjax@3
-
-    Then: grpo-kit course slides DIR --js FILE --js FILE
+    reveal.js is not part of the kit. Get it once with `pip download --no-deps sphinx-revealjs` or `npm pack reveal.js`,
+    and for formulas `npm pack mathjax@3`; name each file with --js.
     """
     from grpo_kit.course.editions import write_slides
 
@@ -59,7 +55,7 @@ def class_(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="progress.jsonl of each learner.")],
     html: Annotated[Path, typer.Option(help="The page.")] = Path("class.html"),
 ) -> None:
-    """A page of a class: person by exercise, minutes, and the commonest first mistakes."""
+    """A page of a class, from its files of progress."""
     from grpo_kit.course.progress import class_page
 
     print(class_page(files, html.expanduser().resolve()))
@@ -70,7 +66,7 @@ def wheelhouse(
     folder: Folder,
     index: Annotated[str, typer.Option(help="One more index of pip, such as torch's own for CPUs.")] = "",
 ) -> None:
-    """Download the pinned libraries, for a USB stick: a room then installs without a network."""
+    """Download the pinned libraries, for a USB stick."""
     from grpo_kit.course.editions import write_wheelhouse
 
     write_wheelhouse(folder, index)

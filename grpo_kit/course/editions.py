@@ -29,7 +29,8 @@ _SLIDES = """{% extends "reveal/index.html.j2" %}{% block html_head_js %}{% endb
 <script src="js/tex-svg.js" defer></script>{% endblock %}
 {% block footer_js %}<script src="js/dist/reveal.js"></script><script src="js/plugin/notes/notes.js"></script>
 <script>Reveal.initialize({hash: true, plugins: [RevealNotes], width: 1280, height: 800, margin: 0.02})</script>
-<style>.reveal .slides section {max-height: 780px; overflow-y: auto} .reveal img {max-height: 640px}</style>
+<style>.reveal .slides section {max-height: 780px; overflow-y: auto} .reveal img {max-height: 640px}
+.reveal h1, .reveal h2, .reveal h3 {text-transform: none; font-size: 1.4em !important}</style>
 {% endblock %}"""
 
 
@@ -147,20 +148,22 @@ def misconceptions(task: Exercise) -> list[str]:
 def write_slides(folder: Path, libraries: Sequence[Path]) -> list[Path]:
     """Write slides of each notebook with nbconvert's exporter: sections, exercises, figures, cells tagged slide.
 
-    Args:
-        libraries: archives (wheel, zip, tgz) that hold reveal.js and, for formulas, MathJax; what is needed of them is
-            copied beside the slides, which then need no network.
+    What they need of `libraries`, archives that hold reveal.js and MathJax, is copied beside them: no network is used.
     """
     import nbformat
     from jinja2 import DictLoader
     from nbconvert import SlidesExporter
 
-    files = {f"js/{name}": content for library in libraries for name, content in _javascript(Path(library))}
+    try:
+        files = {f"js/{name}": content for library in libraries for name, content in _javascript(Path(library))}
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise KitError(f"slides: --js: found what is no archive ({error}). Name a wheel, a zip or a tgz") from error
     if "js/dist/reveal.js" not in files:
         text = "found no reveal.js, which is not part of the kit. Get it: pip download --no-deps sphinx-revealjs"
         raise KitError(f"slides: {text} (or npm pack reveal.js), and name that file: --js FILE")
     exporter = SlidesExporter(extra_loaders=[DictLoader({"slides": _SLIDES})], template_file="slides")
-    exporter.reveal_url_prefix, exporter.exclude_input_prompt, exporter.exclude_output_prompt = "js", True, True
+    exporter.reveal_url_prefix, exporter.reveal_theme = "js", "white"  # a theme whose fonts are beside it
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         notebook.cells = [slide for cell in notebook.cells if (slide := _slide(cell)) is not None]
@@ -170,7 +173,7 @@ def write_slides(folder: Path, libraries: Sequence[Path]) -> list[Path]:
 
 
 def _slide(cell: Any) -> Any:
-    """The cell as a slide, or None: what is tagged as one, a title, a section, an exercise's task, or a figure."""
+    """The cell as a slide, or None: what is tagged as one, a section, an exercise's task, or a figure."""
     from nbformat.v4 import new_markdown_cell
 
     kind = cell.metadata.get("slideshow", {}).get("slide_type", "slide" if "slide" in _tags(cell) else None)
@@ -200,8 +203,7 @@ def _javascript(library: Path) -> Iterator[tuple[str, bytes]]:
 def write_wheelhouse(folder: Path, index: str = "") -> None:
     """Download what the lock file pins, and build the kit's own wheel, for machines of this kind without a network.
 
-    Args:
-        index: one more index for pip, such as torch's own of builds for CPUs; the libraries for GPUs are then left out.
+    With one more `index` for pip, such as torch's own of builds for CPUs, the libraries for GPUs are left out.
     """
     lock, pip = (
         PROJECT_ROOT / "requirements.lock",

@@ -4,7 +4,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -14,31 +13,16 @@ from grpo_kit.config.errors import KitError, printable, shown
 
 KEYS = {"nickname": str, "exercise": str, "attempt": int, "passed": bool, "seconds": float, "mistake": str}
 LONGEST = 40  # characters of a nickname
-
-
-@dataclass
-class Member:
-    """Who has joined, where the lines go, and when the last one was written."""
-
-    nickname: str
-    file: Path
-    since: float
-
-
-_JOINED: list[Member] = []  # at most one
+_JOINED: list[tuple[str, Path]] = []  # at most one
+_LAST: list[float] = []  # when its last line was written
 
 
 def join(nickname: str, file: str | Path = "progress.jsonl") -> None:
     """From here on, each check in this notebook adds a line to a file; nothing is written for those who do not join.
 
-    A line has: the nickname, the exercise, which attempt it is, whether it passed, the seconds since the check before
-    (of the first one: since joining), what the mistake was, from a fixed list, and the kit's version. It has nothing of
-    what was written in the notebook, no name but the one given here, and no time of day. The file stays on this
-    machine; the learner hands it over, or deletes it.
-
-    Args:
-        nickname: one of the learner's own choice, for the class to tell people apart.
-        file: JSON lines; those that are there stay.
+    A line has the nickname, the exercise, which attempt it is, whether it passed, the seconds since the check before
+    (of the first one: since joining), the mistake in a word, and the kit's version; nothing of what was written in the
+    notebook. The file stays on this machine. The learner hands it over, or deletes it.
     """
     nickname, file = str(nickname).strip(), Path(file).expanduser().resolve()
     if not 0 < len(nickname) <= LONGEST or not nickname.isprintable():
@@ -47,7 +31,7 @@ def join(nickname: str, file: str | Path = "progress.jsonl") -> None:
         file.open("a", encoding="utf-8").close()
     except OSError as error:
         raise KitError(f"{file}: cannot be written ({error.strerror}). Name another file: file=…") from error
-    _JOINED[:] = [Member(nickname, file, time.monotonic())]
+    _JOINED[:], _LAST[:] = [(nickname, file)], [time.monotonic()]
     print(f"{nickname}: each check adds a line to {file.name}: exercise, attempt, passed or not, seconds, mistake.")
     print("Nothing of what you write is in it, and it stays on this machine. `gk.course.leave()` stops it.")
 
@@ -61,17 +45,17 @@ def record(exercise: str, passed: bool, mistake: str) -> None:
     """Add the line of a check to the file of whoever has joined; a file that cannot be written stops no check."""
     if not _JOINED:
         return
-    member, now = _JOINED[0], time.monotonic()
+    (nickname, file), seconds = _JOINED[0], round(time.monotonic() - _LAST[0], 1)
     try:
-        before = read([member.file])[0] if member.file.exists() else []
-        attempt = 1 + sum((row["nickname"], row["exercise"]) == (member.nickname, exercise) for row in before)
-        values = (member.nickname, exercise, attempt, passed, round(now - member.since, 1), mistake)
+        before = read([file])[0] if file.exists() else []
+        attempt = 1 + sum((row["nickname"], row["exercise"]) == (nickname, exercise) for row in before)
+        values = (nickname, exercise, attempt, passed, seconds, mistake)
         line = dict(zip(KEYS, values, strict=True)) | {"kit": grpo_kit.__version__}
-        with member.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
     except (OSError, KitError) as error:
         print(f"progress is not written: {error}")
-    member.since = now
+    _LAST[:] = [time.monotonic()]
 
 
 def read(files: Iterable[Path]) -> tuple[list[dict], int]:

@@ -13,6 +13,7 @@ from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.course import editions
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
+COMPREHENSIONS = ("listcomp", "setcomp", "dictcomp", "genexpr")  # run where they stand
 
 
 def notebook_of(name: str) -> Path:
@@ -50,20 +51,24 @@ def _run(name: str, edition: Any) -> dict[str, Any]:
 
 def _needed(statements: list[ast.stmt], wanted: set[str]) -> list[ast.stmt]:
     """Return the statements that define the wanted names, and what those use in turn, in their order."""
-    needed: list[ast.stmt] = []
-    for node in reversed(statements):
-        if found := bound([node]) & wanted:
-            needed.insert(0, node)
-            is_changed = isinstance(node, ast.AugAssign)  # its name must have been there
-            wanted = (wanted if is_changed else wanted - found) | used(ast.unparse(node))
-    return needed
+    asked, kept = [(name, len(statements)) for name in wanted], set()
+    for name, end in asked:  # it grows; of several definitions, the last one before its use counts
+        places = [n for n, node in enumerate(statements[:end]) if name in bound([node])]
+        if places and (place := places[-1]) not in kept:
+            kept.add(place)
+            source, node = ast.unparse(statements[place]), statements[place]
+            asked += [(other, place) for other in used(source, inside=False)]
+            asked += [(other, len(statements)) for other in used(source) - used(source, inside=False)]
+            asked += [(name, place)] * isinstance(node, ast.AugAssign)  # its name must have been there
+    return [statements[place] for place in sorted(kept)]
 
 
-def used(source: str) -> set[str]:
-    """Return the global names that code reads, also inside of its functions."""
+def used(source: str, inside: bool = True) -> set[str]:
+    """Return the global names that code reads, also (inside) those that its functions look up."""
     tables, names = [symtable.symtable(source, "cell", "exec")], set()
     for table in tables:
-        tables += table.get_children()
+        children = table.get_children()
+        tables += [one for one in children if inside or one.get_name() in COMPREHENSIONS]
         top = table.get_type() == "module"
         names |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
     return names - set(dir(builtins))
