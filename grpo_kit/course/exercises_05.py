@@ -1,0 +1,99 @@
+"""Exercises of 05_groups: a group's advantages, and the variance of rewards by rewrites and seeds."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from grpo_kit.course.exercise import exercise, expect
+
+NAN = float("nan")
+
+
+@exercise("05.1", "Group advantages with NaN and ties", minutes=10, difficulty=2)
+def check_advantages(advantages: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    """Advantages of batches whose groups have missing, equal and single rewards, and rows in any order."""
+    rng = np.random.default_rng(51)
+    drawn = rng.random(12).round(3)
+    drawn[[2, 7]] = NAN
+    batches = (
+        ("two groups of two", [0.2, 0.6, 0.9, 0.5], [0, 0, 1, 1]),
+        ("one NaN in the first group", [0.9, NAN, 0.3, 0.6, 0.1, 0.4], [0, 0, 0, 0, 1, 1]),
+        ("a flat group", [0.7, 0.7, 0.7, 0.2, 0.4, 0.9], [3, 3, 3, 5, 5, 5]),
+        ("a group with a single score", [0.3, NAN, NAN, 0.5, 0.8, 0.6], [0, 0, 0, 1, 1, 1]),
+        ("rows of three groups in any order", drawn, rng.permutation(np.repeat([4, 7, 9], 4))),
+    )
+    for name, *batch in batches:
+        rewards, ids = map(np.array, batch)
+        right = _by_group(rewards, ids, 1, 1e-4)
+        wrong = {
+            "the standard deviation divides by n, not by n - 1: ddof=1": _by_group(rewards, ids, 0, 1e-4),
+            "NaN was counted as a reward of 0: leave it out of mean and deviation": _with_zeros(rewards, ids),
+            "the mean is that of the whole batch, not of the group": _by_group(rewards, 0 * ids, 1, 1e-4),
+            "rewards are not divided by the group's standard deviation": right * _deviations(rewards, ids),
+            "a row without a score must get 0, not NaN": np.where(np.isnan(rewards), NAN, right),
+            "a group with a single score has nothing to compare: 0, not NaN": _without_single(rewards, ids, right),
+        }
+        expect(advantages(rewards.copy(), ids.copy()), right, name, wrong=wrong)
+
+
+def _by_group(rewards: np.ndarray, ids: np.ndarray, ddof: int, eps: float) -> np.ndarray:
+    found = np.zeros(len(rewards))
+    for group in np.unique(ids):
+        rows = (ids == group) & ~np.isnan(rewards)
+        if rows.sum() > 1 and np.ptp(rewards[rows]) > 0:
+            found[rows] = (rewards[rows] - rewards[rows].mean()) / (rewards[rows].std(ddof=ddof) + eps)
+    return found
+
+
+def _with_zeros(rewards: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    return _by_group(np.nan_to_num(rewards), ids, 1, 1e-4)
+
+
+def _deviations(rewards: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """(N,) what each row was divided by; 1 where it was not."""
+    found = np.ones(len(rewards))
+    for group in np.unique(ids):
+        rows = (ids == group) & ~np.isnan(rewards)
+        if rows.sum() > 1:
+            found[ids == group] = rewards[rows].std(ddof=1) + 1e-4
+    return found
+
+
+def _without_single(rewards: np.ndarray, ids: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The advantages, with NaN in groups of one score: n - 1 is 0 there."""
+    scored = np.array([np.isfinite(rewards[ids == group]).sum() for group in ids])
+    return np.where((scored == 1) & np.isfinite(rewards), NAN, right)
+
+
+@exercise("05.2", "Words, seeds and the rest of six numbers", minutes=10, difficulty=4)
+def check_parts(parts: Callable[[np.ndarray], tuple[float, float, float]]) -> None:
+    """Two-way analysis of variance of tables of several sizes, against the kit's own."""
+    from grpo_kit.evaluation.noise import split_variance
+
+    rng = np.random.default_rng(52)
+    shown = np.array([[0.9, 0.5], [0.7, 0.5], [0.5, 0.2]])
+    for R, S in ((3, 2), (3, 4), (5, 3), (4, 6)):
+        drawn = 0.3 * rng.normal(size=(R, 1)) + 0.2 * rng.normal(size=S) + 0.05 * rng.normal(size=(R, S))
+        table = shown if (R, S) == shown.shape else drawn  # effects are large, so that no estimate lies below 0
+        split = split_variance(table[None])
+        rewrites, seeds, rest = split.rewrite, split.seed, split.rest
+        means = table.mean(axis=1).var(ddof=1), table.mean(axis=0).var(ddof=1)
+        over_all = rest * (R - 1) * (S - 1) / (R * S)
+        wrong = {
+            "a row mean still holds rest / seeds, a column mean rest / rewrites: take it off": (*means, rest),
+            "rest / seeds and rest / rewrites are exchanged": (means[0] - rest / R, means[1] - rest / S, rest),
+            "the rest's squares are divided by (R - 1)(S - 1), not by all cells": (
+                means[0] - over_all / S,
+                means[1] - over_all / R,
+                over_all,
+            ),
+            "variances of means take ddof=1": (
+                means[0] * (R - 1) / R - rest / S,
+                means[1] * (S - 1) / S - rest / R,
+                rest,
+            ),
+            "rewrites are the rows and seeds the columns: the order is turned": (seeds, rewrites, rest),
+            "these are standard deviations; variances are asked": np.sqrt([rewrites, seeds, rest]),
+        }
+        given = f"a table of {R} rewrites and {S} seeds"
+        expect(parts(table.copy()), (rewrites, seeds, rest), given, wrong=wrong)
