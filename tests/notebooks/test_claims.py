@@ -489,7 +489,7 @@ def test_what_pairing_costs() -> None:
 
 def test_welch_against_paired_in_the_recorded_grid() -> None:
     """09_ablations: both intervals of every setting, and where pairs made them narrower."""
-    lines, narrower = printed("09", "stats.ttest_ind"), []
+    lines, narrower = printed("09", "shared = by_seed"), []
     for line, name in zip(lines, by_seed().columns[1:], strict=True):
         test = stats.ttest_ind(by_seed()[name], by_seed().iloc[:, 0], equal_var=False)
         alone = test.confidence_interval()
@@ -517,7 +517,9 @@ def test_how_many_seeds_a_difference_needs() -> None:
     )
     (thirteen,) = said("09", "A difference of 5 points needs #,")
     assert_rounds([chance], [100 * power(3, 10)])
-    needed = {int(d): int(n) for d, n in re.findall(r"of +(\d+) points: (\d+) seeds", "\n".join(printed("09", "nct")))}
+    needed = {
+        int(d): int(n) for d, n in re.findall(r"of +(\d+) points: (\d+) seeds", "\n".join(printed("09", "enough = n[")))
+    }
     assert set(needed) == {1, 2, 5, 10} and (needed[10], needed[5]) == (int(five), int(thirteen))
     for d, n in needed.items():
         assert power(n - 1, d) < 0.8 <= power(n, d)
@@ -526,7 +528,7 @@ def test_how_many_seeds_a_difference_needs() -> None:
 
 def test_with_several_questions_the_chance_of_an_error_is_bounded_by_the_sum() -> None:
     """09_ablations: 20 % for four questions; 1 − 0.95⁴ would need that they are independent."""
-    (line, *_) = printed("09", "paired_interval(gold[name], gold[baseline], 1 - 0.05 / questions)")
+    (line, *_) = printed("09", "0.05 * questions")
     questions, bound = map(int, re.match(r"(\d+) questions: .* up to (\d+)%", line).groups())
     assert questions == 4 and bound == 100 * 0.05 * questions > 100 * (1 - 0.95**questions)
     states("09", "the chance that *some* interval is wrong is higher: at most the sum of the 5 %.")
