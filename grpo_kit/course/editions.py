@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import textwrap
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,18 +19,11 @@ from grpo_kit.course.exercise import Exercise, find_exercise
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 NOT_WRITTEN = "raise NotImplementedError()"
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
-WORKSHOP = PROJECT_ROOT / "data" / "course" / "workshop.md"  # the plan of 180 minutes
+COURSE = PROJECT_ROOT / "data" / "course"
+WORKSHOP = COURSE / "workshop.md"  # the plan of 180 minutes
 _REGION = re.compile(rf"^([ \t]*){BEGIN}\n.*?^[ \t]*{END}$", flags=re.MULTILINE | re.DOTALL)
 _PREDICTION = re.compile(r"^(\w+) = .*?(  #.*)?$", flags=re.MULTILINE)
 _HINTS = re.compile(r"\n*<details>.*?</details>", flags=re.DOTALL)
-_SLIDES = """{% extends "reveal/index.html.j2" %}{% block html_head_js %}{% endblock %}
-{% block html_head_js_mathjax %}<script>MathJax = {tex: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]]}}</script>
-<script src="js/tex-svg.js" defer></script>{% endblock %}
-{% block footer_js %}<script src="js/dist/reveal.js"></script><script src="js/plugin/notes/notes.js"></script>
-<script>Reveal.initialize({hash: true, plugins: [RevealNotes], width: 1280, height: 800, margin: 0.02})</script>
-<style>.reveal .slides section {max-height: 780px; overflow-y: auto} .reveal img {max-height: 640px}
-.reveal h1, .reveal h2, .reveal h3 {text-transform: none; font-size: 1.4em !important}</style>
-{% endblock %}"""
 
 
 def stub(source: str) -> str:
@@ -132,16 +124,19 @@ def write_teacher(folder: Path) -> list[Path]:
 
 
 def misconceptions(task: Exercise) -> list[str]:
-    """Return the sentences by which a check names mistakes: the keys of the dictionaries in its module's functions."""
+    """Return the sentences by which a check names mistakes: keys of dictionaries in it, and in functions beside it."""
     functions, found = [task.check], []
-    for function in functions:  # those of the same module that it calls come after it
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        for node in ast.walk(tree):
+    for function in functions:  # those that it calls come after it
+        nodes = list(ast.walk(ast.parse(inspect.getsource(function))))
+        named = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+        texts = {ast.unparse(node.targets[0]): node.value.value for node in named}
+        for node in nodes:
             called = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
             if inspect.isfunction(called) and called.__module__ == task.check.__module__ and called not in functions:
                 functions.append(called)
             keys = node.keys if isinstance(node, ast.Dict) else []
-            found += [key.value for key in keys if isinstance(key, ast.Constant) and " " in str(key.value)]
+            keys = [key.value if isinstance(key, ast.Constant) else texts.get(ast.unparse(key)) for key in keys if key]
+            found += [key for key in keys if isinstance(key, str) and " " in key]
     return list(dict.fromkeys(found))
 
 
@@ -151,7 +146,7 @@ def write_slides(folder: Path, libraries: Sequence[Path]) -> list[Path]:
     What they need of `libraries`, archives that hold reveal.js and MathJax, is copied beside them: no network is used.
     """
     import nbformat
-    from jinja2 import DictLoader
+    from jinja2 import FileSystemLoader
     from nbconvert import SlidesExporter
 
     try:
@@ -161,7 +156,7 @@ def write_slides(folder: Path, libraries: Sequence[Path]) -> list[Path]:
     if "js/dist/reveal.js" not in files:
         text = "found no reveal.js, which is not part of the kit. Get it: pip download --no-deps sphinx-revealjs"
         raise KitError(f"slides: {text} (or npm pack reveal.js), and name that file: --js FILE")
-    exporter = SlidesExporter(extra_loaders=[DictLoader({"slides": _SLIDES})], template_file="slides")
+    exporter = SlidesExporter(extra_loaders=[FileSystemLoader(COURSE)], template_file="slides.html.j2")
     exporter.reveal_url_prefix, exporter.reveal_theme = "js", "white"  # a theme whose fonts are beside it
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
@@ -181,10 +176,8 @@ def _slide(cell: Any) -> Any:
         kind, cell.source = "slide", _HINTS.sub("", cell.source)
     pictures = [one["data"]["image/png"] for one in cell.get("outputs", []) if "image/png" in one.get("data", {})]
     if kind is None and pictures:
-        cell = new_markdown_cell(
-            f'<img alt="the notebook\'s figure" src="data:image/png;base64,{pictures[0].strip()}">'
-        )
-        kind = "subslide"
+        kind, picture = "subslide", f"data:image/png;base64,{pictures[0].strip()}"
+        cell = new_markdown_cell(f'<img alt="a figure of the notebook" src="{picture}">')
     cell.metadata["slideshow"] = {"slide_type": kind}
     return cell if kind else None
 
@@ -205,18 +198,13 @@ def write_wheelhouse(folder: Path, index: str = "") -> None:
 
     With one more `index` for pip, such as torch's own of builds for CPUs, the libraries for GPUs are left out.
     """
-    lock, pip = (
-        PROJECT_ROOT / "requirements.lock",
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(folder)],
-    )
+    lock = PROJECT_ROOT / "requirements.lock"
     if not lock.is_file():
         raise KitError(f"wheelhouse: found no {lock.name}. Run it in a checkout of the kit; a wheel does not have it")
     pins = [line for line in lock.read_text(encoding="utf-8").split() if "==" in line]
     if index or sys.platform != "linux":
         pins = [pin for pin in pins if not pin.startswith(("nvidia-", "triton=="))]
-    more = ["--extra-index-url", index] if index else []
-    for what in ([*more, *pins], [str(PROJECT_ROOT)]):
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(folder)]
+    for what in ([*(["--extra-index-url", index] if index else []), *pins], [str(PROJECT_ROOT)]):
         if code := subprocess.run([*pip, *what], check=False).returncode:
-            raise KitError(
-                f"wheelhouse: pip stopped with {code}; its own lines above say why. The same command goes on"
-            )
+            raise KitError(f"wheelhouse: pip stopped with {code}; its own lines above say why. Run it again to go on")

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
+from string import Template
 
 import grpo_kit
 from grpo_kit.config.errors import KitError, printable, shown
+from grpo_kit.config.paths import PROJECT_ROOT
 
 KEYS = {"nickname": str, "exercise": str, "attempt": int, "passed": bool, "seconds": float, "mistake": str}
 LONGEST = 40  # characters of a nickname
@@ -96,7 +98,8 @@ def class_page(files: Sequence[Path], page: Path) -> str:
     lines = ["".join(f"<td>{escape(printable(text))}</td>" for text in line) for line in zip(*columns, strict=True)]
     page.parent.mkdir(parents=True, exist_ok=True)
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    page.write_text(_PAGE.format(body=body, people=len(people), names=len(names)), encoding="utf-8")
+    template = Template((PROJECT_ROOT / "data" / "course" / "class.html").read_text(encoding="utf-8"))
+    page.write_text(template.substitute(body=body, people=len(people), names=len(names)), encoding="utf-8")
     unread = f"; {broken} lines were no lines of progress" if broken else ""
     return f"{len(people)} people, {len(names)} exercises{unread}: {page}"
 
@@ -115,15 +118,3 @@ def _column(name: str, people: Sequence[str], rows: Sequence[dict]) -> list[str]
         firsts.update([row["mistake"] for row in mine[:1] if not row["passed"]])
     cells.append(f"{median(minutes):.0f}" if minutes else "·")
     return [*cells, next((f"{mistake} ({n}×)" for mistake, n in firsts.most_common(1)), "·")]
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Class</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2em; color: #222 }}
-table {{ border-collapse: collapse }} td {{ border: 1px solid #999; padding: 4px 10px; text-align: left }}
-tr:first-child, tr:nth-last-child(-n+2) {{ background: #f2f2f2; font-weight: 600 }}
-</style></head><body><h1>{people} people, {names} exercises</h1>
-<p>✓ solved, ✗ tried, · not tried; minutes and attempts until it was solved.</p>
-<table>
-{body}</table></body></html>
-"""

@@ -145,9 +145,10 @@ def test_the_plans_minutes_follow_each_other_up_to_180():
     assert all(before[1] == after[0] for before, after in itertools.pairwise(rows))
 
 
-@pytest.mark.parametrize("name", ["00.1", "00.2"])
-def test_a_check_names_at_least_three_misconceptions(name: str):
-    assert len(editions.misconceptions(find_exercise(name))) >= 3
+def test_misconceptions_are_the_keys_of_a_check_and_of_what_it_calls_beside_it():
+    named = editions.misconceptions(find_exercise("06.3"))
+    assert "k2 is half of the square" in named  # a key
+    assert any(text.startswith("the gradient also went through") for text in named)  # a name that is a key
 
 
 # --- slides -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 
 from grpo_kit import course
 from grpo_kit.config import PROJECT_ROOT, KitError
-from grpo_kit.course.editions import BEGIN, END, NOT_WRITTEN, stub
+from grpo_kit.course.editions import BEGIN, END, NOT_WRITTEN, misconceptions, stub
 from grpo_kit.course.exercise import EXERCISES
 from grpo_kit.runs.parameters import check_parameters
 from tests.support.course import bound, notebook_of, used
@@ -224,7 +224,7 @@ def test_an_exercise_is_a_text_with_three_hints_a_solution_and_a_check(name: str
     assert lines[0] == f"### Exercise {name} · {task.title}"
     assert f"{task.minutes} minutes · difficulty {task.difficulty} of 5" in lines
     assert re.findall(r"<summary>(.+?)</summary>", text.source) == ["Hint 1", "Hint 2", "Hint 3"]
-    assert 1 <= task.difficulty <= 5 and task.minutes % 5 == 0
+    assert 1 <= task.difficulty <= 5 and task.minutes % 5 == 0 and len(misconceptions(task)) >= 3
     assert {"solution", "taught"} <= set(tags(solution)) and solution.metadata["jupyter"]["source_hidden"] is True
     assert solution.source.count(BEGIN) == solution.source.count(END) >= 1
     for hidden in (stub(solution.source), text.source):  # neither the learner's cell nor a hint is the solution
