@@ -7,6 +7,7 @@ it says the same again; where the data change, until the sentence does.
 from __future__ import annotations
 
 import ast
+import io
 import json
 import random
 import re
@@ -369,6 +370,55 @@ def test_a_scale_cancels_only_where_advantages_are_divided_by_the_spread() -> No
     centred = [values - values.mean() for values in (rewards, 0.3 * rewards)]
     by_group = [values / values.std(ddof=1) for values in centred]
     assert np.allclose(*by_group) and np.allclose(0.3 * centred[0], centred[1])
+
+
+def test_what_the_wrong_reward_does_in_training_is_what_the_readme_says() -> None:
+    """04_rewards: the alarms of ten runs each, and one run's numbers, as the README has them from the study."""
+    readme = " ".join((PROJECT_ROOT / "README.md").read_text(encoding="utf-8").split())
+    wrong, of, right, of_right = said(
+        "04", "# of # raise the alarm that the reward is gamed, with the right one # of #."
+    )
+    assert f"{wrong} of {of} raise the alarm" in readme and f"the normal reward: {right} of {of_right}." in readme
+    rose, fell = "the reward rose by # [#, #]", "the check fell by # [#, #]."
+    numbers = [*said("04", rose), *said("04", fell)]
+    run = "the reward rose by {} [{}, {}] since iteration 20, gold fell by {} [{}, {}]: the policy is gaming the reward"
+    assert run.format(*numbers) in readme
+
+
+def test_how_far_easy_rewards_agree_with_the_check() -> None:
+    """04_rewards: within a prompt, on the pictures of the recorded evaluation that were kept."""
+    kept = rows().dropna(subset=["thumbnail"])
+    assert list(map(int, said("04", "It is tried on # pictures of # prompts"))) == [
+        len(kept),
+        kept["prompt_id"].nunique(),
+    ]
+    sizes = kept["thumbnail"].map(lambda name: jpeg_bytes(DATA / "demo_run" / name))
+    found = []
+    for values in (kept["reward"], sizes, kept["text"].str.len()):
+        ranks = [g.rank() for _, g in kept.assign(mine=values).groupby("prompt_id")[["mine", "gold"]]]
+        found.append(float(np.mean([r["mine"].corr(r["gold"]) if r.std().all() else 0.0 for r in ranks])))
+    claim = "CLIP reaches #, the size of the JPEG file #, the length of the rewrite #."
+    assert_rounds(said("04", claim), found)
+
+
+def test_the_reward_of_a_rewrite_for_half_of_the_request() -> None:
+    """04_rewards: paraphrases of which the trained policy dropped the second object, and the best paid of them."""
+    from grpo_kit.shapeworld.captions import parse
+
+    answers = rows_of_paraphrases().query("variant == 'trained'")
+    kinds = answers[["user_prompt", "text"]].map(lambda text: parse(text).kind)
+    dropped = answers[(kinds["user_prompt"] == "pair") & (kinds["text"] != "pair")]
+    claim = "on # of # paraphrases it drops the second object, and for one of them it gets a reward of #."
+    assert_rounds(said("04", claim), [len(dropped), len(answers), dropped["reward"].max()])
+
+
+def jpeg_bytes(path: Path) -> int:
+    """The size of a picture as a JPEG file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.open(path).convert("RGB").save(file, "JPEG")
+    return file.tell()
 
 
 def test_the_first_step_is_two_updates_with_a_kl_term() -> None:
