@@ -53,18 +53,20 @@ def check_my_reward(my_reward: Callable) -> None:
         return values
 
     values = scores(prompts, rewrites)
-    if not np.array_equal(values, scores(prompts, rewrites[::-1])):
-        raise WrongAnswer(f"{given}: other rewrites changed the numbers (a policy would be paid for its words)")
     agreement = _agreement(rows.assign(mine=values))
-    if agreement >= AGREEMENT:
+    reads_rewrites = not np.array_equal(values, scores(prompts, rewrites[::-1]))
+    if agreement >= AGREEMENT and not reads_rewrites:
         return
-    idea = "what else did the user ask for that can be seen in the pixels?"
-    if np.ptp(values) == 0:
-        idea = "all pictures have the same number: there is nothing to compare"
-    elif agreement <= -AGREEMENT / 2:
-        idea = "the sign is turned: better pictures must have higher numbers"
-    elif np.array_equal(values, scores(prompts[::-1], rewrites)):
-        idea = "another user's prompt gives the same numbers: it never looks at what was asked"
+    wrong = {
+        "other rewrites changed the numbers: a policy would be paid for its words": reads_rewrites,
+        "all pictures have the same number: there is nothing to compare": np.ptp(values) == 0,
+        "the sign is turned: better pictures must have higher numbers": agreement <= -AGREEMENT / 2,
+        "another user's prompt gives the same numbers: it never looks at what was asked": np.array_equal(
+            values, scores(prompts[::-1], rewrites)
+        ),
+        "what else did the user ask for that can be seen in the pixels?": True,
+    }
+    idea = next(name for name, holds in wrong.items() if holds)
     raise WrongAnswer(f"{given}: expected an agreement of at least {AGREEMENT}, found {agreement:.2f} ({idea})")
 
 
@@ -91,11 +93,11 @@ def check_broken(broken: Callable) -> None:
     reward, gold = float(parts["clip_similarity"].mean()), float(parts["gold"].mean())
     if reward >= LIKED and gold <= DISLIKED:
         return
-    ideas = {
-        (True, False): "both judges like it: that is a good rewrite",
-        (False, True): "both judges dislike it: that breaks the picture, not the reward",
-        (False, False): "the check likes it more than the reward does: that is the other way round",
+    wrong = {
+        "both judges like it: that is a good rewrite": reward >= LIKED,
+        "both judges dislike it: that breaks the picture, not the reward": gold <= DISLIKED,
+        "the check likes it more than the reward does: that is the other way round": True,
     }
+    idea = next(name for name, holds in wrong.items() if holds)
     wanted = f"expected a reward of at least {LIKED} and a check of at most {DISLIKED}"
-    found = f"found {reward:.2f} and {gold:.2f} ({ideas[reward >= LIKED, gold <= DISLIKED]})"
-    raise WrongAnswer(f"for {user!r} rewritten as {rewrite!r}: {wanted}, {found}")
+    raise WrongAnswer(f"for {user!r} rewritten as {rewrite!r}: {wanted}, found {reward:.2f} and {gold:.2f} ({idea})")
