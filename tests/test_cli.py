@@ -71,7 +71,16 @@ def test_notebooks_are_chosen_by_number_or_name_in_their_order(series: Path):
     assert [path.stem for path in select_notebooks(["07", "00_first", "07_second.ipynb"])] == ["00_first", "07_second"]
 
 
-@pytest.mark.parametrize("wanted", ["09", "7", "first", "../00_first", "scratch", "*"])
+def test_a_notebook_between_two_numbers_has_a_letter_and_its_place_in_the_order(series: Path):
+    for name in ("02b_between", "02_before", "03_behind", "2026_notes", "02bc_draft"):
+        _notebook(series / f"{name}.ipynb")
+    order = ["00_first", "02_before", "02b_between", "03_behind", "07_second"]
+    assert [path.stem for path in select_notebooks()] == order
+    assert [path.stem for path in select_notebooks(["02b"])] == ["02b_between"]
+    assert [path.stem for path in select_notebooks(["02"])] == ["02_before"]
+
+
+@pytest.mark.parametrize("wanted", ["09", "7", "first", "../00_first", "scratch", "*", ""])
 def test_unknown_notebook_names_those_that_exist(series: Path, wanted: str):
     with pytest.raises(NotebookError, match="allowed: 00_first, 07_second"):
         select_notebooks([wanted])

@@ -17,6 +17,7 @@ import nbformat
 import typer
 
 from grpo_kit.config import PROJECT_ROOT, KitError
+from grpo_kit.runs.notebooks import select_notebooks
 
 TAG = "colab"  # of the cell, which JupyterLab shows folded and a report not at all
 LABEL = "▶ Open in Colab"
@@ -99,7 +100,7 @@ def _place_cell(notebook: nbformat.NotebookNode, source: str) -> None:
 def main(repository: Annotated[str, typer.Argument()] = "") -> None:
     """Write the cell, and for a REPOSITORY, owner/name, the link, into all notebooks of the series and its map."""
     folder = PROJECT_ROOT / "notebooks"
-    notebooks = [folder / "index.ipynb", *sorted(folder.glob("[0-9][0-9]_*.ipynb"))]
+    notebooks = [folder / "index.ipynb", *select_notebooks(folder=folder)]
     changed = set_repository(notebooks, repository)
     print(f"{len(changed)} of {len(notebooks)} notebooks changed")
 

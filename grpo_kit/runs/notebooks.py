@@ -12,6 +12,7 @@ from grpo_kit.runs.durable import json_bytes, replace_file
 from grpo_kit.runs.parameters import NotebookError, Parameter, declared_parameters
 
 NOTEBOOK_FOLDER = PROJECT_ROOT / "notebooks"
+NUMBERED = re.compile(r"[0-9]{2}[a-z]?_")  # how the name of a notebook of the series begins
 OWN_PROFILE = "profile.json"  # in the run's folder: the profile with the settings that this run changes
 OWN_PARAMETERS = {"profile": "--profile", "run_dir": "--run-dir or --name"}  # these come from the command's own options
 
@@ -41,15 +42,15 @@ class Executed:
 
 
 def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
-    """The numbered notebooks of a folder in their order: all, or those named by number (`07`) or name (`07_train`)."""
+    """The numbered notebooks of a folder in their order: all, or those named by number (`07`, `02b`) or name."""
     folder = NOTEBOOK_FOLDER if folder is None else Path(folder)
-    series = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    series = {path.stem: path for path in sorted(folder.glob("*_*.ipynb")) if NUMBERED.match(path.name)}
     if not series:
         raise NotebookError(f"{folder}: no numbered notebooks. Install the kit again: they come with it")
     chosen = set()
     for name in wanted or series:
         stem = name.strip().removesuffix(".ipynb")
-        found = [path for key, path in series.items() if stem and stem in (key, key[:2])]
+        found = [path for key, path in series.items() if stem in (key, key.partition("_")[0])]
         if len(found) != 1:
             raise NotebookError(f"notebook {name!r:.60}: allowed: {', '.join(series)}, or their numbers")
         chosen.update(found)
