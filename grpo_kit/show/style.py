@@ -42,7 +42,12 @@ styled = mpl.rc_context(STYLE)
 
 
 class Drawing(Figure):
-    """A matplotlib figure that a notebook shows by itself, whatever the backend, and that saves in the kit's style."""
+    """A matplotlib figure that a notebook shows by itself, whatever the backend, and that saves in the kit's style.
+
+    What `alt` says stands in a page in the place of the picture, for those who cannot see it.
+    """
+
+    alt: str = ""
 
     @styled
     def savefig(self, fname: object, **kwargs: object) -> None:
@@ -75,7 +80,8 @@ class Drawing(Figure):
         self.savefig(stream, format=kind, **kwargs)
         return stream.getvalue()
 
-    _repr_png_ = to_png
+    def _repr_png_(self) -> bytes | tuple[bytes, dict[str, str]]:
+        return (self.to_png(), {"alt": self.alt}) if self.alt else self.to_png()
 
 
 def image_bytes(image: Image.Image, kind: str, **settings: object) -> bytes:
