@@ -134,7 +134,7 @@ def test_no_text_says_that_the_check_knows_the_truth_or_that_the_oracle_is_a_cei
 
 def test_the_check_and_the_reward_contradict_each_other_on_some_pictures() -> None:
     """08_evaluate: how many of the trained policy's pictures one judge likes and the other does not."""
-    claim = "of the # pictures of the recorded trained policy # have a reward above # and a gold score of at most #,"
+    claim = "of the # pictures of the recorded trained policy # have a reward above # and a check of at most #,"
     count, disputed, high, low = map(float, said("08", claim))
     trained = rows().query("variant == 'trained'")
     assert len(trained) == count
