@@ -124,9 +124,12 @@ def write_teacher(folder: Path) -> list[Path]:
 
 
 def misconceptions(task: Exercise) -> list[str]:
-    """Return the sentences by which a check names mistakes: keys of dictionaries in it, and in functions beside it."""
+    """Return the sentences by which a check names mistakes: texts in its dictionaries, or in variables named idea.
+
+    Those of functions of the same module that it calls belong to them.
+    """
     functions, found = [task.check], []
-    for function in functions:  # those that it calls come after it
+    for function in functions:  # it grows
         nodes = list(ast.walk(ast.parse(inspect.getsource(function))))
         named = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
         texts = {ast.unparse(node.targets[0]): node.value.value for node in named}
@@ -134,9 +137,10 @@ def misconceptions(task: Exercise) -> list[str]:
             called = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
             if inspect.isfunction(called) and called.__module__ == task.check.__module__ and called not in functions:
                 functions.append(called)
-            keys = node.keys if isinstance(node, ast.Dict) else []
-            keys = [key.value if isinstance(key, ast.Constant) else texts.get(ast.unparse(key)) for key in keys if key]
-            found += [key for key in keys if isinstance(key, str) and " " in key]
+            inside = [*filter(None, node.keys), *node.values] if isinstance(node, ast.Dict) else []
+            said = [one.value if isinstance(one, ast.Constant) else texts.get(ast.unparse(one)) for one in inside]
+            said += [node.value.value] if node in named and ast.unparse(node.targets[0]) == "idea" else []
+            found += [text for text in said if isinstance(text, str) and " " in text]
     return list(dict.fromkeys(found))
 
 
@@ -208,3 +212,7 @@ def write_wheelhouse(folder: Path, index: str = "") -> None:
     for what in ([*(["--extra-index-url", index] if index else []), *pins], [str(PROJECT_ROOT)]):
         if code := subprocess.run([*pip, *what], check=False).returncode:
             raise KitError(f"wheelhouse: pip stopped with {code}; its own lines above say why. Run it again to go on")
+    if index and sys.platform == "linux" and not [*Path(folder).glob("torch-*+cpu*")]:
+        raise KitError(
+            f"wheelhouse: found no torch for CPUs in {index}. Give torch's own index of those builds, or none"
+        )

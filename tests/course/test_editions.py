@@ -145,10 +145,17 @@ def test_the_plans_minutes_follow_each_other_up_to_180():
     assert all(before[1] == after[0] for before, after in itertools.pairwise(rows))
 
 
-def test_misconceptions_are_the_keys_of_a_check_and_of_what_it_calls_beside_it():
-    named = editions.misconceptions(find_exercise("06.3"))
-    assert "k2 is half of the square" in named  # a key
-    assert any(text.startswith("the gradient also went through") for text in named)  # a name that is a key
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("00.2", "a number stands twice"),  # a key
+        ("06.3", "the gradient also went through how often an action is sampled: detach the probabilities"),  # its name
+        ("04.2", "the sign is turned: better pictures must have higher numbers"),  # a variable named idea
+        ("04.3", "both judges like it: that is a good rewrite"),  # a value
+    ],
+)
+def test_the_misconceptions_of_a_check_are_found(name: str, sentence: str):
+    assert sentence in editions.misconceptions(find_exercise(name))
 
 
 # --- slides -----------------------------------------------------------------------------------------------------------
@@ -200,6 +207,11 @@ def test_the_wheelhouse_is_the_lock_and_the_kit(tmp_path: Path, monkeypatch: pyt
         editions.subprocess, "run", lambda given, check: ran.append(given) or SimpleNamespace(returncode=0)
     )
     monkeypatch.setattr(editions.sys, "platform", "linux")
+    if index:
+        with pytest.raises(KitError, match="found no torch for CPUs in"):
+            editions.write_wheelhouse(tmp_path, index)
+        (tmp_path / "torch-2.15.0+cpu-cp311-cp311-linux_x86_64.whl").touch()
+        ran.clear()
     editions.write_wheelhouse(tmp_path, index)
     pins, kit = ran
     assert any(pin.startswith("torch==") for pin in pins) and kit[-1] == str(PROJECT_ROOT)
