@@ -20,8 +20,8 @@ CURVES = {
     "reward": ("reward", "what GRPO trains; should rise", "reward"),
     "rewards/gold/mean": ("gold check", "never trained on; should rise with it", "gold"),
     "kl": ("KL from the initial policy", "starts at 0; grows as the policy moves", None),
-    "rewards/keeps_objects/mean": ("keeps the user's objects", "falls when the reward is gamed", "keeps_objects"),
-    "reward_std": ("spread of the reward in a group", "what is left to choose from", None),
+    "rewards/keeps_objects/mean": ("keeps the user's objects", "checks the words; look when it falls", "keeps_objects"),
+    "reward_std": ("standard deviation in a group", "what is left to choose from", None),
     "completions/mean_length": ("tokens in a rewrite", "a jump is a warning", None),
 }
 MOST_NAMED = 4  # curves in a panel, each named at its end
