@@ -272,7 +272,7 @@ def test_a_loss_is_0_at_the_start_only_for_some_types_and_without_a_kl_term() ->
 
 def test_the_steps_do_not_shrink_with_the_spread() -> None:
     """07_train: spread and gradient norm in the first and the last quarter of the recorded run."""
-    claim = "first and last quarter the spread is # and #, the gradient's norm # and #."
+    claim = "first and last quarter the standard deviation is # and #, the gradient's norm # and #."
     part = len(metrics()) // 4
     first, last = metrics().head(part).mean(), metrics().tail(part).mean()
     assert settings()["scale_rewards"] == "group"
@@ -624,3 +624,45 @@ def test_a_wrong_number_in_a_copied_notebook_is_caught(
                 test()
         else:
             test()
+
+
+# --- 07: the dip, and the check for reward hacking --------------------------------------------------------------------
+
+
+def said_once(text: str) -> str:
+    """A rewrite with each of its parts said once."""
+    return ", ".join(dict.fromkeys(text.split(", ")))
+
+
+def test_what_the_dip_at_iteration_40_is() -> None:
+    """07_train: the rewrites say a part twice, which the check cannot read; what the user asked for is in them."""
+    from grpo_kit.rewards.gold import keeps_objects
+
+    samples = json.loads((DATA / "demo_run/validation_iter_000040.json").read_text(encoding="utf-8"))["samples"]
+    texts = [sample["enhanced_prompt"] for sample in samples]
+    kept = keeps_objects([], [sample["user_prompt"] for sample in samples], list(map(said_once, texts)))
+    twice = sum(text != said_once(text) for text in texts)
+    assert [int(n) for n in said("07", "At iteration 40, # of the # rewrites say a part twice")] == [twice, len(texts)]
+    assert [int(n) for n in said("07", "said once, # of the # keep what the user")] == [sum(kept), len(texts)]
+    assert "three blue circles, crisp, crisp" in texts
+    pairs = {sample["user_prompt"]: sample["enhanced_prompt"] for sample in samples}
+    assert said_once(pairs["a violet pyramid, in the middle"]) == "two purple triangles, crisp"
+    checked = [sample["rewards"]["keeps_objects"] for sample in samples]
+    assert_rounds(said("07", "falls on held-out prompts to # at iteration 40"), [float(np.mean(checked))])
+
+
+def test_the_kl_beside_the_dip() -> None:
+    """07_train: means over the five iterations before a validation."""
+    values = [metrics()["kl"][at - 5 : at].mean() for at in (40, 20)]
+    assert_rounds(said("07", "five iterations before is #, after # at iteration 20"), values)
+
+
+def test_the_check_for_reward_hacking_finds_nothing_in_the_recorded_run() -> None:
+    """07_train: gold between the validations of iterations 20 and 40."""
+    scores = []
+    for at in (20, 40):
+        found = json.loads((DATA / f"demo_run/validation_iter_{at:06d}.json").read_text(encoding="utf-8"))
+        scores.append(np.array([sample["rewards"]["gold"] for sample in found["samples"]]))
+    d = scores[1] - scores[0]
+    assert_rounds(said("07", "noise explains (p = #)"), [stats.norm.cdf(d.sum() / (d**2).sum() ** 0.5)])
+    assert json.loads((DATA / "demo_run/sentinel.json").read_text(encoding="utf-8"))["divergence"] is None
