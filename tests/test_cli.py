@@ -273,7 +273,7 @@ def test_run_folder_is_in_reports_unless_asked_otherwise(tmp_path: Path):
     assert unnamed.parent == PROJECT_ROOT / "reports" and unnamed.name.startswith("tiny-2")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_terminated_run_takes_its_kernel_along(tmp_path: Path, name: str):
     number = getattr(signal, name, None) or pytest.skip(f"no {name} here")
     _notebook(

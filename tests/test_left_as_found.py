@@ -35,11 +35,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     return folder, json.loads(line.removeprefix("FOUND ")), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.field("F10")
 def test_everything_is_left_as_it_was_found(told: tuple[Path, dict, str]):
     assert told[1]["changed"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.field("F10")
 def test_the_users_own_wandb_run_stays_open_and_the_kits_has_its_own(told: tuple[Path, dict, str]):
     folder, seen, _ = told
@@ -52,6 +54,7 @@ def test_the_users_own_wandb_run_stays_open_and_the_kits_has_its_own(told: tuple
     assert [record.exit.exit_code for record in records(mine) if record.HasField("exit")] == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.field("F10")
 def test_nothing_that_a_user_cannot_act_on_reaches_the_screen(told: tuple[Path, dict, str]):
     *_, screen = told

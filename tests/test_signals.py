@@ -326,9 +326,8 @@ def generator_holds(folder: RunFolder, stack: ExitStack) -> None:
     stack.enter_context(held())
 
 
-@pytest.mark.parametrize(
-    ("hold", "broken"), [("RunFolder.hold", False), pytest.param("generator_holds", True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("hold", "broken"), [("RunFolder.hold", False), ("generator_holds", True)])
 def test_folder_is_free_wherever_taking_it_is_interrupted(hold: str, broken: bool, tmp_path: Path):
     # a process of its own: an interrupt inside the logging library leaves that library's lock held
     code = f"import test_signals as test; print(*test.held_after_interrupts(test.{hold}, {str(tmp_path)!r}))"

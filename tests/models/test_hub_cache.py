@@ -76,6 +76,7 @@ def _offline(script: str, home: Path, **more: str) -> dict | list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_classic_config_loads_by_its_ids_from_the_hub_cache_and_takes_a_step(tmp_path: Path):
     hub_cache.fill(tmp_path)
     found = _offline(TRAIN, tmp_path)

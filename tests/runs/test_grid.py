@@ -184,6 +184,7 @@ def test_a_planned_trial_can_be_sent_to_another_process(series: Path, tmp_path: 
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failed_trial_ends_itself_and_not_the_others_and_a_second_start_runs_only_it(
     series: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -252,6 +253,7 @@ def test_trials_run_only_when_they_are_asked_for(series: Path, tmp_path: Path):
     assert next(results).name == "seed=0" and not planned[1].folder.exists()
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_terminated_takes_its_kernel_along_and_goes_on_later(series: Path, tmp_path: Path):
     write_notebook(
         series / "00_first.ipynb",

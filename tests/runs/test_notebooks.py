@@ -95,6 +95,7 @@ def test_it_runs_as_committed_and_its_checked_cells_print_the_same(
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checked_cell_that_prints_something_else_is_caught(tmp_path: Path) -> None:
     source = nbformat.read(PROJECT_ROOT / "notebooks" / "09_ablations.ipynb", as_version=4)
     cells = [cell for cell in source.cells if cell.cell_type == "code"]

@@ -108,6 +108,7 @@ def test_a_kernel_that_dies_is_noticed(tmp_path: Path) -> None:
     assert done.died and "kernel died" in done.error
 
 
+@pytest.mark.slow
 def test_where_the_warm_process_dies_kernels_are_started_anew_and_later_ones_forked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +138,7 @@ time.sleep(3600)
 """
 
 
+@pytest.mark.slow
 def test_kernel_and_warm_process_end_with_who_started_them_even_by_a_kill() -> None:
     starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True)
     kernel = psutil.Process(int(starter.stdout.readline()))

@@ -70,6 +70,7 @@ def _assert_equal(steps: dict[str, dict[str, float]]) -> None:
         assert distances["metrics"] <= 3 * TOLERANCE, (case, distances)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_find_the_advantages_gradient_and_metrics_of_one(worked: tuple[Path, dict], kind: str):
     found = worked[1]
@@ -87,12 +88,14 @@ def test_two_processes_find_the_gradient_of_one_in_every_setting(tmp_path: Path)
         _assert_equal(found[kind]["steps"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("broken", ["weights", "mean", "statistics"])
 def test_a_broken_sharing_is_caught(worked: tuple[Path, dict], kind: str, broken: str):
     assert worked[1][kind]["broken"][broken]["gradient, relative"] > 0.1
 
 
+@pytest.mark.slow
 def test_two_processes_collect_the_rollout_of_one(worked: tuple[Path, dict]):
     found = worked[1]["rollouts"]
     assert all(found[name] for name in ("texts", "ids", "mask", "seeds", "groups"))
@@ -101,10 +104,12 @@ def test_two_processes_collect_the_rollout_of_one(worked: tuple[Path, dict]):
     assert found["local seeds are seen"]  # the broken version: every process counts its prompts from 0
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_is_heard_in_all(worked: tuple[Path, dict]):
     assert worked[1]["heard"] == [["process 1 of 2: broken in 1", "broken in 0"]] * 2
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_groups_again_that_one_does(worked: tuple[Path, dict]):
     found = worked[1]["again"]
     assert found["attempts"] == found["several"] and len(set(found["attempts"])) > 1  # one group alone at last
@@ -118,6 +123,7 @@ def _weights(folder: Path) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in kit.policy.trainable_parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["from_one", "from_two"])
 def test_a_run_goes_on_with_another_number_of_processes(worked: tuple[Path, dict], other: str):
     scratch, _ = worked

@@ -5,7 +5,6 @@ import math
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5EncoderModel
 
 from grpo_kit.config import Config, one_line
@@ -71,11 +70,11 @@ def _build(shape: PipelineShape, config: Config, dtype: torch.dtype) -> tuple[Di
     settings = config.model_settings
     named = {name: part for name, part in shape.components.items() if name != "text_encoder_3" or not settings.drop_t5}
     parts = {name: component(*part, dtype) for name, part in named.items()}
-    mode, pieces = FakeTensorMode(), []
+    pieces = []
     for name, model in _models(parts).items():
         smaller = settings.t5_8bit and isinstance(model, T5EncoderModel)
         pieces.append(Piece.of(name, model, linear_layers(model) if smaller else ()))
-        weightless(model, mode).requires_grad_(False)
+        weightless(model).requires_grad_(False)
     kind = getattr(diffusers, shape.kind)
     takes = kind._get_signature_keys(kind)[0]
     safety = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in takes else {}

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoProcessor
 
 from grpo_kit.config import Config
@@ -58,12 +57,12 @@ def plan_policy(config: Config, dtype: torch.dtype) -> Part:
 def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tuple[str, ...]]:
     """The policy as `load_policy` makes it, without values: with its model, where the shape was read, and notes."""
     settings, generation = config.model_settings, config.generation_settings
-    mode, reference = FakeTensorMode(), None
+    reference = None
     name, _ = base_and_adapter(settings, fetch=False)
     model, source = language_model(name, dtype)
     in_8_bits = linear_layers(model) if settings.base_8bit else []
     if settings.lora is None:
-        reference = weightless(language_model(name, dtype)[0].requires_grad_(False), mode).eval()
+        reference = weightless(language_model(name, dtype)[0].requires_grad_(False)).eval()
     else:
         model = add_lora(model, settings.lora, config.training_settings.seed)
     kind, notes = Policy, ()
@@ -77,7 +76,7 @@ def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tupl
         kind, processor = _PolicyWithoutTokenizer, SimpleNamespace(pad_token_id=0, eos_token_id=0)
         notes = (f"prompt lengths supposed: {_CHARACTERS_A_TOKEN} characters a token",)
     policy = kind(
-        weightless(model, mode).eval(),
+        weightless(model).eval(),
         processor,
         instruction=settings.instruction,
         system_prompt=settings.system_prompt,

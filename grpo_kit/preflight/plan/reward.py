@@ -1,7 +1,6 @@
 """The reward's part: the CLIP that rewards share, and preference models beside it, on all pictures at once."""
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grpo_kit.config import Config
 from grpo_kit.preflight.plan.architectures import reward_model
@@ -48,7 +47,7 @@ def _scoring(model: torch.nn.Module, images: int, texts: int) -> Cost:
     else:
         sizes = model.model.config
         side, length = sizes.vision_config.image_size, sizes.text_config.max_position_embeddings
-    there = tensors_of(weightless(model, FakeTensorMode()).requires_grad_(False))
+    there = tensors_of(weightless(model).requires_grad_(False))
     seeing = cost_of(lambda: model.encode_image(torch.empty(images, 3, side, side), normalize=True), there)
     reading = cost_of(lambda: model.encode_text(torch.zeros(1, length, dtype=torch.long), normalize=True), there)
     return seeing.then(reading.times(texts))
