@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from grpo_kit.course.commands import app as course
+from grpo_kit.course import commands
 from grpo_kit.runs.surroundings import prepare
 
 app = typer.Typer(
@@ -22,7 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach a vision-language model to write better text-to-image prompts, with GRPO.",
 )
-app.add_typer(course, name="course")
+app.command()(commands.draw)
+app.add_typer(commands.app, name="course")
 
 Profile = Annotated[str, typer.Option("--profile", "--config", help="A profile (tiny, full, …), a JSON or YAML file.")]
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; an existing run is continued.")]
@@ -32,8 +33,8 @@ Texts = list[str] | None
 Overrides = Annotated[Texts, typer.Option("-o", help="section.key=value; may be repeated.")]
 _RAY_HELP = (
     "With --grid: run the trials on a Ray cluster: local (several at once on this machine), auto, or host:port. "
+    "All its machines must see the grid's folder, and this checkout, at the same path."
 )
-_RAY_HELP += "All its machines must see the grid's folder, and this checkout, at the same path."
 
 
 @app.command()
@@ -312,11 +313,9 @@ def doctor(
 
     grpo-kit doctor my_code:my_loss --advantages my_code:my_advantages
 
-    The loss may take any of: logprobs, old_logprobs, ref_logprobs, mask (each one value a token), advantages or rewards
-    with group_ids (one value a row), beta, epsilon, epsilon_high, delta, loss_type, importance_sampling_level,
-    kl_estimator, use_bias_correction_kl, weights, num_items_in_batch, max_completion_length. It returns a scalar
-    tensor, or an object with one in .loss. An advantage function takes rewards and group_ids, and returns a value a
-    row. Exit code 1 where a trap is fallen into.
+    The loss may take any of grpo_kit.grpo_loss's tensors and settings by their names, or rewards with group_ids (one
+    value a row) in place of advantages. It returns a scalar tensor, or an object with one in .loss. An advantage
+    function takes rewards and group_ids, and returns a value a row. Exit code 1 where a trap is fallen into.
     """
     from grpo_kit.preflight.loss_checks import FALLS_IN, examine, load_subject, table
 

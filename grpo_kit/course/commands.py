@@ -1,5 +1,6 @@
-"""`grpo-kit course`: options and a call for each command; the work is in `editions` and `progress`."""
+"""`grpo-kit draw` and `grpo-kit course`: options and a call for each command; the work is where it belongs."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -71,3 +72,18 @@ def wheelhouse(
 
     write_wheelhouse(folder, index)
     print(f"there: pip install --no-index --find-links {folder} grpo_kit")
+
+
+def draw(
+    prompt: Annotated[str, typer.Argument(help='Such as "a crimson ball, at night".')],
+    profile: Annotated[str, typer.Option("--profile", "--config", help="As for run.")] = "tiny",
+    html: Annotated[Path, typer.Option(help="The page.")] = Path("first_group.html"),
+) -> None:
+    """Rewrite one prompt, draw and score each rewrite, show all on a page: the quickest look at what the kit does."""
+    from grpo_kit.config import load_config
+    from grpo_kit.show.first_group import write_first_group
+
+    page = write_first_group(prompt, load_config(profile), html.expanduser().resolve())
+    print(f"written: {page}", flush=True)
+    if sys.stdout.isatty():
+        typer.launch(page.as_uri())
