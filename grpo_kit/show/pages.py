@@ -15,7 +15,9 @@ from pathlib import Path
 import bleach
 import jinja2
 import nbformat
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
 from pygments.formatters import HtmlFormatter
@@ -30,6 +32,16 @@ TAGS = frozenset(
     "a abbr b blockquote br caption code col colgroup dd details div dl dt em figcaption figure h1 h2 h3 h4 h5 "
     "h6 hr i img li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr u ul".split()
 )
+# of formulas, which are cleaned apart: nothing else of a page may hold them
+FORMULA_TAGS = frozenset(
+    "math mfrac mi mn mo mover mrow mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder "
+    "munderover".split()
+)
+FORMULA_ATTRIBUTES = (
+    "accent display displaystyle fence form mathvariant maxsize minsize scriptlevel stretchy width".split()
+)
+PLACE = "\ue000{}\ue001"  # of the numbered formula, in characters that no text has
+IN_HTML = re.compile(r"\$([^$<>]+)\$")
 IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+\Z")
 LINK = re.compile(r"(https?://|mailto:|#|[\w./-]+\Z)")
 IMAGE_KINDS = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
@@ -96,22 +108,63 @@ def write_notebook_pages(folder: Path) -> list[NotebookPage]:
         raised = next((f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"), None)
         error = notebook.metadata.get("grpo_kit", {}).get("stopped") or raised  # a time-out, say; or `NameError: …`
         pages.append(NotebookPage(path.with_suffix(".html"), title, minutes, error))
-        body = clean_html(_notebook_html(notebook, path))
+        body = _notebook_html(notebook, path)
         write_page(pages[-1].file, "notebook.html.j2", page=pages[-1], body=body, highlighting=styles)
     return pages
 
 
 def _notebook_html(notebook: nbformat.NotebookNode, path: Path) -> str:
-    """Return the notebook's cells as HTML, still to be cleaned."""
+    """Return the notebook's cells as HTML that runs nothing."""
     notebook.metadata.pop("widgets", None)
     notebook.cells = [cell for cell in notebook.cells if UNSHOWN not in cell.metadata.get("tags", [])]
     for output in [output for cell in notebook.cells for output in cell.get("outputs", [])]:
         if "data" in output:
             output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN_OUTPUTS}
-    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_anchor_links=True)
+    exporter = _Exporter()
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # a progress bar's last state only
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"path": str(path.parent)}})
-    return re.sub(r'href="([\w./-]+)\.ipynb"', r'href="\1.html"', body)
+    body = clean_html(re.sub(r'href="([\w./-]+)\.ipynb"', r'href="\1.html"', body))
+    for number, formula in enumerate(exporter.formulas):
+        body = body.replace(PLACE.format(number), formula)
+    return body
+
+
+class _Exporter(HTMLExporter):
+    """nbconvert's, which leaves a place for each formula; `formulas` has them as MathML."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(template_name="basic", embed_images=True, exclude_anchor_links=True, **options)
+        self.formulas: list[str] = []
+
+    @jinja2.pass_context
+    def markdown2html(self, context: jinja2.runtime.Context, source: str) -> str:
+        place = context["resources"]["metadata"]["path"]
+        renderer = _Renderer(escape=False, embed_images=True, path=place, exclude_anchor_links=True)
+        renderer.formulas = self.formulas
+        return MarkdownWithMath(renderer=renderer).render(source)
+
+
+class _Renderer(IPythonRenderer):
+    formulas: list[str]
+
+    def block_math(self, body: str) -> str:
+        return self._placed(body, "block") or super().block_math(body)
+
+    def inline_math(self, body: str) -> str:
+        return self._placed(body, "inline") or super().inline_math(body)
+
+    def block_html(self, html: str) -> str:
+        html = IN_HTML.sub(lambda found: self._placed(found[1], "inline") or found[0], html)
+        return super().block_html(html) if "<img" in html else html  # which closes each tag in its own block
+
+    def _placed(self, latex: str, display: str) -> str:
+        """A place for the formula; "" where the library cannot read it, so that it is shown as written."""
+        try:
+            formula = convert(latex, display=display)
+        except Exception:  # its errors have no class in common
+            return ""
+        self.formulas.append(bleach.clean(formula, FORMULA_TAGS, FORMULA_ATTRIBUTES, strip=True))
+        return PLACE.format(len(self.formulas) - 1)
 
 
 def clean_html(body: str) -> str:
