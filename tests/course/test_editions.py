@@ -145,6 +145,16 @@ def test_the_plans_minutes_follow_each_other_up_to_180():
     assert all(before[1] == after[0] for before, after in itertools.pairwise(rows))
 
 
+def test_the_exercises_of_the_plan_fit_into_their_rows():
+    rows = re.findall(r"^\| (\d+)–(\d+) \|(.+)", editions.WORKSHOP.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = []
+    for start, end, text in rows:
+        does = re.findall(r"\d\db?\.\d", text.split("|")[2])
+        assert sum(find_exercise(name).minutes for name in does) <= int(end) - int(start), text
+        named += does
+    assert len(named) == len(set(named)) == 11
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
