@@ -138,6 +138,7 @@ class _Exporter(HTMLExporter):
 
     @jinja2.pass_context
     def markdown2html(self, context: jinja2.runtime.Context, source: str) -> str:
+        """Prose as HTML; the name is nbconvert's."""
         place = context["resources"]["metadata"]["path"]
         renderer = _Renderer(escape=False, embed_images=True, path=place, exclude_anchor_links=True)
         renderer.formulas = self.formulas
@@ -148,12 +149,15 @@ class _Renderer(IPythonRenderer):
     formulas: list[str]
 
     def block_math(self, body: str) -> str:
+        """A formula on lines of its own."""
         return self._placed(body, "block") or super().block_math(body)
 
     def inline_math(self, body: str) -> str:
+        """A formula in a line."""
         return self._placed(body, "inline") or super().inline_math(body)
 
     def block_html(self, html: str) -> str:
+        """HTML as it is, with its formulas."""
         html = IN_HTML.sub(lambda found: self._placed(found[1], "inline") or found[0], html)
         return super().block_html(html) if "<img" in html else html  # which closes each tag in its own block
 
