@@ -145,9 +145,11 @@ def _far(a: torch.Tensor, b: torch.Tensor) -> float:
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.trap("T1")
-@pytest.mark.trap("T13")
-@pytest.mark.parametrize("form", ["adapter", "8 bits", pytest.param("weights", marks=pytest.mark.slow)])
+TRAPS = [pytest.mark.trap("T1"), pytest.mark.trap("T13")]  # weights in 8 bits need a library that is optional
+FORMS = [pytest.param("adapter", marks=TRAPS), "8 bits", pytest.param("weights", marks=[*TRAPS, pytest.mark.slow])]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @of_each_family
 def test_policy_is_loaded_trained_saved_and_loaded_again(
     family: Family, form: str, folder: Callable, kit: Experiment, tmp_path: Path
