@@ -64,7 +64,12 @@ def group_figure(
     columns = min(len(images), 4 if len(images) % 4 == 0 else 6)
     figure = style.new_figure(2.05 * columns, 0.3 + 2.75 * -(-len(images) // columns))
     spread = pd.Series(rewards, dtype=float).std()
-    figure.suptitle(f"“{style.plain_text(prompt, 90)}”   reward spread {spread:.3f}", x=0.01, ha="left", weight="bold")
+    figure.suptitle(
+        f"“{style.plain_text(prompt, 90)}”   standard deviation of rewards {spread:.3f}",
+        x=0.01,
+        ha="left",
+        weight="bold",
+    )
     samples = list(zip(images, texts, map(float, rewards), map(float, advantages), strict=True))
     samples.sort(key=lambda sample: -np.inf if np.isnan(sample[2]) else sample[2], reverse=True)
     panels = style.panel_grid(figure, len(samples), columns)
