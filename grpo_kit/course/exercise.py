@@ -4,7 +4,7 @@ The exercises of notebook NN are in the module `exercises_NN`: a function for ea
 learner's code gives for inputs that the notebook does not show.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -126,6 +126,7 @@ def find_exercise(name: str) -> Exercise:
     Raises:
         KitError: there is none.
     """
+    name = str(name)
     module = f"grpo_kit.course.exercises_{name.partition('.')[0]}"
     if importlib.util.find_spec(module) is not None:
         importlib.import_module(module)
@@ -164,7 +165,11 @@ def _equal(found: Any, expected: Any, tolerance: float) -> bool:
 
 
 def _plain(value: Any) -> np.ndarray:
-    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    value = value.detach().cpu() if hasattr(value, "detach") else value
+    try:
+        return np.asarray(value)
+    except ValueError:  # rows of different lengths
+        return np.asarray(value, dtype=object)
 
 
 def _short(value: Any) -> str:
