@@ -102,6 +102,22 @@ def _statements(source: str) -> list[ast.stmt]:
         return []
 
 
+def settings_in(changes: str) -> dict[str, object]:
+    """The settings in a notebook's parameter `changes`, by dotted key: a JSON object as text; "" has none.
+
+    Raises:
+        NotebookError: it is no JSON object.
+    """
+    try:
+        found = json.loads(changes or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        allowed = """a JSON object, such as '{"training_settings.beta": 0.1}'"""
+        raise NotebookError(f"parameter changes: found {changes!r:.60}, allowed: {allowed}")
+    return found
+
+
 def check_parameters(namespace: Mapping[str, object]) -> dict[str, object]:
     """The parameters of a notebook, of whose `globals()` this is called, by name; a `NotebookError` where one is wrong.
 

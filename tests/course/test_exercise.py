@@ -35,9 +35,7 @@ def test_a_misconception_is_named():
 
 @pytest.mark.parametrize("name", ["99.1", "06", "", "06.", 6.1, None, "../06.1", "06.1; ls", "00.9"])
 def test_a_name_that_no_exercise_has_is_one_line(name: object):
-    with pytest.raises(
-        KitError, match=r"^exercise: found .*, allowed: .*, such as 06\.1$"
-    ):
+    with pytest.raises(KitError, match=r"^exercise: found .*, allowed: .*, such as 06\.1$"):
         check(name)
 
 
