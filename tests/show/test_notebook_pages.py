@@ -34,7 +34,7 @@ def test_a_formula_that_cannot_be_read_is_shown_as_written(formula: str, tmp_pat
 )
 def test_a_formula_runs_nothing(formula: str, tmp_path: Path):
     page = page_of(f"Here: ${formula}$, and\n\n$$ {formula} $$\n\n<div>${formula}$</div>", tmp_path)
-    assert set(active_nodes(page)) == {"math"} and "src=" not in page and 'href="java' not in page
+    assert "<math" in page and active_nodes(page) == [] and "src=" not in page and 'href="java' not in page
 
 
 def test_formulas_in_html_are_not_taken_over(tmp_path: Path):

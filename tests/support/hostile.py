@@ -91,19 +91,24 @@ def hostile_texts(count: int = 200) -> list[str]:
 class _Active(HTMLParser):
     """Collects what a page could run or fetch."""
 
-    TAGS = frozenset(
-        "script iframe object embed svg link base form video audio math input button template marquee".split()
+    TAGS = frozenset("script iframe object embed svg link base form video audio input button template marquee".split())
+    FORMULA = frozenset(  # what only shows a formula
+        "mfrac mi mn mo mover mrow mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder munderover".split()
     )
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
         self.images = 0
+        self.in_formula = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.images += tag == "img"
         if tag in self.TAGS:
             self.found.append(tag)
+        if self.in_formula and tag not in self.FORMULA:
+            self.found.append(f"math {tag}")
+        self.in_formula = self.in_formula or tag == "math"
         for name, value in attrs:
             value = "".join((value or "").split()).lower()
             fetched = name in {"src", "srcset", "data", "poster", "action", "background", "xlink:href"}
@@ -114,6 +119,9 @@ class _Active(HTMLParser):
                 self.found.append(f"{tag} {name}={value[:40]}")
             if tag == "meta" and name == "http-equiv" and value not in ("content-security-policy",):
                 self.found.append(f"meta {value}")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_formula = self.in_formula and tag != "math"
 
 
 def active_nodes(page: str) -> list[str]:
