@@ -53,9 +53,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)  # when what is not asked for has been left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, those with slow tests, so that no worker ends with one of them."""
+    """Begin with the files that take longest: those with slow tests, notebooks first, so that none is the last."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, "notebook" not in item.path.stem))
 
 
 def pytest_runtest_teardown() -> None:

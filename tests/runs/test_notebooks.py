@@ -1,8 +1,7 @@
-"""Every notebook runs as it is committed, and with other parameters; what its checked cells print stays the same.
+"""Every notebook runs as it is committed, and what its checked cells print stays the same.
 
-The quick ones run in every test run, under nbval with their defaults; the others, and all with other parameters, are
-slow. The three that train for minutes are long with their defaults: `make test-slow ARGS="-m long"`; the series of
-test_series.py runs them in short.
+The quick ones run in every test run, under nbval with their defaults; the others are slow. The three that train for
+minutes are long with their defaults: `make test-slow ARGS="-m long"`; the series of test_series.py runs them in short.
 """
 
 from __future__ import annotations
@@ -17,21 +16,16 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat
-import papermill
 import pytest
 
 from grpo_kit.config import PROJECT_ROOT
-from grpo_kit.runs.notebooks import execute, plan, select_notebooks
+from grpo_kit.runs.notebooks import select_notebooks
 from tools import colab
 
 NOTEBOOKS = select_notebooks()
 INDEX = PROJECT_ROOT / "notebooks" / "index.ipynb"
 LONG = {"07_train", "08_evaluate", "09_ablations"}  # minutes with their defaults
-PLANS = "10_scale_up"  # plans with any parameters for minutes
 QUICK = {"index", "00_start_here", "06_grpo_loss"}  # a quarter of a minute each
-# Each set is given to the notebooks that have such a parameter.
-SMALL = {"seed": "1", "group_size": "4"}
-OTHER = {"seed": "2", "group_size": "6", "num_iterations": "3", "trial_iterations": "2", "seeds_per_prompt": "1"}
 
 
 def by_name(path: Path) -> str:
@@ -114,36 +108,6 @@ def test_a_checked_cell_that_prints_something_else_is_caught(tmp_path: Path) -> 
 
 def test_the_series_has_checked_cells() -> None:
     assert sum(map(checked_cells, NOTEBOOKS)) >= 5
-
-
-# --- with other parameters --------------------------------------------------------------------------------------------
-
-
-def run_with(path: Path, wanted: dict[str, str], run_dir: Path) -> nbformat.NotebookNode:
-    """Execute a notebook as `grpo-kit run` does, on the shortest profile, and return it with its outputs."""
-    known = papermill.inspect_notebook(str(path))
-    parameters = {name: value for name, value in wanted.items() if name in known}
-    (planned,) = plan([path], "workshop", run_dir, parameters)
-    done = execute(planned, run_dir / "notebooks", minutes_per_cell=15)
-    assert done.error is None, done.error
-    return nbformat.read(done.path, as_version=4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in LONG | {PLANS}], ids=by_name)
-def test_it_runs_with_other_parameters(path: Path, tmp_path: Path) -> None:
-    executed = run_with(path, SMALL, tmp_path / "run")
-    injected = next(cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", []))
-    assert 'profile = "workshop"' in injected.source
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "path", [path for path in NOTEBOOKS if path.stem in ("07_train", "09_ablations", PLANS)], ids=by_name
-)
-def test_it_runs_with_a_second_set_of_parameters(path: Path, tmp_path: Path) -> None:
-    run_with(path, OTHER, tmp_path / "run")
 
 
 # --- the map, the links, Colab ----------------------------------------------------------------------------------------

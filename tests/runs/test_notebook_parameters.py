@@ -1,0 +1,52 @@
+"""Notebooks run with other parameters than their own, as papermill gives them, on the shortest profile.
+
+A file of its own, so that another worker runs it while test_notebooks.py runs them as they are committed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from grpo_kit.runs.notebooks import execute, plan, select_notebooks
+
+NOTEBOOKS = select_notebooks()
+TRAIN = {"07_train", "08_evaluate", "09_ablations"}  # test_series.py runs them in short
+PLANS = "10_scale_up"  # plans with any parameters for minutes
+# Each set is given to the notebooks that have such a parameter.
+SMALL = {"seed": "1", "group_size": "4"}
+OTHER = {"seed": "2", "group_size": "6", "num_iterations": "3", "trial_iterations": "2", "seeds_per_prompt": "1"}
+
+
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+def run_with(path: Path, wanted: dict[str, str], run_dir: Path) -> nbformat.NotebookNode:
+    """Execute a notebook as `grpo-kit run` does, on the shortest profile, and return it with its outputs."""
+    known = papermill.inspect_notebook(str(path))
+    parameters = {name: value for name, value in wanted.items() if name in known}
+    (planned,) = plan([path], "workshop", run_dir, parameters)
+    done = execute(planned, run_dir / "notebooks", minutes_per_cell=15)
+    assert done.error is None, done.error
+    return nbformat.read(done.path, as_version=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in TRAIN | {PLANS}], ids=by_name)
+def test_it_runs_with_other_parameters(path: Path, tmp_path: Path) -> None:
+    executed = run_with(path, SMALL, tmp_path / "run")
+    injected = next(cell for cell in executed.cells if "injected-parameters" in cell.metadata.get("tags", []))
+    assert 'profile = "workshop"' in injected.source
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem in ("07_train", "09_ablations", PLANS)], ids=by_name
+)
+def test_it_runs_with_a_second_set_of_parameters(path: Path, tmp_path: Path) -> None:
+    run_with(path, OTHER, tmp_path / "run")
