@@ -225,7 +225,7 @@ def assumptions(source: str) -> list[str]:
             is_text = name in ("read_text", "write_text") or (
                 name == "open" and "'rb'" not in text and "b'" not in text
             )
-            opens = name != "open" or isinstance(node.func, ast.Name) or re.search(r"(file|path|place)\.open", text)
+            opens = name != "open" or isinstance(node.func, ast.Name) or re.search(r"\b(file|path|place)\.open", text)
             if is_text and opens and "encoding" not in text and "proc" not in text:
                 found.append(text)
     return found
