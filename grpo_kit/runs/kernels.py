@@ -47,10 +47,17 @@ class OwnKernel(AsyncKernelManager):
     """Kernels of this Python, whatever Jupyter knows under the name python3."""
 
     kernel_spec = KernelSpec(**get_kernel_dict())
+    started_by: type[LocalProvisioner] = LocalProvisioner
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
-        self.provisioner = ForkedProvisioner(kernel_id="", kernel_spec=self.kernel_spec, parent=self)
+        self.provisioner = self.started_by(kernel_id="", kernel_spec=self.kernel_spec, parent=self)
+
+
+class WarmKernel(OwnKernel):
+    """The same for notebooks that import the kit: importing it costs nothing there."""
+
+    started_by = ForkedProvisioner
 
 
 @cache

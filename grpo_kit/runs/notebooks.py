@@ -144,7 +144,7 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from grpo_kit.runs.kernels import OwnKernel  # imports Jupyter
+    from grpo_kit.runs.kernels import OwnKernel, WarmKernel  # imports Jupyter
 
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def execute(notebook: Planned, folder: Path, minutes_per_cell: float = 60.0) -> 
             parameters=dict(notebook.parameters),
             kernel_name="python3",
             progress_bar=False,
-            kernel_manager_class=OwnKernel,
+            kernel_manager_class=WarmKernel if b"grpo_kit" in notebook.path.read_bytes() else OwnKernel,
             # the kernel's own log would stand between the progress lines, and be a traceback where it is interrupted;
             # PYTHONSTARTUP is for a person's own sessions
             extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.exec_PYTHONSTARTUP=False"],

@@ -39,7 +39,7 @@ print(json.dumps(facts))
 @asynccontextmanager
 async def started(folder: Path) -> AsyncIterator[tuple]:
     """A kernel and its client."""
-    manager = kernels.OwnKernel()
+    manager = kernels.WarmKernel()
     await manager.start_kernel(cwd=str(folder), env={**os.environ, "MARK": "mine"})
     client = manager.client()
     client.start_channels()
@@ -130,7 +130,7 @@ STARTER = """
 import asyncio, sys, time
 from grpo_kit.runs import kernels
 async def main():
-    manager = kernels.OwnKernel()
+    manager = kernels.WarmKernel()
     await manager.start_kernel()
     print(manager.provisioner.pid, flush=True)
 asyncio.run(main())
