@@ -21,7 +21,7 @@ endif
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow traps chaos abuse lab bench models format
+.PHONY: help run test test-slow traps chaos abuse lab bench models korean format
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 17
@@ -52,6 +52,11 @@ bench: $(READY_TO_TEST) ## measure speed and memory, beside TRL (ARGS="--quick",
 
 models: $(READY) ## train the embedded world's models again, from nothing
 	$(PY) -m tools.shapeworld $(ARGS)
+
+korean: $(READY_TO_TEST) ## bring the Korean edition up to date with the English (docs/locale/ko), build it and check it
+	$(PY) -m tools.korean extract $(ARGS)
+	$(PY) -m tools.korean build $(ARGS)
+	$(PY) -m tools.korean check $(ARGS)
 
 format: $(READY_TO_TEST) ## format the code, and strip the notebooks of what does not belong into history
 	$(PY) -m ruff check --fix grpo_kit tools tests benchmarks
