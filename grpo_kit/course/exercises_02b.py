@@ -131,7 +131,7 @@ def others(answer: Callable) -> None:
             "the factor is turned round: G / (G − 1), not (G − 1) / G": apart * (count - 1) / count,
             "the others are G − 1, not G": rewards - (rewards.sum() - rewards) / count,
             "this is the mean of the others; subtract it from the reward": (rewards.sum() - rewards) / (count - 1),
-            "this divides by the standard deviation too": apart / rewards.std(ddof=1),
+            "this divides by the standard deviation too": apart / (rewards.std(ddof=1) + 1e-4),
         }
         expect(answer(rewards.copy()), apart * count / (count - 1), f"rewards {rewards.tolist()}", wrong=wrong)
 

@@ -48,10 +48,10 @@ def check_loop(my_loop: Callable[[Experiment, int, int], list[float]]) -> None:
             lambda kit, *_: _as_trained(kit, 0, 2)
         ),
         "the rollout's seed is the same in each iteration: it must depend on the iteration": run(
-            lambda *given: _as_trained(*given, seed_of=lambda _: given[1])
+            lambda *given: _as_trained(*given, fresh_seeds=False)
         ),
         "the prompts are the same in each iteration: they depend on the iteration": run(
-            lambda *given: _as_trained(*given, prompts_of=lambda _: given[1])
+            lambda *given: _as_trained(*given, prompts_of=lambda _: 0)
         ),
         "nothing is learned between the iterations: the step is missing": run(lambda *g: _as_trained(*g, step=0)),
         "gk.grpo_step makes all updates of a rollout: call it once": run(lambda *g: _as_trained(*g, step=3)),
@@ -68,11 +68,11 @@ def _as_trained(
     kit: Experiment,
     first: int,
     last: int,
-    seed_of: Callable[[int], int] = lambda iteration: iteration,
+    fresh_seeds: bool = True,
     prompts_of: Callable[[int], int] = lambda iteration: iteration,
     step: int = 1,
 ) -> list[float]:
-    """What `gk.train` computes in these iterations; or with seeds and prompts of others, or with more steps or none."""
+    """What `gk.train` computes in these iterations; or with one seed, other prompts, more steps or none."""
     from grpo_kit.config.prompts import balanced_batch
     from grpo_kit.rollout import collect_rollout
     from grpo_kit.training.loop import make_optimizer
@@ -84,7 +84,7 @@ def _as_trained(
         prompts = balanced_batch(
             kit.train_prompts, settings.prompts_per_iteration, settings.seed, prompts_of(iteration)
         )
-        seed = rollout_seed(settings.seed, seed_of(iteration))
+        seed = rollout_seed(settings.seed, iteration) if fresh_seeds else settings.seed
         rollout = collect_rollout(kit.policy, kit.generator, kit.rewards, prompts, settings.group_size, seed)
         for _ in range(step):
             grpo_step(kit.policy, optimizer, rollout, kit.config)

@@ -20,7 +20,7 @@ def check_interval(interval: Callable) -> None:
             "no mean was taken: these are the ends of the values, not of the means of the draws": np.quantile(
                 cells.mean(axis=1), [0.025, 0.975]
             ),
-            "drawn without replacement: each draw is then the same sample, and its mean never moves": (5.0, 5.0),
+            "the mean hardly moves: columns were drawn, not prompts, or rows without replacement": (5.0, 5.0),
             "the mean ± 1 standard error: that is a 68 % interval": (4.0, 6.0),
         }
         given = f"{count} prompts × 16 pictures, unit {{!r}}"

@@ -101,6 +101,7 @@ WRONG: list[tuple[str, Callable, str]] = [
     ("02b.5", lambda r: r - r.mean(), "leave the sample itself out"),
     ("02b.5", lambda r: (r - r.mean()) * (len(r) - 1) / len(r), "the factor is turned round"),
     ("02b.5", lambda r: r - (r.sum() - r) / len(r), "the others are G − 1"),
+    ("02b.5", lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-4), "divides by the standard deviation too"),
     ("02b.5", lambda r: (r.sum() - r) / (len(r) - 1), "subtract it from the reward"),
     ("02b.6", loop(baseline=False), "without a baseline"),
     ("02b.6", loop(sign=-1), "does the step go up"),

@@ -16,13 +16,15 @@ ANSWERS = {"07.1": "my_loop", "07.2": "diagnose"}
 CAUSES = {1: "beta 0", 2: "random reward", 3: "healthy", 4: "learning rate too high", 5: "gamed"}
 
 
-def loop(kit, first, last, *, seed_of=rollout_seed, fresh=False, steps=1, from_0=False, end=1):
+def loop(kit, first, last, *, seed_of=rollout_seed, prompts_of=int, fresh=False, steps=1, from_0=False, end=1):
     settings, optimizer, found = kit.config.training_settings, None, []
     for iteration in range(0, last - first + 1) if from_0 else range(first, last + end):
         if optimizer is None or fresh:
             weights = kit.policy.trainable_parameters()
             optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, iteration)
+        prompts = balanced_batch(
+            kit.train_prompts, settings.prompts_per_iteration, settings.seed, prompts_of(iteration)
+        )
         seed = seed_of(settings.seed, iteration)
         rollout = gk.collect_rollout(kit.policy, kit.generator, kit.rewards, prompts, settings.group_size, seed)
         for _ in range(steps):
@@ -35,7 +37,8 @@ WRONG = [
     ({"fresh": True}, "forgets its momentum"),
     ({"from_0": True}, "counted from 0"),
     ({"end": 0}, "the last iteration is missing"),
-    ({"seed_of": lambda seed, _: rollout_seed(seed, 2)}, "the rollout's seed is the same"),
+    ({"seed_of": lambda seed, _: seed}, "the rollout's seed is the same"),
+    ({"prompts_of": lambda _: 0}, "the prompts are the same"),
     ({"steps": 0}, "the step is missing"),
     ({"steps": 3}, "makes all updates of a rollout: call it once"),
 ]

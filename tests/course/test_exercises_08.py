@@ -52,7 +52,8 @@ def without_replacement(cells: np.ndarray, unit: str) -> tuple[float, float]:
         (pictures_always, "single pictures were drawn"),
         (prompts_always, "the wrong interval draws single cells"),
         (no_means, "no mean was taken"),
-        (without_replacement, "drawn without replacement"),
+        (without_replacement, "rows without replacement"),
+        (lambda cells, unit: pictures_always(cells.mean(axis=0), unit), "columns were drawn, not prompts"),
     ],
 )
 def test_a_wrong_interval_is_told_what_it_did(wrong: Callable, idea: str) -> None:
