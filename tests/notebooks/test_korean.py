@@ -12,7 +12,14 @@ WHOLE = ("00_", "01_", "02_", "02b_", "03_", "05_", "06_", "07_", "08_", "09_", 
 NAMES = [name for name in korean.sources() if name.startswith(WHOLE)]
 ENGLISH = "**So** `x` is 3: [here](a.ipynb), $r_i$ <br>"
 KOREAN = "**그래서** `x`는 3입니다. [여기](a.ipynb), $r_i$ <br>"
-BROKEN = [("3", "4"), ("`x`", "x"), ("a.ipynb", "b.ipynb"), ("r_i", "r_j"), ("<br>", ""), ("그래서** ", "(그래서)**는 ")]
+BROKEN = [
+    ("3", "4"),
+    ("`x`", "x"),
+    ("a.ipynb", "b.ipynb"),
+    ("r_i", "r_j"),
+    ("<br>", ""),
+    ("그래서** ", "(그래서)**는 "),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
