@@ -5,7 +5,8 @@ A message is a paragraph of a notebook's markdown cell, or of README.md; `docs/l
 extract  brings the PO files up to date with the English: what did not change keeps its Korean, what changed a little
          keeps it marked fuzzy, what is gone goes.
 build    writes notebooks/ko and README.ko.md from what is wholly translated (with names: from these in any case).
-check    says what a translation lost of its English: numbers, code, links, formulas, tags, the shape of the text.
+check    says what a translation lost of its English: numbers, code, links, formulas, tags, the shape of the text;
+         it fails too while a paragraph has no Korean.
 """
 
 import difflib
@@ -53,7 +54,7 @@ def paragraphs(text: str) -> list[str]:
 
 def is_message(paragraph: str) -> bool:
     """Whether a paragraph has words: not code, a formula, tags or a picture alone, nor links to the languages."""
-    if re.fullmatch(r"\*\*English\*\* · \[한국어\]\(.+\)", paragraph.strip()):
+    if paragraph.strip() == LANGUAGES[0].format("README.ko.md"):
         return False
     bare = paragraph
     for kind in (_FENCE, _EMPTY_IMAGE, _FORMULA, _TAG):
@@ -81,12 +82,12 @@ def read(name: str) -> polib.POFile:
 
 def extract(name: str, found: Iterator[tuple[str, str]]) -> polib.POFile:
     """Bring a catalogue up to date with these messages, each with its place, and write it."""
-    old = {entry.msgid: entry for entry in read(name) if entry.msgstr and not entry.obsolete}
+    catalogue = read(name)
+    old = {entry.msgid: entry for entry in catalogue if entry.msgstr and not entry.obsolete}
     places: dict[str, list[str]] = {}
     for place, text in found:
         places.setdefault(text, []).append(place)
     gone = [text for text in old if text not in places]
-    catalogue = read(name)
     catalogue.clear()
     for text, where in places.items():
         near = [] if text in old else difflib.get_close_matches(text, gone, n=1, cutoff=0.6)
@@ -134,7 +135,6 @@ def built(name: str, catalogue: polib.POFile) -> tuple[Path, str]:
             continue
         cell.source = translated(cell.source, korean, _deeper)
     title, *rest = paragraphs(notebook.cells[0].source)
-    rest = rest[2:] if rest[1:] and rest[1].startswith("**English** · ") else rest
     link = LANGUAGES[1].format(f"../{path.name}")
     notebook.cells[0].source = "".join([title, "\n\n", link, *rest])
     return path.parent / "ko" / path.name, nbformat.writes(notebook) + "\n"

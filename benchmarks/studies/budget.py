@@ -103,6 +103,14 @@ def keep(rows: pd.DataFrame, place: Path) -> None:
     temporary.replace(place)
 
 
+def per_run(out: Path, columns: list[str]) -> pd.DataFrame:
+    """A row a run, by (arm, seed): the means of these columns over what `keep` wrote as `ARM_SEED.parquet`."""
+    places = sorted(out.glob("*_[0-9]*.parquet"))
+    names = [tuple(place.stem.rsplit("_", 1)) for place in places]
+    means = [pd.read_parquet(place)[columns].mean() for place in places]
+    return pd.DataFrame(means, index=pd.MultiIndex.from_tuples(names, names=["arm", "seed"]))
+
+
 def results(out: Path, arms: list[str]) -> pd.DataFrame:
     """A row an arm: gold and reward over training seeds and prompts, and gold less the default's, with intervals."""
     runs = {arm: sorted(out.glob(f"{arm}_[0-9]*.parquet")) for arm in arms}

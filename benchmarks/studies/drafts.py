@@ -2,8 +2,9 @@
 
 An arm is `steps` or `steps-beta`: training draws with so many steps (`generation_settings.rollout_steps`), `beta` is
 the weight of the KL term. The last policy's likeliest rewrites of held-out prompts are drawn with all steps.
-`python -m benchmarks.studies.drafts` writes `reports/drafts/`: scores and CPU-seconds of each run, and table.json. A
-stopped measurement goes on with the first run that is missing.
+`python -m benchmarks.studies.drafts` writes `reports/drafts/`: scores and CPU-seconds of each run, runs.csv with a line
+for each, and table.json. A stopped measurement goes on with the first run that is missing. docs/drafts.csv is runs.csv
+of the measurement that docs/training.md shows.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ import pandas as pd
 import typer
 
 import grpo_kit as gk
-from benchmarks.studies.budget import keep, trained
+from benchmarks.studies.budget import keep, per_run, trained
 from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.evaluation.intervals import t_interval
 
@@ -32,7 +33,9 @@ def main(
     for seed in range(seeds):
         for arm in arms.split(","):
             measure(out / f"{arm}_{seed}.parquet", configured(profile, arm, seed))
-        table = results(out)
+        each = runs(out)
+        each.round(6).to_csv(out / "runs.csv")
+        table = results(each)
         table.to_json(out / "table.json", orient="records", indent=2)
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
 
@@ -56,11 +59,22 @@ def measure(place: Path, config: Config) -> None:
     gk.release(kit)
 
 
-def results(out: Path) -> pd.DataFrame:
+def runs(out: Path) -> pd.DataFrame:
+    """A row a run: mean scores, CPU-seconds, how many rewrites leave the grammar, and of these repeat a part."""
+    each = per_run(out, [*METRICS, "cpu_seconds"])
+    for arm, seed in each.index:
+        rewrites = pd.read_parquet(out / f"{arm}_{seed}.parquet").drop_duplicates("prompt_id")
+        outside = rewrites.loc[rewrites["reward/grammatical"] < 1, "text"]
+        parts = [[part.strip() for part in text.split(",")] for text in outside]
+        counts = {"rewrites": len(rewrites), "outside": len(outside)}
+        counts["repeating"] = sum(len(some) > len(set(some)) for some in parts)
+        each.loc[(arm, seed), list(counts)] = list(counts.values())
+    return each.astype({"rewrites": int, "outside": int, "repeating": int})
+
+
+def results(each: pd.DataFrame) -> pd.DataFrame:
     """A row an arm: means over training seeds with t-intervals, CPU-seconds, and gold less that of all steps."""
-    runs = pd.concat(pd.read_parquet(place).assign(run=place.stem) for place in out.glob("*_[0-9]*.parquet"))
-    each = runs.groupby("run")[[*METRICS, "cpu_seconds"]].mean()
-    each.index = pd.MultiIndex.from_tuples([name.rsplit("_", 1) for name in each.index], names=["arm", "seed"])
+    each = each[[*METRICS, "cpu_seconds"]]
     full, table = each["reward/gold"].get("8", pd.Series(dtype=float)), []
     for arm, scores in each.groupby("arm"):
         scores = scores.droplevel("arm")

@@ -21,7 +21,7 @@ import typer
 
 import grpo_kit as gk
 from benchmarks.speed.measure import Seconds, timed
-from benchmarks.studies.budget import keep
+from benchmarks.studies.budget import keep, per_run
 from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.config.seeds import derive_seed
@@ -183,9 +183,7 @@ def results(out: Path) -> pd.DataFrame:
     Raises:
         ValueError: an arm that is trained drew another number of pictures than the others, so nothing is compared.
     """
-    runs = pd.concat(pd.read_parquet(place).assign(run=place.stem) for place in out.glob("*_[0-9]*.parquet"))
-    each = runs.groupby("run")[[*METRICS, "pictures", "cpu_seconds"]].mean()
-    each.index = pd.MultiIndex.from_tuples([name.rsplit("_", 1) for name in each.index], names=["arm", "seed"])
+    each = per_run(out, [*METRICS, "pictures", "cpu_seconds"])
     if len(drawn := each.loc[each["pictures"] > 0, "pictures"].round().astype(int).drop_duplicates()) > 1:
         found = ", ".join(f"{arm} {count:,}" for (arm, _), count in drawn.items())
         raise ValueError(f"pictures: found {found}, allowed: as many for every trained arm, else none is comparable")

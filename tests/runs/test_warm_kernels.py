@@ -101,8 +101,9 @@ def test_a_cell_is_interrupted_and_the_kernel_goes_on(tmp_path: Path) -> None:
     assert asyncio.run(interrupted()) == [("KeyboardInterrupt", "1\n"), ("ok", "42\n")]
 
 
-def test_a_kernel_that_dies_is_noticed(tmp_path: Path) -> None:
-    cells = [nbformat.v4.new_code_cell("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")]
+@pytest.mark.parametrize("imported", ["", ", grpo_kit"], ids=["plain", "warm"])
+def test_a_kernel_that_dies_is_noticed(imported: str, tmp_path: Path) -> None:
+    cells = [nbformat.v4.new_code_cell(f"import os, signal{imported}; os.kill(os.getpid(), signal.SIGKILL)")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "00_small.ipynb")
     done = execute(Planned(tmp_path / "00_small.ipynb", {}), tmp_path / "out")
     assert done.died and "kernel died" in done.error
@@ -156,3 +157,15 @@ def test_a_signal_for_a_kernel_that_has_ended_is_none() -> None:
     ended.wait()
     kernel.send_signal(signal.SIGTERM)  # jupyter_client sends one to a kernel that takes long to end
     assert kernel.poll() == 0
+
+
+@pytest.mark.parametrize(("source", "forked"), [("import math", 0), ("import grpo_kit as gk", 1)])
+def test_only_a_notebook_that_imports_the_kit_gets_a_warm_kernel(
+    source: str, forked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begun, kernel = [], kernels.ForkedKernel
+    monkeypatch.setattr(kernels, "ForkedKernel", lambda *given: begun.append(given) or kernel(*given))
+    path = tmp_path / "00_some.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    assert execute(Planned(path, {}), tmp_path / "out").error is None
+    assert len(begun) == forked
