@@ -2,9 +2,9 @@
 
 An arm is `steps` or `steps-beta`: training draws with so many steps (`generation_settings.rollout_steps`), `beta` is
 the weight of the KL term. The last policy's likeliest rewrites of held-out prompts are drawn with all steps.
-`python -m benchmarks.studies.drafts` writes `reports/drafts/`: scores and CPU-seconds of each run, runs.csv with a line
-for each, and table.json. A stopped measurement goes on with the first run that is missing. docs/drafts.csv is runs.csv
-of the measurement that docs/training.md shows.
+`python -m benchmarks.studies.drafts` writes `reports/drafts/`: scores and CPU-seconds of each run, runs.jsonl with a
+line for each, and table.json. A stopped measurement goes on with the first run that is missing. docs/drafts.jsonl is
+runs.jsonl of the measurement that docs/training.md shows.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def main(
         for arm in arms.split(","):
             measure(out / f"{arm}_{seed}.parquet", configured(profile, arm, seed))
         each = runs(out)
-        each.round(6).to_csv(out / "runs.csv")
+        each.round(6).reset_index().to_json(out / "runs.jsonl", orient="records", lines=True)
         table = results(each)
         table.to_json(out / "table.json", orient="records", indent=2)
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))

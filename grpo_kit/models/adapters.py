@@ -93,14 +93,17 @@ def load_adapter(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
     It is a `ModelError` where the adapter belongs to another model, or lacks weights.
     """
+    from huggingface_hub import snapshot_download
     from peft import PeftModel
 
     advice = "set the model that it was trained on, or fetch the adapter again"
     mapping = getattr(model, "_checkpoint_conversion_mapping", None)  # names that older versions gave
     try:
         with warnings.catch_warnings(action="ignore"):  # of missing weights, which are looked for below
-            adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
-            found = adapted.load_adapter(name, "default", is_trainable=True, key_mapping=mapping)
+            # peft asks the hub whether there are weights, which fails without a network even if they are in the cache
+            folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=["adapter_*"])
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+            found = adapted.load_adapter(folder, "default", is_trainable=True, key_mapping=mapping)
     except Exception as error:  # the libraries raise a dozen kinds
         raise ModelError(
             f"model_settings: could not load the adapter {name!r} onto {type(model).__name__} ({type(error).__name__}: "

@@ -11,7 +11,9 @@ from benchmarks.studies import drafts
 from benchmarks.studies.budget import keep
 from grpo_kit.config import PROJECT_ROOT
 
-RUNS = pd.read_csv(PROJECT_ROOT / "docs" / "drafts.csv", dtype={"arm": str, "seed": str}).set_index(["arm", "seed"])
+RUNS = pd.read_json(PROJECT_ROOT / "docs" / "drafts.jsonl", lines=True, dtype={"arm": str, "seed": str}).set_index(
+    ["arm", "seed"]
+)
 TEXT = (PROJECT_ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 COLUMNS = [*drafts.METRICS[1:], "cpu_seconds"]
 
