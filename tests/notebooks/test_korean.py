@@ -8,7 +8,7 @@ import pytest
 
 from tools import korean
 
-WHOLE = ("00_", "01_", "02_", "02b_", "03_", "05_", "06_", "07_", "08_", "09_", "index")  # it grows: all, in the end
+WHOLE = ("00_", "01_", "02_", "02b_", "03_", "04_", "05_", "06_", "07_", "08_", "09_", "index")  # it grows: all, in the end
 NAMES = [name for name in korean.sources() if name.startswith(WHOLE)]
 ENGLISH = "**So** `x` is 3: [here](a.ipynb), $r_i$ <br>"
 KOREAN = "**그래서** `x`는 3입니다. [여기](a.ipynb), $r_i$ <br>"
