@@ -31,6 +31,8 @@ _CODE = re.compile(r"(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 _TARGET = re.compile(r"(\]\()([^)\s]+)(?=[)\s])|((?:src|href)=[\"']?)([^\"'\s>]+)")
 _TAG = re.compile(r"</?[a-zA-Z][\w-]*(?:\s[^<>]*)?>")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_LARGE = re.compile(r"(\d+(?:\.\d+)?) ?(million|billion|천만|만|억)(?: (\d+)(천만|만))?")  # 3.75 billion is 37억 5천만
+_ZEROS = {None: 0, "만": 4, "million": 6, "천만": 7, "억": 8, "billion": 9}
 _EMPTY_IMAGE = re.compile(r"!\[\]\([^)]*\)")
 _MARKDOWN = MarkdownIt().enable("table")
 
@@ -161,6 +163,8 @@ def lost(english: str, korean: str) -> Iterator[str]:
             yield f"{kind}: {_difference(*seen)}"
         if kind != "link targets":
             bare = [pattern.sub(" ⋯ " if kind == "tags" else "x", text) for text in bare]
+    if re.search("illion", bare[0]):  # elsewhere 만 is the particle "only"
+        bare = [_LARGE.sub(_in_full, text) for text in bare]
     numbers = [Counter(_NUMBER.findall(text)) for text in bare]
     if numbers[0] != numbers[1]:
         yield f"numbers: {_difference(*numbers)}"
@@ -170,6 +174,11 @@ def lost(english: str, korean: str) -> Iterator[str]:
     words = re.search(r"[A-Za-z]{2}", _TARGET.sub("", bare[0]).replace("x", ""))
     if words and not re.search("[가-힣]", bare[1]):
         yield "no Korean in it"
+
+
+def _in_full(large: re.Match) -> str:
+    """A number with a word for its zeros, in digits: Korean counts them by fours."""
+    return str(round(float(large[1]) * 10 ** _ZEROS[large[2]] + int(large[3] or 0) * 10 ** _ZEROS[large[4]]))
 
 
 def _shape(text: str) -> Iterator[str]:

@@ -8,8 +8,7 @@ import pytest
 
 from tools import korean
 
-WHOLE = ("00_", "01_", "02_", "02b_", "03_", "04_", "05_", "06_", "07_", "08_", "09_", "index")  # it grows: all, in the end
-NAMES = [name for name in korean.sources() if name.startswith(WHOLE)]
+NAMES = [name for name in korean.sources() if name != korean.README]
 ENGLISH = "**So** `x` is 3: [here](a.ipynb), $r_i$ <br>"
 KOREAN = "**그래서** `x`는 3입니다. [여기](a.ipynb), $r_i$ <br>"
 BROKEN = [
@@ -43,6 +42,11 @@ def test_a_built_notebook_has_the_code_ids_and_tags_of_the_english_and_no_output
 def test_a_translation_that_lost_something_is_caught(right: str, wrong: str) -> None:
     assert not list(korean.lost(ENGLISH, KOREAN))
     assert list(korean.lost(ENGLISH, KOREAN.replace(right, wrong)))
+
+
+def test_large_numbers_are_the_same_number_in_words_of_either_language() -> None:
+    assert not list(korean.lost("only 1 of 3.75 billion, 0.8 million", "37억 5천만, 80만의 1뿐"))
+    assert list(korean.lost("3.75 billion weights", "가중치 37억 5만 개"))
 
 
 def test_a_fuzzy_message_is_caught() -> None:
