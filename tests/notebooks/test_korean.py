@@ -8,7 +8,7 @@ import pytest
 
 from tools import korean
 
-NAMES = [name for name in korean.sources() if name != korean.README]
+NAMES = list(korean.sources())
 ENGLISH = "**So** `x` is 3: [here](a.ipynb), $r_i$ <br>"
 KOREAN = "**그래서** `x`는 3입니다. [여기](a.ipynb), $r_i$ <br>"
 BROKEN = [
