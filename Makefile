@@ -62,7 +62,7 @@ format: $(READY_TO_TEST) ## format the code, and strip the notebooks of what doe
 	$(PY) -m ruff check --fix grpo_kit tools tests benchmarks
 	$(PY) -m ruff format grpo_kit tools tests benchmarks
 	find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -print0 | xargs -0 -r $(PY) -m nbstripout \
-		--keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets"
+		--keep-output --keep-count --keep-id --extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets"
 
 # What runs the notebooks comes first; what only tests, benchmarks and formatting need is added by the first of these.
 $(VENV)/.ready: pyproject.toml requirements.lock

@@ -62,6 +62,7 @@ def test_runs_go_to_the_working_folder(installed: Path) -> None:
 def test_the_notebooks_are_laid_out_and_what_was_changed_there_stays(tmp_path: Path) -> None:
     there = headless.lay_out_notebooks(tmp_path / "course")
     assert {path.name for path in there} == {path.name for path in (PROJECT_ROOT / "notebooks").glob("*.ipynb")}
+    assert len(there) == len(set(there)) == 2 * len({path.name for path in there})  # in two languages
     assert (tmp_path / "course" / "images" / "loop.png").is_file()
     assert headless.lay_out_notebooks(tmp_path / "course") == there
     changed = tmp_path / "course" / "07_train.ipynb"
@@ -143,5 +144,5 @@ def test_the_wheel_works_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None
     assert saved["model_settings"]["vlm_model"] == "data/shapeworld/policy"
     here = load_config(there.mine / "reports" / "mine")  # the same run, read from this checkout
     assert here.model_settings.vlm_model == str(PROJECT_ROOT / "data/shapeworld/policy")
-    assert "13 notebooks" in there.run(*grpo_kit, "notebooks", "course")
+    assert "26 notebooks" in there.run(*grpo_kit, "notebooks", "course")
     assert sorted(path.name for path in there.mine.iterdir()) == ["course", "reports"]

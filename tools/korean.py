@@ -20,10 +20,14 @@ import nbformat
 import polib
 from markdown_it import MarkdownIt
 
+from tools import colab
+
 ROOT = Path(__file__).parents[1]
 CATALOGUES = ROOT / "docs" / "locale" / "ko"
 README = "readme"
 LANGUAGES = "**English** · [한국어]({})", "[English]({}) · **한국어**"  # the paragraph that leads to the other one
+NO_OUTPUTS = " (그림과 출력은 영어판에 저장되어 있습니다. 여기서는 셀을 실행하면 나타납니다.)"
+CHECKED = "# NBVAL_CHECK_OUTPUT"  # the output of such a cell is compared with what is stored
 
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r"\$\$.+?\$\$|(?<![\\$\w])\$[^$\s](?:[^$]*?[^$\s])?\$(?!\d)", re.DOTALL)
@@ -34,6 +38,7 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _LARGE = re.compile(r"(\d+(?:\.\d+)?) ?(million|billion|천만|만|억)(?: (\d+)(천만|만))?")  # 3.75 billion is 37억 5천만
 _ZEROS = {None: 0, "만": 4, "million": 6, "천만": 7, "억": 8, "billion": 9}
 _EMPTY_IMAGE = re.compile(r"!\[\]\([^)]*\)")
+_LINKS = re.compile(rf"\*\*English\*\* · \[한국어\]\([^)]*\)|\[{colab.LABEL}\]\([^)]*\)")  # to a language, to Colab
 _MARKDOWN = MarkdownIt().enable("table")
 
 
@@ -55,8 +60,8 @@ def paragraphs(text: str) -> list[str]:
 
 
 def is_message(paragraph: str) -> bool:
-    """Whether a paragraph has words: not code, a formula, tags or a picture alone, nor links to the languages."""
-    if paragraph.strip() == LANGUAGES[0].format("README.ko.md"):
+    """Whether a paragraph has words: not code, a formula, tags or a picture alone, nor a link to the other language."""
+    if _LINKS.fullmatch(paragraph.strip()):
         return False
     bare = paragraph
     for kind in (_FENCE, _EMPTY_IMAGE, _FORMULA, _TAG):
@@ -132,12 +137,13 @@ def built(name: str, catalogue: polib.POFile) -> tuple[Path, str]:
         return ROOT / "README.ko.md", text.replace(LANGUAGES[0].format("README.ko.md"), LANGUAGES[1].format(path.name))
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
-        if cell.cell_type == "code":
+        if cell.cell_type == "markdown":
+            cell.source = translated(cell.source, korean, _deeper)
+        elif CHECKED not in cell.source:
             cell.outputs, cell.execution_count = [], None
-            continue
-        cell.source = translated(cell.source, korean, _deeper)
     title, *rest = paragraphs(notebook.cells[0].source)
-    link = LANGUAGES[1].format(f"../{path.name}")
+    rest = rest[2:] if rest[1:] and _LINKS.fullmatch(rest[1]) else rest
+    link = LANGUAGES[1].format(f"../{path.name}") + NO_OUTPUTS
     notebook.cells[0].source = "".join([title, "\n\n", link, *rest])
     return path.parent / "ko" / path.name, nbformat.writes(notebook) + "\n"
 
@@ -149,6 +155,7 @@ def _into_ko(target: str) -> str:
 
 def _deeper(target: str) -> str:
     """A link's target, from one folder below: another notebook is beside it in Korean too, all else is not."""
+    target = target.replace("/blob/main/notebooks/", "/blob/main/notebooks/ko/")
     return target if re.match(r"[a-z]+:|#|[^/]+\.ipynb", target) else f"../{target}"
 
 

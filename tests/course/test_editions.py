@@ -46,7 +46,7 @@ def test_a_learner_gets_every_file_of_the_series_without_solutions_and_outputs(s
     source = PROJECT_ROOT / "notebooks"
     names = {path.relative_to(source) for path in source.rglob("*.*") if path.is_file() and ".ipynb_" not in str(path)}
     assert {path.relative_to(student) for path in student.rglob("*.*") if path.is_file()} == names
-    for path in student.glob("*.ipynb"):
+    for path in student.rglob("*.ipynb"):  # ko/ too
         assert "BEGIN SOLUTION" not in path.read_text(encoding="utf-8")
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in _cells(path))
         for cell in _tagged(path, "solution"):
@@ -73,6 +73,8 @@ def test_the_metadata_is_that_of_nbgrader(student: Path):
         for cell in _cells(path)
         if "nbgrader" in cell.metadata
     ]
+    korean = [cell.metadata.get("nbgrader") for path in student.glob("ko/*.ipynb") for cell in _cells(path)]
+    assert sorted(map(str, filter(None, korean))) == sorted(map(str, metadata))  # the same in either language
     ids = [one.grade_id for one in metadata]
     assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[\w-]+", name) for name in ids)
     for one in metadata:

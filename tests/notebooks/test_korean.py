@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import nbformat
 import polib
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from tools import korean
 
 NAMES = list(korean.sources())
+NOTEBOOKS = [name for name in NAMES if name != korean.README]
 ENGLISH = "**So** `x` is 3: [here](a.ipynb), $r_i$ <br>"
 KOREAN = "**그래서** `x`는 3입니다. [여기](a.ipynb), $r_i$ <br>"
 BROKEN = [
@@ -27,15 +30,44 @@ def test_what_is_translated_lost_nothing_and_is_not_fuzzy(name: str) -> None:
     assert all(entry.msgstr for entry in catalogue) and not list(korean.problems(name, catalogue))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != korean.README])
-def test_a_built_notebook_has_the_code_ids_and_tags_of_the_english_and_no_outputs(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_committed_is_what_the_catalogue_gives(name: str) -> None:
+    place, text = korean.built(name, korean.read(name))
+    assert {entry.msgid for entry in korean.read(name)} == {text for _, text in korean.messages(korean.sources()[name])}
+    assert place.read_text(encoding="utf-8") == text, "run: make korean"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_has_code_ids_and_tags_of_the_english_and_only_outputs_that_are_compared(name: str) -> None:
     english = nbformat.read(korean.sources()[name], as_version=4)
-    built = nbformat.reads(korean.built(name, korean.read(name))[1], as_version=4)
+    built = nbformat.read(korean.built(name, korean.read(name))[0], as_version=4)
     nbformat.validate(built)
     kept = ("id", "cell_type", "metadata")
     assert [[cell[k] for k in kept] for cell in built.cells] == [[cell[k] for k in kept] for cell in english.cells]
     for cell, source in zip(built.cells, english.cells, strict=True):
-        assert cell.cell_type != "code" or (cell.source == source.source and not cell.outputs)
+        if cell.cell_type == "code":
+            assert cell.source == source.source
+            assert cell.outputs == (source.outputs if "# NBVAL_CHECK_OUTPUT" in cell.source else [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_of_a_built_file_leads_somewhere(name: str) -> None:
+    place, text = korean.built(name, korean.read(name))
+    if place.suffix == ".ipynb":
+        text = "\n".join(
+            cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "markdown"
+        )
+    found = re.findall(r"\]\(([^)\s#]+)", text)
+    assert len(found) >= 2 and place.name in found[0].replace("README.md", "README.ko.md")
+    for link in found:
+        assert link.startswith("https://") or (place.parent / link).exists(), link
+
+
+def test_the_map_and_the_readme_lead_to_the_korean_edition() -> None:
+    english = nbformat.read(korean.sources()["index"], as_version=4).cells[0].source
+    assert korean.LANGUAGES[0].format("ko/index.ipynb") in english.split("\n\n")
+    readme = korean.sources()[korean.README].read_text(encoding="utf-8")
+    assert korean.LANGUAGES[0].format("README.ko.md") in readme.split("\n\n")
 
 
 @pytest.mark.parametrize(("right", "wrong"), BROKEN)
