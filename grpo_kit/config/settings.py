@@ -151,7 +151,7 @@ class GenerationSettings(Section):
     sampling_batch_size: Count | None = Field(None, description="completions in one call, in whole groups; null: all")
     prompt_part: Name = Field("whole", description="what is drawn and scored of a completion; all where none matches")
     num_inference_steps: Count
-    rollout_steps: Count | None = Field(None, description="denoising steps in training; null: num_inference_steps")
+    rollout_steps: Count | None = Field(None, description="denoising steps in training, if fewer than all")
     guidance_scale: Number = Field(ge=0)
     negative_prompt: str | None = Field(None, description="what pictures should not show; needs guidance_scale above 1")
     height: Pixels | None = Field(None, description="pixels; null: the generator's own size")

@@ -79,9 +79,9 @@ class Generator(Shown):
 
     @contextmanager
     def steps(self, count: int | None) -> Iterator[None]:
-        """Draw with so many denoising steps meanwhile; None leaves them as they are."""
+        """Draw with so many denoising steps meanwhile, where that is fewer; None leaves them as they are."""
         before = self.num_inference_steps
-        self.num_inference_steps = count or before
+        self.num_inference_steps = min(count or before, before)
         try:
             yield
         finally:

@@ -72,3 +72,10 @@ def test_steps_are_put_back_after_an_error(kit: Experiment):
     with pytest.raises(KeyError), kit.generator.steps(1):
         raise KeyError
     assert kit.generator.num_inference_steps == before
+
+
+def test_training_never_draws_with_more_steps_than_an_evaluation(kit: Experiment):
+    """Who sets `num_inference_steps` alone means both."""
+    full = kit.generator.num_inference_steps
+    with kit.generator.steps(full + 5):
+        assert kit.generator.num_inference_steps == full

@@ -44,7 +44,8 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     reading = _reading(pipeline, config, there).times(calls * math.ceil(batch / TEXTS_AT_ONCE))
     step, latents = _denoising(pipeline, config, embeddings, batch, there)
     shifted = {"mu": 1.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}
-    pipeline.scheduler.set_timesteps(settings.rollout_steps or settings.num_inference_steps, **shifted)
+    steps = min(settings.rollout_steps or settings.num_inference_steps, settings.num_inference_steps)
+    pipeline.scheduler.set_timesteps(steps, **shifted)
     steps = len(pipeline.scheduler.timesteps)  # some schedulers begin a step twice
     denoising, decoding = step.times(steps * calls), _decoding(pipeline, latents, there).times(calls)
     raw = training.prompts_per_iteration * models.use_image  # what the policy looks at: drawn before, one by one
