@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 CATALOGUES = ROOT / "docs" / "locale" / "ko"
 README = "readme"
 LANGUAGES = "**English** · [한국어]({})", "[English]({}) · **한국어**"  # the paragraph that leads to the other one
+GLOSSARY = " · [용어집]({}docs/glossary_ko.md)"  # for the map and README, which lead to docs/
 NO_OUTPUTS = " (그림과 출력은 영어판에 저장되어 있습니다. 여기서는 셀을 실행하면 나타납니다.)"
 CHECKED = "# NBVAL_CHECK_OUTPUT"  # the output of such a cell is compared with what is stored
 
@@ -134,7 +135,9 @@ def built(name: str, catalogue: polib.POFile) -> tuple[Path, str]:
     korean = {entry.msgid: entry.msgstr for entry in catalogue}
     if name == README:
         text = translated(path.read_text(encoding="utf-8"), korean, _into_ko)
-        return ROOT / "README.ko.md", text.replace(LANGUAGES[0].format("README.ko.md"), LANGUAGES[1].format(path.name))
+        return ROOT / "README.ko.md", text.replace(
+            LANGUAGES[0].format("README.ko.md"), LANGUAGES[1].format(path.name) + GLOSSARY.format("")
+        )
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -143,7 +146,7 @@ def built(name: str, catalogue: polib.POFile) -> tuple[Path, str]:
             cell.outputs, cell.execution_count = [], None
     title, *rest = paragraphs(notebook.cells[0].source)
     rest = rest[2:] if rest[1:] and _LINKS.fullmatch(rest[1]) else rest
-    link = LANGUAGES[1].format(f"../{path.name}") + NO_OUTPUTS
+    link = LANGUAGES[1].format(f"../{path.name}") + (GLOSSARY.format("../../") if name == "index" else "") + NO_OUTPUTS
     notebook.cells[0].source = "".join([title, "\n\n", link, *rest])
     return path.parent / "ko" / path.name, nbformat.writes(notebook) + "\n"
 

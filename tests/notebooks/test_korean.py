@@ -12,6 +12,8 @@ from tools import korean
 
 NAMES = list(korean.sources())
 NOTEBOOKS = [name for name in NAMES if name != korean.README]
+GLOSSARY = korean.ROOT / "docs" / "glossary_ko.md"
+NOT_IN_IT = {"sampling seed", "score (a rewrite)"}  # the Korean texts say in full what is meant
 ENGLISH = "**So** `x` is 3: [here](a.ipynb), $r_i$ <br>"
 KOREAN = "**그래서** `x`는 3입니다. [여기](a.ipynb), $r_i$ <br>"
 BROKEN = [
@@ -67,7 +69,21 @@ def test_the_map_and_the_readme_lead_to_the_korean_edition() -> None:
     english = nbformat.read(korean.sources()["index"], as_version=4).cells[0].source
     assert korean.LANGUAGES[0].format("ko/index.ipynb") in english.split("\n\n")
     readme = korean.sources()[korean.README].read_text(encoding="utf-8")
+    assert "docs/glossary_ko.md)" in (korean.ROOT / "README.ko.md").read_text(encoding="utf-8")
     assert korean.LANGUAGES[0].format("README.ko.md") in readme.split("\n\n")
+
+
+def test_the_glossary_has_every_term_of_the_english_one_and_only_words_that_are_used() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| .+ \|$", GLOSSARY.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    words, terms = zip(*rows, strict=True)
+    assert len(set(words)) == len(words) >= 60 and len(set(terms)) == len(terms)
+    assert list(words) == sorted(words, key=lambda word: (not "가" <= word <= "힣", word.lower()))
+    english = (korean.ROOT / "docs" / "notation.md").read_text(encoding="utf-8").split("## Glossary")[1]
+    listed = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", english.split("## References")[0], flags=re.MULTILINE)[1:]
+    missing = {term for term in listed if not any(re.split(",| \\(", term)[0] in ours for ours in terms)}
+    assert missing == NOT_IN_IT
+    said = " ".join(entry.msgstr for name in NAMES for entry in korean.read(name))
+    assert [word for word in words if " ".join(word.split()) not in " ".join(said.split())] == []
 
 
 @pytest.mark.parametrize(("right", "wrong"), BROKEN)
