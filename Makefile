@@ -12,16 +12,18 @@ ifdef PYTHON
 PY := $(PYTHON)
 READY := build/ready$(subst /,-,$(PYTHON))
 READY_TO_TEST := build/tests$(subst /,-,$(PYTHON))
+READY_FOR_SITE := build/pages$(subst /,-,$(PYTHON))
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READY_TO_TEST := $(VENV)/.ready-to-test
+READY_FOR_SITE := $(VENV)/.ready-for-site
 endif
 
 TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow traps chaos abuse lab bench models korean format
+.PHONY: help run test test-slow traps chaos abuse lab bench models korean site format
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 17
@@ -58,6 +60,9 @@ korean: $(READY_TO_TEST) ## bring the Korean edition up to date with the English
 	$(PY) -m tools.korean build $(ARGS)
 	$(PY) -m tools.korean check $(ARGS)
 
+site: $(READY_FOR_SITE) ## build the site into build/site/html, which opens without a network (ARGS="--repository OWNER/NAME")
+	$(PY) -m tools.site $(ARGS)
+
 format: $(READY_TO_TEST) ## format the code, and strip the notebooks of what does not belong into history
 	$(PY) -m ruff check --fix grpo_kit tools tests benchmarks
 	$(PY) -m ruff format grpo_kit tools tests benchmarks
@@ -82,6 +87,10 @@ $(VENV)/.ready-to-test: $(VENV)/.ready
 	@$(call INSTALL,.[dev])
 	@touch $@
 
+$(VENV)/.ready-for-site: $(VENV)/.ready
+	@$(call INSTALL,.[site])
+	@touch $@
+
 define INSTALL
 { $(PY) -m uv --version >/dev/null 2>&1 && \
 	$(PY) -m uv pip install --compile-bytecode --python $(PY) -c requirements.lock -e "$(1)"; } || \
@@ -93,6 +102,9 @@ build/ready%: pyproject.toml
 
 build/tests%: pyproject.toml
 	@$(call INSTALL_INTO,.[dev])
+
+build/pages%: pyproject.toml
+	@$(call INSTALL_INTO,.[site])
 
 define INSTALL_INTO
 $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

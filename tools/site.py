@@ -1,0 +1,210 @@
+"""The site: notebooks as executed, documents, exercises and playgrounds as pages that need no network.
+
+`python -m tools.site` (or `make site`) gathers them into build/site/source and calls Sphinx, which writes
+build/site/html. Nothing is executed. With `--repository OWNER/NAME` each notebook's page leads to Colab and Binder.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from base64 import b64decode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import nbformat
+import typer
+
+from grpo_kit.course.editions import stub
+from tools.site_numbers import write_playgrounds
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "site"
+DOCUMENTS = ("README.md", "README.ko.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/prompts/README.md", "docs/*.md")
+BESIDE = ("notebooks/images/*", "docs/images/*", "docs/plans.json")  # what documents show or link to
+SHOWN = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
+UNSHOWN = {"colab", "teacher"}  # tags of cells that say nothing to a reader
+LANGUAGES = "**English** · [한국어](ko/{})"
+MOST_WORDS = 400  # characters of a picture's text
+MENDED = {  # of the theme's HTML: what axe finds
+    'role="heading"': 'role="heading" aria-level="2"',
+    '<aside class="sidebar-drawer"': '<aside aria-label="pages" class="sidebar-drawer"',
+    '<aside class="toc-drawer': '<aside aria-label="on this page" class="toc-drawer',
+    "<th></th>": "<td></td>",
+}
+_SENTENCE = re.compile(r"[^.!?]*[Yy]ou should see[^.!?]*[.!?]")
+_MARKS = re.compile(r"<[^>]+>|[*`$]|\[(?P<text>[^\]]*)\]\([^)]*\)")
+LOOP = re.search(r"!\[(The loop[^\]]*)\]", (ROOT / "README.md").read_text(encoding="utf-8"))[1]  # its picture's text
+
+
+def gather(source: Path, extra: Path, repository: str = "") -> None:
+    """Lay out the sources for Sphinx in `source`, and in `extra` what is copied as it is."""
+    for folder in (source, extra):
+        shutil.rmtree(folder, ignore_errors=True)
+    for pattern in (*DOCUMENTS, *BESIDE):
+        for path in sorted(ROOT.glob(pattern)):
+            _write(source / path.relative_to(ROOT), _into_site(path) if path.suffix == ".md" else path.read_bytes())
+    index = (PAGES / "index.md").read_text(encoding="utf-8")
+    _write(source / "index.md", index.replace("<!-- korean -->", _korean()).encode())
+    for path in (PAGES / "playgrounds").glob("*.md"):
+        _write(source / path.relative_to(PAGES), path.read_bytes())
+    write_playgrounds(PAGES / "playgrounds", source / "playgrounds", extra / "playgrounds")
+    _copy_report(extra / "reports" / "reference")
+    alts: dict[str, str] = {}
+    exercises: list[str] = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
+        exercises += write_exercises(notebook, path, source / "exercises")
+        korean = path.parent / "ko" / path.name
+        alts |= _write_notebook(notebook, path, source, repository, [LANGUAGES.format(path.name)] * korean.is_file())
+        if korean.is_file():
+            notebook = nbformat.read(korean, as_version=4)
+            for cell in notebook.cells:  # its code is the English one's, and so is what the code showed
+                cell.update({"outputs": outputs[cell.id]} if cell.cell_type == "code" else {})
+            alts |= _write_notebook(notebook, korean, source, repository, [])
+        _write(extra / path.relative_to(ROOT), path.read_bytes())
+    _write(source / "exercises" / "index.md", _exercise_index(exercises).encode())
+    _write(source / "alts.json", json.dumps(alts, ensure_ascii=False, indent=1).encode())
+
+
+def _korean() -> str:
+    """The part of the contents that has the Korean pages, where there are any."""
+    pages = [path.relative_to(ROOT).with_suffix("").as_posix() for path in sorted(ROOT.glob("notebooks/ko/*.ipynb"))]
+    pages = [page for page in ("README.ko",) if (ROOT / f"{page}.md").is_file()] + pages
+    return "\n".join(["```{toctree}", ":hidden:", ":caption: 한국어", "", *pages, "```"]) if pages else ""
+
+
+def _copy_report(folder: Path) -> None:
+    """Copy the reference report; the map of the notebooks, to which one of its pages leads, is the site's."""
+    shutil.copytree(ROOT / "reports" / "reference", folder)
+    for page in (folder / "notebooks").glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(text.replace('href="index.html"', 'href="../../../notebooks/index.html"'), encoding="utf-8")
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def _into_site(path: Path) -> bytes:
+    return _linked(path.read_text(encoding="utf-8")).encode()
+
+
+def _linked(text: str) -> str:
+    """Links into folders that are copied as they are, which Sphinx does not look into."""
+    return re.sub(r"\]\(((?:\.\./)*reports/)", r"](site:\1", text)
+
+
+def _write_notebook(
+    notebook: nbformat.NotebookNode, path: Path, source: Path, repository: str, links: list[str]
+) -> dict[str, str]:
+    """Write a notebook as the site shows it; what comes back are the texts of its pictures by file name."""
+    place = path.relative_to(ROOT)
+    notebook.cells = [cell for cell in notebook.cells if not UNSHOWN & set(cell.metadata.get("tags", []))]
+    alts = dict(picture_texts(notebook))
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _linked(cell.source)
+            continue
+        for output in [output for output in cell.outputs if "data" in output]:
+            output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN}
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
+            cell.metadata.mystnb = {"code_prompt_show": "Show a solution", "code_prompt_hide": "Hide the solution"}
+    links = [*links, *_launch(place, repository)]
+    title, _, rest = notebook.cells[0].source.partition("\n")
+    notebook.cells[0].source = f"{title}\n\n{' · '.join(links)}\n{rest}"
+    _write(source / place, nbformat.writes(notebook).encode())
+    return alts
+
+
+def _launch(place: Path, repository: str) -> Iterator[str]:
+    """Links by which a notebook is opened elsewhere, and the notebook itself."""
+    if repository:
+        yield f"[Open in Colab](https://colab.research.google.com/github/{repository}/blob/main/{place.as_posix()})"
+        yield f"[open in Binder](https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/{place.as_posix()})"
+    if "ko" not in place.parts:
+        yield f"[download the notebook](site:{place.name})"
+
+
+def picture_texts(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
+    """Yield for each picture the file name that Sphinx gives it, and its text.
+
+    That is the text in its metadata, or else the section that it is in and what the reader should see.
+    """
+    for place, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            for kind in {"image/png", "image/jpeg"} & set(output.get("data", {})):
+                name = hashlib.sha256(b64decode(output.data[kind])).hexdigest()
+                told = output.get("metadata", {}).get(kind, {}).get("alt", "")
+                told = told or (LOOP if "loop_figure(" in cell.source else _told(notebook.cells, place))
+                yield f"{name}.{'png' if kind == 'image/png' else 'jpg'}", told
+
+
+def _told(cells: list[nbformat.NotebookNode], place: int) -> str:
+    before = [cell.source for cell in cells[:place] if cell.cell_type == "markdown"]
+    after = next((cell.source for cell in cells[place + 1 :] if cell.cell_type == "markdown"), "")
+    headings = re.findall(r"^#+ (.+)$", "\n".join(before), flags=re.MULTILINE)
+    near = _SENTENCE.search(_plain(before[-1] if before else "")) or _SENTENCE.search(_plain(after))
+    said = near.group().strip() if near else _plain((before or [""])[-1].strip().rpartition("\n\n")[2])
+    return f"Figure of the section “{_plain(headings[-1]) if headings else ''}”. {said}"[:MOST_WORDS]
+
+
+def _plain(text: str) -> str:
+    lines = [line for line in text.splitlines() if not line.startswith("#")] if "\n" in text else [text]
+    return " ".join(_MARKS.sub(lambda found: found["text"] or "", " ".join(lines)).split())
+
+
+def write_exercises(notebook: nbformat.NotebookNode, path: Path, folder: Path) -> list[str]:
+    """Write a page for each exercise: its task, its hints and the stub, never the solution; return their names."""
+    names = []
+    for number, cell in enumerate(notebook.cells):
+        name = next((tag.partition(":")[2] for tag in cell.metadata.get("tags", []) if tag.startswith("exercise:")), "")
+        if not name or cell.cell_type != "markdown":
+            continue
+        task = re.sub(r"\]\((?=[\w./-]+\.(?:ipynb|png))", "](../notebooks/", cell.source).replace("### Exercise ", "# ")
+        code = stub(notebook.cells[number + 1].source)
+        asked = f"Write it in [{path.stem}](../notebooks/{path.name}), where `gk.course.check` tries it:"
+        _write(folder / f"{name}.md", f"{task}\n\n{asked}\n\n```python\n{code}\n```\n".encode())
+        names.append(name)
+    return names
+
+
+def _exercise_index(names: list[str]) -> str:
+    toctree = "\n".join(["```{toctree}", *names, "```"])
+    words = "Each page has a task, three hints and the stub. A solution is written, and checked, in the notebook."
+    return f"# {len(names)} exercises\n\n{words}\n\n{toctree}\n"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="what is replaced: source, extra and html in it")] = ROOT / "build" / "site",
+    repository: Annotated[str, typer.Option(envvar="SITE_REPOSITORY", help="OWNER/NAME on GitHub, for buttons")] = "",
+) -> None:
+    """Gather the pages and build the site."""
+    start = time.monotonic()
+    source, extra, html = (out.resolve() / name for name in ("source", "extra", "html"))
+    gather(source, extra, repository)
+    shutil.rmtree(html, ignore_errors=True)
+    options = ["-b", "html", "-c", str(PAGES), "-d", str(out / "doctrees"), "-D", f"html_extra_path={extra}"]
+    command = [sys.executable, "-m", "sphinx", *options, "-q", "-W", "--keep-going", str(source), str(html)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if code := subprocess.run(command, env=environment, check=False).returncode:
+        raise typer.Exit(code)
+    for page in [*html.glob("*.html"), *html.glob("[!r_]*/**/*.html")]:  # not the report's, which are their own
+        text = page.read_text(encoding="utf-8")
+        for found, better in MENDED.items():
+            text = text.replace(found, better)
+        page.write_text(text, encoding="utf-8")
+    size = sum(path.stat().st_size for path in html.rglob("*") if path.is_file())
+    typer.echo(f"{html / 'index.html'}: {size / 1e6:.1f} MB, {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)
