@@ -1,5 +1,6 @@
 """How much the RL adds: the supervised arm is plain cross-entropy on the best rewrites, and pictures are equal."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,7 @@ import torch
 
 from benchmarks.studies import what_rl_adds as study
 from benchmarks.studies.budget import keep
+from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.rows import row_logits
 
@@ -55,3 +57,34 @@ def test_the_table_has_intervals_over_seeds_and_refuses_unequal_pictures(tmp_pat
     _write(tmp_path, "supervised", 3, 0.9, 3872)  # one more rollout than the others
     with pytest.raises(ValueError, match=r"pictures: found .*3,872"):
         study.results(tmp_path)
+
+
+def test_what_the_documents_say_is_what_was_recorded() -> None:
+    """docs/training.md has a row an arm and three differences, README and notebook 08 the last one."""
+    rows = {row["arm"]: row for row in json.loads((PROJECT_ROOT / "docs" / "what_rl_adds.json").read_text("utf-8"))}
+    assert list(rows) == list(study.ARMS) and {row["seeds"] for row in rows.values()} == {5}
+    text = _flat(PROJECT_ROOT / "docs" / "training.md")
+    for arm, row in rows.items():
+        check = "{:.3f} [{:.3f}, {:.3f}]".format(*(row[f"final check{end}"] for end in ("", ", low", ", high")))
+        others = f"{row['reward']:.3f} | {row['keeps objects']:.3f} | {row['CPU-seconds']:.0f}"
+        assert f"| {arm} | {row['pictures']:,} | {check} | {others} |" in text
+    less = {arm: _difference(rows[arm], "final check") for arm in (study.BEST, "supervised once", "supervised")}
+    assert f"*supervised once* by {less['supervised once']}, and than *best of 8* by {less[study.BEST]}" in text
+    assert f"differs by {less['supervised']}, the reward by {_difference(rows['supervised'], 'reward')}" in text
+    readme = _flat(PROJECT_ROOT / "README.md")
+    assert f"GRPO's check less its own is {less['supervised']}, over five seeds" in readme
+    assert f"once, before training, it ends at {rows['supervised once']['final check']:.3f}." in readme
+    cells = json.loads((PROJECT_ROOT / "notebooks" / "08_evaluate.ipynb").read_text("utf-8"))["cells"]
+    told = " ".join(" ".join("".join(cell["source"]) for cell in cells).split())
+    for arm in study.ARMS:
+        assert f"| {arm} | {rows[arm]['final check']:.3f} |" in told
+    assert f"differ by {less['supervised']}" in told
+
+
+def _difference(row: dict, name: str) -> str:
+    ends = (row[f"GRPO's {name} less this{end}"] for end in ("", ", low", ", high"))
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*ends).replace("-", "−")
+
+
+def _flat(path: Path) -> str:
+    return " ".join(path.read_text(encoding="utf-8").split())
