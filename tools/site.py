@@ -21,6 +21,7 @@ import nbformat
 import typer
 
 from grpo_kit.course.editions import stub
+from tools.korean import NO_OUTPUTS
 from tools.site_numbers import write_playgrounds
 
 ROOT = Path(__file__).parents[1]
@@ -62,15 +63,22 @@ def gather(source: Path, extra: Path, repository: str = "") -> None:
         outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
         exercises += write_exercises(notebook, path, source / "exercises")
         korean = path.parent / "ko" / path.name
-        alts |= _write_notebook(notebook, path, source, repository, [LANGUAGES.format(path.name)] * korean.is_file())
+        alts |= _write_notebook(notebook, path, source, repository, _other_language(notebook, korean))
         if korean.is_file():
             notebook = nbformat.read(korean, as_version=4)
+            notebook.cells[0].source = notebook.cells[0].source.replace(NO_OUTPUTS, "")  # here it has them
             for cell in notebook.cells:  # its code is the English one's, and so is what the code showed
                 cell.update({"outputs": outputs[cell.id]} if cell.cell_type == "code" else {})
             alts |= _write_notebook(notebook, korean, source, repository, [])
         _write(extra / path.relative_to(ROOT), path.read_bytes())
     _write(source / "exercises" / "index.md", _exercise_index(exercises).encode())
     _write(source / "alts.json", json.dumps(alts, ensure_ascii=False, indent=1).encode())
+
+
+def _other_language(notebook: nbformat.NotebookNode, korean: Path) -> list[str]:
+    """The link to the Korean notebook, where there is one, and the notebook does not have the link itself."""
+    link = LANGUAGES.format(korean.name)
+    return [link] * (korean.is_file() and link not in notebook.cells[0].source)
 
 
 def _korean() -> str:
