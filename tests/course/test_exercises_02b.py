@@ -107,6 +107,7 @@ WRONG: list[tuple[str, Callable, str]] = [
     ("02b.6", loop(sign=-1), "does the step go up"),
     ("02b.6", loop(steps=0), "no step was made"),
     ("02b.6", loop(steps=20, rate=0.1), "too little"),
+    ("02b.6", lambda x, r, rng: 9.0 * (r == r.max()), "`rng` drew no text"),
     ("02b.6", lambda x, r, rng: float(r.max()), "expected 13 logits"),
 ]
 
