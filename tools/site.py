@@ -37,6 +37,7 @@ MENDED = {  # of the theme's HTML: what axe finds
     '<aside class="sidebar-drawer"': '<aside aria-label="pages" class="sidebar-drawer"',
     '<aside class="toc-drawer': '<aside aria-label="on this page" class="toc-drawer',
     "<th></th>": "<td></td>",
+    '<th class="head"><p></p></th>': "<td></td>",
 }
 _SENTENCE = re.compile(r"[^.!?]*[Yy]ou should see[^.!?]*[.!?]")
 _MARKS = re.compile(r"<[^>]+>|[*`$]|\[(?P<text>[^\]]*)\]\([^)]*\)")

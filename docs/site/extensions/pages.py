@@ -46,7 +46,7 @@ def finish(app: Sphinx, doctree: nodes.document) -> None:
         image["alt"] = image.get("alt") or alts.get(Path(image["uri"]).name, "")
         image["loading"] = "lazy"
     for raw in doctree.findall(nodes.raw):
-        if raw.get("format") == "html" and not in_output(raw):
+        if raw.get("format") == "html" and "<script" not in raw.astext() and not in_output(raw):
             text = IN_HTML.sub(lambda found: formula(found[1], "inline"), raw.astext())
             raw.children = [nodes.Text(text)]
 
