@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from base64 import b64decode
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from typing import Annotated
 
 import nbformat
 import typer
+from nbformat.v4 import new_markdown_cell
 
-from grpo_kit.course.editions import stub
+from grpo_kit.course.editions import stub, write_students
+from tools.colab import LABEL
 from tools.korean import NO_OUTPUTS
 from tools.site_numbers import write_playgrounds
 
@@ -30,6 +33,16 @@ DOCUMENTS = ("README.md", "README.ko.md", "CONTRIBUTING.md", "CHANGELOG.md", "da
 BESIDE = ("notebooks/images/*", "docs/images/*", "docs/plans.json")  # what documents show or link to
 SHOWN = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 UNSHOWN = {"colab", "teacher"}  # tags of cells that say nothing to a reader
+LIVE = {  # a widget, of which a page has a picture → where it moves
+    "AdvantagePlayground(": "advantages",
+    "LossPlayground(": "loss",
+    "GroupExplorer(": "groups",
+}
+LIVE_HERE = (
+    "A picture of a widget. One that moves is [on this site]({}).",
+    "위젯의 그림입니다. 움직이는 것은 [이 사이트에]({}) 있습니다.",
+)
+IN_WORDS = {"en": ("README.md", "Figure of the section “{}”."), "ko": ("README.ko.md", "“{}” 절의 그림.")}
 LANGUAGES = "**English** · [한국어](ko/{})"
 MOST_WORDS = 400  # characters of a picture's text
 MENDED = {  # of the theme's HTML: what axe finds
@@ -41,7 +54,6 @@ MENDED = {  # of the theme's HTML: what axe finds
 }
 _SENTENCE = re.compile(r"[^.!?]*[Yy]ou should see[^.!?]*[.!?]")
 _MARKS = re.compile(r"<[^>]+>|[*`$]|\[(?P<text>[^\]]*)\]\([^)]*\)")
-LOOP = re.search(r"!\[(The loop[^\]]*)\]", (ROOT / "README.md").read_text(encoding="utf-8"))[1]  # its picture's text
 
 
 def gather(source: Path, extra: Path, repository: str = "") -> None:
@@ -51,13 +63,16 @@ def gather(source: Path, extra: Path, repository: str = "") -> None:
     for pattern in (*DOCUMENTS, *BESIDE):
         for path in sorted(ROOT.glob(pattern)):
             _write(source / path.relative_to(ROOT), _into_site(path) if path.suffix == ".md" else path.read_bytes())
-    index = (PAGES / "index.md").read_text(encoding="utf-8")
-    _write(source / "index.md", index.replace("<!-- korean -->", _korean()).encode())
+    _write(source / "index.md", _index().encode())
     for path in (PAGES / "playgrounds").glob("*.md"):
         _write(source / path.relative_to(PAGES), path.read_bytes())
     write_playgrounds(PAGES / "playgrounds", source / "playgrounds", extra / "playgrounds")
     _copy_report(extra / "reports" / "reference")
-    alts: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_students(Path(folder) / "notebooks")
+        (extra / "course").mkdir()
+        shutil.make_archive(str(extra / "course" / "learners"), "zip", folder)
+    alts: dict[str, dict[str, str]] = {}
     exercises: list[str] = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
@@ -82,11 +97,16 @@ def _other_language(notebook: nbformat.NotebookNode, korean: Path) -> list[str]:
     return [link] * (korean.is_file() and link not in notebook.cells[0].source)
 
 
-def _korean() -> str:
-    """The part of the contents that has the Korean pages, where there are any."""
-    pages = [path.relative_to(ROOT).with_suffix("").as_posix() for path in sorted(ROOT.glob("notebooks/ko/*.ipynb"))]
-    pages = [page for page in ("README.ko",) if (ROOT / f"{page}.md").is_file()] + pages
-    return "\n".join(["```{toctree}", ":hidden:", ":caption: 한국어", "", *pages, "```"]) if pages else ""
+def _index() -> str:
+    """The first page, whose contents have every document, and the Korean pages where there are any."""
+    documents = [path.relative_to(ROOT).with_suffix("").as_posix() for path in sorted(ROOT.glob("docs/*.md"))]
+    korean = [page for page in documents if page.endswith("_ko")]
+    korean += [f"notebooks/ko/{path.stem}" for path in sorted(ROOT.glob("notebooks/ko/*.ipynb"))]
+    korean = ["README.ko"] * (ROOT / "README.ko.md").is_file() + korean
+    korean = [page for page in korean if page.endswith("index")] + [page for page in korean if page[-5:] != "index"]
+    toctree = "\n".join(["```{toctree}", ":hidden:", ":caption: 한국어", "", *korean, "```"]) if korean else ""
+    text = (PAGES / "index.md").read_text(encoding="utf-8").replace("<!-- korean -->", toctree)
+    return text.replace("<!-- documents -->", "\n".join(page for page in documents if page not in korean))
 
 
 def _copy_report(folder: Path) -> None:
@@ -113,11 +133,11 @@ def _linked(text: str) -> str:
 
 def _write_notebook(
     notebook: nbformat.NotebookNode, path: Path, source: Path, repository: str, links: list[str]
-) -> dict[str, str]:
-    """Write a notebook as the site shows it; what comes back are the texts of its pictures by file name."""
+) -> dict[str, dict[str, str]]:
+    """Write a notebook as the site shows it; what comes back are its page and the texts of its pictures there."""
     place = path.relative_to(ROOT)
     notebook.cells = [cell for cell in notebook.cells if not UNSHOWN & set(cell.metadata.get("tags", []))]
-    alts = dict(picture_texts(notebook))
+    alts = dict(picture_texts(notebook, "ko" if "ko" in place.parts else "en"))
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = _linked(cell.source)
@@ -127,11 +147,22 @@ def _write_notebook(
         if cell.metadata.get("jupyter", {}).get("source_hidden"):
             cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
             cell.metadata.mystnb = {"code_prompt_show": "Show a solution", "code_prompt_hide": "Hide the solution"}
-    links = [*links, *_launch(place, repository)]
+    notebook.cells = [one for cell in notebook.cells for one in (cell, *_live(cell, place))]
+    has_button = any(LABEL in cell.source for cell in notebook.cells)
+    links = [*links, *(link for link in _launch(place, repository) if not has_button or "Colab" not in link)]
     title, _, rest = notebook.cells[0].source.partition("\n")
     notebook.cells[0].source = f"{title}\n\n{' · '.join(links)}\n{rest}"
     _write(source / place, nbformat.writes(notebook).encode())
-    return alts
+    return {place.with_suffix("").as_posix(): alts}
+
+
+def _live(cell: nbformat.NotebookNode, place: Path) -> Iterator[nbformat.NotebookNode]:
+    """After the picture of a widget, a line that leads to what moves."""
+    for name, page in LIVE.items():
+        if cell.cell_type == "code" and name in cell.source:
+            korean = "ko" in place.parts
+            text = LIVE_HERE[korean].format(f"{'../' * (1 + korean)}playgrounds/{page}.md")
+            yield new_markdown_cell(text, id=f"live-{page}-{cell.id}"[:64])
 
 
 def _launch(place: Path, repository: str) -> Iterator[str]:
@@ -143,27 +174,29 @@ def _launch(place: Path, repository: str) -> Iterator[str]:
         yield f"[download the notebook](site:{place.name})"
 
 
-def picture_texts(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
+def picture_texts(notebook: nbformat.NotebookNode, language: str = "en") -> Iterator[tuple[str, str]]:
     """Yield for each picture the file name that Sphinx gives it, and its text.
 
     That is the text in its metadata, or else the section that it is in and what the reader should see.
     """
+    readme, figure = IN_WORDS[language]
+    loop = re.search(r"!\[([^\]]*)\]\([^)]*loop\.png\)", (ROOT / readme).read_text(encoding="utf-8"))[1]
     for place, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", []):
             for kind in {"image/png", "image/jpeg"} & set(output.get("data", {})):
                 name = hashlib.sha256(b64decode(output.data[kind])).hexdigest()
                 told = output.get("metadata", {}).get(kind, {}).get("alt", "")
-                told = told or (LOOP if "loop_figure(" in cell.source else _told(notebook.cells, place))
+                told = told or (loop if "loop_figure(" in cell.source else _told(notebook.cells, place, figure))
                 yield f"{name}.{'png' if kind == 'image/png' else 'jpg'}", told
 
 
-def _told(cells: list[nbformat.NotebookNode], place: int) -> str:
+def _told(cells: list[nbformat.NotebookNode], place: int, figure: str) -> str:
     before = [cell.source for cell in cells[:place] if cell.cell_type == "markdown"]
     after = next((cell.source for cell in cells[place + 1 :] if cell.cell_type == "markdown"), "")
     headings = re.findall(r"^#+ (.+)$", "\n".join(before), flags=re.MULTILINE)
     near = _SENTENCE.search(_plain(before[-1] if before else "")) or _SENTENCE.search(_plain(after))
     said = near.group().strip() if near else _plain((before or [""])[-1].strip().rpartition("\n\n")[2])
-    return f"Figure of the section “{_plain(headings[-1]) if headings else ''}”. {said}"[:MOST_WORDS]
+    return f"{figure.format(_plain(headings[-1]) if headings else '')} {said}"[:MOST_WORDS]
 
 
 def _plain(text: str) -> str:

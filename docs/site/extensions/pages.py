@@ -12,17 +12,19 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 LOGGER = logging.getLogger(__name__)
-ALTS = "alts.json"  # beside the sources: a picture's file name → its text
+ALTS = "alts.json"  # beside the sources: page → a picture's file name → its text
+NAMED = re.compile(r"(?<!<msub>)(?<!<msup>)<mi>(log|exp)</mi>(?!<mo[^>]*>&#x00028;)")  # before no parenthesis
 IN_HTML = re.compile(r"\$([^$<>]+)\$")
 
 
 def formula(latex: str, display: str, where: nodes.Node | None = None) -> str:
     """Return a formula as MathML; as it is written, with a warning, where the library cannot read it."""
     try:
-        return convert(latex.strip(), display=display)
+        found = convert(latex.strip(), display=display)
     except Exception as error:  # its errors have no class in common
         LOGGER.warning("formula %r: %r", latex, error, location=where)
         return f"<code>{escape(latex)}</code>"
+    return NAMED.sub(r'<mi>\1</mi><mspace width="0.17em" />', found)
 
 
 def visit_math(self: Any, node: nodes.math) -> None:
@@ -41,7 +43,7 @@ def visit_math_block(self: Any, node: nodes.math_block) -> None:
 def finish(app: Sphinx, doctree: nodes.document) -> None:
     """Give each picture its text, and load it when it comes into sight; write the formulas in pieces of HTML."""
     path = Path(app.srcdir) / ALTS
-    alts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    alts = json.loads(path.read_text(encoding="utf-8")).get(app.env.docname, {}) if path.is_file() else {}
     for image in doctree.findall(nodes.image):
         image["alt"] = image.get("alt") or alts.get(Path(image["uri"]).name, "")
         image["loading"] = "lazy"
@@ -61,7 +63,7 @@ def in_output(node: nodes.Node) -> bool:
 
 def set_language(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
     """Say of a Korean page that it is one."""
-    if "/ko/" in page or page.endswith(".ko"):
+    if "/ko/" in page or page.endswith((".ko", "_ko")):
         context["language"] = "ko"
 
 
