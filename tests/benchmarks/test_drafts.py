@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.studies import drafts
 from benchmarks.studies.budget import keep
-from grpo_kit.config import PROJECT_ROOT
+from grpo_kit.config import PROJECT_ROOT, load_config
 
 RUNS = pd.read_json(PROJECT_ROOT / "docs" / "drafts.jsonl", lines=True, dtype={"arm": str, "seed": str}).set_index(
     ["arm", "seed"]
@@ -41,6 +41,16 @@ def test_the_sentences_about_the_grammar_count_the_recorded_runs():
     counts = RUNS[["rewrites", "outside", "repeating"]].sum()
     said = re.search(r"Of the ([\d,]+) rewrites (\d+) are outside the grammar, and (\d+) of them repeat", text)
     assert [int(number.replace(",", "")) for number in said.groups()] == counts.tolist()
+
+
+def test_what_the_readme_says_of_ten_seeds() -> None:
+    """The profile's own arm, and how often all steps lead out of the grammar."""
+    own, text = RUNS.loc["4"], " ".join((PROJECT_ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert len(own) == 10 and load_config("tiny").generation_settings.rollout_steps == 4
+    low, high = (f"{100 * own['reward/gold'].agg(end):.0f}" for end in ("min", "max"))
+    assert f"ends between {low} and {high} %" in text
+    assert f"at least {100 * own['reward/grammatical'].min():.0f} % of its rewrites follow the grammar" in text
+    assert int((RUNS.loc["8", "reward/grammatical"] < 0.9).sum()) == 3 and "three of ten seeds come to repeat" in text
 
 
 def test_runs_are_counted_by_rewrite_and_averaged_over_latents(tmp_path):
