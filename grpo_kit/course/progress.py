@@ -9,22 +9,25 @@ from pathlib import Path
 from statistics import median
 from string import Template
 
+import httpx
+
 import grpo_kit
 from grpo_kit.config.errors import KitError, printable, shown
 from grpo_kit.config.paths import PROJECT_ROOT
 
 KEYS = {"nickname": str, "exercise": str, "attempt": int, "passed": bool, "seconds": float, "mistake": str}
 LONGEST = 40  # characters of a nickname
-_JOINED: list[tuple[str, Path]] = []  # at most one
+_JOINED: list[tuple[str, Path, str | None]] = []  # at most one
 _LAST: list[float] = []  # when its last line was written
 
 
-def join(nickname: str, file: str | Path = "progress.jsonl") -> None:
+def join(nickname: str, file: str | Path = "progress.jsonl", board: str | None = None) -> None:
     """From here on, each check in this notebook adds a line to a file; nothing is written for those who do not join.
 
     A line has the nickname, the exercise, which attempt it is, whether it passed, the seconds since the check before
     (of the first one: since joining), the mistake in a word, and the kit's version; nothing of what was written in the
-    notebook. The file stays on this machine. The learner hands it over, or deletes it.
+    notebook. The file stays on this machine. The learner hands it over, or deletes it. With the address of a teacher's
+    `board` on the local network (`http://192.168.0.7:8765`) each line is sent there too.
     """
     nickname, file = str(nickname).strip(), Path(file).expanduser().resolve()
     if not 0 < len(nickname) <= LONGEST or not nickname.isprintable():
@@ -33,9 +36,10 @@ def join(nickname: str, file: str | Path = "progress.jsonl") -> None:
         file.open("a", encoding="utf-8").close()
     except OSError as error:
         raise KitError(f"{file}: cannot be written ({error.strerror}). Name another file: file=…") from error
-    _JOINED[:], _LAST[:] = [(nickname, file)], [time.monotonic()]
+    _JOINED[:], _LAST[:] = [(nickname, file, board)], [time.monotonic()]
     print(f"{nickname}: each check adds a line to {file.name}: exercise, attempt, passed or not, seconds, mistake.")
-    print("Nothing of what you write is in it, and it stays on this machine. `gk.course.leave()` stops it.")
+    place = f"is sent to {board} too" if board else "stays on this machine"
+    print(f"Nothing of what you write is in it, and it {place}. `gk.course.leave()` stops it.")
 
 
 def leave() -> None:
@@ -47,16 +51,21 @@ def record(exercise: str, passed: bool, mistake: str) -> None:
     """Add the line of a check to the file of whoever has joined; a file that cannot be written stops no check."""
     if not _JOINED:
         return
-    (nickname, file), seconds = _JOINED[0], round(time.monotonic() - _LAST[0], 1)
+    (nickname, file, board), seconds = _JOINED[0], round(time.monotonic() - _LAST[0], 1)
     try:
         before = read([file])[0] if file.exists() else []
         attempt = 1 + sum((row["nickname"], row["exercise"]) == (nickname, exercise) for row in before)
         values = (nickname, exercise, attempt, passed, seconds, mistake)
         line = dict(zip(KEYS, values, strict=True)) | {"kit": grpo_kit.__version__}
+        text = json.dumps(line, ensure_ascii=False)
         with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.write(text + "\n")
+        if board:
+            httpx.post(board, content=text.encode(), timeout=2, trust_env=False).raise_for_status()
     except (OSError, KitError) as error:
         print(f"progress is not written: {error}")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        print(f"the board {board} did not get the line, which is in {file.name}: {error}")
     _LAST[:] = [time.monotonic()]
 
 
@@ -71,16 +80,22 @@ def read(files: Iterable[Path]) -> tuple[list[dict], int]:
                 f"{file}: cannot be read ({error.strerror}). Name files of progress, one a learner"
             ) from error
         for line in filter(None, lines):
-            try:
-                row = json.loads(line)
-                row["seconds"] = float(row["seconds"])
-                good = all(isinstance(row[key], kind) for key, kind in KEYS.items()) and 0 <= row["seconds"] < 1e7
-            except (ValueError, KeyError, TypeError, RecursionError):
-                good = False
-            broken += not good
-            if good:
+            if (row := parsed(line)) is None:
+                broken += 1
+            else:
                 rows[line] = row
     return list(rows.values()), broken
+
+
+def parsed(line: str) -> dict | None:
+    """A line of progress; None where it is none."""
+    try:
+        row = json.loads(line)
+        row["seconds"] = float(row["seconds"])
+        good = all(isinstance(row[key], kind) for key, kind in KEYS.items()) and 0 <= row["seconds"] < 1e7
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return row if good else None
 
 
 def class_page(files: Sequence[Path], page: Path) -> str:
