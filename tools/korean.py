@@ -1,15 +1,18 @@
 """The Korean edition, by PO files: `python -m tools.korean extract | build | check [NAME …]`.
 
-A message is a paragraph of a notebook's markdown cell, or of README.md; `docs/locale/ko` has a file for each of them.
+A message is a paragraph of a notebook's markdown cell, or of README.md, or a sentence of an exercise's check;
+`docs/locale/ko` has a file for each notebook, one for README and one for the checks.
 
 extract  brings the PO files up to date with the English: what did not change keeps its Korean, what changed a little
          keeps it marked fuzzy, what is gone goes.
-build    writes notebooks/ko and README.ko.md from what is wholly translated (with names: from these in any case).
+build    writes notebooks/ko, README.ko.md and data/course/ko.json from what is wholly translated (with names: from
+         these in any case).
 check    says what a translation lost of its English: numbers, code, links, formulas, tags, the shape of the text;
          it fails too while a paragraph has no Korean.
 """
 
 import difflib
+import json
 import re
 import sys
 from collections import Counter
@@ -21,10 +24,11 @@ import polib
 from markdown_it import MarkdownIt
 
 from tools import colab
+from tools.korean_course import MODULES, course_messages
 
 ROOT = Path(__file__).parents[1]
 CATALOGUES = ROOT / "docs" / "locale" / "ko"
-README = "readme"
+README, COURSE = "readme", "course"
 LANGUAGES = "**English** · [한국어]({})", "[English]({}) · **한국어**"  # the paragraph that leads to the other one
 GLOSSARY = " · [용어집]({}docs/glossary_ko.md)"  # for the map and README, which lead to docs/
 NO_OUTPUTS = " (그림과 출력은 영어판에 저장되어 있습니다. 여기서는 셀을 실행하면 나타납니다.)"
@@ -34,6 +38,7 @@ _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r"\$\$.+?\$\$|(?<![\\$\w])\$[^$\s](?:[^$]*?[^$\s])?\$(?!\d)", re.DOTALL)
 _CODE = re.compile(r"(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 _TARGET = re.compile(r"(\]\()([^)\s]+)(?=[)\s])|((?:src|href)=[\"']?)([^\"'\s>]+)")
+_HOLE = re.compile(r"\{\d?\}")
 _TAG = re.compile(r"</?[a-zA-Z][\w-]*(?:\s[^<>]*)?>")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _LARGE = re.compile(r"(\d+(?:\.\d+)?) ?(million|billion|천만|만|억)(?: (\d+)(천만|만))?")  # 3.75 billion is 37억 5천만
@@ -46,7 +51,7 @@ _MARKDOWN = MarkdownIt().enable("table")
 def sources() -> dict[str, Path]:
     """Name of a PO file → the English file whose paragraphs it has."""
     notebooks = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-    return notebooks | {README: ROOT / "README.md"}
+    return notebooks | {README: ROOT / "README.md", COURSE: MODULES}
 
 
 def paragraphs(text: str) -> list[str]:
@@ -72,6 +77,9 @@ def is_message(paragraph: str) -> bool:
 
 def messages(path: Path) -> Iterator[tuple[str, str]]:
     """Yield each message of an English file with where it stands: the cell's id, or the file's name."""
+    if path == MODULES:
+        yield from course_messages()
+        return
     cells = [(path.name, path.read_text(encoding="utf-8"))]
     if path.suffix == ".ipynb":
         notebook = nbformat.read(path, as_version=4)
@@ -133,6 +141,8 @@ def built(name: str, catalogue: polib.POFile) -> tuple[Path, str]:
     """Return the Korean file that belongs to an English one, and what it must hold."""
     path = sources()[name]
     korean = {entry.msgid: entry.msgstr for entry in catalogue}
+    if name == COURSE:
+        return ROOT / "data" / "course" / "ko.json", json.dumps(korean, indent=0, ensure_ascii=False) + "\n"
     if name == README:
         text = translated(path.read_text(encoding="utf-8"), korean, _into_ko)
         return ROOT / "README.ko.md", text.replace(
@@ -164,7 +174,10 @@ def _deeper(target: str) -> str:
 
 def lost(english: str, korean: str) -> Iterator[str]:
     """Yield what a translation does not have as its English has it."""
-    kinds = {"code blocks": _FENCE, "code spans": _CODE, "formulas": _FORMULA, "link targets": _TARGET, "tags": _TAG}
+    kinds = {"code blocks": _FENCE, "code spans": _CODE, "formulas": _FORMULA, "link targets": _TARGET}
+    kinds |= {"tags": _TAG, "holes": _HOLE}
+    if "{}" in english and "$" not in english:  # a sentence of a check: its values may come in another order
+        korean = re.sub(r"\{\d\}", "{}", korean)
     texts = [english, korean]
     bare = list(texts)
     for kind, pattern in kinds.items():
@@ -172,7 +185,7 @@ def lost(english: str, korean: str) -> Iterator[str]:
         if seen[0] != seen[1]:
             yield f"{kind}: {_difference(*seen)}"
         if kind != "link targets":
-            bare = [pattern.sub(" ⋯ " if kind == "tags" else "x", text) for text in bare]
+            bare = [pattern.sub(" ⋯ " if kind in ("tags", "holes") else "x", text) for text in bare]
     if re.search("illion", bare[0]):  # elsewhere 만 is the particle "only"
         bare = [_LARGE.sub(_in_full, text) for text in bare]
     numbers = [Counter(_NUMBER.findall(text)) for text in bare]

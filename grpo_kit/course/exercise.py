@@ -16,6 +16,7 @@ import numpy as np
 
 from grpo_kit.config.errors import KitError, shown
 from grpo_kit.config.paths import PROJECT_ROOT
+from grpo_kit.course.spoken import spoken
 
 EXERCISES: dict[str, "Exercise"] = {}  # filled by the modules `exercises_NN`, as they are imported
 
@@ -50,7 +51,7 @@ class Checked:
     mistake: str = ""  # in a word: the misconception, or what stopped the code
 
     def __repr__(self) -> str:
-        return f"{'✓' if self.passed else '✗'} {self.exercise}: {self.message}"
+        return f"{'✓' if self.passed else '✗'} {self.exercise}: {spoken(self.message)}"
 
     def _repr_html_(self) -> str:
         colour = "#0a6b3d" if self.passed else "#a8330f"

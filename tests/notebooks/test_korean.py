@@ -11,7 +11,7 @@ import pytest
 from tools import korean
 
 NAMES = list(korean.sources())
-NOTEBOOKS = [name for name in NAMES if name != korean.README]
+NOTEBOOKS = [name for name in NAMES if name not in (korean.README, korean.COURSE)]
 GLOSSARY = korean.ROOT / "docs" / "glossary_ko.md"
 NOT_IN_IT = {"sampling seed", "score (a rewrite)"}  # the Korean texts say in full what is meant
 ENGLISH = "**So** `x` is 3: [here](a.ipynb), $r_i$ <br>"
@@ -52,7 +52,7 @@ def test_a_notebook_has_code_ids_and_tags_of_the_english_and_only_outputs_that_a
             assert cell.outputs == (source.outputs if "# NBVAL_CHECK_OUTPUT" in cell.source else [])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NOTEBOOKS, korean.README])
 def test_every_link_of_a_built_file_leads_somewhere(name: str) -> None:
     place, text = korean.built(name, korean.read(name))
     if place.suffix == ".ipynb":
