@@ -50,6 +50,7 @@ MENDED = {  # of the theme's HTML: what axe finds
     '<aside class="sidebar-drawer"': '<aside aria-label="pages" class="sidebar-drawer"',
     '<aside class="toc-drawer': '<aside aria-label="on this page" class="toc-drawer',
     "<th></th>": "<td></td>",
+    '<div id="search-results">': '<h1>Search</h1>\n<div id="search-results">',
     '<th class="head"><p></p></th>': "<td></td>",
 }
 _SENTENCE = re.compile(r"[^.!?]*[Yy]ou should see[^.!?]*[.!?]")

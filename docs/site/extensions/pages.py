@@ -34,9 +34,8 @@ def visit_math(self: Any, node: nodes.math) -> None:
 
 
 def visit_math_block(self: Any, node: nodes.math_block) -> None:
-    """Write a formula on lines of its own; a wide one is scrolled by itself, by keys too."""
-    start = '<div class="formula" tabindex="0" role="group" aria-label="formula">'
-    self.body.append(f"{start}{formula(node.astext(), 'block', node)}</div>")
+    """Write a formula on lines of its own; a wide one is scrolled by itself."""
+    self.body.append(f'<div class="formula">{formula(node.astext(), "block", node)}</div>')
     raise nodes.SkipNode
 
 

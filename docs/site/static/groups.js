@@ -40,7 +40,7 @@ function draw() {
 
 function card(sample) {
   const picture = page.make("img", { src: sample.picture, width: 128, height: 128, alt: `drawn from: ${sample.text}` });
-  const gold = `${(100 * sample.gold).toFixed(0)} %`;
+  const gold = `${(100 * sample.gold).toFixed(0)}\u00a0%`;
   const numbers = page.make(
     "p",
     { class: "numbers" },

@@ -52,7 +52,7 @@ function reading(rows, samples) {
     const shares = method.moments[moment.value].shares;
     return `${method.name} ${rows.reduce((sum, row) => sum + Math.abs(shares[row]), 0).toFixed(0)}\u00a0%`;
   });
-  return `Of these ${samples.length} rewrites are pushed up: ${up.join(", ")}. Share of the whole step that goes to this prompt: ${share.join(", ")}.`;
+  return `Pushed up, of these ${samples.length} rewrites: ${up.join(", ")}. Share of the whole step that goes to this prompt: ${share.join(", ")}.`;
 }
 
 draw();
