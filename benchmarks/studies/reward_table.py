@@ -1,4 +1,4 @@
-"""Every reward that the embedded world can score, audited on 200 of its pictures, whose worth a program knows.
+"""Every reward that the embedded world can score, audited on 200 of its pictures, which a program checks.
 
 25 held-out prompts, each in 4 texts (as it is, a sample of the initial policy, the demo run's policy, the oracle), each
 drawn from the same 2 latent seeds. `python -m benchmarks.studies.reward_table` writes `reports/reward_table/`:
