@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+from scipy.cluster.vq import kmeans2
 
 from grpo_kit.shapeworld.render import RADIUS, SIZE, Mark, draw_marks
 from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene
@@ -21,6 +22,7 @@ _OFF_CENTRE = 2.4  # pixels from the middle at which an object no longer stands 
 _SPOILED = 55.0  # root mean square RGB error of the best redrawing above which a picture shows no clean scene
 # A picture this near to its clean redrawing counts as blurred only where the blurred one is nearer by this factor.
 _NEAR, _SOFTER = 40.0, 0.92
+_NEARER, _ALIKE, _MORE_ALIKE = 0.75, 0.75, 0.06  # from when on `read` takes things that touch for several
 _KEEPS_GROUND = ("clean", "dreamy")  # styles that leave a plain background as it is
 _TEMPLATE = 16  # templates and objects are compared on a square of this side
 
@@ -34,6 +36,7 @@ class Found:
     x: float
     y: float
     side: float
+    likeness: float  # its overlap with the drawn shape, from 0 to 1, less where its box is not square
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,15 @@ def read(image: Image.Image) -> Reading:
     ground = np.median(border, axis=0)
     background = _nearest(ground, BACKGROUNDS)
     distance = np.linalg.norm(pixels - ground, axis=-1)
-    labels, _ = ndimage.label(distance > _FOREGROUND)
-    objects = [
-        _read_object(pixels, distance, labels == i + 1, box) for i, box in enumerate(ndimage.find_objects(labels))
-    ]
-    found = tuple(sorted((o for o in objects if o is not None), key=lambda o: o.x))
-    return Reading(found, background, _read_style(pixels, found, ground))
+    regions, _ = ndimage.label(distance > _FOREGROUND)
+    found = _read_objects(pixels, distance, regions)
+    style, error = _read_style(pixels, found, ground)
+    if style != "clean":  # perhaps since objects that touch were read as one
+        apart = _read_objects(pixels, distance, _cut(pixels, distance, regions))
+        other, nearer = _read_style(pixels, apart, ground)
+        if nearer < _NEARER * error and (other == "clean" or min((o.likeness for o in apart), default=0.0) > _ALIKE):
+            found, style = apart, other
+    return Reading(found, background, style)
 
 
 def check(image: Image.Image, scene: Scene) -> dict[str, bool]:
@@ -97,22 +103,46 @@ def _nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: float(np.linalg.norm(rgb - palette[name])))
 
 
-def _read_object(
-    pixels: np.ndarray, distance: np.ndarray, region: np.ndarray, box: tuple[slice, slice]
-) -> Found | None:
+def _cut(pixels: np.ndarray, distance: np.ndarray, regions: np.ndarray) -> np.ndarray:
+    """Cut regions where their soft edges meet, then each into two or three parts where these look more like shapes."""
+    tops, _ = ndimage.label((regions > 0) & (distance > ndimage.maximum_filter(distance, 5) / 2))
+    nearest = ndimage.distance_transform_edt(tops == 0, return_distances=False, return_indices=True)
+    regions = np.where(regions > 0, tops[tuple(nearest)], 0)
+    for region in range(1, regions.max() + 1):
+        where, points = regions == region, np.argwhere(regions == region).astype(float)
+        along = points[np.argsort(points[:, np.ptp(points, axis=0).argmax()], kind="stable")]
+        best = min((o.likeness for o in _read_objects(pixels, distance, where * 1)), default=1.0) + _MORE_ALIKE
+        for parts in (2, 3) if len(points) >= 3 * _SMALLEST else ():
+            starts, trial = along[np.linspace(0, len(points) - 1, parts).astype(int)], where * 1
+            trial[where] += kmeans2(points, starts, minit="matrix")[1]
+            found = _read_objects(pixels, distance, trial)
+            if len(found) == parts and (worst := min(o.likeness for o in found)) > best:
+                best, regions = worst, np.where(where, trial + regions.max(), regions)
+    return regions
+
+
+def _read_objects(pixels: np.ndarray, distance: np.ndarray, regions: np.ndarray) -> tuple[Found, ...]:
+    found = (_read_object(pixels, distance, regions, number) for number in range(1, regions.max() + 1))
+    return tuple(sorted((o for o in found if o is not None), key=lambda o: o.x))
+
+
+def _read_object(pixels: np.ndarray, distance: np.ndarray, regions: np.ndarray, number: int) -> Found | None:
+    region = regions == number
     if region.sum() < _SMALLEST:
         return None
     core = region & (distance >= np.quantile(distance[region], 0.5))
     colour = _nearest(np.median(pixels[core], axis=0), COLOURS)
-    coverage = np.clip(np.where(ndimage.binary_dilation(region), distance, 0.0) / np.median(distance[core]), 0.0, 1.0)
+    own = ndimage.binary_dilation(region) & (region | (regions == 0))
+    coverage = np.clip(np.where(own, distance, 0.0) / np.median(distance[core]), 0.0, 1.0)
     (left, right), (top, bottom) = _edges(coverage.max(axis=0)), _edges(coverage.max(axis=1))
-    square = _to_square(coverage[box])
+    square = _to_square(coverage[ndimage.find_objects(region.astype(int))[0]])
     overlap = {
         name: max(np.minimum(square, t).sum() / np.maximum(square, t).sum() for t in templates)
         for name, templates in _templates().items()
     }
-    shape, side = max(overlap, key=overlap.get), max(right - left, bottom - top)
-    return Found(colour, shape, (left + right) / 2, (top + bottom) / 2, side)
+    shape, sides = max(overlap, key=overlap.get), (right - left, bottom - top)
+    likeness = float(overlap[shape] * min(sides) / max(sides))
+    return Found(colour, shape, (left + right) / 2, (top + bottom) / 2, max(sides), likeness)
 
 
 def _edges(profile: np.ndarray) -> tuple[float, float]:
@@ -146,8 +176,8 @@ def _template(shape: str, radius: float, offset: float) -> np.ndarray:
     return _to_square(coverage[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
 
 
-def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], ground: np.ndarray) -> str:
-    """The style in which the objects, drawn again where they were found, come nearest; "spoiled" where none is near.
+def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], ground: np.ndarray) -> tuple[str, float]:
+    """In which style the objects, drawn again where found, come nearest, and how near; "spoiled" where none is near.
 
     They are drawn on the world's backgrounds, and on the picture's own where the style leaves it as it is: a clean
     picture on another grey is clean.
@@ -162,9 +192,9 @@ def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], ground: np.ndarr
         errors[style] = min(float(np.sqrt(((again - pixels) ** 2).sum(-1).mean())) for again in redrawn)
     best = min(errors, key=errors.get)
     if not objects or errors[best] > _SPOILED:
-        return "spoiled"
+        return "spoiled", errors[best]
     slightly_soft = best == "dreamy" and errors["dreamy"] > _SOFTER * errors["clean"]
-    return "clean" if slightly_soft and errors["clean"] < _NEAR else best
+    return "clean" if slightly_soft and errors["clean"] < _NEAR else best, errors[best]
 
 
 def _place(found: Found) -> str:

@@ -94,6 +94,29 @@ def test_moved_together_the_things_of_a_scene_are_one_region() -> None:
     assert study.regions(study.render_touching(scene), ground) == 1
 
 
+def test_things_of_one_colour_that_touch_are_told_apart_by_the_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = [scene for scene in random_scenes(80, seed=6, style="clean") if scene.kind == "counted"]
+    images = [study.render_touching(scene) for scene in scenes]
+    assert study.known_errors(images, scenes)["count"]["errors"] <= 0.2 * len(scenes)
+    monkeypatch.setattr(verify, "_cut", lambda pixels, distance, regions: regions)
+    assert study.known_errors(images, scenes)["count"]["errors"] == len(scenes)
+
+
+def test_blurred_scenes_are_read_better_with_the_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = [scene for scene in random_scenes(150, seed=7, style="clean") if scene.kind != "single"]
+    soft = [study.render(scene).filter(study.ImageFilter.GaussianBlur(1.5)) for scene in scenes]
+    errors = study.known_errors(soft, scenes, soft=True)["count"]["errors"]
+    monkeypatch.setattr(verify, "_cut", lambda pixels, distance, regions: regions)
+    assert errors < study.known_errors(soft, scenes, soft=True)["count"]["errors"] / 2
+
+
+def test_one_thing_is_not_cut_apart() -> None:
+    for style in ("clean", "dreamy", "vintage"):
+        scenes = [scene for scene in random_scenes(60, seed=8, style=style) if scene.kind == "single"]
+        read = [len(verify.read(study.render(scene)).objects) for scene in scenes]
+        assert max(read) == 1, style
+
+
 def test_crisp_scenes_are_read_without_an_error_and_a_grey_picture_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = random_scenes(60, seed=5, style="clean")
     images = [study.render(scene) for scene in scenes]
