@@ -6,6 +6,7 @@ shapes (overlap with drawn templates), and redraws what it read in every style: 
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -23,7 +24,9 @@ _SPOILED = 55.0  # root mean square RGB error of the best redrawing above which 
 # A picture this near to its clean redrawing counts as blurred only where the blurred one is nearer by this factor.
 _NEAR, _SOFTER = 40.0, 0.92
 _NEARER, _ALIKE, _MORE_ALIKE = 0.75, 0.75, 0.06  # from when on `read` takes things that touch for several
+_SHAPE = 0.86  # a region with a likeness of this less _MORE_ALIKE is one thing, and is not tried in parts
 _KEEPS_GROUND = ("clean", "dreamy")  # styles that leave a plain background as it is
+_OFFSETS = (0.0, 0.25, 0.5)  # of a template, in pixels
 _TEMPLATE = 16  # templates and objects are compared on a square of this side
 
 
@@ -112,7 +115,7 @@ def _cut(pixels: np.ndarray, distance: np.ndarray, regions: np.ndarray) -> np.nd
         where, points = regions == region, np.argwhere(regions == region).astype(float)
         along = points[np.argsort(points[:, np.ptp(points, axis=0).argmax()], kind="stable")]
         best = min((o.likeness for o in _read_objects(pixels, distance, where * 1)), default=1.0) + _MORE_ALIKE
-        for parts in (2, 3) if len(points) >= 3 * _SMALLEST else ():
+        for parts in (2, 3) if len(points) >= 3 * _SMALLEST and best < _SHAPE else ():
             starts, trial = along[np.linspace(0, len(points) - 1, parts).astype(int)], where * 1
             trial[where] += kmeans2(points, starts, minit="matrix")[1]
             found = _read_objects(pixels, distance, trial)
@@ -136,13 +139,11 @@ def _read_object(pixels: np.ndarray, distance: np.ndarray, regions: np.ndarray, 
     coverage = np.clip(np.where(own, distance, 0.0) / np.median(distance[core]), 0.0, 1.0)
     (left, right), (top, bottom) = _edges(coverage.max(axis=0)), _edges(coverage.max(axis=1))
     square = _to_square(coverage[ndimage.find_objects(region.astype(int))[0]])
-    overlap = {
-        name: max(np.minimum(square, t).sum() / np.maximum(square, t).sum() for t in templates)
-        for name, templates in _templates().items()
-    }
-    shape, sides = max(overlap, key=overlap.get), (right - left, bottom - top)
-    likeness = float(overlap[shape] * min(sides) / max(sides))
-    return Found(colour, shape, (left + right) / 2, (top + bottom) / 2, max(sides), likeness)
+    shapes, templates = _templates()
+    overlap = np.minimum(square, templates).sum((1, 2)) / np.maximum(square, templates).sum((1, 2))
+    best, sides = int(overlap.argmax()), (right - left, bottom - top)
+    likeness = float(overlap[best] * min(sides) / max(sides))
+    return Found(colour, shapes[best], (left + right) / 2, (top + bottom) / 2, max(sides), likeness)
 
 
 def _edges(profile: np.ndarray) -> tuple[float, float]:
@@ -158,14 +159,10 @@ def _to_square(coverage: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _templates() -> dict[str, list[np.ndarray]]:
-    """Each shape as the reader would crop it, at every radius and at a few sub-pixel offsets."""
-    return {
-        shape: [
-            _template(shape, radius, offset) for radius in sorted(set(RADIUS.values())) for offset in (0.0, 0.25, 0.5)
-        ]
-        for shape in SHAPES
-    }
+def _templates() -> tuple[list[str], np.ndarray]:
+    """Names and (n, 16, 16) coverage of shapes as the reader would crop them, at all radii and sub-pixel offsets."""
+    each = list(product(SHAPES, sorted(set(RADIUS.values())), _OFFSETS))
+    return [shape for shape, _, _ in each], np.stack([_template(*one) for one in each])
 
 
 def _template(shape: str, radius: float, offset: float) -> np.ndarray:
