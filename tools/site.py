@@ -29,7 +29,15 @@ from tools.site_numbers import write_playgrounds
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "site"
-DOCUMENTS = ("README.md", "README.ko.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/prompts/README.md", "docs/*.md")
+DOCUMENTS = (
+    "README.md",
+    "README.ko.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "data/prompts/README.md",
+    "data/shapeworld/labels/README.md",
+    "docs/*.md",
+)
 BESIDE = ("notebooks/images/*", "docs/images/*", "docs/plans.json")  # what documents show or link to
 SHOWN = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 UNSHOWN = {"colab", "teacher"}  # tags of cells that say nothing to a reader
