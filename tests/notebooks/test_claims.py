@@ -141,6 +141,11 @@ def test_the_check_and_the_reward_contradict_each_other_on_some_pictures() -> No
     assert ((trained["reward"] > high) & (trained["gold"] <= low)).sum() == disputed > 0
 
 
+def test_how_many_disputed_pictures_the_present_check_leaves() -> None:
+    (count,) = said("08", "pictures that show what was asked, and only # of them")
+    assert printed("08", "disputed = rows")[0] == f"{count} pictures"
+
+
 def test_how_much_the_check_misreads_of_scenes_that_are_known() -> None:
     """08_evaluate: rendered scenes, crisp and blurred; all of them hold what is checked, blurred ones are not clean."""
     from grpo_kit.shapeworld.render import render
