@@ -3,6 +3,7 @@
 Paths do not count: a file that was moved is the same, one that was edited in place is not.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from grpo_kit.config.errors import ConfigError
 from grpo_kit.config.paths import OWN_REWARDS, PROMPT_PATHS, change_paths
+from grpo_kit.config.pictures import Picture
 from grpo_kit.config.prompts import Prompt, load_prompts
 from grpo_kit.config.settings import Config
 
@@ -39,12 +41,20 @@ def content_digest(path: Path) -> str:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """How many prompts, and the sha256 of all that they say, in their order; not of the file's form."""
-    digest = hashlib.sha256()
+    """How many prompts, and the sha256 of all that they say and show, in their order; not of the file's form."""
+    digest, shown = hashlib.sha256(), functools.cache(_picture_digest)
     for prompt in prompts:
         row = (prompt.user_prompt, prompt.category, prompt.difficulty, sorted(prompt.metadata.items()))
+        row += tuple(map(shown, prompt.images))
         digest.update(repr(row).encode("utf-8", "backslashreplace"))
     return f"{len(prompts)} prompts, {digest.hexdigest()}"
+
+
+def _picture_digest(picture: Picture) -> str:
+    try:
+        return hashlib.sha256(picture if isinstance(picture, bytes) else picture.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{picture}: cannot be read: {error.strerror}. A prompt names this picture") from None
 
 
 def decisive_contents(

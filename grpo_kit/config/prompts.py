@@ -7,12 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grpo_kit.config.display import LINE, Shown, cut, line, table
+from grpo_kit.config.display import LINE, Html, Shown, cut, line, picture, table
 from grpo_kit.config.errors import ConfigError, one_line, shown
+from grpo_kit.config.pictures import Picture, open_picture, take_pictures
 from grpo_kit.config.prompt_files import read_records
 from grpo_kit.config.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _SHOWN = 10  # prompts of a list in a notebook
 TEXTS = ("user_prompt", "category", "difficulty")
@@ -28,11 +32,29 @@ class Prompt(Shown):
     category: str = "basic"
     difficulty: str = "medium"
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    images: tuple[Picture, ...] = ()  # files, or their content
 
     def __repr__(self) -> str:
         parts = [f"{name}={getattr(self, name)!r}" for name in (*TEXTS, "metadata")]
+        if self.images:
+            names = (f"{len(one):,} bytes" if isinstance(one, bytes) else one.name for one in self.images)
+            parts.append(f"images=({', '.join(names)})")
         whole = f"Prompt({', '.join(parts)})"
-        return whole if len(whole) <= LINE else f"Prompt({', '.join(cut(part, 44) for part in parts)})"
+        return whole if len(whole) <= LINE else f"Prompt({', '.join(cut(part, 176 // len(parts)) for part in parts)})"
+
+    def _shown(self) -> dict[str, object]:
+        texts = {name: getattr(self, name) for name in (*TEXTS, "metadata")}
+        return texts | ({"images": self._thumbnails()} if self.images else {})
+
+    def _thumbnails(self) -> Html:
+        try:
+            return Html(" ".join(map(picture, self.pictures())))
+        except ConfigError:  # a file that is gone
+            return picture(None)
+
+    def pictures(self) -> list["Image.Image"]:
+        """Its pictures, opened: in RGB, upright, over white. A `ConfigError` where one is gone or broken by now."""
+        return [open_picture(one, f"prompt {self.user_prompt[:40]!r}: image") for one in self.images]
 
 
 class Prompts(list[Prompt]):
@@ -48,23 +70,30 @@ class Prompts(list[Prompt]):
         return line("Prompts", {"count": len(self), "categories": len({one.category for one in self}), **first})
 
     def _repr_html_(self) -> str:
-        rows = [(one.user_prompt, one.category, one.difficulty, one.metadata or "") for one in self[:_SHOWN]]
+        first = self[:_SHOWN]
+        rows = [(one.user_prompt, one.category, one.difficulty, one.metadata or "") for one in first]
+        header = (*TEXTS, "metadata")
+        if any(one.images for one in first):
+            header = (*header, "images")
+            rows = [(*row, one._thumbnails() if one.images else "") for row, one in zip(rows, first, strict=True)]
         left = f"and {len(self) - _SHOWN:,} more" if len(self) > _SHOWN else ""
-        return table(f"{len(self):,} prompts", rows, (*TEXTS, "metadata"), left)
+        return table(f"{len(self):,} prompts", rows, header, left)
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
     """Read prompts: `{"user_prompt": "a cat", "category": "basic", "difficulty": "easy"}` a line, or a table of those.
 
     Read are JSONL, a JSON array of such objects, CSV with a header, parquet, arrow, and a folder that `save_to_disk` of
-    `datasets` wrote. Further keys are kept as metadata; a category or difficulty of null is the default. Raises
-    `ConfigError` with file:line, or file and row, at the first prompt that is broken.
+    `datasets` wrote. Further keys are kept as metadata; a category or difficulty of null is the default. `image` is a
+    picture and `images` a list of them: paths that count from the file's folder, in tables also bytes. Raises
+    `ConfigError` with file:line, or file and row, at the first prompt that is broken, or whose picture is.
     """
-    path = Path(path)
+    path, known = Path(path), {}
     if "\0" in str(path):
         raise ConfigError(f"{shown(str(path))}: found a NUL in the path. Name {_FORMS}")
     try:
-        prompts = [_prompt(record, where) for where, record in read_records(path)]
+        folder = (path if path.is_dir() else path.parent).absolute()
+        prompts = [_prompt(record, where, folder, known) for where, record in read_records(path)]
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or one_line(error)}. Name {_FORMS}") from None
     if not prompts:
@@ -72,10 +101,11 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return Prompts(prompts)
 
 
-def _prompt(record: object, where: str) -> Prompt:
+def _prompt(record: object, where: str, folder: Path, known: dict[Picture, Picture]) -> Prompt:
     if not isinstance(record, dict) or "user_prompt" not in record:
         example = 'an object with user_prompt, such as {"user_prompt": "a cat"}'
         raise ConfigError(f"{where}: found {shown(record)}, allowed: {example}")
+    images = take_pictures(record, folder, where, known)
     try:  # whether it can be written again
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, TypeError, RecursionError):
@@ -83,7 +113,7 @@ def _prompt(record: object, where: str) -> Prompt:
         raise ConfigError(f"{where}: found a value that JSON cannot hold, allowed: {allowed}") from None
     given = {name: record.pop(name) for name in TEXTS if name in record}
     texts = {name: _text(value, name, where) for name, value in given.items() if value is not None or name == TEXTS[0]}
-    return Prompt(**texts, metadata=record)
+    return Prompt(**texts, metadata=record, images=images)
 
 
 def _text(value: object, name: str, where: str) -> str:
