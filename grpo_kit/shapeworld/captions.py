@@ -25,7 +25,7 @@ USER_WORDS = {
     "at the top": "way up", "at the bottom": "down below", "in the center": "in the middle",
     "white background": "on snow", "gray background": "on stone", "black background": "at night",
 }  # fmt: skip
-_PLACES = {
+PLACE_WORDS = {
     "center": "in the center",
     "left": "on the left",
     "right": "on the right",
@@ -56,7 +56,7 @@ def describe(scene: Scene, dialect: str | float = "generator", rng: random.Rando
 
     clauses = [_things(scene, say)]
     if scene.place:
-        clauses.append(say(_PLACES[scene.place]))
+        clauses.append(say(PLACE_WORDS[scene.place]))
     if scene.background:
         clauses.append(say(f"{scene.background} background"))
     return ", ".join(clauses)
@@ -101,7 +101,7 @@ def _meanings(values: dict[str, object]) -> dict[str, object]:
 _COLOUR_OF, _SHAPE_OF, _SIZE_OF = (_meanings({value: value for value in values}) for values in (COLOURS, SHAPES, SIZES))
 _COUNT_OF = _meanings({word: count for count, word in _COUNTS.items()})
 _RELATION_OF = {**_meanings({relation: relation for relation in RELATIONS}), "and": None}
-_PLACE_OF = _meanings({_PLACES[place]: place for place in PLACES})
+_PLACE_OF = _meanings({PLACE_WORDS[place]: place for place in PLACES})
 _BACKGROUND_OF = _meanings({f"{name} background": name for name in BACKGROUNDS})
 _STYLE_OF = {word: style for style, words in STYLE_WORDS.items() for word in words}
 _PLURAL_OF = {_plural(word): shape for word, shape in _SHAPE_OF.items()}
@@ -185,6 +185,6 @@ def paraphrase(text: str) -> str | None:
         return value if said else USER_WORDS[value]
 
     clauses = [say(f"{scene.background} background")] if scene.background else []
-    clauses += [say(_PLACES[scene.place])] if scene.place else []
+    clauses += [say(PLACE_WORDS[scene.place])] if scene.place else []
     clauses += [clause for clause in _clauses(text) if clause in _STYLE_OF or clause in IDLE_WORDS]
     return f"{', '.join([_things(scene, say), *clauses]).capitalize()}."

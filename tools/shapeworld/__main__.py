@@ -13,17 +13,19 @@ from grpo_kit.models.generator import load_generator
 from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.clip import load_clip_similarity
 from grpo_kit.shapeworld.scene import random_scenes
-from tools.shapeworld import measure
+from tools.shapeworld import measure, measure_eyes
 from tools.shapeworld.cards import contact_sheet, write_card
+from tools.shapeworld.eyes import train_eyes
 from tools.shapeworld.generator import train_generator
+from tools.shapeworld.picture_prompts import write_picture_prompts
 from tools.shapeworld.pictures import draw_all
 from tools.shapeworld.policy import train_policy
 from tools.shapeworld.prompts import write_prompts
 from tools.shapeworld.reward_model import save_reward_model, train_reward_model
 from tools.shapeworld.vae import peak_signal_to_noise, train_vae
 
-STAGES = ("prompts", "clip", "generator", "policy")
-STEPS = {"vae": 1500, "generator": 5000, "clip": 2500, "policy": 2600}
+STAGES = ("prompts", "clip", "generator", "policy", "eyes")
+STEPS = {"vae": 1500, "generator": 5000, "clip": 2500, "policy": 2600, "eyes": 4000}
 COMMAND = "python -m tools.shapeworld"
 
 
@@ -40,14 +42,14 @@ def main(
     seed: Annotated[int, typer.Option(help="of data, weights and batches")] = 0,
     threads: Annotated[int, typer.Option(help="of torch; 0 leaves its default")] = 0,
 ) -> None:
-    """Train the embedded world's models; an hour and a half on two cores. A stopped build goes on where it was."""
+    """Train the embedded world's models; two hours on two cores. A stopped build goes on where it was."""
     if threads:
         torch.set_num_threads(threads)
     unknown = set(stages or STAGES) - set(STAGES)
     if unknown:
         raise typer.BadParameter(f"found {min(unknown)!r}, allowed: {', '.join(STAGES)}")
     steps = {name: max(2, round(count * scale)) for name, count in STEPS.items()}
-    builders = {"prompts": _prompts, "clip": _clip, "generator": _generator, "policy": _policy}
+    builders = {"prompts": _prompts, "clip": _clip, "generator": _generator, "policy": _policy, "eyes": _eyes}
     for stage in stages or STAGES:
         builders[stage](out, work, steps, seed)
         typer.echo(f"{stage}: done")
@@ -55,6 +57,7 @@ def main(
 
 def _prompts(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     write_prompts(out.parent / "prompts")
+    write_picture_prompts(out.parent / "prompts")
 
 
 def _clip(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
@@ -95,6 +98,27 @@ def _policy(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     metrics = measure.manners(policy)
     minutes = {"policy": outcome.minutes}
     write_card(folder, "policy", command=f"{COMMAND} policy", seed=seed, minutes=minutes, metrics=metrics)
+
+
+def _eyes(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
+    model, processor, outcome = train_eyes(out / "policy", random_scenes(24_000, seed + 5), work, steps["eyes"], seed)
+    folder = _emptied(out / "policy_eyes")
+    model.half().save_pretrained(folder)  # as the generator's: loaded as float32 unless told otherwise
+    processor.save_pretrained(folder)
+    policies = {
+        name: load_policy(load_config("tiny", {"model_settings.vlm_model": str(out / name)}))
+        for name in ("policy_eyes", "policy")
+    }
+    policy = policies["policy_eyes"]
+    metrics = {
+        "without pictures": measure.manners(policy),
+        "without pictures, the policy it began as": measure.manners(policies["policy"]),
+        "greedy rewrite states all that is meant": measure_eyes.reading(policy),
+        "second answer is what the painter needs": measure_eyes.looking(policy),
+        "keeps": measure_eyes.keeping(policy),
+    }
+    minutes = {"eyes": outcome.minutes}
+    write_card(folder, "policy_eyes", command=f"{COMMAND} eyes", seed=seed, minutes=minutes, metrics=metrics)
 
 
 def _emptied(folder: Path) -> Path:

@@ -20,6 +20,11 @@ _PURPOSE = {
         "idly, some harmfully. It is the start of GRPO training.",
         "Any text outside the world's grammar; it knows about sixty words.",
     ),
+    "policy_eyes": (
+        "The policy, trained on: it rewrites with a picture beside the words (the same, an edit), and looks at the "
+        "picture that its first rewrite gave before it writes again, or keeps it. It is the start of GRPO training.",
+        "Any text outside the world's grammar, photographs, more than one picture in a turn.",
+    ),
     "generator": (
         "StableDiffusion3Pipeline, 4.6 M parameters: draws 32 x 32 pictures of coloured shapes. Use guidance 1.0 to "
         "1.5 and about 8 steps; it works with its T5 encoder and without it (text_encoder_3=None, "

@@ -97,7 +97,7 @@ def train_policy(
         rng = random.Random(derive_seed(seed, "policy-batch", step))
         requests = [leave_open(scene, 0.4, rng) for scene in rng.sample(scenes, BATCH)]
         pictures = [render(scene, rng) for scene in rng.sample(scenes, BATCH)] if step % 4 == 0 else None
-        batch = _batch(processor, requests, pictures, rng)
+        batch = rewriting_batch(processor, requests, pictures, rng)
         return model(**batch, use_cache=False).loss
 
     recipe = Recipe("policy", {"policy": model}, steps, 2e-3, loss, ema_decay=0.998, seed=seed)
@@ -105,20 +105,39 @@ def train_policy(
     return model.eval(), processor, outcome
 
 
-def _batch(
+def rewriting_batch(
     processor: Qwen2_5_VLProcessor, requests: list[Scene], pictures: list[Image.Image] | None, rng: random.Random
 ) -> dict[str, torch.Tensor]:
-    """Prompts and rewrites as token ids, right-padded, with labels on the rewrites only."""
-    prompts = [INSTRUCTION.format(prompt=describe(request, rng.choice((0.0, 0.5, 1.0)), rng)) for request in requests]
-    picture = [{"type": "image"}] if pictures else []
-    messages = [[{"role": "user", "content": [*picture, {"type": "text", "text": prompt}]}] for prompt in prompts]
-    opened = [processor.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
-    texts = [text + sample_rewrite(request, rng) + "<|im_end|>" for text, request in zip(opened, requests, strict=True)]
+    """Prompts and sampled rewrites; with a picture each, which says nothing, where there are pictures."""
+    prompts = [describe(request, rng.choice((0.0, 0.5, 1.0)), rng) for request in requests]
+    conversations = [[asked(prompt, pictures=1 if pictures else 0)] for prompt in prompts]
+    answers = [sample_rewrite(request, rng) for request in requests]
+    return supervised_batch(processor, conversations, pictures, answers)
+
+
+def asked(prompt: str, instruction: str = INSTRUCTION, pictures: int = 0) -> dict[str, object]:
+    """A user's turn: pictures, then the instruction with the prompt."""
+    text = {"type": "text", "text": instruction.format(prompt=prompt)}
+    return {"role": "user", "content": [*[{"type": "image"}] * pictures, text]}
+
+
+def supervised_batch(
+    processor: Qwen2_5_VLProcessor,
+    conversations: list[list[dict[str, object]]],
+    pictures: list[Image.Image] | None,
+    answers: list[str],
+) -> dict[str, torch.Tensor]:
+    """Conversations and their last answers as token ids, right-padded, with labels on these answers only.
+
+    `pictures` are those of all conversations, in the order of their turns.
+    """
+    opened = [processor.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in conversations]
+    ends = [answer + processor.tokenizer.eos_token for answer in answers]
+    texts = [text + end for text, end in zip(opened, ends, strict=True)]
     batch = processor(text=texts, images=pictures, padding=True, padding_side="right", return_tensors="pt")
-    answers = [len(ids) for ids in processor.tokenizer([text.rsplit("assistant\n", 1)[1] for text in texts]).input_ids]
     lengths = batch["attention_mask"].sum(dim=1)
     positions = torch.arange(batch["input_ids"].shape[1])
-    starts = lengths - torch.tensor(answers)
+    starts = lengths - torch.tensor([len(ids) for ids in processor.tokenizer(ends).input_ids])
     answered = (positions >= starts[:, None]) & (positions < lengths[:, None])
     batch["labels"] = torch.where(answered, batch["input_ids"], -100)
     return dict(batch)
