@@ -25,11 +25,11 @@ _SCHEMA = pa.schema(
         **dict.fromkeys(("caption", "target"), pa.string()),
     }
 )
-Taken = set[tuple[Scene, str]]  # scenes and what is asked of them
+Taken = set[tuple[Scene, Scene]]  # what a picture shows and what is meant
 
 
 def make_picture_prompts(task: str, rounds: int, seed: int, held_out: bool) -> list[dict[str, object]]:
-    """Rounds of prompts of all categories of a task, "redraw" or "edit"; no scene has the same request twice.
+    """Rounds of prompts of all categories of a task, "redraw" or "edit"; no two of them mean the same.
 
     `caption` says what the picture shows and `target` what is meant, both in the generator's words.
     """
@@ -51,7 +51,7 @@ def write_picture_prompts(folder: Path) -> None:
 def _redraw(category: str, rng: random.Random, held_out: bool, taken: Taken) -> dict[str, object]:
     while True:
         scene = random_scene(rng, style="clean")
-        if scene.kind == _KINDS[category] and is_held_out(scene) == held_out and (scene, REDRAW) not in taken:
+        if scene.kind == _KINDS[category] and is_held_out(scene) == held_out and (scene, scene) not in taken:
             return _row(REDRAW, category, scene, scene, rng, taken)
 
 
@@ -61,13 +61,12 @@ def _edit(category: str, rng: random.Random, held_out: bool, taken: Taken) -> di
         edit = sample_edit(scene, rng, category)
         if edit is None or is_held_out(scene) != held_out or (not held_out and is_held_out(edit.apply(scene))):
             continue
-        asked = edit.instruction(0.5, rng)
-        if (scene, asked) not in taken:
-            return _row(asked, category, scene, edit.apply(scene), rng, taken)
+        if (scene, edit.apply(scene)) not in taken:
+            return _row(edit.instruction(0.5, rng), category, scene, edit.apply(scene), rng, taken)
 
 
 def _row(asked: str, category: str, scene: Scene, target: Scene, rng: random.Random, taken: Taken) -> dict[str, object]:
-    taken.add((scene, asked))
+    taken.add((scene, target))
     file = io.BytesIO()
     render(scene, rng).save(file, "PNG")
     return {
