@@ -65,12 +65,11 @@ def open_picture(picture: Picture, where: str, quick: bool = False) -> "Image.Im
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     name = f"{len(picture):,} bytes" if isinstance(picture, bytes) else f"'{printable(str(picture))}'"
-    kinds = f"a file in one of {', '.join(_KINDS)}"
+    advice = f"allowed: a file in one of {', '.join(_KINDS)}. Correct the path, or copy or convert the picture again"
     large = f"{where}: found {name} of %s pixels, allowed: {MAX_PIXELS:,}. Make the picture smaller"
     try:
         if isinstance(picture, Path) and not picture.is_file():
-            found = f"the folder {name}" if picture.is_dir() else f"{name}, which does not exist"
-            raise ConfigError(f"{where}: found {found}, allowed: {kinds}. Correct the path, or copy the picture there")
+            raise ConfigError(f"{where}: found {name}, where there is no file, {advice}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, of large files and odd metadata
             with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=_KINDS) as image:
@@ -85,16 +84,11 @@ def open_picture(picture: Picture, where: str, quick: bool = False) -> "Image.Im
     except Image.DecompressionBombError:  # PIL's own bound comes first
         raise ConfigError(large % "very many") from None
     except UnidentifiedImageError:
-        what = ", which is empty" if _is_empty(picture) else ", which is no picture"
-        raise ConfigError(f"{where}: found {name}{what}, allowed: {kinds}. Convert it, or copy it again") from None
+        what = "no picture" if picture and (isinstance(picture, bytes) or picture.stat().st_size) else "empty"
+        raise ConfigError(f"{where}: found {name}, which is {what}, {advice}") from None
     except Exception as error:  # decoders raise many kinds
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 80)
-        found = f"{name}, which cannot be read ({reason})"
-        raise ConfigError(f"{where}: found {found}, allowed: {kinds}. Copy it again, or convert it") from None
-
-
-def _is_empty(picture: Picture) -> bool:
-    return not (picture if isinstance(picture, bytes) else picture.stat().st_size)
+        raise ConfigError(f"{where}: found {name}, which cannot be read ({reason}), {advice}") from None
 
 
 def _in_rgb(image: "Image.Image") -> "Image.Image":

@@ -1,7 +1,8 @@
 """Rewards: callables `(images, prompts, enhanced_prompts) -> (N,) float`, NaN where a sample cannot be scored.
 
-One whose signature also names `group_ids` or `image_seeds` is handed those by keyword. Any function will do; nothing is
-registered. The names below are what rewards are composed of; each is loaded when it is first used.
+One whose signature also names `group_ids`, `image_seeds`, `metadata` or `references` is handed those by keyword. Any
+function will do; nothing is registered. The names below are what rewards are composed of; each is loaded when it is
+first used.
 
     from grpo_kit.rewards import Gain, Length, Rewards, Shaping
     clip = kit.rewards.parts["clip_similarity"]
@@ -20,6 +21,7 @@ _MODULES = {
     ("in_threads", "with_time_limit"): "slow",
     ("ClipSimilarity",): "clip",
     ("Consistency", "Diversity", "ImageQuality", "MeaningKept", "Safety", "Style"): "embedding_scores",
+    ("EditDirection", "FieldSimilarity", "ImageSimilarity", "load_dino_similarity"): "references",
     ("Gain",): "gain",
     ("Aesthetic", "HumanPreference", "PickScore", "load_aesthetic", "load_hps", "load_pickscore"): "learned",
     ("JpegSize", "Length", "Repetition", "contrast", "sharpness"): "plain",

@@ -45,7 +45,7 @@ class ClipEncoder:
     @torch.no_grad()
     def encode_images(self, images: Images) -> torch.Tensor:
         """(N, D) unit vectors. The last two batches are kept, by their pixels."""
-        key = _fingerprint(images)
+        key = fingerprint(images)
         if kept := [features for batch, features in self._batches if batch == key]:
             return kept[0]
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
@@ -102,7 +102,8 @@ def load_clip_similarity(name: str, pretrained: str | None, device: torch.device
     return ClipSimilarity(*load_open_clip(name, pretrained, setting), device)
 
 
-def _fingerprint(images: Images) -> bytes:
+def fingerprint(images: Images) -> bytes:
+    """A digest of the images' pixels."""
     digest = hashlib.blake2b(digest_size=16)
     for image in images:
         plain = image if image.mode == "RGB" else image.convert("RGBA")

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from grpo_kit.rewards.clip import fingerprint
 from grpo_kit.rewards.protocol import (
     ABSTAINED,
     COLUMNS,
@@ -55,32 +56,34 @@ class Gain:
         enhanced_prompts: Texts,
         image_seeds: torch.Tensor | None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
+        references: Sequence[Sequence[Image.Image] | None] | None = None,
     ) -> torch.Tensor | list[float | None]:
-        """(N,) differences; `image_seeds` (N,) are the images' latent seeds, `metadata` is for the inner reward."""
+        """(N,) differences; `image_seeds` (N,) are the latent seeds, the other two are for the inner reward."""
         if image_seeds is None:
             raise RewardError("draws raw prompts with the images' seeds, and found no image_seeds. Pass them to score")
         seeds, fields = torch.as_tensor(image_seeds), metadata or [{}] * len(prompts)
+        given = references or [None] * len(prompts)
+        seen = [fingerprint(pictures or ()) for pictures in given]
         steps = getattr(self.generator, "num_inference_steps", None)  # fewer in training than in evaluation
-        key = (steps, *zip(prompts, seeds.tolist(), map(repr, fields), strict=True))
+        key = (steps, *zip(prompts, seeds.tolist(), map(repr, fields), seen, strict=True))
         if key not in self._kept:
-            self._kept[key] = self._raw_scores(prompts, seeds, fields)
+            self._kept[key] = self._raw_scores(prompts, seeds, fields, given)
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT_CALLS:
             self._kept.popitem(last=False)
-        own, raw = self._score(images, prompts, enhanced_prompts, seeds, fields), self._kept[key]
+        own, raw = self._score(images, prompts, enhanced_prompts, seeds, fields, given), self._kept[key]
         return as_answer((own - raw).masked_fill((own == ABSTAINED) | (raw == ABSTAINED), ABSTAINED))
 
     def _score(self, *columns: Sequence | torch.Tensor) -> torch.Tensor:
-        """(N,) inner rewards of images, prompts, enhanced prompts, seeds and metadata, in float64."""
-        count = len(columns[0])
-        batch = dict(zip((*COLUMNS, "image_seeds", "metadata"), columns, strict=True))
-        return as_column(call(self.reward, batch | {"group_ids": None, "references": [None] * count}), count)
+        """(N,) inner rewards of images, prompts, enhanced prompts, seeds, metadata and references, in float64."""
+        batch = dict(zip((*COLUMNS, "image_seeds", "metadata", "references"), columns, strict=True))
+        return as_column(call(self.reward, batch | {"group_ids": None}), len(columns[0]))
 
-    def _raw_scores(self, prompts: Texts, seeds: torch.Tensor, fields: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-        """(N,) inner rewards of the raw prompts' images; NaN without one."""
+    def _raw_scores(self, prompts: Texts, seeds: torch.Tensor, *context: Sequence) -> torch.Tensor:
+        """(N,) inner rewards of the raw prompts' images; NaN without one. `context` is metadata and references."""
         images = self.generator.generate_images(prompts, seeds.tolist())
         drawn = [place for place, image in enumerate(images) if image is not None]
         result = torch.full((len(images),), torch.nan, dtype=torch.float64)
         if drawn:
-            result[drawn] = self._score(*(some_rows(one, drawn) for one in (images, prompts, prompts, seeds, fields)))
+            result[drawn] = self._score(*(some_rows(one, drawn) for one in (images, prompts, prompts, seeds, *context)))
         return result

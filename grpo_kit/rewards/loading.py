@@ -30,8 +30,17 @@ from grpo_kit.rewards.judge import Judge
 from grpo_kit.rewards.learned import load_aesthetic, load_hps, load_pickscore
 from grpo_kit.rewards.plain import JpegSize, Length, Repetition, contrast, sharpness
 from grpo_kit.rewards.protocol import COLUMNS, CONTEXT, Reward, RewardError, require_callable
+from grpo_kit.rewards.references import EditDirection, FieldSimilarity, ImageSimilarity, load_dino_similarity
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.rewards.slow import in_threads, with_time_limit
+
+
+def _clip_similarity(clip: ClipSimilarity, field: Name | None = None) -> ClipSimilarity | FieldSimilarity:
+    return clip if field is None else FieldSimilarity(clip, field)  # the encoder that the others share
+
+
+def _image_similarity(clip: ClipSimilarity) -> ImageSimilarity:
+    return ImageSimilarity(clip.encode_images)
 
 
 def _style(clip: ClipSimilarity, reference: Name | None = None, phrase: Name | None = None) -> Style:
@@ -50,16 +59,19 @@ def _gain(generator: ImageGenerator | None, build: Callable[[str], Reward], rewa
 # config share (`SHARED`), and the options.
 REWARDS: dict[str, Callable[..., object]] = {
     "aesthetic": load_aesthetic,
-    "clip_similarity": lambda clip: clip,  # the encoder that the others share
+    "clip_similarity": _clip_similarity,
     "consistency": Consistency,
     "contrast": contrast,
+    "dino_similarity": load_dino_similarity,
     "diversity": Diversity,
+    "edit_direction": EditDirection,
     "gain": _gain,
     "gold": gold,
     "grammatical": grammatical,
     "hps": load_hps,
     "http": HttpScorer,
     "image_quality": ImageQuality,
+    "image_similarity": _image_similarity,
     "jpeg_size": JpegSize,
     "judge": Judge,
     "keeps_objects": keeps_objects,

@@ -4,8 +4,9 @@ A reward is any callable `(images, prompts, enhanced_prompts) -> N numbers`, NaN
 abstains: the row (or, for None alone, every row) is none of its business. It may be a coroutine function. What its
 signature names beside these it is given by keyword: `group_ids` (which prompt a row belongs to) and `image_seeds` (the
 latent seed of its image), (N,) int64 tensors; `metadata`, N dicts with the further fields of a row's prompt; and
-`references`, the N rows' own pictures, None where a row has none. TRL's signature `(prompts, completions, **kwargs)`
-works too: completions are the enhanced prompts, and the fields of the prompts come as N values each.
+`references`, N lists of the row's own pictures, None where it has none. TRL's signature
+`(prompts, completions, **kwargs)` works too: completions are the enhanced prompts, and the fields of the prompts come
+as N values each.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from grpo_kit.config import KitError, one_line
+from grpo_kit.config import KitError, one_line, shown
 
 Images = Sequence[Image.Image]  # N; images that came out unusable are left out before a reward is called
 Texts = Sequence[str]  # N
@@ -69,6 +70,14 @@ def some_rows(values: Sequence | torch.Tensor | None, rows: list[int]) -> Any:
     if values is None or isinstance(values, torch.Tensor):
         return None if values is None else values[rows]
     return [values[row] for row in rows]
+
+
+def text_of(fields: Mapping[str, Any], name: str) -> str | None:
+    """A text in a row's metadata, None where the row has none; `RewardError` for anything else."""
+    value = fields.get(name)
+    if value is not None and not (isinstance(value, str) and value.strip()):
+        raise RewardError(f"metadata {name}: found {shown(value)}, allowed: text. Correct the prompt's row")
+    return value
 
 
 def require_callable(name: str, reward: Reward) -> None:

@@ -117,9 +117,9 @@ HUGE = encoded(Image.new("1", (8001, 8000)))
 BOMB = encoded(Image.new("1", (20_000, 20_000)))
 KINDS = "allowed: a file in one of JPEG, PNG, WEBP, GIF, BMP, TIFF"
 BROKEN: dict[str, tuple[bytes | None, str]] = {
-    "missing": (None, f"found 'a.png', which does not exist, {KINDS}. Correct the path"),
-    "empty": (b"", f"found 'a.png', which is empty, {KINDS}. "),
-    "text": (b"a cat", f"found 'a.png', which is no picture, {KINDS}. Convert it"),
+    "missing": (None, f"found 'a.png', where there is no file, {KINDS}. Correct the path"),
+    "empty": (b"", f"found 'a.png', which is empty, {KINDS}. Correct the path, or copy or convert"),
+    "text": (b"a cat", f"found 'a.png', which is no picture, {KINDS}. Correct"),
     "a PNG cut off": (PNG[: len(PNG) // 2], f"found 'a.png', which cannot be read (image file is truncated), {KINDS}"),
     "a JPEG cut off": (JPEG[: len(JPEG) // 2], "found 'a.png', which cannot be read (image file is truncated ("),
     "a header alone": (PNG[:40], "found 'a.png', which is no picture"),
@@ -158,10 +158,10 @@ WRONG = {
     "one for a list": ({"images": "a.png"}, "p.jsonl:1: images: found 'a.png', allowed: a list of pictures."),
     "null in a list": ({"images": ["a.png", None]}, "p.jsonl:1: images: found null, allowed: a path"),
     "an empty struct": ({"image": {"bytes": None, "path": None}}, "p.jsonl:1: image: found null, allowed: a path"),
-    "bytes as text": ({"image": {"bytes": "a.png2"}}, "p.jsonl:1: image: found 'a.png2', which does not exist"),
+    "bytes as text": ({"image": {"bytes": "a.png2"}}, "p.jsonl:1: image: found 'a.png2', where there is no file"),
     "another struct": ({"image": {"url": "a.png"}}, "p.jsonl:1: image: found {'url': 'a.png'}, allowed: a path"),
-    "a folder": ({"image": "sub"}, "p.jsonl:1: image: found the folder 'sub', allowed: a file in one of JPEG"),
-    "an address": ({"image": "https://x.org/a.png"}, "p.jsonl:1: image: found 'https:/x.org/a.png', which does not"),
+    "a folder": ({"image": "sub"}, "p.jsonl:1: image: found 'sub', where there is no file, allowed: a file"),
+    "an address": ({"image": "https://x.org/a.png"}, "p.jsonl:1: image: found 'https:/x.org/a.png', where there is no"),
     "a long name": ({"image": "x" * 5000}, "p.jsonl:1: image: found 'xxxxx"),
 }
 
@@ -183,7 +183,7 @@ def test_a_picture_that_is_gone_later_is_said_too(tmp_path: Path) -> None:
     square().save(tmp_path / "a.png")
     (prompt,) = load_prompts(rows_of(tmp_path, {"image": "a.png"}))
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ConfigError, match=r"^prompt 'the same': image: found '.*a.png', which does not exist"):
+    with pytest.raises(ConfigError, match=r"^prompt 'the same': image: found '.*a.png', where there is no file"):
         prompt.pictures()
     with pytest.raises(ConfigError, match=r"a\.png: cannot be read: No such file"):
         prompts_digest([prompt])

@@ -53,10 +53,12 @@ def _error(key: str, value: object) -> str:
 
 
 def test_every_reward_that_needs_no_further_file_or_server_loads_and_scores(kit: Experiment):
-    names = sorted(REWARDS.keys() - {"pickscore", "hps", "aesthetic", "http", "judge"})
+    names = sorted(REWARDS.keys() - {"pickscore", "hps", "aesthetic", "http", "judge", "dino_similarity"})
     options = {"safety": {"avoid": ["glitch"]}, "style": {"phrase": "sharp"}}
     rewards = _load(kit, weights=dict.fromkeys(names, 1.0), monitors=[], options=options)
     context = {"group_ids": torch.tensor([0, 0, 1, 1]), "image_seeds": torch.tensor([1, 1, 2, 2])}
+    context |= {"references": [IMAGES[-1:]] * 3 + [IMAGES[:1]]}
+    context |= {"metadata": [{"caption": "a red circle", "target": "a blue circle"}] * 4}
     scores = rewards.score(IMAGES, TEXTS, TEXTS, **context)
     assert sorted(scores) == names and all(values.isfinite().all() for values in scores.values())
     shared = {id(reward.clip) for reward in rewards.parts.values() if hasattr(reward, "clip")}
