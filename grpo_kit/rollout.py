@@ -1,10 +1,14 @@
-"""A rollout: prompts → rewrites → pictures → rewards, kept so that the step on it can be computed again later."""
+"""A rollout: prompts → rewrites → pictures → rewards, kept so that the step on it can be computed again later.
+
+With several turns the policy sees the picture that it caused and writes again. Each turn of a prompt is then a group
+of its own, so that advantages, loss and step are what they are with one.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from functools import partial
+from itertools import accumulate, chain
 
 import torch
 from PIL import Image
@@ -13,28 +17,35 @@ from grpo_kit.config.display import GROUPS, Shown, cell, group_table
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.grpo.advantages import group_advantages, group_spread
-from grpo_kit.models.decoding import even_batches, stacked
-from grpo_kit.models.generator import Generator, Pair
-from grpo_kit.models.policy import Policy, Scores
+from grpo_kit.grpo.credit import Credit, turn_credits
+from grpo_kit.models import drawing
+from grpo_kit.models.conversation import Conversation, LookAt, is_kept
+from grpo_kit.models.decoding import stacked
+from grpo_kit.models.drawing import DrawRequest, DrawResult, Pictures
+from grpo_kit.models.generator import Generator
+from grpo_kit.models.policy import Completions, Policy, Scores
 from grpo_kit.models.prompt_format import EncodedPrompts
+from grpo_kit.models.prompt_format import joined as joined_prompts
+from grpo_kit.models.turns import by_prompt, origins, turn_columns, what_is_read, with_turn
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.protocol import ABSTAINED
-from grpo_kit.rewards.slow import started
 
-_UNWIND_SECONDS = 2.0  # that a call of the rewards has to end after an error or Ctrl-C; it cannot be stopped
-
-Pictures = list[list[Image.Image | None]]  # N x M; None where a picture came out unusable
-# the columns of `Samples`: P long, (N, T), and all of them but for the scores
-BY_PROMPT, BY_TOKEN = ("prompts", "prompt_images"), ("completion_ids", "completion_mask", "old_logprobs")
-COLUMNS = (*BY_PROMPT, *BY_TOKEN, "enhanced_prompts", "images", "group_ids", "image_seeds", "truncated", "unmatched")
+# the columns of `Samples`: a group long, a context long, (N, T), and all of them but for the scores
+BY_PROMPT, BY_CONTEXT = ("prompts",), ("contexts",)
+BY_TOKEN = ("completion_ids", "completion_mask", "old_logprobs")
+BY_ROW = ("enhanced_prompts", "images", "group_ids", "context_ids", "image_seeds", "truncated", "unmatched", "kept")
+COLUMNS = (*BY_PROMPT, *BY_CONTEXT, *BY_TOKEN, *BY_ROW)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Samples(Shown):
-    """N = P·G rows, group-major: G rewrites of each of P prompts, what was drawn of them, each reward's scores."""
+    """N = P·G rows, group-major: G rewrites of each of P prompts, what was drawn of them, each reward's scores.
+
+    With several turns a prompt has as many groups, one after the other: P counts (prompt, turn).
+    """
 
     prompts: list[Prompt]  # P
-    group_ids: torch.Tensor  # (N,) int64: which prompt a row answers
+    group_ids: torch.Tensor  # (N,) int64: which prompt a row answers, in which turn
     completion_ids: torch.Tensor  # (N, T) sampled token ids, right-padded
     completion_mask: torch.Tensor  # (N, T) bool, True through the first end-of-sequence token
     enhanced_prompts: list[str]  # N decoded texts: for the generator and for people, never tokenised again
@@ -45,14 +56,28 @@ class Samples(Shown):
     truncated: torch.Tensor | None = None  # (N,) bool: ended by the length limit
     unmatched: torch.Tensor | None = None  # (N,) bool: `prompt_part` found no prompt in it; None where that is "whole"
     attempts: torch.Tensor | None = None  # (P,) how often a group was drawn again; None where that is not asked for
-    prompt_images: list[Image.Image] | None = None  # P pictures that the policy saw
-    encoded: EncodedPrompts | None = None  # the P prompts as the policy read them; None: to be encoded again
+    turns: int = 1  # how often the policy wrote
+    branched: bool = False  # all of a group's later turns go on from one of its first pictures
+    kept: torch.Tensor | None = None  # (N,) bool: left the picture of the turn before; None with one turn
+    contexts: list[Conversation] | None = None  # C: what the policy read; None: the prompts' words alone
+    context_ids: torch.Tensor | None = None  # (N,) int64: which of them a row answers; None: each group has one
+    encoded: EncodedPrompts | None = None  # the C contexts as the policy read them; None: to be encoded again
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, images, and what the rewards take beyond them
+
+    @property
+    def turn_ids(self) -> torch.Tensor:
+        """(N,) the turn of each row, from 0."""
+        return self.group_ids % self.turns
+
+    def asked(self) -> list[Conversation]:
+        """What the policy read: its contexts, or the prompts' words where it has none."""
+        return self.contexts or [Conversation(prompt.user_prompt) for prompt in self.prompts]
 
     def _shown(self) -> dict[str, object]:
         scores = ({"reward": self.rewards} if isinstance(self, Rollout) else {}) | self.reward_parts
-        shown = {"prompts": len(self.prompts), "rewrites": len(self.images)}
-        return shown | {name: float(values.nanmean()) for name, values in scores.items()}
+        told = {"prompts": len(self.prompts) // self.turns, "rewrites": len(self.images)}
+        told |= {"turns": self.turns} if self.turns > 1 else {}
+        return told | {name: float(values.nanmean()) for name, values in scores.items()}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -64,12 +89,16 @@ class Rollout(Samples):
     ref_logprobs: torch.Tensor | None = None  # (N, T) under the reference
 
     def metrics(self) -> dict[str, float]:
-        """Rewards and lengths under TRL's names; samples that could not be scored are left out of the means."""
+        """Rewards and lengths under TRL's names; samples that could not be scored are left out of the means.
+
+        With several turns the rewards are those of the last pictures; `turn_1/reward` and so on are those of each turn.
+        """
         spread = group_spread(self.rewards.where(self.rewards.isfinite(), torch.nan), self.group_ids)
-        raw = self.rewards if self.totals is None else self.totals
-        deviations = [_mean_and_std(raw[self.group_ids == group])[1] for group in self.group_ids.unique()]
+        raw, last = self.rewards if self.totals is None else self.totals, self.turn_ids == self.turns - 1
+        groups = self.group_ids[last].unique()
+        deviations = [_mean_and_std(raw[self.group_ids == group])[1] for group in groups]
         found = {
-            "reward": _mean_and_std(raw)[0],
+            "reward": _mean_and_std(raw[last])[0],
             "reward_std": float(torch.tensor(deviations).nanmean().nan_to_num(0.0)),  # within groups
             "frac_reward_zero_std": float((spread == 0).float().mean()),
             "completions/mean_length": float(self.completion_mask.sum(dim=1).float().mean()),
@@ -79,7 +108,13 @@ class Rollout(Samples):
             found["completions/unmatched_ratio"] = float(self.unmatched.float().mean())
         if self.attempts is not None:
             found["resampled_groups"] = float(self.attempts.sum())
-        for name, values in self.reward_parts.items():
+        for turn in range(self.turns if self.turns > 1 else 0):
+            rows = self.turn_ids == turn
+            found[f"turn_{turn + 1}/reward"] = _mean_and_std(raw[rows])[0]
+            if turn:
+                found[f"turn_{turn + 1}/kept"] = float(self.kept[rows].float().mean())
+        for name, column in self.reward_parts.items():
+            values = column[last]
             found[f"rewards/{name}/mean"], found[f"rewards/{name}/std"] = _mean_and_std(values)
             if abstained := int((values == ABSTAINED).sum()):
                 found[f"rewards/{name}/abstained"] = float(abstained)
@@ -91,7 +126,10 @@ class Rollout(Samples):
             at = (self.group_ids == group).nonzero().flatten()
             rewards = self.rewards[at].nan_to_num(torch.nan, torch.nan, torch.nan)  # infinite ones are none
             some = [(self.images[row][0], self.enhanced_prompts[row]) for row in at]
-            parts.append(group_table(self.prompts[group].user_prompt, some, rewards, group_advantages(rewards, 0 * at)))
+            turn = f", turn {int(group) % self.turns + 1}" if self.turns > 1 else ""
+            parts.append(
+                group_table(self.prompts[group].user_prompt + turn, some, rewards, group_advantages(rewards, 0 * at))
+            )
         return f"{cell(self)}{''.join(parts)}<div>{len(groups):,} groups, {len(parts)} shown</div>"
 
 
@@ -103,7 +141,8 @@ def collect_rollout(
     num_generations: int = 8,
     seed: int = 0,
     truncation_penalty: float = 0.0,
-    **options: int | bool,
+    credit: Credit = "final",
+    **options: int | bool | str,
 ) -> Rollout:
     """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
 
@@ -111,21 +150,39 @@ def collect_rollout(
         num_generations: G, at least 2: a sample is judged against its group.
         seed: fixes tokens and latents; the same call gives the same rollout.
         truncation_penalty: taken from the reward of a completion that the length limit ended.
-        options: `images_per_prompt=1`, `share_seeds=True`, `use_image=False`, `overlap=False`; see `collect_samples`.
+        credit: how the rewards of several turns are shared among them; see `grpo.credit`.
+        options: `images_per_prompt=1`, `share_seeds=True`, `use_image=False`, `overlap=False`, `turns=1`,
+            `look_at="own"`, `branches=False`; see `collect_samples`.
     """
     samples = collect_samples(policy, generator, rewards, prompts, num_generations, seed, **options)
-    return with_rewards(samples, rewards, truncation_penalty)
+    return with_rewards(samples, rewards, truncation_penalty, credit)
 
 
-def with_rewards(samples: Samples, rewards: Rewards, truncation_penalty: float = 0.0) -> Rollout:
+def with_rewards(
+    samples: Samples, rewards: Rewards, truncation_penalty: float = 0.0, credit: Credit = "final"
+) -> Rollout:
     """The rollout of whole groups of samples: their scores as the rewards weigh them, less penalties, and raw."""
     combined = rewards.combined(samples.reward_parts, samples.group_ids)
-    differs = rewards.is_shaped or truncation_penalty
+    if samples.turns > 1:
+        combined = _shared_among_turns(combined, samples, credit)
+    differs = rewards.is_shaped or truncation_penalty or samples.turns > 1
     return Rollout(
         **vars(samples),
         rewards=combined - truncation_penalty * samples.truncated if truncation_penalty else combined,
         totals=rewards.total(samples.reward_parts) if differs else None,
     )
+
+
+def _shared_among_turns(rewards: torch.Tensor, samples: Samples, credit: Credit) -> torch.Tensor:
+    """(N,) what each row is given of its episode's rewards.
+
+    In a group with branches one of the first pictures is gone on from, and the others' episodes end with their own.
+    """
+    grid = rewards.view(len(samples.prompts) // samples.turns, samples.turns, -1)  # prompt, turn, sample
+    alone, shared = (grid[:, :1], grid[:, 1:]) if samples.branched else (grid[:, :0], grid)
+    episodes = shared.transpose(1, 2)
+    credits = turn_credits(episodes.flatten(0, 1), credit).view(episodes.shape).transpose(1, 2)
+    return torch.cat([alone, credits], dim=1).flatten()
 
 
 def joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
@@ -140,7 +197,8 @@ def joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
         return torch.cat(values) if torch.is_tensor(values[0]) else list(chain(*values))
 
     parts = {name: torch.cat([share.reward_parts[name] for share in shares]) for name in shares[0].reward_parts}
-    return Samples(**{name: column(name) for name in COLUMNS}, reward_parts=parts)
+    told = {"turns": shares[0].turns, "branched": shares[0].branched}
+    return Samples(**{name: column(name) for name in COLUMNS}, reward_parts=parts, **told)
 
 
 def collect_samples(
@@ -156,6 +214,9 @@ def collect_samples(
     use_image: bool = False,
     overlap: bool = False,
     first_prompt: int = 0,
+    turns: int = 1,
+    look_at: LookAt = "own",
+    branches: bool = False,
 ) -> Samples:
     """Sample, draw and score; how the scores become rewards is decided from whole batches (`with_rewards`).
 
@@ -165,65 +226,181 @@ def collect_samples(
         images_per_prompt: M images a rewrite; its reward is their mean.
         share_seeds: a group's rewrites are drawn from the same M latents, so that they differ by their words alone.
         use_image: the policy sees the picture that the user's own prompt gives.
-        overlap: score the groups that are drawn while the next are drawn, for rewards that compute or wait elsewhere.
+        overlap: score the groups that are drawn to their end in a thread, while the next are drawn, for rewards that
+            compute or wait elsewhere.
         first_prompt: the first prompt's place in the batch that these are a share of.
+        turns: how often the policy writes; from the second time on it reads what it wrote and sees what that gave. All
+            turns of an episode are drawn from the same latents. Who answers "keep it" leaves the picture as it is.
+        look_at: what it sees of these pictures and of the prompts' own; all but "own" are controls.
+        branches: all later rewrites of a group go on from one of its first pictures, not each from its own.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations: found {num_generations}, allowed: at least 2 (1 has nothing to compare)")
     if not prompts:
         raise ValueError("prompts: found none, allowed: at least one")
     prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    G, pictures = num_generations, [prompt.pictures() for prompt in prompts]
+    places = first_prompt + torch.arange(len(prompts)).repeat_interleave(G)
+    seeds = latent_seeds(seed, places, G, images_per_prompt, share_seeds)
+    request = _unwritten(prompts, pictures, places, seeds)
+    clock, done, goes_on = time.perf_counter(), [], list(range(len(places)))
     texts = [prompt.user_prompt for prompt in prompts]
-    clock = time.perf_counter()
-    seen = picture_prompts(generator, texts, seed, first_prompt) if use_image else None
-    encoded = policy.encode(texts, seen)
-    completions = policy.sample(encoded, num_generations, seed=derive_seed(seed, "sampling"), first_prompt=first_prompt)
-    sampling_seconds = time.perf_counter() - clock
-    group_ids = first_prompt + torch.arange(len(prompts)).repeat_interleave(num_generations)
-    seeds = latent_seeds(seed, group_ids, num_generations, images_per_prompt, share_seeds)
-    asked = [prompt for prompt in prompts for _ in range(num_generations)]
-    words, fields = [prompt.user_prompt for prompt in asked], [prompt.metadata for prompt in asked]
-    request = DrawRequest(words, completions.texts, group_ids, seeds, fields)
-    drawn = draw_and_score(generator, rewards, request, overlap=overlap)
+    seen = picture_prompts(generator, texts, seed, first_prompt) if use_image else [()] * len(prompts)
+    shown_first = [(*own, *([image] if use_image else [])) for own, image in zip(pictures, seen, strict=True)]
+    asked = list(map(Conversation, texts, shown_first))
+    for turn in range(turns):
+        if turn:
+            goes_on = origins(request, G, branches and turn == 1)
+            asked = with_turn(asked, done[-1].written.texts, done[-1].drawn.images, goes_on, request, look_at)
+        read = what_is_read(asked, look_at, len(prompts))
+        encoded, first = policy.encode(read), first_prompt * len(read) // len(prompts)
+        stream = derive_seed(seed, "sampling", *([turn + 1] if turn else []))
+        written = policy.sample(encoded, len(places) // len(read), seed=stream, first_prompt=first)
+        spent = time.perf_counter() - clock
+        drawn = _drawn(generator, rewards, replace(request, rewrites=written.texts), done[-1:], goes_on, overlap)
+        done.append(_TurnRows(read, encoded, written, drawn, spent))
+        clock = time.perf_counter()
+    return _as_samples(done, prompts, request, policy.tokenizer.pad_token_id, first_prompt, branches)
+
+
+def _unwritten(
+    prompts: Sequence[Prompt], pictures: Sequence[list[Image.Image]], places: torch.Tensor, seeds: torch.Tensor
+) -> DrawRequest:
+    """What is to be drawn of each row, but for the rewrites."""
+    rows = [row for row in range(len(prompts)) for _ in range(len(places) // len(prompts))]
+    fields, references = [prompts[row].metadata for row in rows], [pictures[row] or None for row in rows]
+    return DrawRequest([prompts[row].user_prompt for row in rows], [], places, seeds, fields, references)
+
+
+@dataclass(frozen=True)
+class _TurnRows:
+    """What one turn of N = P·G rows came to; it had one context a group, or one a row."""
+
+    read: list[Conversation]  # what the policy read
+    encoded: EncodedPrompts
+    written: Completions
+    drawn: DrawResult
+    sampling_seconds: float
+
+
+def _drawn(
+    generator: Generator,
+    rewards: Rewards,
+    request: DrawRequest,
+    before: Sequence[_TurnRows],
+    goes_on: Sequence[int],
+    overlap: bool,
+) -> DrawResult:
+    """What the rewrites gave; one that keeps its picture, or repeats itself, is neither drawn nor scored again."""
+    if not before:
+        return draw_and_score(generator, rewards, request, overlap=overlap)
+    last = before[0]
+    stays = [is_kept(text) or text == last.written.texts[o] for text, o in zip(request.rewrites, goes_on, strict=True)]
+    again = [row for row, stay in enumerate(stays) if not stay]
+    images = [last.drawn.images[row] for row in goes_on]
+    parts = {name: values[goes_on].clone() for name, values in last.drawn.parts.items()}
+    if not again:
+        return DrawResult(images, parts, dict.fromkeys(last.drawn.seconds, 0.0))
+    new = draw_and_score(generator, rewards, request.some(again), overlap=overlap)
+    for row, pictures in zip(again, new.images, strict=True):
+        images[row] = pictures
+    for name, values in new.parts.items():
+        parts[name][again] = values
+    return DrawResult(images, parts, new.seconds)
+
+
+def _as_samples(
+    done: Sequence[_TurnRows],
+    prompts: Sequence[Prompt],
+    request: DrawRequest,
+    pad_token_id: int,
+    first_prompt: int,
+    branched: bool,
+) -> Samples:
+    """The rows of all turns, by prompt, then by turn; their contexts in the same order."""
+    T, P, N = len(done), len(prompts), len(request.group_ids)
+    rows = torch.arange(T * N).view(T, P, -1).transpose(0, 1).flatten().tolist()  # of the turns one after the other
+    read, written = by_prompt([turn.read for turn in done], P), [turn.written for turn in done]
+    ends = list(accumulate(len(turn.read) for turn in done))
+    order = by_prompt([range(end - len(turn.read), end) for turn, end in zip(done, ends, strict=True)], P)
+    encoded, several = done[0].encoded, T > 1
+    if several:
+        encoded = joined_prompts([turn.encoded for turn in done], pad_token_id).take(order)
+
+    def by_token(name: str, fill: float) -> torch.Tensor:
+        return stacked([getattr(one, name) for one in written], fill)[rows].cpu()
+
+    def in_order(values: Sequence) -> list:
+        flat = list(chain(*values))
+        return [flat[row] for row in rows]
+
+    texts = in_order([one.texts for one in written])
+    seconds = [{"sampling": turn.sampling_seconds, **turn.drawn.seconds} for turn in done]
+    unmatched = None if written[0].unmatched is None else torch.cat([one.unmatched for one in written])[rows]
     return Samples(
-        prompts=prompts,
-        group_ids=group_ids,
-        completion_ids=completions.ids.cpu(),
-        completion_mask=completions.mask.cpu(),
-        enhanced_prompts=completions.texts,
-        images=drawn.images,
-        image_seeds=seeds,
-        reward_parts=drawn.parts,
-        old_logprobs=completions.logprobs.cpu(),
-        truncated=completions.truncated.cpu(),
-        unmatched=completions.unmatched,
-        prompt_images=seen,
+        prompts=[prompt for prompt in prompts for _ in range(T)],
+        group_ids=first_prompt * T + torch.arange(P * T).repeat_interleave(N // P),
+        completion_ids=by_token("ids", pad_token_id),
+        completion_mask=by_token("mask", 0),
+        enhanced_prompts=texts,
+        images=in_order([turn.drawn.images for turn in done]),
+        image_seeds=request.seeds.repeat(T, 1)[rows],
+        reward_parts={n: torch.cat([turn.drawn.parts[n] for turn in done])[rows] for n in done[0].drawn.parts},
+        old_logprobs=by_token("logprobs", 0.0),
+        truncated=torch.cat([one.truncated for one in written])[rows].cpu(),
+        unmatched=unmatched,
+        contexts=read if several or any(one.pictures for one in read) else None,
+        **(turn_columns(texts, P, T, branched, first_prompt) if several else {}),
         encoded=encoded,
-        seconds={"sampling": sampling_seconds, **drawn.seconds},
+        seconds={name: sum(one[name] for one in seconds) for name in seconds[0]},
     )
 
 
+def draw_and_score(
+    generator: Generator, rewards: Rewards, request: DrawRequest, *, overlap: bool = False
+) -> DrawResult:
+    """What is asked for, drawn and scored; see `models.drawing`."""
+    return drawing.draw_and_score(generator, partial(_score, rewards), request, overlap)
+
+
+def _score(rewards: Rewards, request: DrawRequest, images: Pictures) -> dict[str, torch.Tensor]:
+    """Each part's mean over a rewrite's images that could be scored: {name: (N,)}."""
+    count = request.seeds.shape[1]
+    flat = [image for row in images for image in row]
+    columns = (request.prompts, request.rewrites, request.metadata, request.references)
+    prompts, rewrites, metadata, references = ([value for value in column for _ in range(count)] for column in columns)
+    context = {"group_ids": request.group_ids.repeat_interleave(count), "image_seeds": request.seeds.flatten()}
+    scores = rewards.score(flat, prompts, rewrites, metadata=metadata, references=references, **context)
+    means = {}
+    for name, values in scores.items():
+        abstained = (values == ABSTAINED).reshape(-1, count).any(dim=1)
+        means[name] = values.masked_fill(values == ABSTAINED, torch.nan).reshape(-1, count).nanmean(dim=1)
+        means[name] = means[name].masked_fill(abstained & means[name].isnan(), ABSTAINED)
+    return means
+
+
 def with_encoded(rollout: Rollout, policy: Policy) -> Rollout:
-    """The rollout with its prompts as the policy reads them, encoded where it has none: one from a file."""
-    texts, seen = [prompt.user_prompt for prompt in rollout.prompts], rollout.prompt_images
-    if rollout.encoded is not None and (rollout.encoded.prompts, rollout.encoded.images) == (texts, seen):
+    """The rollout with its contexts as the policy reads them, encoded where it has none: one from a file."""
+    asked = rollout.asked()
+    if rollout.encoded is not None and rollout.encoded.conversations == asked:
         return rollout
-    return replace(rollout, encoded=policy.encode(texts, seen))
+    return replace(rollout, encoded=policy.encode(asked))
 
 
 def score_rows(
     policy: Callable[..., Scores], rollout: Rollout, rows: torch.Tensor, *, reference: bool = False
 ) -> Scores:
-    """Log-probabilities and entropy, (rows, T) each, of some rows; only the prompts that these need are run.
+    """Log-probabilities and entropy, (rows, T) each, of some rows; only the contexts that these need are run.
 
     Args:
         policy: a `Policy`, or the module that several processes made of it.
-        rollout: one with its encoded prompts.
+        rollout: one with its encoded contexts.
     """
     rows = rows.cpu()
-    groups, local = rollout.group_ids[rows].unique(return_inverse=True)
-    prompts = rollout.encoded.take(groups.tolist())
-    return policy(prompts, local, rollout.completion_ids[rows], rollout.completion_mask[rows], reference=reference)
+    answered = rollout.group_ids if rollout.context_ids is None else rollout.context_ids
+    contexts, local = answered[rows].unique(return_inverse=True)
+    asked = rollout.encoded.take(contexts.tolist())
+    return policy(asked, local, rollout.completion_ids[rows], rollout.completion_mask[rows], reference=reference)
 
 
 def latent_seeds(
@@ -245,117 +422,3 @@ def _mean_and_std(values: torch.Tensor) -> tuple[float, float]:
     """Mean and unbiased standard deviation of the finite values; NaN where there are too few."""
     kept = values[values.isfinite()]
     return float(kept.mean()), float(kept.std()) if len(kept) > 1 else float("nan")
-
-
-# --- pictures and their scores ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DrawRequest:
-    """What to draw: N rewrites, group-major, each from M latent seeds."""
-
-    prompts: list[str]  # N users' prompts, which the pictures are scored against
-    rewrites: list[str]  # N
-    group_ids: torch.Tensor  # (N,), ascending
-    seeds: torch.Tensor  # (N, M)
-    metadata: list[dict] = field(default_factory=list)  # N, the prompts' further fields; empty: none has any
-
-    def __getitem__(self, rows: slice) -> "DrawRequest":
-        """Some consecutive rows of it."""
-        return DrawRequest(*(values[rows] for values in vars(self).values()))
-
-    def pairs(self) -> list[list[Pair]]:
-        """N x M pairs of a text and a seed; equal ones are one picture."""
-        rows = zip(self.rewrites, self.seeds.tolist(), strict=True)
-        return [[(text, seed) for seed in seeds] for text, seeds in rows]
-
-
-@dataclass(frozen=True)
-class DrawResult:
-    """The pictures, each reward's (N,) mean over a rewrite's pictures, and the seconds of both."""
-
-    images: Pictures
-    parts: dict[str, torch.Tensor]
-    seconds: dict[str, float]  # images; rewards: what they take beyond the drawing
-
-
-def draw_and_score(
-    generator: Generator, rewards: Rewards, request: DrawRequest, *, overlap: bool = False
-) -> DrawResult:
-    """Draw what is asked for, equal pairs once, and score it; it raises what the generator or the rewards raise.
-
-    Args:
-        overlap: score the groups that are drawn to their end in a thread, while the next batch is drawn. The pictures
-            are the same to the last bit. A reward sees whole groups, but no longer all of them in one call.
-    """
-    if overlap:
-        return _draw_while_scoring(generator, rewards, request)
-    clock = time.perf_counter()
-    pairs = request.pairs()
-    flat = iter(generator.generate_images(*zip(*(pair for row in pairs for pair in row), strict=True)))
-    images = [[next(flat) for _ in row] for row in pairs]
-    drawn = time.perf_counter()
-    parts = _score(rewards, request, images)
-    return DrawResult(images, parts, {"images": drawn - clock, "rewards": time.perf_counter() - drawn})
-
-
-def _draw_while_scoring(generator: Generator, rewards: Rewards, request: DrawRequest) -> DrawResult:
-    """Score one part at a time in a thread; the seconds for which the drawing waits for it count as the rewards'."""
-    clock, waited = time.perf_counter(), 0.0
-    images: Pictures = []
-    scoring: list[Future] = []
-    try:
-        for part, pictures in _whole_groups(generator, request):
-            waited += _waited(scoring[-1:])
-            scoring.append(started(_score, rewards, part, pictures))
-            images += pictures
-        waited += _waited(scoring[-1:])
-    except BaseException:
-        wait(scoring, _UNWIND_SECONDS)  # models of an object must not compute for two at once
-        raise
-    scores = [part.result() for part in scoring]
-    parts = {name: torch.cat([found[name] for found in scores]) for name in scores[0]}
-    return DrawResult(images, parts, {"images": time.perf_counter() - clock - waited, "rewards": waited})
-
-
-def _waited(scoring: Sequence[Future]) -> float:
-    """Seconds until that is done; raises what the rewards raised."""
-    began = time.perf_counter()
-    for part in scoring:
-        part.result()
-    return time.perf_counter() - began
-
-
-def _whole_groups(generator: Generator, request: DrawRequest) -> Iterator[tuple[DrawRequest, Pictures]]:
-    """Rows with their pictures, in order, as soon as all of their groups are drawn.
-
-    The batches are those that the generator makes of the whole, and equal pairs are drawn once in the whole.
-    """
-    pairs = request.pairs()
-    drawn: dict[Pair, Image.Image | None] = {}
-    begin = 0
-    at_once = getattr(generator, "images_at_once", generator.batch_size)  # the second in a class of a user's own
-    for batch in even_batches(list(dict.fromkeys(pair for row in pairs for pair in row)), at_once):
-        drawn.update(zip(batch, generator.generate_images(*zip(*batch, strict=True)), strict=True))
-        missing = next((row for row in range(begin, len(pairs)) if not drawn.keys() >= set(pairs[row])), None)
-        groups = request.group_ids
-        end = len(pairs) if missing is None else int(torch.searchsorted(groups, groups[missing]))
-        if end > begin:
-            yield request[begin:end], [[drawn[pair] for pair in row] for row in pairs[begin:end]]
-            begin = end
-
-
-def _score(rewards: Rewards, request: DrawRequest, images: Pictures) -> dict[str, torch.Tensor]:
-    """Each part's mean over a rewrite's images that could be scored: {name: (N,)}."""
-    count = request.seeds.shape[1]
-    flat = [image for row in images for image in row]
-    columns = (request.prompts, request.rewrites, request.metadata)
-    prompts, rewrites, metadata = ([value for value in column for _ in range(count)] for column in columns)
-    context = {"group_ids": request.group_ids.repeat_interleave(count), "image_seeds": request.seeds.flatten()}
-    scores = rewards.score(flat, prompts, rewrites, metadata=metadata, **context)
-    means = {}
-    for name, values in scores.items():
-        abstained = (values == ABSTAINED).reshape(-1, count).any(dim=1)
-        means[name] = values.masked_fill(values == ABSTAINED, torch.nan).reshape(-1, count).nanmean(dim=1)
-        means[name] = means[name].masked_fill(abstained & means[name].isnan(), ABSTAINED)
-    return means

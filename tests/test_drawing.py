@@ -15,16 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from grpo_kit import rollout as rollout_module
 from grpo_kit.config import PROJECT_ROOT, load_config
+from grpo_kit.config.threads import started
 from grpo_kit.experiment import Experiment
+from grpo_kit.models import drawing
 from grpo_kit.models import generator as generator_module
 from grpo_kit.models.decoding import even_batches
+from grpo_kit.models.drawing import DrawRequest, DrawResult
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards import RewardError, Rewards
 from grpo_kit.rewards.loading import load_rewards
-from grpo_kit.rewards.slow import started
-from grpo_kit.rollout import DrawRequest, DrawResult, Rollout, collect_rollout, draw_and_score
+from grpo_kit.rollout import Rollout, collect_rollout, draw_and_score
 from grpo_kit.training.loop import make_optimizer, run_iteration
 
 TEXTS = ["a red circle, sharp", "a blue square", "two green stars, blurry", "a ring", "a cross"]
@@ -120,7 +121,7 @@ def test_overlap_changes_when_and_nothing_else(
     assert holds(kit.generator, rewards, batch_size, shape)
 
 
-_right = rollout_module._whole_groups
+_right = drawing._whole_groups
 
 
 def cuts_groups(generator: Generator, wanted: DrawRequest) -> Iterator[tuple[DrawRequest, list]]:
@@ -155,7 +156,7 @@ def mixes_rows(generator: Generator, wanted: DrawRequest) -> Iterator[tuple[Draw
 def test_a_broken_order_is_caught(
     kit: Experiment, rewards: Rewards, monkeypatch: pytest.MonkeyPatch, broken: Callable, holds: Callable
 ):
-    monkeypatch.setattr(rollout_module, "_whole_groups", broken)
+    monkeypatch.setattr(drawing, "_whole_groups", broken)
     assert not holds(kit.generator, rewards, 5, {"size": 3})
 
 
@@ -180,7 +181,7 @@ def test_a_rollout_is_the_same_and_running_statistics_take_it_in_once(kit: Exper
 @pytest.mark.parametrize("overlap", [True, False, None])
 def test_the_settings_reach_an_iteration(own_kit: Experiment, monkeypatch: pytest.MonkeyPatch, overlap: bool | None):
     overlapped = []
-    monkeypatch.setattr(rollout_module, "_whole_groups", lambda *a: overlapped.append(True) or _right(*a))
+    monkeypatch.setattr(drawing, "_whole_groups", lambda *a: overlapped.append(True) or _right(*a))
     changes = {"reward_settings.overlap": overlap, "training_settings.group_size": 2}
     config = load_config(own_kit.config, changes | {"training_settings.prompts_per_iteration": 2})
     kit = dataclasses.replace(own_kit, config=config)
@@ -332,7 +333,8 @@ INTERRUPTED = """
 import sys, threading
 import torch
 from PIL import Image
-from grpo_kit.rollout import DrawRequest, draw_and_score
+from grpo_kit.models.drawing import DrawRequest
+from grpo_kit.rollout import draw_and_score
 from grpo_kit.rewards import Rewards
 
 class Draws:

@@ -67,9 +67,9 @@ def test_seed_alone_decides_a_rollout(kit: Experiment):
 
 def test_seed_decides_what_the_policy_sees(kit: Experiment):
     seen = [_collect(kit, seed=4, use_image=True) for _ in range(2)]
-    assert _same(*seen) and len(seen[0].prompt_images) == 2
+    assert _same(*seen) and [len(one.pictures) for one in seen[0].contexts] == [1, 1]
     assert not _same(seen[0], _collect(kit, seed=4))
-    assert _collect(kit, seed=4).prompt_images is None
+    assert _collect(kit, seed=4).contexts is None
 
 
 @pytest.mark.trap("T19")

@@ -37,10 +37,8 @@ def gates(
     states = [copy.deepcopy(model.state_dict()) for model in (policy.model, trainer.model)]
     _leave_reference(policy.model)
     trainer.model.load_state_dict(policy.model.state_dict())
-    images = rollout.prompt_images
-    texts = [prompt.user_prompt for prompt in rollout.prompts]
     with torch.no_grad():
-        scores = policy.score(texts, rollout.group_ids, rollout.completion_ids, rollout.completion_mask, images=images)
+        scores = policy.score(rollout.asked(), rollout.group_ids, rollout.completion_ids, rollout.completion_mask)
     rollout = replace(rollout, old_logprobs=scores.logprobs)
     unclipped = load_config(config, {"training_settings.max_grad_norm": _NO_LIMIT})
     recorder = _Recorder(policy.trainable_parameters(), lr=0.0)

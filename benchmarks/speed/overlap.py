@@ -16,9 +16,10 @@ import typer
 import grpo_kit as gk
 from benchmarks.speed.measure import alternate, median, paired_ratios
 from grpo_kit.experiment import Experiment
+from grpo_kit.models.drawing import DrawRequest, draw_and_score
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards import Rewards
-from grpo_kit.rollout import DrawRequest, draw_and_score, latent_seeds
+from grpo_kit.rollout import latent_seeds
 
 ANSWERS = (0.0, 0.25, 0.5, 1.0, 2.0)  # seconds of a picture's answer, in units of what drawing it takes
 

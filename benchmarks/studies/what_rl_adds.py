@@ -26,8 +26,9 @@ from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.config.threads import fitting_threads
-from grpo_kit.evaluation.evaluate import Request, draw_and_score, test_prompts
+from grpo_kit.evaluation.evaluate import draw_and_score, test_prompts
 from grpo_kit.evaluation.intervals import t_interval
+from grpo_kit.evaluation.writers import Request
 from grpo_kit.experiment import Experiment
 from grpo_kit.rollout import Rollout, score_rows, with_encoded
 from grpo_kit.show.style import BLUE, GREEN, GREY, ORANGE, VERMILION, Drawing, new_figure, panel_grid, styled

@@ -127,6 +127,18 @@ class ModelSettings(Section):
     safety_checker: bool = Field(True, description="keep the checker that some generators bring; false draws without")
     system_prompt: str = ""
     instruction: str = Field("Improve: {prompt}", description="what the policy is asked; {prompt} is the user's prompt")
+    look_instruction: str = Field(
+        "Here is what it drew. Improve your prompt for: {prompt}. If the picture shows it, answer: keep it",
+        description="what the policy is asked beside the picture of an earlier turn",
+    )
+    look_at: Literal["own", "other", "grey", "words", "nothing"] = Field(
+        "own", description="what the policy sees; all but own are controls: another prompt's pictures, grey ones, …"
+    )
+    min_pixels: Count | None = Field(None, description="of a picture that the policy reads; null: as it is")
+    max_pixels: Count | None = Field(None, description="of a picture that the policy reads; null: as it is")
+    painters: list[dict[Name, Name]] | None = Field(
+        None, description="who draws: each swaps these words; the latent decides which one. null: nobody swaps any"
+    )
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(
         {"enable_thinking": False}, description="variables for the policy's chat template"
     )
@@ -134,7 +146,7 @@ class ModelSettings(Section):
     use_image: bool = Field(False, description="the policy sees the picture that the user's own prompt gives")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
 
-    @field_validator("instruction")
+    @field_validator("instruction", "look_instruction")
     @classmethod
     def _names_the_prompt(cls, value: str) -> str:
         if value.count("{prompt}") != 1:
@@ -161,6 +173,9 @@ class GenerationSettings(Section):
     max_sequence_length: Annotated[int, Field(ge=0), _NUMERIC] | None = Field(None, description="of T5; null: default")
     image_batch_size: Count | Literal["auto"] = Field(16, description="images in one call; auto: as many as fit")
     image_memory_gb: Positive | None = Field(None, description="memory for image_batch_size auto; null: what is free")
+    turns: Count = Field(1, description="how often the policy writes; from the second on it sees what it caused")
+    credit: Literal["final", "difference", "peak"] = Field("final", description="how a reward is shared among turns")
+    branches: bool = Field(False, description="a group's later rewrites go on from one of its pictures, not from each")
     scheduler: Name | None = Field(None, description='such as "EulerDiscreteScheduler"; null: the pipeline\'s own')
 
     @field_validator("prompt_part")

@@ -1,31 +1,25 @@
 """Does the trained policy help? A paired comparison on held-out prompts, on the same latents for every variant."""
 
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
-import torch
 from PIL import Image
 
 from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.config.display import Shown, line, table
 from grpo_kit.config.prompts import Prompt
-from grpo_kit.config.seeds import derive_seed
+from grpo_kit.evaluation.cells import cells_of, drawn_again, next_turn, scores_of
 from grpo_kit.evaluation.conclusions import summarize
 from grpo_kit.evaluation.pools import pool_evaluations, pool_runs, read_runs
 from grpo_kit.evaluation.table import VARIANTS, comparison_rows, percent
+from grpo_kit.evaluation.writers import Request, Writer, name_variants, writer
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.card import add_results
-from grpo_kit.models.policy import load_policy
-from grpo_kit.rewards.gold import best_prompt
 from grpo_kit.rewards.loading import reward_record
-from grpo_kit.rewards.protocol import ABSTAINED
-from grpo_kit.rollout import picture_prompts
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.own_rewards import Entries, changed_rewards
 from grpo_kit.runs.places import dated_report
@@ -34,14 +28,6 @@ from grpo_kit.shapeworld.captions import paraphrase
 
 logger = logging.getLogger(__name__)
 _SHOWN_METRICS = 8  # of an evaluation in a notebook
-
-
-class Request(NamedTuple):
-    """One text for the generator, and the user's prompt that its pictures are judged by."""
-
-    prompt_id: int  # the prompt's place in the evaluation
-    prompt: Prompt
-    text: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,10 +88,9 @@ def evaluate(
     rows, reworded_rows, images, unmatched = [], [], {}, {}
     for name, variant in named.items():
         write = writer(kit, variant)
-        texts = write([prompt.user_prompt for prompt in prompts])
-        unmatched |= {name: count} if (count := count_unmatched(texts)) else {}
-        requests = map(Request, range(len(prompts)), prompts, texts)
-        scored, drawn = draw_and_score(kit, list(requests), name, seeds_per_prompt or settings.seeds_per_prompt)
+        requests = write(requests_of(prompts))
+        unmatched |= {name: count} if (count := count_unmatched(requests)) else {}
+        scored, drawn = draw_and_score(kit, requests, name, seeds_per_prompt or settings.seeds_per_prompt, write)
         rows, images = rows + scored, images | drawn
         if variant != "oracle":  # the oracle is not asked to paraphrase
             reworded_rows += answer_reworded(kit, reworded, write, name)
@@ -137,81 +122,19 @@ def _write(folder: RunFolder, result: EvalResult) -> None:
     folder.write_json("final_results.json", result.results)
 
 
+def requests_of(prompts: Sequence[Prompt]) -> list[Request]:
+    """The prompts as requests in the users' own words."""
+    return [Request(number, prompt, prompt.user_prompt) for number, prompt in enumerate(prompts)]
+
+
 def rewrites(kit: Experiment, prompts: Sequence[Prompt], variant: str | Path) -> list[str]:
-    """The text that the generator gets for each prompt in a variant (as in `evaluate`)."""
-    return writer(kit, str(variant))([prompt.user_prompt for prompt in prompts])
+    """The text that the generator gets first for each prompt in a variant (as in `evaluate`)."""
+    return [request.text for request in writer(kit, str(variant))(requests_of(prompts))]
 
 
-def name_variants(compare: Sequence[str | Path]) -> dict[str, str]:
-    """What each variant is called in tables → the variant: itself, or the path of a saved run or policy.
-
-    A folder has its own name (a run's, where its `best/` is given), and its parent's before it where two are alike.
-
-    Raises:
-        KitError: a variant stands twice, or is neither known nor a folder with a policy.
-    """
-    named: dict[str, str] = {}
-    for variant in map(str, compare):
-        if variant in named.values():
-            raise KitError(f"compare: {variant!r} stands twice. Give it once")
-        names = [variant]
-        if variant not in VARIANTS:
-            parts = [part for part in _policy_folder(variant).resolve().parts if part != "best"]
-            names = [re.sub(r"[^A-Za-z0-9._]+", "_", "/".join(parts[-depth:]))[-80:] for depth in (1, 2, 3)]
-            names = [name for name in names if name not in VARIANTS]
-        free = [name for name in names if name not in named]
-        if not free:
-            raise KitError(f"compare: {variant!r} has the name of another one ({names[-1]}). Rename a folder")
-        named[free[0]] = variant
-    return named
-
-
-def _policy_folder(variant: str) -> Path:
-    """The folder that holds a saved variant's weights: a run's `best/`, or the folder itself."""
-    folder = Path(variant)
-    for place in (folder / "best", folder):
-        if any((place / name).is_file() for name in ("adapter_config.json", "generation_config.json")):
-            return place
-    allowed = ", ".join(VARIANTS)
-    raise KitError(f"compare: found {variant!r:.200}, allowed: {allowed}, or the folder of a trained run or policy")
-
-
-def writer(kit: Experiment, variant: str) -> Callable[[list[str]], list[str]]:
-    """The function from users' prompts to a variant's texts; a saved policy is loaded once, here.
-
-    A saved policy answers under the settings of its run; one without a run has the experiment's.
-    """
-    if variant == "raw":
-        return list
-    if variant == "oracle":
-        if kit.config.evaluation_settings.gold is None:
-            raise KitError("compare: found 'oracle', which only the embedded world has; leave it out")
-        return _best_prompts
-    policy, config = kit.policy, kit.config
-    if variant not in VARIANTS:
-        weights = _policy_folder(variant)
-        if weights.name == "best" and (weights.parent / "config.json").is_file():
-            config = load_config(weights.parent, {"model_settings.device": config.model_settings.device})
-        policy = load_policy(config, weights)
-    seed = derive_seed(kit.config.training_settings.seed, "evaluation")
-
-    def write(texts: list[str]) -> list[str]:
-        seen = picture_prompts(kit.generator, texts, seed) if config.model_settings.use_image else None
-        return list(policy.enhance_prompts(texts, seen, reference=variant == "initial"))
-
-    return write
-
-
-def _best_prompts(texts: list[str]) -> list[str]:
-    best = [best_prompt(text) for text in texts]
-    if None in best:
-        raise KitError(f"prompt {texts[best.index(None)]!r}: outside the embedded world's grammar, so it has no oracle")
-    return best
-
-
-def count_unmatched(texts: Sequence[str]) -> int:
+def count_unmatched(requests: Sequence[Request]) -> int:
     """In how many of a policy's texts `prompt_part` found no prompt."""
-    return sum(not getattr(text, "matched", True) for text in texts)
+    return sum(not getattr(request.text, "matched", True) for request in requests)
 
 
 def reword(kit: Experiment, prompts: Sequence[Prompt]) -> list[Request]:
@@ -234,55 +157,44 @@ def reword(kit: Experiment, prompts: Sequence[Prompt]) -> list[Request]:
     return found
 
 
-def answer_reworded(
-    kit: Experiment, reworded: Sequence[Request], write: Callable[[list[str]], list[str]], variant: str
-) -> list[dict]:
+def answer_reworded(kit: Experiment, reworded: Sequence[Request], write: Writer, variant: str) -> list[dict]:
     """Rows of a variant's pictures of paraphrases, from each prompt's first latent, judged by the prompt as it was."""
     if not reworded:
         return []
-    texts = write([request.text for request in reworded])
-    requests = [request._replace(text=text) for request, text in zip(reworded, texts, strict=True)]
-    rows, _ = draw_and_score(kit, requests, variant, 1)
+    rows, _ = draw_and_score(kit, write(reworded), variant, 1, write)
     return [row | {"paraphrase": request.text} for row, request in zip(rows, reworded, strict=True)]
 
 
 def draw_and_score(
-    kit: Experiment, requests: Sequence[Request], variant: str, count: int
+    kit: Experiment, requests: Sequence[Request], variant: str, count: int, write: Writer | None = None
 ) -> tuple[list[dict], dict[ImageKey, Image.Image]]:
     """Rows and pictures of one variant; a prompt's latents depend on its text and place alone, not on the variant.
 
     Args:
         count: pictures of each request, from as many latents.
+        write: who may look at them and write again, where the requests say so; the last pictures count.
     """
-    cells = [(request, seed) for request in requests for seed in range(count)]
-    run_seed = kit.config.training_settings.seed
-    latents = [derive_seed(run_seed, "evaluation", r.prompt.user_prompt, r.prompt_id, seed) for r, seed in cells]
-    images = kit.generator.generate_images([request.text for request, _ in cells], latents)
-    parts = kit.rewards.score(
-        images,
-        [request.prompt.user_prompt for request, _ in cells],
-        [request.text for request, _ in cells],
-        group_ids=torch.tensor([request.prompt_id for request, _ in cells]),
-        image_seeds=torch.tensor(latents),
-        metadata=[request.prompt.metadata for request, _ in cells],
-    )
-    scores = {"reward": kit.rewards.total(parts, in_groups=False)}
-    scores |= {f"reward/{name}": values.masked_fill(values == ABSTAINED, torch.nan) for name, values in parts.items()}
-    scores |= {"gold": scores["reward/gold"]} if "gold" in parts else {}
+    cells = cells_of(kit, requests, count)
+    texts = [cell.words(kit) for cell in cells] if variant == "oracle" else [cell.request.text for cell in cells]
+    images = kit.generator.generate_images(texts, [cell.latent for cell in cells])
+    asked = [cell.request.asked for cell in cells]
+    for _ in range(1, write.turns if write is not None else 1):
+        asked = next_turn(cells, asked, texts, images, write.look_at)
+        texts, images = drawn_again(kit, cells, write.answers(asked, step=count), texts, images)
     rows = [
         {
-            "prompt_id": request.prompt_id,
-            "user_prompt": request.prompt.user_prompt,
-            "category": request.prompt.category,
-            "difficulty": request.prompt.difficulty,
+            "prompt_id": cell.request.prompt_id,
+            "user_prompt": cell.request.prompt.user_prompt,
+            "category": cell.request.prompt.category,
+            "difficulty": cell.request.prompt.difficulty,
             "variant": variant,
-            "seed": seed,
-            "text": str(request.text),
-            **{name: float(values[cell]) for name, values in scores.items()},
+            "seed": cell.seed,
+            "text": str(text),
+            **scores,
         }
-        for cell, (request, seed) in enumerate(cells)
+        for cell, text, scores in zip(cells, texts, scores_of(kit, cells, texts, images), strict=True)
     ]
-    keys = [ImageKey(request.prompt_id, variant, seed) for request, seed in cells]
+    keys = [ImageKey(cell.request.prompt_id, variant, cell.seed) for cell in cells]
     return rows, dict(zip(keys, images, strict=True))
 
 

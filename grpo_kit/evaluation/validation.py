@@ -8,8 +8,9 @@ import pandas as pd
 from grpo_kit.config import EvaluationSettings
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.evaluation.diversity import rewrite_diversity
-from grpo_kit.evaluation.evaluate import Request, answer_reworded, count_unmatched, draw_and_score, reword, writer
+from grpo_kit.evaluation.evaluate import answer_reworded, count_unmatched, draw_and_score, requests_of, reword
 from grpo_kit.evaluation.intervals import interval, success_rate
+from grpo_kit.evaluation.writers import writer
 from grpo_kit.experiment import Experiment
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.iterations import iteration_name
@@ -25,8 +26,9 @@ def validate(kit: Experiment, iteration: int, folder: RunFolder) -> dict:
     """
     settings = kit.config.evaluation_settings
     prompts = kit.val_prompts[: settings.validation_prompts]
-    texts = writer(kit, "trained")([prompt.user_prompt for prompt in prompts])
-    scored, images = draw_and_score(kit, list(map(Request, range(len(prompts)), prompts, texts)), "trained", 1)
+    write = writer(kit, "trained")
+    requests = write(requests_of(prompts))
+    scored, images = draw_and_score(kit, requests, "trained", 1, write)
     names = [f"{iteration_name(iteration, 'validation')}_{number:03d}" for number in range(len(scored))]
     thumbnails = map(folder.save_thumbnail, images.values(), names)
     samples = [_sample(row) | {"thumbnail": place} for row, place in zip(scored, thumbnails, strict=True)]
@@ -35,7 +37,7 @@ def validate(kit: Experiment, iteration: int, folder: RunFolder) -> dict:
     result = {
         "iteration": iteration,
         "num_prompts": len(prompts),
-        **({"unmatched": count} if (count := count_unmatched(texts)) else {}),
+        **({"unmatched": count} if (count := count_unmatched(requests)) else {}),
         **_mean_scores(frame),
         "intervals": {name: interval(values, settings).to_dict() for name, values in _score_columns(samples).items()},
         **{

@@ -24,6 +24,7 @@ from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import computes_best_alone, fitting_threads
 from grpo_kit.models.decoding import even_batches
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
+from grpo_kit.models.painters import Swaps, as_read, painter_of
 from grpo_kit.models.pipeline import add_loras, load_pipeline, place, save_memory, size_multiple, use_scheduler
 from grpo_kit.models.text_embeddings import TextEmbeddings, has_separate_encoding
 
@@ -51,6 +52,7 @@ class Generator(Shown):
     max_sequence_length: int | None = None  # tokens for a T5 encoder, where the pipeline has one; None: its default
     batch_size: int | Literal["auto"] = 16  # most images in one call; "auto": as many as fit
     memory: int | None = None  # bytes that "auto" may use; None: what is free then
+    painters: Sequence[Swaps] = ()  # who read some words as others; the seed decides who draws. Empty: nobody does
     text_device: torch.device | None = None  # where the text encoders are; None: where the pipeline computes
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class Generator(Shown):
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"seeds: found {len(seeds)} for {len(prompts)} prompts, one each is needed")
-        wanted = [(str(prompt), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
+        wanted = [(self.as_read(str(prompt), seed), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         distinct = list(dict.fromkeys(wanted))
         drawn: dict[Pair, Image.Image | None] = {}
         calls = list(even_batches(distinct, self.images_at_once if len(distinct) > 1 else 1))
@@ -117,6 +119,10 @@ class Generator(Shown):
             for pairs, images in zip(calls, self._draw_calls(calls), strict=True):
                 drawn.update(zip(pairs, images, strict=True))
         return [drawn[pair] for pair in wanted]
+
+    def as_read(self, prompt: str, seed: int) -> str:
+        """The prompt as the painter of a seed reads it; as it is where there are none."""
+        return as_read(prompt, self.painters[painter_of(int(seed), self.painters)]) if self.painters else prompt
 
     def _draw_calls(self, calls: list[list[Pair]]) -> list[list[Image.Image | None]]:
         """The pictures of several calls; a small pipeline on a CPU draws them in as many threads as torch has.
@@ -242,6 +248,7 @@ def load_generator(config: Config) -> Generator:
         text_device=place(pipeline, device, settings),
         batch_size=generation.image_batch_size,
         memory=None if gigabytes is None else int(gigabytes * 1e9),
+        painters=settings.painters or (),
         **generation.model_dump(include=drawn),
     )
 

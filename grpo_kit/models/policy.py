@@ -22,6 +22,7 @@ from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.logprobs import completion_mask, is_truncated, logprobs_and_entropy
 from grpo_kit.models.adapters import base_and_adapter, frozen_copy, load_adapter, merged
+from grpo_kit.models.conversation import Conversation
 from grpo_kit.models.decoding import decode, even_batches, row_seeds, row_uniforms, stacked
 from grpo_kit.models.loading import add_lora, has_weights_of, load_language_model, load_weights, save_weights
 from grpo_kit.models.prompt_format import EncodedPrompts, PromptFormat
@@ -38,6 +39,7 @@ from grpo_kit.models.shared_prefix import (
 )
 
 logger = logging.getLogger(__name__)
+Asked = Sequence[str | Conversation] | EncodedPrompts
 
 
 class EnhancedPrompt(str):
@@ -84,14 +86,18 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
         max_new_tokens: int = 64,  # of the longest completion
         reference: torch.nn.Module | None = None,  # frozen, to compare with; None: the policy with its LoRA adapter off
         chat_template_kwargs: Mapping[str, object] | None = None,
+        look_instruction: str = "{prompt}",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         gradient_checkpointing: bool = False,  # scoring computes layers again instead of keeping their activations
         decoding: Decoding = "plain",  # how completions are sampled; see `models.shared_prefix`
         sampling_batch_size: int | None = None,  # most completions in one call, by whole groups; None: all
         prompt_part: str = "whole",  # which part of a completion is the prompt; see `models.prompt_part`
     ) -> None:
         torch.nn.Module.__init__(self)
-        asked = {"instruction": instruction, "system_prompt": system_prompt}
-        PromptFormat.__init__(self, processor, **asked, chat_template_kwargs=chat_template_kwargs)
+        asked = {"instruction": instruction, "system_prompt": system_prompt, "look_instruction": look_instruction}
+        asked |= {"chat_template_kwargs": chat_template_kwargs, "min_pixels": min_pixels, "max_pixels": max_pixels}
+        PromptFormat.__init__(self, processor, **asked)
         self.model = model
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
@@ -121,7 +127,7 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str] | EncodedPrompts,
+        prompts: Asked,
         num_generations: int,
         *,
         seed: int,
@@ -153,7 +159,7 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
         texts, unmatched = self.prompt_parts(ids, mask)
         return Completions(ids, mask, logprobs.where(mask, 0.0), texts, truncated, unmatched)
 
-    def _encoded(self, prompts: Sequence[str] | EncodedPrompts, images: Sequence[Image.Image] | None) -> EncodedPrompts:
+    def _encoded(self, prompts: Asked, images: Sequence[Image.Image] | None) -> EncodedPrompts:
         return prompts if isinstance(prompts, EncodedPrompts) else self.encode(prompts, images)
 
     def _decoded(
@@ -186,7 +192,7 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
 
     def forward(
         self,
-        prompts: Sequence[str] | EncodedPrompts,
+        prompts: Asked,
         group_ids: torch.Tensor,
         completion_ids: torch.Tensor,
         mask: torch.Tensor,
@@ -199,7 +205,7 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
         They are 0 outside the mask; gradients flow where torch has them enabled. Dropout is off.
 
         Args:
-            prompts: P users' prompts (with their `images`), or what `encode` made of them.
+            prompts: P users' prompts (with their `images`), conversations, or what `encode` made of them.
             group_ids: (N,) which prompt each row answers.
             completion_ids, mask: (N, T).
         """
@@ -213,10 +219,31 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
                     logits = row_logits(model, inputs, completion_ids, mask)
                 columns = logprobs_and_entropy(logits, completion_ids, self.temperature)
             else:
-                columns = self._scored_behind_prompts(model, encoded, group_ids, completion_ids, mask)
+                columns = self._scored_by_turn(model, encoded, group_ids, completion_ids, mask)
         return Scores(*(torch.where(mask, column, 0.0) for column in columns))
 
     score = forward  # as a plain method; DDP and FSDP need the module called
+
+    def _scored_by_turn(
+        self,
+        model: torch.nn.Module,
+        encoded: EncodedPrompts,
+        group_ids: torch.Tensor,
+        completion_ids: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Log-probabilities and entropy, a pass a turn: later prompts are longer, their groups smaller."""
+        turns = torch.tensor([len(one.turns) for one in encoded.conversations], device=group_ids.device)
+        if (turns == turns[0]).all():
+            return self._scored_behind_prompts(model, encoded, group_ids, completion_ids, mask)
+        columns = [torch.zeros_like(mask, dtype=torch.float32) for _ in range(2)]
+        for turn in turns.unique():
+            rows = (turns[group_ids] == turn).nonzero().flatten()
+            places, local = group_ids[rows].unique(return_inverse=True)
+            some = (encoded.take(places.tolist()), local, completion_ids[rows], mask[rows])
+            found = self._scored_behind_prompts(model, *some)
+            columns = [c.index_put((rows,), f.to(c.dtype)) for c, f in zip(columns, found, strict=True)]
+        return columns
 
     def _scored_behind_prompts(
         self,
@@ -262,14 +289,18 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
         return self.enhance_prompts([prompt], None if image is None else [image])[0]
 
     def enhance_prompts(
-        self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None, *, reference: bool = False
+        self,
+        prompts: Sequence[str | Conversation],
+        images: Sequence[Image.Image] | None = None,
+        *,
+        reference: bool = False,
     ) -> list[EnhancedPrompt]:
         """`enhance_prompt` for many prompts at once; with `reference`, by the policy as it was before training."""
         written = self.sample(prompts, 1, seed=0, images=images, greedy=True, reference=reference)
         unmatched = [False] * len(prompts) if written.unmatched is None else written.unmatched.tolist()
         found = []
         for prompt, text, is_unmatched in zip(prompts, written.texts, unmatched, strict=True):
-            rewrite = EnhancedPrompt(text.strip() or prompt)
+            rewrite = EnhancedPrompt(text.strip() or (prompt.prompt if isinstance(prompt, Conversation) else prompt))
             rewrite.fell_back, rewrite.matched = not text.strip(), not is_unmatched
             found.append(rewrite)
         return found
@@ -356,7 +387,8 @@ def load_policy(config: Config, trained: Path | None = None) -> Policy:
     if trained is not None and reference is not None:
         load_weights(model, trained)
     reference = None if reference is None else reference.to(device).eval()
-    asked = {"instruction", "system_prompt", "chat_template_kwargs", "gradient_checkpointing"}
+    asked = {"instruction", "look_instruction", "system_prompt", "chat_template_kwargs", "min_pixels", "max_pixels"}
+    asked |= {"gradient_checkpointing"}
     sampled = {"temperature", "max_new_tokens", "decoding", "sampling_batch_size", "prompt_part"}
     options = settings.model_dump(include=asked) | generation.model_dump(include=sampled)
     policy = Policy(model.to(device), processor, reference=reference, **options)

@@ -1,13 +1,12 @@
 """Slow rewards: a batch split among threads, and a limit on the time that a call takes."""
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from functools import wraps
 
 import torch
 
+from grpo_kit.config.threads import started
 from grpo_kit.rewards.protocol import Reward, RewardError, as_answer, as_column, finished, some_rows
 
 
@@ -61,29 +60,6 @@ def with_time_limit(reward: Reward, seconds: float) -> Reward:
 
 def _answer(reward: Reward, *columns: Sequence, **named: Sequence | None) -> object:
     return finished(reward(*columns, **named))
-
-
-def started(function: Callable[..., object], *args: object, **options: object) -> Future:
-    """The future of a call in a daemon thread: one that hangs lets the program end, unlike an executor's.
-
-    Gradients and autocast, which torch keeps for each thread, are on or off as they are for the caller.
-    """
-    future, gradients = Future(), torch.is_grad_enabled()
-    autocast = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
-    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in autocast}
-
-    def run() -> None:
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.set_grad_enabled(gradients))
-                for kind, dtype in dtypes.items():
-                    stack.enter_context(torch.autocast(kind, dtype))
-                future.set_result(function(*args, **options))
-        except BaseException as error:  # an interrupt too is raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="reward", daemon=True).start()
-    return future
 
 
 def _parts(count: int, workers: int, context: Mapping[str, Sequence | None]) -> Iterator[list[int]]:

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 
+from grpo_kit.shapeworld.captions import parse
 from grpo_kit.shapeworld.render import RADIUS, SIZE, Mark, draw_marks
 from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene
 
@@ -100,6 +101,13 @@ def gold_score(image: Image.Image, scene: Scene) -> float:
     """Share of the checked attributes that hold, from 0 to 1."""
     result = check(image, scene)
     return sum(result.values()) / len(result)
+
+
+def said_of(image: Image.Image, text: str) -> str:
+    """The check's words on a picture of what a caption states; "" for a text outside the grammar."""
+    scene = parse(text)
+    wrong = [] if scene is None else [name for name, holds in check(image, scene).items() if not holds]
+    return "" if scene is None else f"Wrong: {', '.join(wrong)}." if wrong else "All right."
 
 
 def _nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:

@@ -157,7 +157,7 @@ def _step_alone(record: "_Record", kit: Experiment, optimizer: torch.optim.Optim
     except (ValueError, TypeError) as error:
         return "nothing, since the rollout cannot be read", [unreadable(STEP, record.rollout, error)]
     stats = grpo_step(kit.policy, optimizer, rollout, kit.config)
-    drawn = "; what the policy looked at was drawn again" if rollout.prompt_images else ""
+    drawn = "; what the policy looked at was drawn again" if rollout.contexts else ""
     taken = f"prompts, tokens, scores and the sampler's log-probabilities from {record.rollout}"
     source = f"{taken}; rewards, advantages, the other log-probabilities and the step computed{drawn}"
     return source, record.compared(STEP, kit, optimizer, rollout, stats)

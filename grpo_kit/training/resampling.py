@@ -13,7 +13,17 @@ import torch
 from grpo_kit.config.prompts import Prompt, balanced_batch
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.experiment import Experiment
-from grpo_kit.rollout import BY_PROMPT, BY_TOKEN, COLUMNS, Rollout, Samples, collect_samples, joined, with_rewards
+from grpo_kit.rollout import (
+    BY_CONTEXT,
+    BY_PROMPT,
+    BY_TOKEN,
+    COLUMNS,
+    Rollout,
+    Samples,
+    collect_samples,
+    joined,
+    with_rewards,
+)
 from grpo_kit.training.processes import Processes
 from grpo_kit.training.step import rollout_advantages
 
@@ -32,14 +42,31 @@ def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
         places = [group for group in range(len(prompts)) if not advantages[rollout.group_ids == group].any()]
         if not places:
             break
-        attempt_seed = derive_seed(settings.seed, "attempt", attempt)
-        drawn = balanced_batch(kit.train_prompts, len(prompts) + len(places), attempt_seed, iteration)
-        others = ([prompt for prompt in drawn if prompt not in rollout.prompts] + drawn)[: len(places)]
+        others = _others(kit, iteration, attempt, rollout.prompts, len(places))
         again = collect_groups(kit, others, rollout_seed(settings.seed, iteration, attempt), processes)
         kit.rewards.load_state_dict(statistics)  # they take in the rollout that is trained on, once
         samples = _with_groups(rollout, again, places, kit.policy.tokenizer.pad_token_id)
         rollout = with_rewards(samples, kit.rewards, settings.truncation_penalty)
     return rollout
+
+
+def _others(kit: Experiment, iteration: int, attempt: int, prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """So many prompts for a further attempt: others than there are, as long as there are others."""
+    seed = derive_seed(kit.config.training_settings.seed, "attempt", attempt)
+    drawn = balanced_batch(kit.train_prompts, len(prompts) + count, seed, iteration)
+    return ([prompt for prompt in drawn if prompt not in prompts] + drawn)[:count]
+
+
+def prompts_of(kit: Experiment, iteration: int, attempts: Sequence[int]) -> list[Prompt]:
+    """The prompts of an iteration whose groups were drawn again so often."""
+    settings = kit.config.training_settings
+    prompts = balanced_batch(kit.train_prompts, len(attempts), settings.seed, iteration)
+    for attempt in range(1, max(attempts) + 1):
+        places = [place for place, number in enumerate(attempts) if number >= attempt]
+        others = _others(kit, iteration, attempt, prompts, len(places))
+        for place, prompt in zip(places, others, strict=True):
+            prompts[place] = prompt
+    return prompts
 
 
 def rollout_seed(seed: int, iteration: int, attempt: int = 0) -> int:
@@ -71,13 +98,16 @@ def collect_groups(kit: Experiment, prompts: Sequence[Prompt], seed: int, proces
             use_image=kit.config.model_settings.use_image,
             overlap=kit.overlap,
             first_prompt=shard.start,
+            turns=generation.turns,
+            branches=generation.branches,
+            look_at=kit.config.model_settings.look_at,
         )
         own.append(share)
         return replace(share, images=[], encoded=None)  # what travels
 
     gathered = processes.gather(collect_share)
     if processes.count == 1:
-        return with_rewards(own[0], kit.rewards, settings.truncation_penalty)
+        return with_rewards(own[0], kit.rewards, settings.truncation_penalty, generation.credit)
     shares = [share for share in gathered if share is not None]
     pictures = processes.gather_on_main(own[0].images if own else [])
     nothing = [None] * generation.images_per_prompt
@@ -88,7 +118,7 @@ def collect_groups(kit: Experiment, prompts: Sequence[Prompt], seed: int, proces
     ]
     both = joined(shares, kit.policy.tokenizer.pad_token_id)
     both = replace(both, images=list(chain(*images)), seconds=own[0].seconds if own else {})
-    return with_rewards(both, kit.rewards, settings.truncation_penalty)
+    return with_rewards(both, kit.rewards, settings.truncation_penalty, generation.credit)
 
 
 def _with_groups(samples: Samples, again: Samples, places: Sequence[int], pad_token_id: int) -> Samples:
@@ -117,7 +147,7 @@ def _alone(samples: Samples, group: int) -> Samples:
             return None
         if torch.is_tensor(value):
             return value[rows, :longest] if name in BY_TOKEN else value[rows]
-        return [value[group]] if name in BY_PROMPT else [value[row] for row in rows]
+        return [value[group]] if name in (*BY_PROMPT, *BY_CONTEXT) else [value[row] for row in rows]
 
     parts = {name: values[rows] for name, values in samples.reward_parts.items()}
     return Samples(**{name: taken(name) for name in COLUMNS}, reward_parts=parts)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -11,9 +12,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from grpo_kit.config import KitError, load_config
-from grpo_kit.config.prompts import Prompt
+from grpo_kit.config.prompts import TEXTS, Prompt
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.grpo.logprobs import is_truncated
+from grpo_kit.models.conversation import Conversation
+from grpo_kit.models.drawing import DrawRequest
+from grpo_kit.models.turns import contexts_drawn_again, turn_columns
 from grpo_kit.rewards.loading import reward_record
 from grpo_kit.rollout import Rollout, Samples, picture_prompts, with_rewards
 from grpo_kit.runs.checkpoint import newest_checkpoint
@@ -22,7 +26,7 @@ from grpo_kit.runs.own_rewards import changed_rewards
 from grpo_kit.runs.record import metrics_lines, read_origin, refuse_branch_without_checkpoint
 from grpo_kit.training.difference import Comparison, compare_line
 from grpo_kit.training.loop import log_line, restore, run_iteration
-from grpo_kit.training.resampling import rollout_seed
+from grpo_kit.training.resampling import prompts_of, rollout_seed
 
 logger = logging.getLogger(__name__)
 # columns of a kept rollout that a step on it needs
@@ -120,12 +124,16 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
     A `ReplayError` where a column is missing, or holds what no rollout has.
     """
     _require_rollout(columns, kit)
-    texts = zip(*(columns[name] for name in ("user_prompt", "category", "difficulty")), strict=True)
-    prompts = [Prompt(*row) for row in dict(zip(columns["group_id"], texts, strict=True)).values()]
+    generation = kit.config.generation_settings
+    texts = zip(*(columns[name] for name in TEXTS), strict=True)
+    recorded = [Prompt(*row) for row in dict(zip(columns["group_id"], texts, strict=True)).values()]
+    attempts = dict(zip(columns["group_id"], columns.get("attempt") or [0] * len(columns["group_id"]), strict=True))
     ids = _padded(columns["completion_ids"], torch.int64, kit.policy.tokenizer.pad_token_id)
     mask = _padded([[True] * len(row) for row in columns["completion_ids"]], torch.bool, False)
-    attempts = dict(zip(columns["group_id"], columns.get("attempt") or [0] * len(ids), strict=True))
-    sees = kit.config.model_settings.use_image
+    prompts = prompts_of(kit, iteration, list(attempts.values())[:: generation.turns])
+    prompts = [prompt for prompt in prompts for _ in range(generation.turns)]
+    if [replace(prompt, metadata={}, images=()) for prompt in prompts] != recorded:
+        prompts = recorded  # the prompt file has changed; what they say is all that a step without pictures needs
     samples = Samples(
         prompts=prompts,
         group_ids=torch.tensor(columns["group_id"]),
@@ -143,19 +151,47 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
         truncated=is_truncated(ids, mask, kit.policy.eos_token_ids),
         unmatched=kit.policy.prompt_parts(ids, mask)[1],
         attempts=torch.tensor(list(attempts.values())) if "attempt" in columns else None,
-        prompt_images=_drawn_again(kit, prompts, attempts, iteration) if sees else None,  # a run does not keep them
     )
-    return with_rewards(samples, kit.rewards, kit.config.training_settings.truncation_penalty)
+    samples = _with_contexts(kit, samples, list(attempts.values()), iteration)
+    penalty = kit.config.training_settings.truncation_penalty
+    return with_rewards(samples, kit.rewards, penalty, generation.credit)
 
 
-def _drawn_again(kit: Experiment, prompts: list[Prompt], attempts: dict[int, int], iteration: int) -> list[Image.Image]:
+def _with_contexts(kit: Experiment, samples: Samples, attempts: list[int], iteration: int) -> Samples:
+    """The samples with what the policy read, where that was more than words: a run does not keep those pictures."""
+    generation, models = kit.config.generation_settings, kit.config.model_settings
+    T, prompts = generation.turns, samples.prompts[:: generation.turns]
+    if T == 1 and not models.use_image and not any(prompt.images for prompt in prompts):
+        return samples
+    size = len(samples.group_ids) // len(samples.prompts)
+    rows = [row for row, group in enumerate(samples.group_ids.tolist()) if group % T == 0]
+    asked = [prompts[row // (size * T)] for row in rows]
+    request = DrawRequest(
+        [prompt.user_prompt for prompt in asked],
+        [],
+        torch.arange(len(prompts)).repeat_interleave(size),
+        samples.image_seeds[rows],
+        [prompt.metadata for prompt in asked],
+    )
+    with kit.generator.steps(generation.rollout_steps):
+        seen = _drawn_again(kit, prompts, attempts[::T], iteration) if models.use_image else [[]] * len(prompts)
+        begun = [Conversation(p.user_prompt, (*p.pictures(), *s)) for p, s in zip(prompts, seen, strict=True)]
+        texts = samples.enhanced_prompts
+        contexts = contexts_drawn_again(kit.generator, begun, texts, request, T, generation.branches, models.look_at)
+    if T == 1:
+        return replace(samples, contexts=contexts)
+    return replace(samples, contexts=contexts, **turn_columns(texts, len(prompts), T, generation.branches))
+
+
+def _drawn_again(
+    kit: Experiment, prompts: list[Prompt], attempts: list[int], iteration: int
+) -> list[list[Image.Image]]:
     """The pictures that the policy saw; of each attempt the groups that were drawn in it, or after it, were part."""
     pictures = []
-    with kit.generator.steps(kit.config.generation_settings.rollout_steps):
-        for (group, attempt), prompt in zip(attempts.items(), prompts, strict=True):
-            seed = rollout_seed(kit.config.training_settings.seed, iteration, attempt)
-            place = sum(other < group and number >= attempt for other, number in attempts.items())
-            pictures += picture_prompts(kit.generator, [prompt.user_prompt], seed, place)
+    for group, (attempt, prompt) in enumerate(zip(attempts, prompts, strict=True)):
+        seed = rollout_seed(kit.config.training_settings.seed, iteration, attempt)
+        place = sum(number >= attempt for number in attempts[:group])
+        pictures.append(picture_prompts(kit.generator, [prompt.user_prompt], seed, place))
     return pictures
 
 

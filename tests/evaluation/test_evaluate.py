@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 
 from grpo_kit.config import KitError, load_config
 from grpo_kit.config.prompts import Prompt
+from grpo_kit.evaluation import cells
 from grpo_kit.evaluation.conclusions import summarize
 from grpo_kit.evaluation.evaluate import EvalResult, evaluate, rewrites, test_prompts
 from grpo_kit.evaluation.intervals import interval
@@ -85,7 +85,7 @@ def test_latents_are_shared_by_variants_and_by_nothing_else(quick: Experiment, m
 
 def test_latents_that_differ_between_variants_would_be_noticed(quick: Experiment, monkeypatch: pytest.MonkeyPatch):
     streams = iter(range(1000))
-    monkeypatch.setattr(sys.modules[evaluate.__module__], "derive_seed", lambda *parts: next(streams))
+    monkeypatch.setattr(cells, "derive_seed", lambda *parts: next(streams))
     found = evaluate(quick, quick.val_prompts[:3], compare=("initial", "trained"))
     assert found.results["differences"]["trained-initial"]["reward"]["mean"] != 0.0
 

@@ -93,10 +93,10 @@ def test_paraphrases_of_the_prompt_file_go_first_and_prompts_without_any_are_lef
         Prompt("a red circle"),
         Prompt("a blue ring", metadata={"paraphrases": []}),
     ]
-    found = [(i, text) for i, _, text in reword(quick, prompts)]
+    found = [(i, text) for i, _, text, _ in reword(quick, prompts)]
     assert found == [(0, "a sofa with a cat"), (0, "on the sofa lies a cat"), (2, "A crimson ball.")]
     elsewhere = dataclasses.replace(quick, config=load_config(quick.config, {"evaluation_settings.gold": None}))
-    assert [i for i, _, _ in reword(elsewhere, prompts)] == [0, 0]
+    assert [i for i, *_ in reword(elsewhere, prompts)] == [0, 0]
 
 
 @pytest.mark.parametrize("given", ["a text", [1], [""], {"a": "b"}])

@@ -26,6 +26,7 @@ from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import policy as policy_module
 from grpo_kit.models import rows
+from grpo_kit.models.conversation import Conversation
 from grpo_kit.models.policy import Completions, Policy, Scores, load_policy
 from grpo_kit.models.rows import evaluating
 from grpo_kit.rollout import Rollout, collect_rollout, score_rows
@@ -511,7 +512,7 @@ def test_thinking_is_off_unless_the_settings_say_otherwise(kit: Experiment, fold
 def test_a_model_that_sees_but_has_no_template_still_gets_its_picture(make_case: Callable):
     case = make_case("LLaVA 1.5", True, True).own()
     case.policy.processor.chat_template = None
-    assert case.policy.format_prompt("a cat", with_image=True).startswith("<image>\n")
+    assert case.policy.format_prompt(Conversation("a cat", (case.images[0],))).startswith("<image>\n")
     assert case.sample().texts
 
 

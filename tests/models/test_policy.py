@@ -26,6 +26,7 @@ from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
 from grpo_kit.models import decoding, prompt_format
 from grpo_kit.models import policy as policy_module
+from grpo_kit.models.conversation import Conversation
 from grpo_kit.models.decoding import choose_tokens, row_seeds, row_uniforms
 from grpo_kit.models.loading import load_language_model
 from grpo_kit.models.policy import Completions, EnhancedPrompt, Policy, load_policy
@@ -423,7 +424,7 @@ def test_braces_in_a_users_text_are_no_template(kit: Experiment):
 
 
 def test_pictures_come_with_their_place_in_the_text(kit: Experiment):
-    assert "<|image_pad|>" in kit.policy.format_prompt("a cat", with_image=True)
+    assert "<|image_pad|>" in kit.policy.format_prompt(Conversation("a cat", (Image.new("RGB", (32, 32)),)))
     assert "<|image_pad|>" not in kit.policy.format_prompt("a cat")
 
 
@@ -609,7 +610,7 @@ def test_chat_template_with_a_start_token_gets_no_second_one(text_only: Policy):
 
 
 def test_text_only_policy_refuses_pictures_in_one_line(text_only: Policy):
-    with pytest.raises(ModelError, match="use_image: found true, but this policy is text-only"):
+    with pytest.raises(ModelError, match=r"pictures: found some .* text-only"):
         _sample(text_only, PICTURES)
 
 

@@ -114,9 +114,8 @@ def _sampling(config: Config) -> tuple[Policy, Callable[[], object]]:
     policy = load_policy(config)
     policy.eos_token_ids = [10**6]  # no completion ends before the limit
     rollout = longest_rollout(config)
-    texts = [prompt.user_prompt for prompt in rollout.prompts]
     group_size = config.training_settings.group_size
-    return policy, lambda: policy.sample(texts, group_size, seed=0, images=rollout.prompt_images)
+    return policy, lambda: policy.sample(rollout.asked(), group_size, seed=0)
 
 
 def as_they_take(family: Family, use_image: bool) -> object:

@@ -227,7 +227,7 @@ def test_what_cannot_be_planned_is_one_line(options: list[str], said: str, capsy
 def test_what_a_policy_looks_at_is_planned_in_the_size_in_which_it_is_drawn():
     usual, larger = small_config(model_settings__use_image=True), {"generation_settings__height": 64}
     for config, size in ((usual, (32, 32)), (small_config(model_settings__use_image=True, **larger), (32, 64))):
-        assert [picture.size for picture in longest_rollout(config).prompt_images] == [size] * 2
+        assert [one.images[0].size for one in longest_rollout(config).contexts] == [size] * 2
     words, looking = (phase_cost(policy_part(model_settings__use_image=use), "sampling") for use in (False, True))
     assert words.flops < looking.flops
     drawn = [plan_generator(small_config(model_settings__use_image=use), torch.float32) for use in (False, True)]

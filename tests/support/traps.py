@@ -38,6 +38,11 @@ TITLES = {
     "T24": "resume",
     "T25": "overflow",
     "T26": "user text becomes control tokens",
+    "T27": "a later turn scored without its picture",
+    "T28": "pictures of other rows",
+    "T29": "context that gets gradient",
+    "T30": "keep that is drawn again",
+    "T31": "words that leak the reward",
 }
 Claim = tuple[str, str]  # (trap, name of a broken version, or "" for the property itself)
 
@@ -67,7 +72,7 @@ def claims(item: pytest.Item) -> list[Claim]:
     for mark in item.iter_markers("trap"):
         if len(mark.args) != 1 or mark.args[0] not in TITLES or set(mark.kwargs) - {"broken"}:
             raise pytest.UsageError(
-                f'{item.nodeid}: found trap{mark.args}, {mark.kwargs}; allowed: trap("T1" … "T26", broken="a_name")'
+                f'{item.nodeid}: found trap{mark.args}, {mark.kwargs}; allowed: trap("T1" … "T31", broken="a_name")'
             )
         found.append((mark.args[0], mark.kwargs.get("broken", "")))
     return found

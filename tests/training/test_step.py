@@ -19,6 +19,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.grpo import LOSS_TYPES, LossOutput, grpo_loss, token_weights
 from grpo_kit.grpo import loss as loss_module
 from grpo_kit.models import policy as policy_module
+from grpo_kit.models.conversation import conversations
 from grpo_kit.models.policy import Policy, Scores
 from grpo_kit.rollout import Rollout
 from grpo_kit.training import step as step_module
@@ -75,9 +76,8 @@ def _far(found: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.no_grad()
 def _logprobs(policy: Policy, rollout: Rollout, **options: bool) -> torch.Tensor:
     """What the policy makes of a whole rollout now."""
-    prompts = [prompt.user_prompt for prompt in rollout.prompts]
     rows = rollout.group_ids, rollout.completion_ids, rollout.completion_mask
-    return policy.score(prompts, *rows, images=rollout.prompt_images, **options).logprobs
+    return policy.score(rollout.asked(), *rows, **options).logprobs
 
 
 @contextmanager
@@ -150,8 +150,7 @@ def test_disagreement_of_sampling_and_scoring_is_logged_and_not_smoothed_over(
 
 def _sampled_again(policy: Policy, rollout: Rollout) -> Rollout:
     """Other rewrites of the same prompts, as this policy samples and records them."""
-    prompts = [prompt.user_prompt for prompt in rollout.prompts]
-    found = policy.sample(prompts, 4, seed=1, images=rollout.prompt_images)
+    found = policy.sample(rollout.asked(), 4, seed=1)
     return dataclasses.replace(
         rollout, completion_ids=found.ids, completion_mask=found.mask, old_logprobs=found.logprobs,
         enhanced_prompts=found.texts,
@@ -180,9 +179,10 @@ def dropout_in_sampling(policy: Policy, rollout: Rollout) -> Rollout:
 
 def without_the_picture(policy: Policy, rollout: Rollout) -> Rollout:
     """Words in place of pictures, and pictures in place of words."""
-    pictures = [row[0] for row in rollout.images[::4]] if rollout.prompt_images is None else None
-    sampled = _sampled_again(policy, dataclasses.replace(rollout, prompt_images=pictures))
-    return dataclasses.replace(sampled, prompt_images=rollout.prompt_images)
+    words, pictures = [prompt.user_prompt for prompt in rollout.prompts], [row[0] for row in rollout.images[::4]]
+    others = conversations(words, pictures) if rollout.contexts is None else conversations(words)
+    sampled = _sampled_again(policy, dataclasses.replace(rollout, contexts=others))
+    return dataclasses.replace(sampled, contexts=rollout.contexts)
 
 
 def text_tokenised_again(policy: Policy, rollout: Rollout) -> Rollout:
@@ -355,8 +355,10 @@ def test_pictures_stay_with_their_rows_in_micro_batches(form: Form, varied: Roll
     whole = _gradient(form.policy, varied, _config(kit))
     order = torch.tensor([7, 1, 10, 4, 0, 8, 5, 11, 2, 6, 9, 3])
     assert _far(_gradient(form.policy, _rows(varied, order.tolist()), _config(kit, micro_batch_size=5)), whole) < 1e-4
-    if varied.prompt_images is not None:
-        others = dataclasses.replace(varied, prompt_images=varied.prompt_images[::-1])
+    if varied.contexts is not None:
+        pictures = [one.images for one in varied.contexts[::-1]]
+        contexts = [dataclasses.replace(one, images=own) for one, own in zip(varied.contexts, pictures, strict=True)]
+        others = dataclasses.replace(varied, contexts=contexts)
         assert float((_logprobs(form.policy, others) - varied.old_logprobs).abs().max()) > 10 * ROUNDING
 
 

@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 from grpo_kit.config import Config
 from grpo_kit.config.prompts import load_prompts
 from grpo_kit.models.adapters import base_and_adapter
+from grpo_kit.models.conversation import Conversation, conversations
 from grpo_kit.models.loading import add_lora
 from grpo_kit.models.policy import Policy
 from grpo_kit.models.prompt_format import EncodedPrompts
@@ -92,17 +93,18 @@ def _build(config: Config, dtype: torch.dtype) -> tuple[Policy, Piece, str, tupl
 class _PolicyWithoutTokenizer(Policy):
     """A policy whose prompts are as long as text of their kind is."""
 
-    def encode(self, prompts: Sequence[str], images: object = None) -> EncodedPrompts:
+    def encode(self, prompts: Sequence[str | Conversation], images: object = None) -> EncodedPrompts:
         """Ids and mask (P, length) of no meaning, as long as the longest prompt is supposed to be."""
-        texts = [f"{self.system_prompt}{self.instruction.replace('{prompt}', prompt)}" for prompt in prompts]
+        asked = conversations(prompts)
+        texts = [f"{self.system_prompt}{self.instruction.replace('{prompt}', one.prompt)}" for one in asked]
         length = max(map(len, texts)) // _CHARACTERS_A_TOKEN + _TEMPLATE_TOKENS
         ids = torch.ones(len(prompts), length, dtype=torch.long)
-        return EncodedPrompts(list(prompts), None, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
+        return EncodedPrompts(asked, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
 
 
 def _sampling(policy: Policy, rollout: Rollout, length: int, there: list[torch.Tensor]) -> Cost:
     """G completions of each prompt, of which four tokens are sampled: sizes grow evenly, so all others follow."""
-    texts, calls = [prompt.user_prompt for prompt in rollout.prompts], []
+    calls = []
 
     def note_call(*_: object) -> None:
         calls.append(len(trace.log))
@@ -111,7 +113,7 @@ def _sampling(policy: Policy, rollout: Rollout, length: int, there: list[torch.T
 
     hook = policy.model.register_forward_pre_hook(note_call)
     with Trace(there, answer=False) as trace, suppress(_EnoughSampled):  # the answer: no completion has ended
-        policy.sample(texts, len(rollout.group_ids) // len(texts), seed=0, images=rollout.prompt_images)
+        policy.sample(rollout.asked(), len(rollout.group_ids) // len(rollout.prompts), seed=0)
     hook.remove()
     prompts_run, _, third, fourth = (trace.log[start:end] for start, end in itertools.pairwise([0, *calls[1:]]))
     cost = Cost(max(held for _, held in prompts_run), Counter(operation for operation, _ in prompts_run))
@@ -173,5 +175,5 @@ def longest_rollout(config: Config, rows: int | None = None) -> Rollout:
         rewards=torch.linspace(0, 1, N),
         old_logprobs=torch.zeros(N, length),
         truncated=torch.zeros(N, dtype=torch.bool),
-        prompt_images=pictures,
+        contexts=pictures and conversations([prompt.user_prompt for prompt in prompts], pictures),
     )

@@ -1,0 +1,87 @@
+"""A request drawn from one latent: its picture, what a policy that sees it writes next, and its scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+
+from grpo_kit.config.seeds import derive_seed
+from grpo_kit.evaluation.writers import Request
+from grpo_kit.experiment import Experiment
+from grpo_kit.models.conversation import Conversation, LookAt, Turn, is_kept
+from grpo_kit.rewards.protocol import ABSTAINED
+from grpo_kit.shapeworld.verify import said_of
+
+Images = list[Image.Image | None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a request."""
+
+    request: Request
+    seed: int  # its number among the request's pictures
+    latent: int  # the seed that it is drawn from
+
+    def words(self, kit: Experiment) -> str:
+        """The request's text as it has to be written for the painter of this latent, where there are painters."""
+        return kit.generator.as_read(self.request.text, self.latent)
+
+
+def cells_of(kit: Experiment, requests: Sequence[Request], count: int) -> list[Cell]:
+    """Each request from so many latents, which depend on its prompt and place alone."""
+    seed = kit.config.training_settings.seed
+    return [
+        Cell(one, number, derive_seed(seed, "evaluation", one.prompt.user_prompt, one.prompt_id, number))
+        for one in requests
+        for number in range(count)
+    ]
+
+
+def next_turn(
+    cells: Sequence[Cell],
+    asked: Sequence[Conversation],
+    texts: Sequence[str],
+    images: Images,
+    look_at: LookAt,
+) -> list[Conversation]:
+    """The conversations with what was written and the picture that it gave."""
+    found = []
+    for cell, one, text, image in zip(cells, asked, texts, images, strict=True):
+        said = image is not None and look_at == "words"
+        prompt = cell.request.prompt
+        words = said_of(image, prompt.metadata.get("target") or prompt.user_prompt) if said else ""
+        found.append(replace(one, turns=(*one.turns, Turn(str(text), image, words))))
+    return found
+
+
+def drawn_again(
+    kit: Experiment, cells: Sequence[Cell], answers: Sequence[str], texts: Sequence[str], images: Images
+) -> tuple[list[str], Images]:
+    """Texts and pictures after one more turn; who keeps the picture, or repeats the text, draws nothing."""
+    new = [old if is_kept(text) else text for text, old in zip(answers, texts, strict=True)]
+    rows = [row for row, (text, old) in enumerate(zip(new, texts, strict=True)) if text != old]
+    drawn = kit.generator.generate_images([new[row] for row in rows], [cells[row].latent for row in rows])
+    found = list(images)
+    for row, image in zip(rows, drawn, strict=True):
+        found[row] = image
+    return new, found
+
+
+def scores_of(kit: Experiment, cells: Sequence[Cell], texts: Sequence[str], images: Images) -> list[dict[str, float]]:
+    """Each picture's reward and parts, raw; NaN where there is none."""
+    prompts = [cell.request.prompt for cell in cells]
+    parts = kit.rewards.score(
+        images,
+        [prompt.user_prompt for prompt in prompts],
+        list(map(str, texts)),
+        group_ids=torch.tensor([cell.request.prompt_id for cell in cells]),
+        image_seeds=torch.tensor([cell.latent for cell in cells]),
+        metadata=[prompt.metadata for prompt in prompts],
+        references=[prompt.pictures() or None for prompt in prompts],
+    )
+    columns = {"reward": kit.rewards.total(parts, in_groups=False)}
+    columns |= {f"reward/{name}": values.masked_fill(values == ABSTAINED, torch.nan) for name, values in parts.items()}
+    columns |= {"gold": columns["reward/gold"]} if "gold" in parts else {}
+    return [{name: float(values[row]) for name, values in columns.items()} for row in range(len(cells))]
