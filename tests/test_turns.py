@@ -144,14 +144,10 @@ def pictures_of_other_rows(rollout: Rollout) -> Rollout:
     later = [place for place, one in enumerate(rollout.contexts) if one.turns]
     moved = zip(later, [*later[1:], later[0]], strict=True)
     images = {place: rollout.contexts[other].turns[0].image for place, other in moved}
-    contexts = [
-        dataclasses.replace(
-            one, turns=(dataclasses.replace(one.turns[0], image=rollout.contexts[moved[place]].turns[0].image),)
-        )
-        if one.turns
-        else one
-        for place, one in enumerate(rollout.contexts)
-    ]
+    contexts = list(rollout.contexts)
+    for place, image in images.items():
+        turn = dataclasses.replace(contexts[place].turns[0], image=image)
+        contexts[place] = dataclasses.replace(contexts[place], turns=(turn,))
     return dataclasses.replace(rollout, contexts=contexts, encoded=None)
 
 

@@ -38,9 +38,9 @@ def compare_looks(
 ) -> pd.DataFrame:
     """A row (arm, prompt, seed) for the first picture, the second of each arm, and what the world allows.
 
-    Columns: arm, prompt_id, seed, user_prompt, text, kept, first_right, painter, reward and parts, and where the check is
-    among these `right`: all that it looks at holds. "oracle" is the best prompt for the painter who draws, "best blind"
-    the best of those that do not know which one does.
+    Columns: arm, prompt_id, seed, user_prompt, text, kept, first_right, painter, reward and parts, and where the check
+    is among these `right`: all that it looks at holds. "oracle" is the best prompt for the painter who draws, "best
+    blind" the best of those that do not know which one does.
 
     Raises:
         KitError: fewer than two prompts, or a policy that writes once (`generation_settings.turns`).
