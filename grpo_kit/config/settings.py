@@ -146,6 +146,13 @@ class ModelSettings(Section):
     use_image: bool = Field(False, description="the policy sees the picture that the user's own prompt gives")
     trust_remote_code: bool = Field(False, description="run Python code that comes with a hub model")
 
+    @field_validator("painters")
+    @classmethod
+    def _swap_in_pairs(cls, value: list[dict[str, str]] | None) -> list[dict[str, str]] | None:
+        if value is not None and (not value or any(swaps.get(b) != a for swaps in value for a, b in swaps.items())):
+            raise ValueError('a list of at least one object that swaps words in pairs: {"red": "blue", "blue": "red"}')
+        return value
+
     @field_validator("instruction", "look_instruction")
     @classmethod
     def _names_the_prompt(cls, value: str) -> str:
@@ -337,6 +344,9 @@ class Config(Section):
         if generation.negative_prompt is not None and generation.guidance_scale <= 1:
             found = "generation_settings.negative_prompt: found one, allowed with guidance_scale above 1, since at"
             raise ValueError(f"{found} {generation.guidance_scale:g} nothing is guided. Raise it, or set null")
+        if generation.turns > 1 and training.max_resampling:
+            found = f"training_settings.max_resampling: found {training.max_resampling}, allowed with several turns: 0"
+            raise ValueError(f"{found}. A group is one turn of an episode: it cannot be drawn again alone. Set 0")
         if model.offload_generator and model.text_encoders_on_cpu:
             found = "model_settings.text_encoders_on_cpu: found true, allowed with offload_generator: false"
             raise ValueError(f"{found}. Offloading moves the text encoders, too; set one of the two")

@@ -14,9 +14,10 @@ from grpo_kit.config.display import Shown, line, table
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.evaluation.cells import cells_of, drawn_again, next_turn, scores_of
 from grpo_kit.evaluation.conclusions import summarize
+from grpo_kit.evaluation.looking import compare_looks, summarize_looks
 from grpo_kit.evaluation.pools import pool_evaluations, pool_runs, read_runs
 from grpo_kit.evaluation.table import VARIANTS, comparison_rows, percent
-from grpo_kit.evaluation.writers import Request, Writer, name_variants, writer
+from grpo_kit.evaluation.writers import Request, Writer, name_variants, requests_of, writer
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.card import add_results
 from grpo_kit.rewards.loading import reward_record
@@ -34,13 +35,15 @@ _SHOWN_METRICS = 8  # of an evaluation in a notebook
 class EvalResult(Shown):
     """A tidy row for every (prompt, variant, seed), what was concluded from them, and the pictures.
 
-    `paraphrases` has the rows of the reworded prompts, with the column `paraphrase`.
+    `paraphrases` has the rows of the reworded prompts, with the column `paraphrase`; `looks`, of a policy of several
+    turns, those of `looking.compare_looks`.
     """
 
     rows: pd.DataFrame
     results: dict
     images: Mapping[ImageKey, Image.Image]
     paraphrases: pd.DataFrame = field(default_factory=pd.DataFrame)
+    looks: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def _shown(self) -> dict[str, object]:
         rewards = {name: found["reward"]["mean"] for name, found in self.results.get("variants", {}).items()}
@@ -98,7 +101,11 @@ def evaluate(
     results = summarize(frame, settings, other)
     saved = {name: variant for name, variant in named.items() if variant not in VARIANTS}
     results |= ({"policies": saved} if saved else {}) | ({"unmatched": unmatched} if unmatched else {})
-    result = EvalResult(frame, results, images, other)
+    looks = pd.DataFrame()
+    if "trained" in named.values() and kit.config.generation_settings.turns > 1:
+        looks = compare_looks(kit, prompts, seeds_per_prompt=seeds_per_prompt)
+        results |= {"looks": summarize_looks(looks, settings)}
+    result = EvalResult(frame, results, images, other, looks)
     if run_dir is not None:
         _write(RunFolder(Path(run_dir)), result)
         add_results(Path(run_dir), kit.policy, results)
@@ -119,12 +126,9 @@ def _write(folder: RunFolder, result: EvalResult) -> None:
     folder.save_table("evaluation/rows.parquet", rows.assign(thumbnail=names))
     if len(result.paraphrases):
         folder.save_table("evaluation/paraphrases.parquet", result.paraphrases)
+    if len(result.looks):
+        folder.save_table("evaluation/looks.parquet", result.looks)
     folder.write_json("final_results.json", result.results)
-
-
-def requests_of(prompts: Sequence[Prompt]) -> list[Request]:
-    """The prompts as requests in the users' own words."""
-    return [Request(number, prompt, prompt.user_prompt) for number, prompt in enumerate(prompts)]
 
 
 def rewrites(kit: Experiment, prompts: Sequence[Prompt], variant: str | Path) -> list[str]:

@@ -12,6 +12,7 @@ VARIANT_NAMES = dict(zip(VARIANTS, ("raw prompt", "initial policy", "trained pol
 
 METRIC_NAMES = {
     "gold": "gold check",
+    "right": "everything right",
     "kl": "KL from the initial policy",
     "keeps_objects": "keeps the objects",
     "clip_similarity": "CLIP similarity",
@@ -20,7 +21,7 @@ METRIC_NAMES = {
     "meaning_kept": "keeps the meaning",
     "jpeg_size": "JPEG size",
 }
-SHARES = frozenset({"gold", "keeps_objects", "grammatical"})  # metrics in 0..1 that people read as per cent
+SHARES = frozenset({"gold", "right", "keeps_objects", "grammatical"})  # metrics in 0..1 that people read as per cent
 
 
 def metric_name(metric: str) -> str:

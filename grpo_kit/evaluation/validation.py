@@ -8,9 +8,9 @@ import pandas as pd
 from grpo_kit.config import EvaluationSettings
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.evaluation.diversity import rewrite_diversity
-from grpo_kit.evaluation.evaluate import answer_reworded, count_unmatched, draw_and_score, requests_of, reword
+from grpo_kit.evaluation.evaluate import answer_reworded, count_unmatched, draw_and_score, reword
 from grpo_kit.evaluation.intervals import interval, success_rate
-from grpo_kit.evaluation.writers import writer
+from grpo_kit.evaluation.writers import requests_of, writer
 from grpo_kit.experiment import Experiment
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.iterations import iteration_name

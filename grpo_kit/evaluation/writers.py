@@ -26,6 +26,11 @@ class Request(NamedTuple):
     asked: Conversation | None = None  # what a policy read that may look at the picture and write again
 
 
+def requests_of(prompts: Sequence[Prompt]) -> list[Request]:
+    """The prompts as requests in the users' own words."""
+    return [Request(number, prompt, prompt.user_prompt) for number, prompt in enumerate(prompts)]
+
+
 @dataclass(frozen=True)
 class Writer:
     """A variant's way from users' prompts to the generator's; `policy` is None where nothing is read."""

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation import table
+from grpo_kit.evaluation import looking, table
 from grpo_kit.evaluation.table import Interval, format_metric, metric_name, number_text
 from grpo_kit.show import style
 
@@ -98,6 +98,29 @@ def comparison_plot(results: Mapping) -> style.Drawing:
                 text = format_metric(metric, value["mean"], signed=paired) if value else ""
                 draw_interval(axes, y, value, **look, text=text)
             name_rows(axes, names, metric=metric)
+    return figure
+
+
+@style.styled
+def looks_plot(results: Mapping) -> style.Drawing:
+    """Draw what a second turn brings after each way of looking, between the best blind prompt and the best there is.
+
+    A `KitError` where final_results.json holds no looks: the policy writes once.
+    """
+    looks = results.get("looks", {})
+    measured = [m for m in ("gold", "right", "reward") if any(m in values for values in looks.values())]
+    if not measured:
+        raise KitError("looks_plot: found no looks. Evaluate a policy with generation_settings.turns of 2 or more.")
+    arms = [arm for arm in looking.ARM_NAMES if arm in looks]
+    figure = style.new_figure(4.4 * len(measured), 1.2 + 0.42 * len(arms))
+    for axes, metric in zip(style.panel_grid(figure, len(measured), sharey=True), measured, strict=True):
+        for y, arm in enumerate(arms):
+            variant = "oracle" if arm in looking.LIMITS else "trained" if arm == "own" else "initial"
+            value = looks[arm].get(metric)
+            text = format_metric(metric, value["mean"]) if value else ""
+            draw_interval(axes, y, value, **style.variant_look(variant), text=text)
+        axes.set_title(metric_name(metric))
+        name_rows(axes, [looking.ARM_NAMES[arm] for arm in arms], metric=metric)
     return figure
 
 

@@ -13,7 +13,7 @@ from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show import summary
 from grpo_kit.show.curves import CURVES, training_curves
 from grpo_kit.show.images import SMOOTH_FROM
-from grpo_kit.show.intervals import category_plot, comparison_plot
+from grpo_kit.show.intervals import category_plot, comparison_plot, looks_plot
 from grpo_kit.show.loop import loop_figure
 from grpo_kit.show.pages import NotebookPage, figure_uri, image_uri, write_notebook_pages, write_page
 from grpo_kit.show.style import Drawing, score_text
@@ -44,6 +44,7 @@ def write_report(run_dir: Path) -> Path:
             "loop": figure_uri(loop_figure()),
             "comparison": _chart(comparison_plot, results),
             "categories": _chart(category_plot, results),
+            "looks": _chart(looks_plot, results),
             "curves": _chart(training_curves, record.metrics, record.validations, sentinel=record.sentinel),
         },
         "curve_names": ", ".join(CURVES[name][0] for name in CURVES if name in record.metrics),

@@ -48,8 +48,18 @@ FORMS = {
         "training_settings.updates_per_rollout": 1,
         "training_settings.micro_batch_size": 3,
     },
+    "two turns": {"generation_settings.turns": 2, "model_settings.painters": [{}, {"red": "blue", "blue": "red"}]},
+    "branches": {
+        "generation_settings.turns": 3,
+        "generation_settings.branches": True,
+        "generation_settings.credit": "difference",
+        "model_settings.use_image": True,
+        "model_settings.look_at": "grey",
+    },
     "running statistics": {"training_settings.advantage_eps": 1.0},  # an eps that does not cancel the reward's scale
 }
+
+_TURNS = {form: settings["generation_settings.turns"] for form, settings in FORMS.items() if "turns" in str(settings)}
 
 
 def _config(kit: Experiment, form: str) -> Config:
@@ -60,7 +70,8 @@ def _fresh(kit: Experiment, form: str = "all weights") -> Experiment:
     """The experiment as a new process would load it."""
     config = _config(kit, form)
     policy = load_policy(config) if config.model_settings.lora else copy.deepcopy(kit.policy)
-    generator = Generator(kit.generator.pipeline, num_inference_steps=1, guidance_scale=1.0, batch_size=24)
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "batch_size": 24}
+    generator = Generator(kit.generator.pipeline, **options, painters=config.model_settings.painters or ())
     own = dataclasses.replace(kit, config=config, policy=policy, generator=generator)
     if form == "running statistics":
         shaping = {"clip_similarity": Shaping(normalize="running")}
@@ -120,7 +131,8 @@ def _require_compared(found: Replay, kept: bool, checkpoint: str | None, form: s
             assert {"metrics: kl", "rollout: advantage", "rollout: ref_logprobs", "rollout: new_logprobs"} <= names
         if kept and part == WHOLE:
             columns = ("completion_ids", "tokens", "enhanced_prompt", "reward", "old_logprobs", "its file")
-            assert {"pictures (8 files)", *(f"rollout: {column}" for column in columns)} <= names
+            pictures = 8 * _TURNS.get(form, 1)
+            assert {f"pictures ({pictures} files)", *(f"rollout: {column}" for column in columns)} <= names
         if checkpoint:
             stated = {name for name in names if name.startswith(checkpoint)}
             expected = ["weights", "optimizer", "optimizer's settings"]
