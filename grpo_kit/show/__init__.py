@@ -9,6 +9,7 @@ from grpo_kit.runs.record import RunRecord, read_run
 _MODULES = {
     ("AdvantagePlayground",): "widgets.advantage_playground",
     ("BeTheReward",): "widgets.be_the_reward",
+    ("EpisodeExplorer",): "widgets.episode",
     ("GroupExplorer",): "widgets.group_explorer",
     ("ImageCompare",): "widgets.image_compare",
     ("LiveTraining",): "widgets.live_training",

@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
@@ -24,17 +25,20 @@ from nbconvert import HTMLExporter
 from PIL import Image
 from support.abuse import Count
 from support.hostile import active_nodes, hostile_texts
-from support.synthetic_run import write_rollout, write_synthetic_run
+from support.synthetic_run import PROMPTS, write_rollout, write_synthetic_run
 
 from grpo_kit import show
 from grpo_kit.config import PROJECT_ROOT, KitError, TrainingSettings
+from grpo_kit.experiment import Experiment
 from grpo_kit.grpo import LOSS_TYPES, group_advantages
+from grpo_kit.rollout import collect_rollout
 from grpo_kit.show.pages import write_notebook_pages
 from grpo_kit.show.pushes import loss_and_push, recompute
 from grpo_kit.show.style import frame_of, plain_text, signed
 from grpo_kit.show.widgets import advantage_playground, live_training, picture_box
+from grpo_kit.show.widgets.episode import changed_words
 from grpo_kit.show.widgets.picture_box import BUDGET, PictureBox, encode, escape
-from grpo_kit.show.widgets.tokens import tinted, token_values
+from grpo_kit.show.widgets.tokens import Token, tinted, token_values
 
 DEMO = PROJECT_ROOT / "data" / "demo_run"
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -55,12 +59,24 @@ def make_all(run: Path) -> dict[str, PictureBox]:
     """Return one of each widget over a run."""
     return {
         "GroupExplorer": show.GroupExplorer(run),
+        "EpisodeExplorer": show.EpisodeExplorer(with_turns(run)),
         "AdvantagePlayground": show.AdvantagePlayground(),
         "LossPlayground": show.LossPlayground(run),
         "LiveTraining": show.LiveTraining(run),
         "ImageCompare": show.ImageCompare(run),
         "BeTheReward": show.BeTheReward(pictures(4), list("abcd"), "a prompt"),
     }
+
+
+def with_turns(run: Path, turns: int = 2, **settings: object) -> Path:
+    """Return a copy of a run whose last rollout has so many turns of three prompts."""
+    copy = Path(shutil.copytree(run, run.parent / f"{run.name}_of_{turns}_turns", dirs_exist_ok=True))
+    config = json.loads((copy / "config.json").read_text())
+    config["generation_settings"] = {"turns": turns, **settings}
+    (copy / "config.json").write_text(json.dumps(config))
+    prompts = [prompt for prompt in PROMPTS[:3] for _ in range(turns)]
+    write_rollout(copy, 24, 24, prompts, np.random.default_rng(0))
+    return copy
 
 
 def tree(widget: ipywidgets.Widget) -> Iterator[ipywidgets.Widget]:
@@ -145,7 +161,7 @@ def test_no_widget_uses_output(synthetic_run: Path) -> None:
         assert not any(isinstance(part, ipywidgets.Output) for part in tree(widget))
 
 
-@pytest.mark.parametrize("name", ["GroupExplorer", "ImageCompare"])
+@pytest.mark.parametrize("name", ["GroupExplorer", "EpisodeExplorer", "ImageCompare"])
 def test_stepping_moves_nothing_below(synthetic_run: Path, name: str) -> None:
     widget = make_all(synthetic_run)[name]
     before, sizes = images_of(widget), []
@@ -234,6 +250,8 @@ watch.update(dict(show.read_run({run!r}).metrics.iloc[-1]))
 ---
 show.GroupExplorer({run!r})
 ---
+show.EpisodeExplorer({turns!r})
+---
 show.AdvantagePlayground()
 ---
 show.LossPlayground({run!r})
@@ -248,7 +266,10 @@ reward
 @pytest.mark.slow
 def test_a_headless_run_leaves_a_picture_for_each(synthetic_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
-    cells = [nbformat.v4.new_code_cell(text.strip()) for text in HEADLESS.format(run=str(synthetic_run)).split("---")]
+    cells = [
+        nbformat.v4.new_code_cell(text.strip())
+        for text in HEADLESS.format(run=str(synthetic_run), turns=str(with_turns(synthetic_run))).split("---")
+    ]
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": "/"}}).execute()
     for cell in notebook.cells:
@@ -884,6 +905,86 @@ def test_it_watches_a_real_training_that_stops_and_goes_on(own_kit: object, tmp_
     assert "iteration 2 of 4" in markup(watch)
     gk.train(kit, tmp_path / "run", progress=False, on_iteration=watch.update)
     assert "iteration 4 of 4" in markup(watch) and "iteration 4, the group whose rewards differ most" in drawn(watch)
+
+
+# --- the episode explorer -------------------------------------------------------------------------------------------
+
+
+def marked(tokens: list[Token]) -> list[str]:
+    """Return the words that are marked as changed."""
+    return [token.text.strip() for token in tokens if token.tint]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "gone", "new"),
+    [
+        ("a red circle, sharp", "a blue circle, sharp", ["red"], ["blue"]),
+        ("a red circle", "keep it", ["a", "red", "circle"], ["keep", "it"]),
+        ("a red circle", "a red circle", [], []),
+        ("a red ball", "a red, red ball", [], ["red,"]),
+        ("", "two rings", [], ["two", "rings"]),
+    ],
+)
+def test_words_that_differ_are_marked(before: str, after: str, gone: list[str], new: list[str]) -> None:
+    found = changed_words(before, after)
+    assert "".join(token.text for token in found[0]) == before and "".join(token.text for token in found[1]) == after
+    assert (marked(found[0]), marked(found[1])) == (gone, new)
+
+
+def test_it_opens_at_the_episodes_that_were_given_most_and_least(synthetic_run: Path) -> None:
+    explorer = show.EpisodeExplorer(with_turns(synthetic_run))
+    for place, _ in enumerate(explorer.prompt.options):
+        explorer.prompt.value = place
+        last = explorer.rows.query("group_id == @place * 2 + 1")["reward"].tolist()
+        assert last[explorer.left.value] == max(last) and last[explorer.right.value] == min(last)
+
+
+@pytest.mark.parametrize("turns", [2, 3])
+def test_each_turn_of_an_episode_has_its_picture_frame_and_numbers(synthetic_run: Path, turns: int) -> None:
+    explorer = show.EpisodeExplorer(with_turns(synthetic_run, turns))
+    explorer.prompt.value, explorer.left.value, explorer.right.value = 1, 2, 0
+    page, words, framed = drawn(explorer), markup(explorer), frames(explorer)
+    assert shown_images(explorer) == len(framed) == 2 * turns and PROMPTS[1][0] in page
+    shown = [(number, *pair) for number in (2, 0) for pair in enumerate(explorer.episode(number))]
+    for (number, turn, one), (colour, width, _) in zip(shown, framed, strict=True):
+        assert one["group_id"] == turns + turn and one["sample"] == number
+        assert (colour, width) == (frame_of(one["advantage"])["edgecolor"], frame_of(one["advantage"])["linewidth"])
+        assert f"{number + 1}, turn {turn + 1}: {signed(one['advantage'])}" in page
+        assert f"given {one['reward']:.3f}" in page and escape(one["enhanced_prompt"]) in words
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_an_episode_of_a_rollout_is_what_its_rows_answer(kit: Experiment, branches: bool) -> None:
+    with kit.generator.steps(1):
+        rollout = collect_rollout(
+            kit.policy, kit.generator, kit.rewards, kit.train_prompts[:2], 4, turns=2, branches=branches
+        )
+    explorer = show.EpisodeExplorer(rollout)
+    for prompt, number in itertools.product(range(2), range(4)):
+        explorer.prompt.value = prompt
+        row, (first, second) = prompt * 8 + 4 + number, explorer.episode(number)
+        (before,) = rollout.contexts[rollout.context_ids[row]].turns
+        assert (first["enhanced_prompt"], second["enhanced_prompt"]) == (before.rewrite, rollout.enhanced_prompts[row])
+        assert second["image"] is rollout.images[row][0] and first["image"] is before.image
+    given = explorer.rows["advantage"].to_numpy()
+    assert np.allclose(given, group_advantages(rollout.rewards.float(), rollout.group_ids), atol=1e-6)
+
+
+def test_one_turn_is_no_episode(synthetic_run: Path) -> None:
+    with pytest.raises(KitError, match="found a rollout of 1 turn, allowed: 2 or more"):
+        show.EpisodeExplorer(synthetic_run)
+
+
+def test_episodes_of_hostile_texts_are_shown_as_text(synthetic_run: Path, hostile: Path) -> None:
+    run = with_turns(synthetic_run)
+    path = run / "rollouts" / "iter_000024.parquet"
+    rollout, texts = pd.read_parquet(path), pd.read_parquet(hostile / "rollouts" / "iter_000004.parquet")["user_prompt"]
+    for start in range(0, 200, len(rollout)):
+        some = texts.iloc[start : start + len(rollout)].tolist()
+        rollout["enhanced_prompt"] = (some * len(rollout))[: len(rollout)]
+        rollout.assign(user_prompt=rollout["enhanced_prompt"]).to_parquet(path)
+        explorer = show.EpisodeExplorer(run)
+        assert_inert(markup(explorer), [one["enhanced_prompt"] for one in explorer.episode(explorer.left.value)])
 
 
 # --- image compare --------------------------------------------------------------------------------------------------
