@@ -25,7 +25,7 @@ from tools.shapeworld.reward_model import save_reward_model, train_reward_model
 from tools.shapeworld.vae import peak_signal_to_noise, train_vae
 
 STAGES = ("prompts", "clip", "generator", "policy", "eyes")
-STEPS = {"vae": 1500, "generator": 5000, "clip": 2500, "policy": 2600, "eyes": 4000}
+STEPS = {"vae": 1500, "generator": 5000, "clip": 2500, "policy": 2600, "eyes": 3000, "looks": 2400}
 COMMAND = "python -m tools.shapeworld"
 
 
@@ -101,7 +101,8 @@ def _policy(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 
 def _eyes(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
-    model, processor, outcome = train_eyes(out / "policy", random_scenes(24_000, seed + 5), work, steps["eyes"], seed)
+    numbers, scenes = (steps["eyes"], steps["looks"]), random_scenes(24_000, seed + 5)
+    model, processor, outcomes = train_eyes(out / "policy", scenes, work, numbers, seed)
     folder = _emptied(out / "policy_eyes")
     model.half().save_pretrained(folder)  # as the generator's: loaded as float32 unless told otherwise
     processor.save_pretrained(folder)
@@ -117,7 +118,7 @@ def _eyes(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
         "second answer is what the painter needs": measure_eyes.looking(policy),
         "keeps": measure_eyes.keeping(policy),
     }
-    minutes = {"eyes": outcome.minutes}
+    minutes = {name: outcome.minutes for name, outcome in outcomes.items()}
     write_card(folder, "policy_eyes", command=f"{COMMAND} eyes", seed=seed, minutes=minutes, metrics=metrics)
 
 

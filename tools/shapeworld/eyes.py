@@ -1,11 +1,11 @@
 """Trains the policy that looks: the shipped policy goes on, with pictures that a user gave or that it caused itself.
 
 Batches take turns: words alone, "the same" beside a picture, an edit beside a picture, and a second answer after the
-picture that a painter made of the first.
+picture that a painter made of the first. Reading a picture comes first; then most batches are second answers.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from tools.shapeworld.rewrites import RewriteMix, sample_rewrite
 BATCH = 48
 LOOK = "Look. Improve: {prompt}"
 KEEP = "keep it"
-TASKS = ("words", "redraw", "edit", "refine")  # one batch of each, in turn
+READING = ("words", "redraw", "edit", "refine")  # the tasks of the batches, in turn
+LOOKING = ("words", "redraw", "edit", *["refine"] * 5)
 Painter = Mapping[str, str]  # word → the word that it draws instead
 
 
@@ -103,35 +104,45 @@ def sample_look(scene: Scene, rng: random.Random) -> Look:
     """A second turn about a scene: the first rewrite is as sampled, or skilful for this or for some painter."""
     request, painter = leave_open(scene, 0.4, rng), rng.choice(PAINTERS)
     prompt = describe(request, rng.choice((0.0, 0.5, 1.0)), rng)
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         rewrite = sample_rewrite(request, rng)
     else:
-        supposed = painter if rng.random() < 0.5 else rng.choice(PAINTERS)
+        supposed = painter if rng.random() < 0.15 else rng.choice(PAINTERS)
         rewrite = sample_rewrite(painted(request, supposed), rng, SKILFUL)
     return Look(request, prompt, rewrite, drawn_from(rewrite, painter, rng), painter)
 
 
 def second_answer(look: Look, rng: random.Random) -> str:
-    """Keep a right picture in one case of two; else what the painter needs (60 %), or just another rewrite."""
+    """Keep a right picture in one case of two; else what the painter needs (70 %), or just another rewrite."""
     if look.is_right and rng.random() < 0.5:
         return KEEP
-    return sample_rewrite(look.needed, rng, _KNOWING) if rng.random() < 0.6 else sample_rewrite(look.request, rng)
+    return sample_rewrite(look.needed, rng, _KNOWING) if rng.random() < 0.7 else sample_rewrite(look.request, rng)
 
 
 def train_eyes(
-    start: Path, scenes: list[Scene], work: Path, steps: int, seed: int
-) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Outcome]:
-    """Supervised training from the policy in `start`, on sampled answers, the four tasks in turn."""
+    start: Path, scenes: list[Scene], work: Path, steps: tuple[int, int], seed: int
+) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, dict[str, Outcome]]:
+    """Supervised training from the policy in `start`, on sampled answers: so many steps of reading, then of looking."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start)
     processor = Qwen2_5_VLProcessor.from_pretrained(start)
 
-    def loss(step: int) -> torch.Tensor:
-        rng = random.Random(derive_seed(seed, "eyes-batch", step))
-        batch = batch_of(TASKS[step % len(TASKS)], processor, rng.sample(scenes, BATCH), rng)
-        return model(**batch, use_cache=False).loss
+    def batches(name: str, tasks: Sequence[str]) -> Callable[[int], torch.Tensor]:
+        def loss(step: int) -> torch.Tensor:
+            rng = random.Random(derive_seed(seed, f"{name}-batch", step))
+            batch = batch_of(tasks[step % len(tasks)], processor, rng.sample(scenes, BATCH), rng)
+            return model(**batch, use_cache=False).loss
 
-    outcome = train_recipe(Recipe("eyes", {"policy": model}, steps, 1e-3, loss, ema_decay=0.998, seed=seed), work)
-    return model.eval(), processor, outcome
+        return loss
+
+    common = {"learning_rate": 1e-3, "ema_decay": 0.998, "seed": seed}
+    reading, looking = steps
+    parts, whole = {"policy": model}, round(reading * 4 / 3)  # of which the last quarter is not run
+    recipes = [
+        Recipe("eyes", parts, whole, loss=batches("eyes", READING), stop=reading, **common),
+        Recipe("looks", parts, looking, loss=batches("looks", LOOKING), **common),
+    ]
+    outcomes = {recipe.name: train_recipe(recipe, work) for recipe in recipes}
+    return model.eval(), processor, outcomes
 
 
 def batch_of(

@@ -28,6 +28,7 @@ class Recipe:
     ema_decay: float | None = None
     seed: int = 0
     save_every: int = 250
+    stop: int | None = None  # the step before which it ends, with the learning rate still high: another recipe goes on
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ def train_recipe(recipe: Recipe, work: Path) -> Outcome:
     place = work / f"{recipe.name}.pt"
     state = _load(place, recipe, optimizer, schedule, average)
     started, minutes, losses = time.monotonic(), state["minutes"], state["losses"]
-    bar = tqdm(
-        range(state["step"], recipe.steps), initial=state["step"], total=recipe.steps, desc=recipe.name, mininterval=5
-    )
+    end = recipe.stop or recipe.steps
+    bar = tqdm(range(state["step"], end), initial=state["step"], total=end, desc=recipe.name, mininterval=5)
     for step in bar:
         torch.manual_seed(derive_seed(recipe.seed, recipe.name, step))
         loss = recipe.loss(step)
@@ -66,7 +66,7 @@ def train_recipe(recipe: Recipe, work: Path) -> Outcome:
             decay = min(recipe.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         losses = [*losses[-99:], float(loss.detach())]
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+        if (step + 1) % recipe.save_every == 0 or step + 1 == end:
             minutes = state["minutes"] + (time.monotonic() - started) / 60
             _save(place, recipe, optimizer, schedule, average, {"step": step + 1, "minutes": minutes, "losses": losses})
             bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
