@@ -25,7 +25,7 @@ from tools.shapeworld.reward_model import save_reward_model, train_reward_model
 from tools.shapeworld.vae import peak_signal_to_noise, train_vae
 
 STAGES = ("prompts", "clip", "generator", "policy", "eyes")
-STEPS = {"vae": 1500, "generator": 5000, "clip": 2500, "policy": 2600, "eyes": 3000, "looks": 2400}
+STEPS = {"vae": 1500, "generator": 5000, "clip": 2500, "policy": 2600, "eyes": 3000, "looks": 1200}
 COMMAND = "python -m tools.shapeworld"
 
 

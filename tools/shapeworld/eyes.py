@@ -101,13 +101,13 @@ def _understood(stated: Scene, name: str, rewrite: str) -> bool:
 
 
 def sample_look(scene: Scene, rng: random.Random) -> Look:
-    """A second turn about a scene: the first rewrite is as sampled, or skilful for this or for some painter."""
+    """A second turn about a scene: the first rewrite is sampled, or skilful, now and then for a painter who swaps."""
     request, painter = leave_open(scene, 0.4, rng), rng.choice(PAINTERS)
     prompt = describe(request, rng.choice((0.0, 0.5, 1.0)), rng)
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         rewrite = sample_rewrite(request, rng)
     else:
-        supposed = painter if rng.random() < 0.15 else rng.choice(PAINTERS)
+        supposed = PAINTERS[0] if rng.random() < 0.85 else rng.choice(PAINTERS)
         rewrite = sample_rewrite(painted(request, supposed), rng, SKILFUL)
     return Look(request, prompt, rewrite, drawn_from(rewrite, painter, rng), painter)
 
