@@ -16,6 +16,7 @@ from grpo_kit.rewards.protocol import Images, Texts, text_of
 
 References = Sequence[Sequence[Image.Image] | None]  # N, the pictures of each row
 Fields = Sequence[Mapping[str, Any]]  # N, the metadata of each row
+Answers = list[float | None] | None  # N; None where it abstains
 DINO = "facebook/dinov2-base"
 _CPU = torch.device("cpu")
 _SAME = 1e-3  # apart by less, two unit vectors have a cosine that float32 cannot tell from 1
@@ -42,24 +43,21 @@ class ImageSimilarity:
     def __init__(self, encode: Callable[[Images], torch.Tensor]) -> None:
         self.encode = encode  # images → (N, D) unit vectors
 
-    def __call__(
-        self, images: Images, prompts: Texts, enhanced_prompts: Texts, references: References
-    ) -> list[float | None]:
+    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts, references: References) -> Answers:
         """N cosines, None where a row has no picture."""
-        answers: list[float | None] = [None] * len(images)
-        if rows := [row for row, pictures in enumerate(references) if pictures]:
-            own, given = self.encode(images)[rows], _first_of(references, rows, self.encode)
-            for row, cosine in zip(rows, (own * given).sum(dim=-1).tolist(), strict=True):
-                answers[row] = cosine
-        return answers
+        rows = [row for row, pictures in enumerate(references) if pictures]
+        if not rows:
+            return None
+        given = _first_of(references, rows, self.encode)
+        return _at_rows(rows, (self.encode(images)[rows] * given).sum(dim=-1), len(images))
 
 
 class EditDirection:
     """Whether an image differs from its row's picture as two texts differ, in [-1, 1] (arXiv 2108.00946).
 
     The cosine of image less picture, in CLIP's image space, with the metadata's `target` less `caption`, in its text
-    space. It does not say by how much the image differs. Abstains without picture, `target` or `caption`; NaN where
-    image and picture, or the texts, are the same: no difference has no direction.
+    space. It does not say by how much the image differs. Abstains without a picture, or two texts that differ; NaN
+    where the image is the picture: no difference has no direction.
     """
 
     def __init__(self, clip: ClipEncoder) -> None:
@@ -67,19 +65,23 @@ class EditDirection:
 
     def __call__(
         self, images: Images, prompts: Texts, enhanced_prompts: Texts, references: References, metadata: Fields
-    ) -> list[float | None]:
-        """N cosines, None where a row has not what is needed."""
+    ) -> Answers:
+        """N cosines, None where a row asks for no edit of a picture."""
         texts = [(text_of(row, "target"), text_of(row, "caption")) for row in metadata]
-        answers: list[float | None] = [None] * len(images)
-        if rows := [row for row, pictures in enumerate(references) if pictures and None not in texts[row]]:
-            given = _first_of(references, rows, self.clip.encode_images)
-            change = self.clip.encode_images(images)[rows] - given
-            target, caption = (self.clip.encode_texts([texts[row][side] for row in rows]) for side in (0, 1))
-            is_same = torch.stack([change, target - caption]).norm(dim=-1).amin(dim=0) < _SAME
-            cosines = cosine_similarity(change, target - caption).masked_fill(is_same, torch.nan)
-            for row, cosine in zip(rows, cosines.tolist(), strict=True):
-                answers[row] = cosine
-        return answers
+        asks = [None not in pair and pair[0] != pair[1] for pair in texts]
+        rows = [row for row, pictures in enumerate(references) if pictures and asks[row]]
+        if not rows:
+            return None
+        change = self.clip.encode_images(images)[rows] - _first_of(references, rows, self.clip.encode_images)
+        target, caption = (self.clip.encode_texts([texts[row][side] for row in rows]) for side in (0, 1))
+        is_same = torch.stack([change, target - caption]).norm(dim=-1).amin(dim=0) < _SAME
+        cosines = cosine_similarity(change, target - caption).masked_fill(is_same, torch.nan)
+        return _at_rows(rows, cosines, len(images))
+
+
+def _at_rows(rows: list[int], values: torch.Tensor, count: int) -> Answers:
+    found = dict(zip(rows, values.tolist(), strict=True))
+    return [found.get(row) for row in range(count)]
 
 
 def _first_of(references: References, rows: list[int], encode: Callable[[Images], torch.Tensor]) -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_a_picture_that_a_group_shares_is_encoded_once(clip: ClipSimilarity, mon
     metadata = [{"caption": "a red circle", "target": "a blue circle"}] * 8
     for reward in (ImageSimilarity(clip.encode_images), EditDirection(clip)):
         scored(reward, PICTURES[:8], references=references, metadata=metadata)
-    assert seen == [8, 2]
+    assert sorted(seen) == [2, 8]
 
 
 def test_dino_is_the_cosine_of_class_tokens(dino: Path) -> None:
@@ -176,7 +176,7 @@ def test_the_right_edit_scores_above_the_wrong_one_and_no_edit_has_no_direction(
     assert edit(clip, GIVEN).isnan().all()
     some = edit(clip, [GIVEN[0], *(render(recoloured(scene, 1)) for scene in ONES[1:])])  # encoded in another batch
     assert some.isnan().tolist() == [True] + [False] * (len(ONES) - 1)
-    assert edit(clip, [render(recoloured(scene, 1)) for scene in ONES], aim=0).isnan().all()  # the texts are the same
+    assert edit(clip, [render(recoloured(scene, 1)) for scene in ONES], aim=0).isinf().all()  # no edit is asked for
 
 
 def test_plain_similarity_to_the_target_would_reward_what_the_picture_shows_already(clip: ClipSimilarity) -> None:
