@@ -27,27 +27,27 @@ def _open(outcomes: dict[traps.Claim, list[bool]]) -> list[str]:
     return [row.trap for row in traps.rows(outcomes) if not row.complete]
 
 
-def test_there_are_26_traps_in_order():
-    assert list(traps.TITLES) == [f"T{i}" for i in range(1, 27)]
+def test_there_are_31_traps_in_order():
+    assert list(traps.TITLES) == [f"T{i}" for i in range(1, 32)]
 
 
 def test_whole_table_has_a_line_for_each_trap_and_counts_them():
     lines = traps.table(traps.rows(_outcomes()), 200).splitlines()
-    assert len(lines) == 28 and [line.split()[0] for line in lines[1:-1]] == list(traps.TITLES)
-    assert lines[-1] == "26 of 26 properties hold; 26 of 26 broken versions are caught"
+    assert len(lines) == 33 and [line.split()[0] for line in lines[1:-1]] == list(traps.TITLES)
+    assert lines[-1] == "31 of 31 properties hold; 31 of 31 broken versions are caught"
     assert not _open(_outcomes())
 
 
 def test_property_that_fails_once_does_not_hold():
     outcomes = _outcomes(holds=[True, False, True])
     assert "2 of 3" in _line(outcomes) and _open(outcomes) == ["T4"]
-    assert _last(outcomes).startswith("25 of 26 properties hold; 26 of 26")
+    assert _last(outcomes).startswith("30 of 31 properties hold; 31 of 31")
 
 
 def test_broken_version_that_escapes_one_test_is_named_as_missed():
     outcomes = _outcomes(sneaky=[True, False], found=[True, True])
     assert _line(outcomes).endswith("2 of 3    MISSED sneaky, found, mutant_of_T4") and _open(outcomes) == ["T4"]
-    assert _last(outcomes).endswith("27 of 28 broken versions are caught")
+    assert _last(outcomes).endswith("32 of 33 broken versions are caught")
 
 
 @pytest.mark.parametrize(("missing", "shown"), [("", "no test"), ("mutant_of_T4", "0 of 0")])
@@ -111,7 +111,7 @@ def test_results_reach_the_table_from_workers(pytester: pytest.Pytester, monkeyp
     result = _run(pytester, monkeypatch, "", "-n", "2")
     result.stdout.fnmatch_lines(["T1   training and rollout disagree*2 of 2 *1 of 1 *mutant"])
     result.stdout.fnmatch_lines(["T2 *1 of 1 *2 of 2 *both, mutant", "T3 *3 of 3 *2 of 2 *by_parameter, mutant"])
-    result.stdout.fnmatch_lines(["26 of 26 properties hold; 28 of 28 broken versions are caught"])
+    result.stdout.fnmatch_lines(["31 of 31 properties hold; 33 of 33 broken versions are caught"])
     assert result.ret == pytest.ExitCode.OK
 
 
@@ -127,7 +127,7 @@ def test_trap_that_no_test_names_fails_a_run_in_which_everything_passed(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ):
     result = _run(pytester, monkeypatch, "", every="")
-    result.stdout.fnmatch_lines(["T4 *no test *0 of 0", "2 of 26 properties hold; 2 of 2 broken versions are caught"])
+    result.stdout.fnmatch_lines(["T4 *no test *0 of 0", "2 of 31 properties hold; 2 of 2 broken versions are caught"])
     assert result.ret == pytest.ExitCode.TESTS_FAILED
 
 
@@ -140,7 +140,7 @@ def test_a_tests_claims_are_its_marks(request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize(
     "mark",
-    [pytest.mark.trap("T27"), pytest.mark.trap("T1", "T2"), pytest.mark.trap("T1", mutant="a"), pytest.mark.trap],
+    [pytest.mark.trap("T32"), pytest.mark.trap("T1", "T2"), pytest.mark.trap("T1", mutant="a"), pytest.mark.trap],
 )
 def test_mark_that_names_no_trap_stops_the_run(request: pytest.FixtureRequest, mark: pytest.MarkDecorator):
     request.node.add_marker(mark)

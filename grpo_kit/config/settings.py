@@ -333,7 +333,7 @@ class Config(Section):
             raise ValueError(f"{found}, allowed for loss_type 'cispo': number >= 1. Set 5.0, as its authors do")
         if training.lr_scheduler_type == "constant" and (training.warmup_steps or training.warmup_ratio):
             found = "training_settings.lr_scheduler_type: found 'constant' with a warm-up, which it has not"
-            raise ValueError(f"{found}. Set constant_with_warmup, or another one, or no warm-up")
+            raise ValueError(f"{found}; allowed: constant_with_warmup, another one, or no warm-up. Set one of them")
         upper = 1 + (training.epsilon if training.epsilon_high is None else training.epsilon_high)
         if training.delta is not None and training.delta <= upper:
             found = f"training_settings.delta: found {training.delta}"

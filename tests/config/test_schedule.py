@@ -94,7 +94,7 @@ def test_options_of_another_schedule_are_refused_in_one_line(kind: str, options:
 
 @pytest.mark.parametrize("warmup", [{"warmup_steps": 5}, {"warmup_ratio": 0.1}])
 def test_a_warm_up_that_the_constant_schedule_has_not_is_refused(warmup: dict):
-    with pytest.raises(ConfigError, match="Set constant_with_warmup"):
+    with pytest.raises(ConfigError, match="allowed: constant_with_warmup"):
         _settings("constant", **warmup)
     constant = _settings("constant")
     assert scheduled_rates(constant, 1) == [constant.learning_rate] * constant.updates_per_rollout
