@@ -10,7 +10,7 @@ from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.writers import Request
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.conversation import Conversation, LookAt, Turn, is_kept
-from grpo_kit.rewards.protocol import ABSTAINED
+from grpo_kit.rewards.protocol import ABSTAINED, text_of
 from grpo_kit.shapeworld.verify import said_of
 
 Images = list[Image.Image | None]
@@ -51,7 +51,7 @@ def next_turn(
     for cell, one, text, image in zip(cells, asked, texts, images, strict=True):
         said = image is not None and look_at == "words"
         prompt = cell.request.prompt
-        words = said_of(image, prompt.metadata.get("target") or prompt.user_prompt) if said else ""
+        words = said_of(image, text_of(prompt.metadata, "target") or prompt.user_prompt) if said else ""
         found.append(replace(one, turns=(*one.turns, Turn(str(text), image, words))))
     return found
 

@@ -123,8 +123,7 @@ def writer(kit: Experiment, variant: str) -> Writer:
 
 
 def _best_prompt(request: Request) -> str:
-    asked = str(request.prompt.metadata.get("target") or request.text)
-    best = best_prompt(asked)
+    best = best_prompt(request.text, request.prompt.metadata)
     if best is None:
-        raise KitError(f"prompt {asked!r}: outside the embedded world's grammar, so it has no oracle")
+        raise KitError(f"prompt {request.text!r}: outside the embedded world's grammar, so it has no oracle")
     return best

@@ -38,7 +38,7 @@ def with_turn(
     for row in dict.fromkeys(goes_on):
         image, before = images[row][0], asked[row // size]
         said = image is not None and look_at == "words"
-        words = said_of(image, request.metadata[row].get("target") or request.prompts[row]) if said else ""
+        words = said_of(image, str(request.metadata[row].get("target") or request.prompts[row])) if said else ""
         found.append(replace(before, turns=(*before.turns, Turn(texts[row], image, words))))
     return found
 
