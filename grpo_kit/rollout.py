@@ -15,6 +15,7 @@ from PIL import Image
 
 from grpo_kit.config.display import GROUPS, Shown, cell, group_table
 from grpo_kit.config.prompts import Prompt
+from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.grpo.advantages import group_advantages, group_spread
 from grpo_kit.grpo.credit import Credit, turn_credits
@@ -201,6 +202,7 @@ def joined(shares: Sequence[Samples], pad_token_id: int) -> Samples:
     return Samples(**{name: column(name) for name in COLUMNS}, reward_parts=parts, **told)
 
 
+@quiet_libraries()
 def collect_samples(
     policy: Policy,
     generator: Generator,

@@ -13,7 +13,10 @@ _INSIDE: list[ExitStack] = []  # one for each call that is in it: drawing and sc
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence transformers, diffusers and the hub but for errors, as far as they are loaded; a decorator too."""
+    """Silence transformers, diffusers and the hub but for errors, as far as they are loaded; a decorator too.
+
+    Inside of another one it costs nothing; else about a millisecond, since logging forgets what each logger shows.
+    """
     with _LOCK:
         _INSIDE.append(_silenced() if not _INSIDE else _INSIDE[-1])
     try:

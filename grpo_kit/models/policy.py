@@ -124,6 +124,7 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
+    @quiet_libraries()
     @torch.no_grad()
     def sample(
         self,

@@ -12,6 +12,7 @@ import torch
 
 from grpo_kit.config import Config, TrainingSettings
 from grpo_kit.config.display import Shown
+from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.grpo.advantages import group_advantages
 from grpo_kit.grpo.finite import NonFinite
@@ -52,6 +53,7 @@ def rollout_advantages(rollout: Rollout, settings: TrainingSettings) -> tuple[to
     return advantages, ~rewards.isnan()
 
 
+@quiet_libraries()
 @torch.enable_grad()
 def grpo_step(
     policy: Policy,
