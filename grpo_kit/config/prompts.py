@@ -34,6 +34,11 @@ class Prompt(Shown):
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
     images: tuple[Picture, ...] = ()  # files, or their content
 
+    def __post_init__(self) -> None:
+        if self.images:  # whoever makes one by hand writes a list of names
+            found = tuple(Path(one) if isinstance(one, str) else one for one in self.images)
+            object.__setattr__(self, "images", found)
+
     def __repr__(self) -> str:
         parts = [f"{name}={getattr(self, name)!r}" for name in (*TEXTS, "metadata")]
         if self.images:

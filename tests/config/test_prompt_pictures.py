@@ -289,6 +289,13 @@ def test_a_prompt_with_pictures_is_shown_in_a_line_and_as_thumbnails(tmp_path: P
     assert "images" not in Prompts([Prompt("a cat")])._repr_html_()
 
 
+def test_a_prompt_made_by_hand_takes_a_list_of_names(tmp_path: Path) -> None:
+    square().save(tmp_path / "a.png")
+    prompt = Prompt("the same", images=[str(tmp_path / "a.png"), encoded(square())])
+    assert prompt.images == (tmp_path / "a.png", encoded(square())) and len({prompt}) == 1
+    assert [one.getpixel((0, 0)) for one in prompt.pictures()] == [RED, RED]
+
+
 def test_a_prompt_with_pictures_goes_to_another_process(tmp_path: Path) -> None:
     square().save(tmp_path / "a.png")
     prompt = Prompt("the same", images=(encoded(square()), tmp_path / "a.png"))
