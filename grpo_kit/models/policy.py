@@ -237,14 +237,15 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
         turns = torch.tensor([len(one.turns) for one in encoded.conversations], device=group_ids.device)
         if (turns == turns[0]).all():
             return self._scored_behind_prompts(model, encoded, group_ids, completion_ids, mask)
-        columns = [torch.zeros_like(mask, dtype=torch.float32) for _ in range(2)]
+        order, found = [], []
         for turn in turns.unique():
             rows = (turns[group_ids] == turn).nonzero().flatten()
             places, local = group_ids[rows].unique(return_inverse=True)
             some = (encoded.take(places.tolist()), local, completion_ids[rows], mask[rows])
-            found = self._scored_behind_prompts(model, *some)
-            columns = [c.index_put((rows,), f.to(c.dtype)) for c, f in zip(columns, found, strict=True)]
-        return columns
+            order.append(rows)
+            found.append(self._scored_behind_prompts(model, *some))
+        back = torch.cat(order).argsort()
+        return [torch.cat(columns)[back] for columns in zip(*found, strict=True)]
 
     def _scored_behind_prompts(
         self,

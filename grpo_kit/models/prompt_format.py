@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from PIL import Image
 
+from grpo_kit.config import one_line
 from grpo_kit.config.display import Shown
 from grpo_kit.config.hub import ModelError
 from grpo_kit.config.prompts import without_control_tokens
@@ -16,6 +17,8 @@ from grpo_kit.models.conversation import Conversation, conversations, within_pix
 
 _TEMPLATE = "vlm_model: its chat template does not fit"
 _WITHOUT_SYSTEM = 'set system_prompt to "" and say it in model_settings.instruction, or set another template'
+_ONE_TURN = "set generation_settings.turns: 1, or another template"
+Said = tuple[str, str, int]  # a turn: role, text, number of pictures before it
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,6 +83,11 @@ def _of_one_shape(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     ]
 
 
+def _help(said: Sequence[Said]) -> str:
+    """What to do about a template: what refuses later turns has taken the first."""
+    return _ONE_TURN if len(said) > 1 else _WITHOUT_SYSTEM
+
+
 @dataclass(eq=False, repr=False)
 class PromptFormat:
     """How a model is asked."""
@@ -141,7 +149,15 @@ class PromptFormat:
         written = self.chats and (not self.sees or (start is not None and texts[0].startswith(start)))
         options = {"padding": True, "padding_side": "left", "add_special_tokens": not written, "return_tensors": "pt"}
         if self.sees:
-            batch = self.processor(text=list(texts), images=images, **options)
+            try:
+                batch = self.processor(text=list(texts), images=images, **options)
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                if max(map(len, images or [[]])) < 2:
+                    raise
+                raise ModelError(
+                    f"vlm_model: its processor refuses several pictures in one conversation ({one_line(error)}); "
+                    "set generation_settings.turns: 1, or model_settings.look_at: words"
+                ) from error
         else:
             batch = self.tokenizer(list(texts), **options)
         return {name: value for name, value in batch.items() if name != "token_type_ids"}
@@ -157,21 +173,35 @@ class PromptFormat:
             lines = [line for _, text, pictures in said for line in (*[self._image_token] * pictures, text)]
             pictures = lines[: len(one.images)]
             return "\n".join(line for line in (*pictures, self.system_prompt, *lines[len(pictures) :]) if line)
+        read = self._rendered(said)
+        if self.system_prompt.strip() not in read:
+            raise ModelError(f"{_TEMPLATE}: it leaves out {self.system_prompt.strip()[:60]!r}; {_WITHOUT_SYSTEM}")
+        self._require_all(said, read)
+        return read
+
+    def _rendered(self, said: Sequence[Said]) -> str:
+        """The turns in the chat template."""
         turns = [{"role": role, "content": self._content(text, pictures)} for role, text, pictures in said]
         if self.system_prompt:
             turns.insert(0, {"role": "system", "content": self._content(self.system_prompt)})
         variables = {name: value for name, value in (self.chat_template_kwargs or {}).items() if name in self._template}
         try:
-            read = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **variables)
+            return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **variables)
         except TemplateError as error:
-            raise ModelError(f"{_TEMPLATE}: it refuses the turns ({error}); {_WITHOUT_SYSTEM}") from error
-        for part in (self.system_prompt, *(text for _, text, _ in said)):
-            if part.strip() not in read:
-                raise ModelError(f"{_TEMPLATE}: it leaves out {part.strip()[:60]!r}; {_WITHOUT_SYSTEM}")
-        return read
+            raise ModelError(f"{_TEMPLATE}: it refuses the turns ({error}); {_help(said)}") from error
 
-    def _said(self, one: Conversation) -> list[tuple[str, str, int]]:
-        """(role, text, pictures before it) of each turn."""
+    def _require_all(self, said: Sequence[Said], read: str) -> None:
+        """Raise where the template left out a turn's text or picture; texts may repeat, and stand in their order."""
+        end = 0
+        for place, (role, text, pictures) in enumerate(said):
+            start = read.find(text.strip(), end)
+            if start < 0:
+                raise ModelError(f"{_TEMPLATE}: it leaves out {text.strip()[:60]!r}; {_help(said)}")
+            end = start + len(text.strip())
+            if pictures and self._rendered([*said[:place], (role, text, pictures - 1), *said[place + 1 :]]) == read:
+                raise ModelError(f"{_TEMPLATE}: it leaves out a picture of turn {place // 2 + 1}; {_help(said)}")
+
+    def _said(self, one: Conversation) -> list[Said]:
         prompt = without_control_tokens(one.prompt, self.tokenizer)
         said = [("user", self.instruction.replace("{prompt}", prompt), len(one.images))]
         for turn in one.turns:

@@ -95,7 +95,7 @@ LLAVA_NEXT = (
     "{% elif message.role == 'user' %}[INST] "
     "{% for part in message.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
     "{% for part in message.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %} [/INST]"
-    "{% endif %}{% endfor %}"
+    "{% elif message.role == 'assistant' %} {{ message.content[0].text }}<\\s> {% endif %}{% endfor %}"
 )
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
@@ -106,7 +106,8 @@ DIALOGPT = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% 
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "<start_of_turn>{{ message.role }}\n{{ message.content | trim }}<end_of_turn>\n{% endfor %}"
+    "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{{ message.content | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 
