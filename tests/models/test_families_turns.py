@@ -87,17 +87,12 @@ of_each_that_sees = pytest.mark.parametrize("name", SEEING)
 of_some = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 )
-of_each_form = pytest.mark.parametrize(
-    ("name", "adapter"),
-    [
-        pytest.param(name, adapter, id=f"{name}-{form}", marks=marks)
-        for name in NAMES
-        for adapter, form, marks in (
-            (True, "adapter", () if name in QUICK else pytest.mark.slow),
-            (False, "weights", pytest.mark.slow),
-        )
-    ],
-)
+FORMS = [
+    pytest.param(name, adapter, id=f"{name}-{form}", marks=() if adapter and name in QUICK else pytest.mark.slow)
+    for name in NAMES
+    for adapter, form in ((True, "adapter"), (False, "weights"))
+]
+of_each_form = pytest.mark.parametrize(("name", "adapter"), FORMS)
 
 
 def _far(a: torch.Tensor, b: torch.Tensor) -> float:
