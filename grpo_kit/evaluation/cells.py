@@ -72,6 +72,8 @@ def drawn_again(
 def scores_of(kit: Experiment, cells: Sequence[Cell], texts: Sequence[str], images: Images) -> list[dict[str, float]]:
     """Each picture's reward and parts, raw; NaN where there is none."""
     prompts = [cell.request.prompt for cell in cells]
+    pictures = {cell.request.prompt_id: cell.request.prompt for cell in cells}  # opened once a prompt
+    pictures = {place: prompt.pictures() or None for place, prompt in pictures.items()}
     parts = kit.rewards.score(
         images,
         [prompt.user_prompt for prompt in prompts],
@@ -79,7 +81,7 @@ def scores_of(kit: Experiment, cells: Sequence[Cell], texts: Sequence[str], imag
         group_ids=torch.tensor([cell.request.prompt_id for cell in cells]),
         image_seeds=torch.tensor([cell.latent for cell in cells]),
         metadata=[prompt.metadata for prompt in prompts],
-        references=[prompt.pictures() or None for prompt in prompts],
+        references=[pictures[cell.request.prompt_id] for cell in cells],
     )
     columns = {"reward": kit.rewards.total(parts, in_groups=False)}
     columns |= {f"reward/{name}": values.masked_fill(values == ABSTAINED, torch.nan) for name, values in parts.items()}

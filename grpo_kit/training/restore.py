@@ -132,8 +132,10 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
     mask = _padded([[True] * len(row) for row in columns["completion_ids"]], torch.bool, False)
     prompts = prompts_of(kit, iteration, list(attempts.values())[:: generation.turns])
     prompts = [prompt for prompt in prompts for _ in range(generation.turns)]
-    if [replace(prompt, metadata={}, images=()) for prompt in prompts] != recorded:
-        prompts = recorded  # the prompt file has changed; what they say is all that a step without pictures needs
+    if [replace(prompt, metadata={}, images=()) for prompt in prompts] != recorded:  # the prompt file has changed
+        if any(prompt.images for prompt in prompts):
+            raise ReplayError("found other prompts with pictures than the run's; give it its own prompt file again")
+        prompts = recorded  # what they say is all that a step without pictures needs
     samples = Samples(
         prompts=prompts,
         group_ids=torch.tensor(columns["group_id"]),
