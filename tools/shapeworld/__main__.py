@@ -107,7 +107,7 @@ def _eyes(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     model.half().save_pretrained(folder)  # as the generator's: loaded as float32 unless told otherwise
     processor.save_pretrained(folder)
     policies = {
-        name: load_policy(load_config("tiny", {"model_settings.vlm_model": str(out / name)}))
+        name: load_policy(load_config("tiny_refine", {"model_settings.vlm_model": str(out / name)}))
         for name in ("policy_eyes", "policy")
     }
     policy = policies["policy_eyes"]

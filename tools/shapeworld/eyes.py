@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from grpo_kit.config import load_config
 from grpo_kit.config.seeds import derive_seed
+from grpo_kit.models.conversation import KEEP
 from grpo_kit.shapeworld.captions import PLACE_WORDS, describe, keeps_request, parse
 from grpo_kit.shapeworld.edits import REDRAW, sample_edit
 from grpo_kit.shapeworld.render import render
@@ -24,21 +26,12 @@ from tools.shapeworld.policy import asked, rewriting_batch, supervised_batch
 from tools.shapeworld.rewrites import RewriteMix, sample_rewrite
 
 BATCH = 48
-LOOK = "Look. Improve: {prompt}"
-KEEP = "keep it"
+_REFINE = load_config("tiny_refine").model_settings
+LOOK = _REFINE.look_instruction
 READING = ("words", "redraw", "edit", "refine")  # the tasks of the batches, in turn
 LOOKING = ("words", "redraw", "edit", *["refine"] * 5)
 Painter = Mapping[str, str]  # word → the word that it draws instead
-
-
-def swaps(*pairs: str) -> dict[str, str]:
-    """A painter who takes each word of a pair ("red blue") for the other."""
-    return {one: other for pair in pairs for one, other in (pair.split(), pair.split()[::-1])}
-
-
-_COLOURS = swaps("red blue", "green orange", "yellow purple", "cyan pink")
-_SHAPES = swaps("circle square", "triangle cross")
-PAINTERS: tuple[Painter, ...] = ({}, _COLOURS, _SHAPES, {**_COLOURS, **_SHAPES})
+PAINTERS: Sequence[Painter] = _REFINE.painters
 SKILFUL = RewriteMix(wrong_thing=0, wrong_count=0, harmful_style=0, no_style=0, user_words=((0.0, 1.0),))
 _KNOWING = RewriteMix(wrong_thing=0, wrong_count=0, user_words=((0.0, 1.0),))  # right words, the usual styles
 

@@ -2,42 +2,32 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
+from grpo_kit.models.conversation import KEEP, Conversation, Turn
 from grpo_kit.models.policy import Policy
-from grpo_kit.models.prompt_format import EncodedPrompts
 from grpo_kit.shapeworld.captions import describe, keeps_request, parse
 from grpo_kit.shapeworld.edits import REDRAW
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import Scene, random_scenes
 from tools.shapeworld.captions import leave_open
-from tools.shapeworld.eyes import KEEP, PAINTERS, SKILFUL, Look, drawn_from, edited, sample_look
-from tools.shapeworld.policy import asked
+from tools.shapeworld.eyes import PAINTERS, SKILFUL, Look, drawn_from, edited, sample_look
 from tools.shapeworld.rewrites import sample_rewrite
 
-GREY = Image.new("RGB", (32, 32), (128, 128, 128))
+GREY = Image.new("RGB", (32, 32), (127, 127, 127))
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A conversation up to the answer, with one picture in it."""
-
-    messages: list[dict[str, object]]
-    picture: Image.Image
-
-
-def answers(policy: Policy, shown: Sequence[Shown], seed: int | None = None) -> list[str]:
+def answers(policy: Policy, asked: Sequence[Conversation], seed: int | None = None) -> list[str]:
     """The policy's answer to each conversation: greedy, or sampled by a seed."""
-    processor = policy.processor
-    texts = [processor.apply_chat_template(one.messages, add_generation_prompt=True, tokenize=False) for one in shown]
-    pictures = [one.picture for one in shown]
-    inputs = processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
-    rows = {"pixel_values": inputs["image_grid_thw"].prod(dim=1).tolist()}
-    encoded = EncodedPrompts(texts, pictures, dict(inputs), rows)
-    return policy.sample(encoded, 1, seed=seed or 0, greedy=seed is None).texts
+    return policy.sample(asked, 1, seed=seed or 0, greedy=seed is None).texts
+
+
+def second_turn(look: Look, picture: Image.Image) -> Conversation:
+    """What the policy reads before its second answer, with this picture for the one that its first gave."""
+    return Conversation(look.prompt, turns=(Turn(look.rewrite, picture),))
 
 
 def reading(policy: Policy, count: int = 400, seed: int = 50) -> dict[str, float]:
@@ -48,8 +38,8 @@ def reading(policy: Policy, count: int = 400, seed: int = 50) -> dict[str, float
         meant = [(REDRAW, scene) if task == "redraw" else edited(scene, rng) for scene in scenes]
         pictures = [render(scene, rng) for scene in scenes]
         for name, seen in ((task, pictures), (f"{task}, grey picture", [GREY] * count)):
-            shown = [Shown([asked(words, pictures=1)], one) for (words, _), one in zip(meant, seen, strict=True)]
-            written = answers(policy, shown)
+            asked = [Conversation(words, (one,)) for (words, _), one in zip(meant, seen, strict=True)]
+            written = answers(policy, asked)
             shares[name] = _share(_states(one, target) for one, (_, target) in zip(written, meant, strict=True))
     return shares
 
@@ -65,8 +55,7 @@ def looking(policy: Policy, count: int = 400, seed: int = 60) -> dict[str, float
     arms = {"own picture": own, "another's": own[1:] + own[:1], "grey": [GREY] * len(own)}
     shares = {}
     for name, pictures in arms.items():
-        shown = [Shown(look.messages(), picture) for look, picture in zip(looks, pictures, strict=True)]
-        written = answers(policy, shown)
+        written = answers(policy, list(map(second_turn, looks, pictures)))
         shares[name] = _share(_states(one, look.needed) for one, look in zip(written, looks, strict=True))
     return shares
 
@@ -75,7 +64,7 @@ def keeping(policy: Policy, count: int = 600, seed: int = 70) -> dict[str, float
     """Share of "keep it" among sampled second answers, where the picture was right and where it was wrong."""
     rng = random.Random(seed)
     looks = [sample_look(scene, rng) for scene in random_scenes(count, seed, held_out=True)]
-    written = answers(policy, [Shown(look.messages(), render(look.shown, rng)) for look in looks], seed=seed)
+    written = answers(policy, [second_turn(look, render(look.shown, rng)) for look in looks], seed=seed)
     kept = {
         right: [w == KEEP for w, look in zip(written, looks, strict=True) if look.is_right is right]
         for right in (True, False)
