@@ -240,6 +240,8 @@ def collect_samples(
         raise ValueError(f"num_generations: found {num_generations}, allowed: at least 2 (1 has nothing to compare)")
     if not prompts:
         raise ValueError("prompts: found none, allowed: at least one")
+    if turns > 1 and look_at not in ("nothing", "words"):
+        policy.require_eyes()  # before anything is drawn
     prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     G, pictures = num_generations, [prompt.pictures() for prompt in prompts]
     places = first_prompt + torch.arange(len(prompts)).repeat_interleave(G)

@@ -9,6 +9,7 @@ from PIL import Image
 from support.broken_twins import broken_versions
 
 from grpo_kit.config import load_config
+from grpo_kit.config.hub import ModelError
 from grpo_kit.experiment import Experiment
 from grpo_kit.grpo.advantages import group_advantages
 from grpo_kit.grpo.credit import turn_credits
@@ -353,6 +354,14 @@ def test_a_rollouts_rewards_are_the_credits_of_its_episodes(kit: Experiment, cre
     else:
         torch.testing.assert_close(given[:, 0], own[:, 0])
         torch.testing.assert_close(given[:, 1], own[:, 1] - own[:, 0])
+
+
+def test_a_text_only_policy_is_refused_before_anything_is_drawn(kit: Experiment, own_policy: Policy):
+    own_policy.sees = False
+    generator = Counting(kit.generator)
+    with pytest.raises(ModelError, match=r"pictures: found some .* but it is text-only; .* look_at: nothing"):
+        _collect(kit, own_policy, generator, turns=2)
+    assert not generator.asked
 
 
 # --- what the policy is shown -----------------------------------------------------------------------------------------

@@ -114,15 +114,20 @@ class PromptFormat:
         """
         asked = conversations(prompts, images)
         counts = {len(one.pictures) for one in asked}
-        if counts != {0} and not self.sees:
-            raise ModelError(
-                "pictures: found some for the policy to read, but it is text-only; take a vision-language model, or "
-                "set model_settings.use_image: false, or look_at: nothing"
-            )
+        if counts != {0}:
+            self.require_eyes()
         if len(counts) > 1 or max(counts) > 1:  # processors differ in how they read these in one call
             alone = [self._encoded_alike([one]) for one in asked]
             return joined(alone, self.tokenizer.pad_token_id or 0)
         return self._encoded_alike(asked)
+
+    def require_eyes(self) -> None:
+        """Raise `ModelError` where the policy is text-only."""
+        if not self.sees:
+            raise ModelError(
+                "pictures: found some for the policy to read, but it is text-only; take a vision-language model, or "
+                "set model_settings.use_image: false, or look_at: nothing"
+            )
 
     def _encoded_alike(self, asked: list[Conversation]) -> EncodedPrompts:
         """Conversations that have none or one picture each, or a single one with any number."""
