@@ -16,7 +16,7 @@ _MODULES = {
     ("LossPlayground",): "widgets.loss_playground",
     ("curve_figure", "training_curves"): "curves",
     ("gallery_figure", "group_figure", "image_grid"): "images",
-    ("category_plot", "comparison_plot", "interval_figure"): "intervals",
+    ("category_plot", "comparison_plot", "interval_figure", "looks_plot"): "intervals",
     ("clipping_figure", "kl_estimators_figure", "token_weights_figure"): "lessons.loss",
     ("group_rows_figure", "group_size_figure", "learning_figure"): "lessons.loss",
     ("distribution_figure", "flow_figure", "seed_figure", "token_figure"): "lessons.models",
