@@ -11,6 +11,8 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
@@ -31,10 +33,18 @@ def main(
         gk.train(gk.load_experiment(config), run)
         gk.evaluate(gk.load_experiment(config, trained=run / "best"), compare=COMPARE, run_dir=run)
         trim_pictures(run)
+        halve_weights(run / "best" / "model.safetensors")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(run, out, ignore=shutil.ignore_patterns(*LEFT_OUT))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     typer.echo(f"recorded: {out} ({size / 1e6:.1f} MB)")
+
+
+def halve_weights(place: Path) -> None:
+    """Store weights in half precision, half as large; they are loaded as the profile says, in float32."""
+    with safe_open(place, "pt") as file:
+        told = file.metadata()
+    save_file({name: value.half() for name, value in load_file(place).items()}, place, metadata=told)
 
 
 def trim_pictures(run: Path) -> None:
