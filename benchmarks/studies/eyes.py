@@ -154,6 +154,9 @@ def _over_seeds(values: Sequence[float]) -> dict[str, float]:
     return {**found, **ends, "seeds": len(values)}
 
 
+_TRAINED_ON = {"refine": "trained on its own pictures", f"refine-{GREY}": "trained on grey ones"}
+
+
 def markdown(found: Results) -> dict[str, str]:
     """The tables of docs/eyes.md: what a picture that the user gives is worth, a second turn, and ways of credit."""
     tasks = [arm for arm in ("redraw", f"redraw-{GREY}", "edit", f"edit-{GREY}") if arm in found]
@@ -162,7 +165,7 @@ def markdown(found: Results) -> dict[str, str]:
     given = [[*row, _text(found[row[0]]["trained"][changed])] for row in given]
     tables = {"given": [["task", *VARIANTS, changed], *given]}
     looks = [arm for arm in ("refine", f"refine-{GREY}") if arm in found]
-    head = ["second turn after", *(f"{arm}: {metric}" for arm in looks for metric in METRICS[:2])]
+    head = ["second turn after", *(f"{_TRAINED_ON[arm]}: {name}" for arm in looks for name in ("check", "all right"))]
     rows = [
         [name, *(_text(found[arm][look][metric]) for arm in looks for metric in METRICS[:2])]
         for look, name in ARM_NAMES.items()
@@ -192,8 +195,7 @@ def _row(cells: Sequence[str]) -> str:
 def figures(found: Results) -> dict[str, Drawing]:
     """The six ways of looking, and the two tasks with the user's picture beside their controls."""
     drawn = {}
-    sides = {"trained on its own pictures": "refine", "trained on grey ones": "refine-grey"}
-    sides = {name: found[arm] for name, arm in sides.items() if arm in found}
+    sides = {name: found[arm] for arm, name in _TRAINED_ON.items() if arm in found}
     if sides:
         panels = {
             metric: {
