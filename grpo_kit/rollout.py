@@ -248,10 +248,7 @@ def collect_samples(
     seeds = latent_seeds(seed, places, G, images_per_prompt, share_seeds)
     request = _unwritten(prompts, pictures, places, seeds)
     clock, done, goes_on = time.perf_counter(), [], list(range(len(places)))
-    texts = [prompt.user_prompt for prompt in prompts]
-    seen = picture_prompts(generator, texts, seed, first_prompt) if use_image else [()] * len(prompts)
-    shown_first = [(*own, *([image] if use_image else [])) for own, image in zip(pictures, seen, strict=True)]
-    asked = list(map(Conversation, texts, shown_first))
+    asked = _begun(generator, prompts, pictures, seed, first_prompt, use_image)
     for turn in range(turns):
         if turn:
             goes_on = origins(request, G, branches and turn == 1)
@@ -265,6 +262,21 @@ def collect_samples(
         done.append(_TurnRows(read, encoded, written, drawn, spent))
         clock = time.perf_counter()
     return _as_samples(done, prompts, request, policy.tokenizer.pad_token_id, first_prompt, branches)
+
+
+def _begun(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    pictures: Sequence[list[Image.Image]],
+    seed: int,
+    first_prompt: int,
+    use_image: bool,
+) -> list[Conversation]:
+    """The prompts with their pictures, and with what the users' words give where the policy sees that."""
+    texts = [prompt.user_prompt for prompt in prompts]
+    drawn = picture_prompts(generator, texts, seed, first_prompt) if use_image else []
+    seen = [[image] for image in drawn] or [[]] * len(prompts)
+    return [Conversation(text, (*own, *more)) for text, own, more in zip(texts, pictures, seen, strict=True)]
 
 
 def _unwritten(
