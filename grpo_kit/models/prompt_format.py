@@ -21,6 +21,9 @@ _ONE_TURN = "set generation_settings.turns: 1, or another template"
 Said = tuple[str, str, int]  # a turn: role, text, number of pictures before it
 
 
+_ANY = Image.new("RGB", (1, 1))  # a picture, where only its place in the text counts
+
+
 @dataclass(frozen=True, repr=False)
 class EncodedPrompts(Shown):
     """P prompts as a model reads them, tokenised once: they lie on the CPU until some of them are run."""
@@ -167,12 +170,12 @@ class PromptFormat:
             batch = self.tokenizer(list(texts), **options)
         return {name: value for name, value in batch.items() if name != "token_type_ids"}
 
-    def format_prompt(self, prompt: str | Conversation) -> str:
+    def format_prompt(self, prompt: str | Conversation, with_image: bool = False) -> str:
         """The text that the model reads: instruction and prompt in its chat template, or plainly where it has none.
 
         It is a `ModelError` where the template refuses the turns, or leaves one of them out.
         """
-        one = conversations([prompt])[0]
+        one = conversations([prompt], [_ANY] if with_image else None)[0]
         said = self._said(one)
         if not self.chats:
             lines = [line for _, text, pictures in said for line in (*[self._image_token] * pictures, text)]
