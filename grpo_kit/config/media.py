@@ -1,0 +1,210 @@
+"""What a generator gives: a picture of PIL's, or one of three other media. All that differs between them is here.
+
+A medium has raw values, which decide whether two are the same; a thumbnail, a picture that stands for it where only
+pictures are shown; and a small file, which a page plays without a script. The name `images` in rollouts and rewards
+means media of the generator's kind.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from grpo_kit.config.display import Html, Shown
+from grpo_kit.config.errors import KitError
+
+Kind = Literal["image", "video", "sound", "views"]
+_STRIP = 6  # pictures of a thumbnail, at most
+_SOUND = (192, 96)  # pixels of a sound's thumbnail: its waveform above, its spectrogram below
+_WINDOW = 256  # samples of one column of the spectrogram
+_FLOOR_DB = 60.0  # what is so much softer than the loudest is black
+_SMALLEST_CONTRAST = 2 / 255  # values of 0 to 1 that differ by less show nothing
+
+
+class _Playable(Shown):
+    """What the three media share: HTML that plays."""
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Video(_Playable):
+    """Frames of one size, one after the other."""
+
+    frames: np.ndarray  # (T, height, width, 3) uint8
+    rate: float  # frames a second
+
+    def _shown(self) -> dict[str, object]:
+        count, height, width, _ = self.frames.shape
+        return {"frames": count, "size": f"{width} x {height}", "rate": self.rate}
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """Its frames."""
+        return list(map(Image.fromarray, self.frames))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sound(_Playable):
+    """A waveform."""
+
+    samples: np.ndarray  # (channels, samples) float32, within -1 to 1
+    rate: int  # samples a second
+
+    def _shown(self) -> dict[str, object]:
+        channels, count = self.samples.shape
+        return {"seconds": count / self.rate, "rate": self.rate, "channels": channels}
+
+    @property
+    def mono(self) -> np.ndarray:
+        """The mean of its channels, (samples,)."""
+        return self.samples.mean(axis=0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Views(_Playable):
+    """One object, seen from several sides."""
+
+    pictures: tuple[Image.Image, ...]
+
+    def _shown(self) -> dict[str, object]:
+        return {"views": len(self.pictures), "size": "{} x {}".format(*self.pictures[0].size)}
+
+
+Medium = Image.Image | Video | Sound | Views
+KINDS: dict[str, type] = {"image": Image.Image, "video": Video, "sound": Sound, "views": Views}
+SUFFIXES = {"image": ".png", "video": ".webp", "sound": ".wav", "views": ".webp"}
+_VIEWS_A_SECOND = 4.0  # at which a turning object is shown
+_DESCRIPTION = 0x010E  # of EXIF: kind, pictures, rate
+
+
+def kind_of(medium: object) -> Kind:
+    """Which of the media it is; `KitError` for what is none."""
+    for kind, one in KINDS.items():
+        if isinstance(medium, one):
+            return kind
+    raise KitError(f"medium: found {type(medium).__name__}, allowed: a PIL picture, Video, Sound or Views")
+
+
+def shows_something(values: np.ndarray) -> bool:
+    """Whether values in [0, 1] (or [-1, 1]) are finite, some, and not all the same."""
+    return bool(values.size and np.isfinite(values).all() and np.ptp(values) >= _SMALLEST_CONTRAST)
+
+
+def digest(medium: Medium) -> str:
+    """sha256 of its raw values, their shape, and its rate."""
+    values = {"video": "frames", "sound": "samples"}.get(kind_of(medium))
+    arrays = [getattr(medium, values)] if values else [np.asarray(one) for one in _pictures(medium)]
+    found = hashlib.sha256(str(float(getattr(medium, "rate", 0))).encode())
+    for array in arrays:
+        found.update(f"{array.shape}{array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def thumbnail(medium: Medium) -> Image.Image:
+    """A picture that stands for it: itself; some frames or views side by side; waveform and spectrogram."""
+    if isinstance(medium, Image.Image):
+        return medium
+    if isinstance(medium, Sound):
+        return _sound_picture(medium)
+    pictures = _pictures(medium)
+    places = np.linspace(0, len(pictures) - 1, min(_STRIP, len(pictures))).round().astype(int)
+    some = [pictures[place] for place in places]
+    width, height = some[0].size
+    strip = Image.new("RGB", (width * len(some), height))
+    for column, one in enumerate(some):
+        strip.paste(one, (column * width, 0))
+    return strip
+
+
+def _pictures(medium: Medium) -> list[Image.Image]:
+    return [medium] if isinstance(medium, Image.Image) else list(medium.pictures)
+
+
+def _sound_picture(sound: Sound) -> Image.Image:
+    """The waveform at its true height, and the strength of its frequencies, low ones at the bottom."""
+    width, height = _SOUND
+    samples = np.clip(sound.mono, -1, 1)
+    part = np.array_split(samples, width)
+    middle, rows = height // 2, np.arange(height)[:, None]
+    low, high = (np.array([pick(one) if one.size else 0.0 for one in part]) for pick in (np.min, np.max))
+    wave_rows = (rows >= middle * (1 - high)) & (rows <= np.maximum(middle * (1 - low), middle * (1 - high) + 1))
+    window = np.hanning(_WINDOW)
+    starts = np.linspace(0, max(len(samples) - _WINDOW, 0), width).astype(int)
+    padded = np.pad(samples, (0, max(0, _WINDOW - len(samples))))
+    powers = np.abs(np.fft.rfft(np.stack([padded[start : start + _WINDOW] * window for start in starts]))) ** 2
+    decibels = 10 * np.log10(powers.T[::-1] / max(float(powers.max()), 1e-12) + 1e-12)
+    levels = (np.clip(decibels / _FLOOR_DB + 1, 0, 1) * 255).astype(np.uint8)
+    both = [Image.fromarray((~wave_rows * 255).astype(np.uint8)), Image.fromarray(levels).resize(_SOUND)]
+    picture = Image.new("RGB", (width, 2 * height))
+    for place, one in enumerate(both):
+        picture.paste(one, (0, place * height))
+    return picture
+
+
+def file_bytes(medium: Medium) -> bytes:
+    """The content of its file: PNG, animated WebP without loss, WAV of 16 bits."""
+    content = io.BytesIO()
+    if isinstance(medium, Sound):
+        with wave.open(content, "wb") as file:
+            file.setnchannels(len(medium.samples))
+            file.setsampwidth(2)
+            file.setframerate(medium.rate)
+            file.writeframes((np.clip(medium.samples, -1, 1).T * 32767).round().astype("<i2").tobytes())
+    elif isinstance(medium, Image.Image):
+        medium.save(content, "PNG")
+    else:
+        pictures, rate, note = medium.pictures, getattr(medium, "rate", _VIEWS_A_SECOND), Image.Exif()
+        note[_DESCRIPTION] = f"{kind_of(medium)} {len(pictures)} {rate}"
+        times = {"duration": round(1000 / rate), "loop": 0, "exif": note}
+        pictures[0].save(content, "WEBP", lossless=True, save_all=True, append_images=pictures[1:], **times)
+    return content.getvalue()
+
+
+def save_medium(medium: Medium, place: Path) -> Path:
+    """Write its file at a place without a suffix; returns the path with the one that is its kind's."""
+    path = place.with_name(place.name + SUFFIXES[kind_of(medium)])
+    path.write_bytes(file_bytes(medium))
+    return path
+
+
+def open_medium(path: Path) -> Medium:
+    """Read what `save_medium` wrote."""
+    if path.suffix == ".wav":
+        with wave.open(str(path)) as file:
+            values = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
+            return Sound((values.T / 32767).astype(np.float32), file.getframerate())
+    with Image.open(path) as image:
+        kind, count, rate = (image.getexif().get(_DESCRIPTION) or "image 1 1").split()
+        frames = []
+        for frame in ImageSequence.Iterator(image):  # the format keeps equal ones that follow each other as one
+            shown = frame.convert("RGB")
+            frames += [shown] * max(1, round(frame.info.get("duration", 0) * float(rate) / 1000))
+    frames = [*frames, *[frames[-1]] * (int(count) - len(frames))][: int(count)]
+    if kind == "image":
+        return frames[0]
+    return Views(tuple(frames)) if kind == "views" else Video(np.stack(list(map(np.asarray, frames))), float(rate))
+
+
+def as_html(medium: Medium, alt: str = "") -> Html:
+    """The medium inside a page: pictures and films as images, a sound as its picture above controls that play it."""
+    alt = html.escape(alt, quote=True)
+    shown = thumbnail(medium) if isinstance(medium, Sound) else medium
+    kind = "png" if kind_of(shown) == "image" else "webp"
+    image = f'<img alt="{alt}" style="image-rendering:pixelated" src="data:image/{kind};base64,{_base64(shown)}">'
+    if shown is medium:
+        return Html(image)
+    audio = f'<audio controls preload="none" aria-label="{alt}" src="data:audio/wav;base64,{_base64(medium)}"></audio>'
+    return Html(f"<div>{image}<br>{audio}</div>")
+
+
+def _base64(medium: Medium) -> str:
+    return base64.b64encode(file_bytes(medium)).decode("ascii")
