@@ -1,6 +1,7 @@
 """Trains the initial policy: a Qwen2.5-VL of 0.8 M parameters that rewrites prompts, with and without a picture."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,13 +36,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def new_processor() -> Qwen2_5_VLProcessor:
-    """Qwen2.5-VL's processor for 32 x 32 pictures: patches of 4, merged two by two, so 16 picture tokens."""
+def new_processor(texts: Sequence[str] | None = None) -> Qwen2_5_VLProcessor:
+    """Qwen2.5-VL's processor for 32 x 32 pictures: patches of 4, merged two by two, so 16 picture tokens.
+
+    `texts` are what its tokenizer is trained on: the captions of the world of pictures unless told otherwise.
+    """
     sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     limits = {"size": {"shortest_edge": 32 * 32, "longest_edge": 32 * 32}}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes, **limits),
-        tokenizer=qwen_tokenizer(),
+        tokenizer=qwen_tokenizer(texts),
         video_processor=Qwen2VLVideoProcessor(**sizes, **limits),
         chat_template=CHAT_TEMPLATE,
     )

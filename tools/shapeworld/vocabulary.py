@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from functools import cache
 
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5Tokenizer
@@ -33,12 +34,12 @@ def corpus() -> list[str]:
     return texts + [word for words in (*STYLE_WORDS.values(), IDLE_WORDS) for word in words for _ in range(50)]
 
 
-def clip_tokenizer() -> PreTrainedTokenizerBase:
-    """For the generator's two CLIP text encoders and for the reward model.
+def clip_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
+    """For the generator's two CLIP text encoders and for the reward model; trained on the world's corpus, or on `texts`.
 
     The end-of-text token gets the highest id, because open_clip finds a text's end as its highest id.
     """
-    trained = CLIPTokenizer().train_new_from_iterator(corpus(), vocab_size=720)
+    trained = CLIPTokenizer().train_new_from_iterator(texts or corpus(), vocab_size=720)
     special = ("<|startoftext|>", "<|endoftext|>")
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
@@ -48,16 +49,16 @@ def clip_tokenizer() -> PreTrainedTokenizerBase:
     return CLIPTokenizer(vocabulary, merges, model_max_length=TEXT_LENGTH)
 
 
-def t5_tokenizer() -> PreTrainedTokenizerBase:
-    """For the generator's third text encoder."""
-    trained = T5Tokenizer().train_new_from_iterator(corpus(), vocab_size=320)
+def t5_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
+    """For the generator's third text encoder; trained as `clip_tokenizer`."""
+    trained = T5Tokenizer().train_new_from_iterator(texts or corpus(), vocab_size=320)
     trained.model_max_length = 256
     return trained
 
 
-def qwen_tokenizer() -> PreTrainedTokenizerBase:
-    """For the policy: Qwen's byte-level BPE with the special tokens of chat, images and video."""
-    trained = Qwen2Tokenizer().train_new_from_iterator([*corpus(), *INSTRUCTIONS], vocab_size=700)
+def qwen_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
+    """For the policy: Qwen's byte-level BPE with the special tokens of chat, images and video; trained as the others."""
+    trained = Qwen2Tokenizer().train_new_from_iterator([*(texts or corpus()), *INSTRUCTIONS], vocab_size=700)
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
     tokenizer = Qwen2Tokenizer(model["vocab"], [tuple(merge) for merge in model["merges"]])
     tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})
