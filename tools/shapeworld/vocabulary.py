@@ -35,7 +35,7 @@ def corpus() -> list[str]:
 
 
 def clip_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
-    """For the generator's two CLIP text encoders and for the reward model; trained on the world's corpus, or on `texts`.
+    """For the generator's CLIP text encoders and the reward model; trained on `texts`, or the world's corpus.
 
     The end-of-text token gets the highest id, because open_clip finds a text's end as its highest id.
     """
@@ -57,7 +57,7 @@ def t5_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
 
 
 def qwen_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
-    """For the policy: Qwen's byte-level BPE with the special tokens of chat, images and video; trained as the others."""
+    """For the policy: Qwen's byte-level BPE with the special tokens of chat, images and video; trained as those."""
     trained = Qwen2Tokenizer().train_new_from_iterator([*(texts or corpus()), *INSTRUCTIONS], vocab_size=700)
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
     tokenizer = Qwen2Tokenizer(model["vocab"], [tuple(merge) for merge in model["merges"]])
