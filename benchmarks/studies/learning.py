@@ -12,9 +12,11 @@ from typing import Annotated
 import pandas as pd
 import torch
 import typer
+from PIL import Image
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
+from grpo_kit.config.media import KINDS, digest
 from grpo_kit.evaluation.intervals import t_interval
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards.composition import Rewards
@@ -63,11 +65,10 @@ def with_random_rewards(kit: Experiment) -> Experiment:
     """The experiment with a reward that knows nothing of the image; everything else is scored but not rewarded."""
 
     def lottery(images: list, prompts: list[str], enhanced_prompts: list[str]) -> list[float]:
-        return [
-            zlib.crc32(image.tobytes() + text.encode()) / 2**32
-            for image, text in zip(images, enhanced_prompts, strict=True)
-        ]
+        raw = [image.tobytes() if isinstance(image, Image.Image) else digest(image).encode() for image in images]
+        return [zlib.crc32(one + text.encode()) / 2**32 for one, text in zip(raw, enhanced_prompts, strict=True)]
 
+    lottery.media = tuple(KINDS)
     watched = {**kit.rewards.parts, **kit.rewards.monitors}
     return kit.with_rewards(Rewards(parts={"random": lottery}, weights={"random": 1.0}, monitors=watched))
 

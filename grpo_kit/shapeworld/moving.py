@@ -8,7 +8,6 @@ clauses, words that spoil (a film that stands still, a soft one), and idle words
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -167,23 +166,3 @@ def check(video: Any, request: Film) -> dict[str, bool]:
         if getattr(request, name):
             result[name] = found == getattr(request, name)
     return {**result, "clean": middle.style == "clean"}
-
-
-def moving_gold(images: Sequence[Any], prompts: Sequence[str], enhanced_prompts: Sequence[str]) -> list[float]:
-    """A reward's form of the check: the share of what the user asked for that holds; NaN outside the grammar."""
-    return [_share(video, parse(prompt)) for video, prompt in zip(images, prompts, strict=True)]
-
-
-def moving_keeps(images: Sequence[Any], prompts: Sequence[str], enhanced_prompts: Sequence[str]) -> list[float]:
-    """1 where a rewrite still states everything that the user asked for, else 0."""
-    pairs = zip(map(parse, prompts), map(parse, enhanced_prompts), strict=True)
-    return [float(bool(asked and said and captions.keeps_request(asked, said))) for asked, said in pairs]
-
-
-def _share(video: Any, request: Film | None) -> float:
-    found = {} if request is None or video is None else check(video, request)
-    return sum(found.values()) / len(found) if found else float("nan")
-
-
-moving_gold.media = ("video",)
-moving_keeps.media = ("image", "video", "sound", "views")  # words alone

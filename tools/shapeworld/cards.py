@@ -35,6 +35,20 @@ _PURPOSE = {
         "open_clip CLIP (ModifiedResNet), 1.6 M parameters: scores a picture against a caption of either dialect.",
         "Photographs; captions over 24 tokens.",
     ),
+    "moving_generator": (
+        "WanPipeline, 1.3 M parameters: draws films of 9 frames of 32 x 32, one coloured shape that moves. Use "
+        "guidance 1.0, about 8 steps and max_sequence_length 24.",
+        "Anything else; users' words (crimson, leftwards …) mean nothing to it, on purpose.",
+    ),
+    "moving_xclip": (
+        "XCLIPModel, 0.6 M parameters: scores five frames of a film against a caption of either dialect.",
+        "Videos of anything but moving shapes; captions over 24 tokens.",
+    ),
+    "moving_policy": (
+        "Qwen2_5_VLForConditionalGeneration, 0.8 M parameters: rewrites prompts of the world of films, some well, some "
+        "idly, some harmfully. It is the start of GRPO training. Its vision tower is untrained.",
+        "Any text outside the world's grammar; pictures.",
+    ),
 }
 
 
