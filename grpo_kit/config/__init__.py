@@ -18,31 +18,3 @@ from grpo_kit.config.settings import (
     Whole,
 )
 from grpo_kit.config.validation import validated
-
-__all__ = [
-    "PROFILES",
-    "PROFILE_FOLDER",
-    "PROJECT_ROOT",
-    "RECORDS",
-    "Config",
-    "ConfigError",
-    "Count",
-    "EvaluationSettings",
-    "KitError",
-    "LoraSettings",
-    "ModelSettings",
-    "Name",
-    "Number",
-    "Section",
-    "TrainingSettings",
-    "Whole",
-    "load_config",
-    "nearest",
-    "one_line",
-    "pairs_from_texts",
-    "printable",
-    "settings_from_texts",
-    "shown",
-    "validated",
-    "working_folder",
-]
