@@ -11,13 +11,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import bleach
 import jinja2
 import nbformat
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from PIL import Image
 from pygments.formatters import HtmlFormatter
@@ -41,7 +41,10 @@ FORMULA_ATTRIBUTES = (
     "accent display displaystyle fence form mathvariant maxsize minsize scriptlevel stretchy width".split()
 )
 PLACE = "\ue000{}\ue001"  # of the numbered formula, in characters that no text has
-IN_HTML = re.compile(r"\$([^$<>]+)\$")
+MATH = re.compile(  # of prose; in code, which comes first, nothing is one
+    r"(`+|~~~+).*?\1|(?<!\\)\$\$(?P<block>.+?)\$\$|(?<![\\$])\$(?P<inline>([^$\n]|\n(?!\s*\n))+)\$", re.DOTALL
+)
+IMAGE_FILE = re.compile(r"""(<img\b[^>]*?\bsrc=)(["'])([^"':]+)\2""")
 IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+\Z")
 LINK = re.compile(r"(https?://|mailto:|#|[\w./-]+\Z)")
 IMAGE_KINDS = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
@@ -115,60 +118,42 @@ def write_notebook_pages(folder: Path) -> list[NotebookPage]:
 
 def _notebook_html(notebook: nbformat.NotebookNode, path: Path) -> str:
     """Return the notebook's cells as HTML that runs nothing."""
+    formulas: list[str] = []
+
+    def placed(found: re.Match) -> str:
+        """A place for the formula, which the cleaning would not leave as it is."""
+        latex = found["block"] or found["inline"]
+        if latex and (formula := _formula(latex, "block" if found["block"] else "inline")):
+            formulas.append(formula)
+            return PLACE.format(len(formulas) - 1)
+        return found[0]
+
+    def embedded(found: re.Match) -> str:
+        return f'{found[1]}"{image_uri(path.parent / unquote(found[3])) or ""}"'
+
     notebook.metadata.pop("widgets", None)
     notebook.cells = [cell for cell in notebook.cells if UNSHOWN not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = MATH.sub(placed, cell.source)
     for output in [output for cell in notebook.cells for output in cell.get("outputs", [])]:
         if "data" in output:
             output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN_OUTPUTS}
-    exporter = _Exporter()
+    exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True)
     exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # a progress bar's last state only
-    body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"path": str(path.parent)}})
+    body = IMAGE_FILE.sub(embedded, exporter.from_notebook_node(notebook)[0])
     body = clean_html(re.sub(r'href="([\w./-]+)\.ipynb"', r'href="\1.html"', body))
-    for number, formula in enumerate(exporter.formulas):
+    for number, formula in enumerate(formulas):
         body = body.replace(PLACE.format(number), formula)
     return body
 
 
-class _Exporter(HTMLExporter):
-    """nbconvert's, which leaves a place for each formula; `formulas` has them as MathML."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__(template_name="basic", embed_images=True, exclude_anchor_links=True, **options)
-        self.formulas: list[str] = []
-
-    @jinja2.pass_context
-    def markdown2html(self, context: jinja2.runtime.Context, source: str) -> str:
-        """Prose as HTML; the name is nbconvert's."""
-        place = context["resources"]["metadata"]["path"]
-        renderer = _Renderer(escape=False, embed_images=True, path=place, exclude_anchor_links=True)
-        renderer.formulas = self.formulas
-        return MarkdownWithMath(renderer=renderer).render(source)
-
-
-class _Renderer(IPythonRenderer):
-    formulas: list[str]
-
-    def block_math(self, body: str) -> str:
-        """A formula on lines of its own."""
-        return self._placed(body, "block") or super().block_math(body)
-
-    def inline_math(self, body: str) -> str:
-        """A formula in a line."""
-        return self._placed(body, "inline") or super().inline_math(body)
-
-    def block_html(self, html: str) -> str:
-        """HTML as it is, with its formulas."""
-        html = IN_HTML.sub(lambda found: self._placed(found[1], "inline") or found[0], html)
-        return super().block_html(html) if "<img" in html else html  # which closes each tag in its own block
-
-    def _placed(self, latex: str, display: str) -> str:
-        """A place for the formula; "" where the library cannot read it, so that it is shown as written."""
-        try:
-            formula = convert(latex, display=display)
-        except Exception:  # its errors have no class in common
-            return ""
-        self.formulas.append(bleach.clean(formula, FORMULA_TAGS, FORMULA_ATTRIBUTES, strip=True))
-        return PLACE.format(len(self.formulas) - 1)
+def _formula(latex: str, display: str) -> str:
+    """A formula as MathML; "" where the library cannot read it, so that it is shown as written."""
+    try:
+        return bleach.clean(convert(latex, display=display), FORMULA_TAGS, FORMULA_ATTRIBUTES, strip=True)
+    except Exception:  # its errors have no class in common
+        return ""
 
 
 def clean_html(body: str) -> str:
