@@ -1,17 +1,22 @@
 """The loss playground: one token's loss and gradient over the ratio, and a recorded step under other settings."""
 
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 import torch
 
+from grpo_kit.config import TrainingSettings
+from grpo_kit.evaluation.table import number_text
 from grpo_kit.grpo import CLIPPED_LOSS_TYPES, LOSS_TYPES
 from grpo_kit.runs.record import RunRecord
-from grpo_kit.show.pushes import loss_and_push
+from grpo_kit.show.pushes import Pushes, loss_and_push, recompute
 from grpo_kit.show.style import BLUE, FAINT, GREY, INK, VERMILION, Drawing, explain, signed, styled
-from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox, dropdown, on_change, row, slider
-from grpo_kit.show.widgets.what_if import CISPO_CAP, WhatIf
+from grpo_kit.show.widgets.kept_groups import GroupBox, ranges
+from grpo_kit.show.widgets.picture_box import LiveFigure, PictureBox, button, dropdown, look, on_change, row, slider
 
 NO_PUSH = 1e-9
 HIGHEST_RATIO, HIGHEST = 3.0, 3.2  # of the axes
@@ -19,6 +24,24 @@ STEPS = 241
 PANELS = {
     "loss of one token": "dashed: −ratio × advantage, with nothing held back; grey: between the bounds",
     "push on its log-probability": "minus the gradient: above 0 more likely, below 0 less likely, at 0 nothing",
+}
+CISPO_CAP = 5.0  # its authors' bound of the ratio; the other types' epsilon_high means 1 + that
+PRESETS = {
+    "as recorded": {},
+    "Dr. GRPO": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "RLOO": {"baseline": "leave_one_out", "scale_rewards": "none"},
+    "GSPO": {"importance_sampling_level": "sequence"},
+    "DAPO": {"loss_type": "dapo"},
+}
+OPENING = PRESETS["Dr. GRPO"]  # what it opens with, so that its picture in a report compares something
+CHOICES = ("loss_type", "scale_rewards", "baseline", "importance_sampling_level")
+SCALES = {"epsilon": (0.05, 0.1, 0.2, 0.3, 0.5), "beta": (0.0, 0.01, 0.04, 0.1, 0.5, 1.0)}
+LEGEND = "outline: as recorded · filled: with these settings · below each rewrite its reward and its tokens"
+OUTLINE = dict(facecolor="none", edgecolor=INK, lw=1.1, zorder=3)
+PUSH_PANELS = {  # field of the pushes → title, factor
+    "advantages": ("advantage of each rewrite", 1),
+    "weights": ("weight of one of its tokens, in thousandths", 1000),
+    "shares": ("push on each rewrite, % of the whole step", 100),
 }
 
 
@@ -112,3 +135,104 @@ def _empty_figure() -> Drawing:
         axes.axhline(0, color=INK, lw=0.8)
         axes.axvline(1, color=GREY, lw=0.8)
     return figure
+
+
+class WhatIf(GroupBox):
+    """One group of a kept rollout: what the step did to each sample, and what it would have done.
+
+    It opens with Dr. GRPO's settings beside the recorded ones; a `KitError` where there are no log-probabilities.
+    """
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        """Return the choice of a group and of the moment, the presets, and one control a setting."""
+        self.recorded = TrainingSettings.model_construct(**self.record.config.get("training_settings", {}))
+        moments = [("before the step: all ratios are 1", False), ("after the recorded step", True)]
+        self.moment = dropdown("policy", moments, False, 340)
+        self.choices: dict[str, ipywidgets.Widget] = {}
+        for name in CHOICES:
+            options = get_args(TrainingSettings.model_fields[name].annotation)
+            value = OPENING.get(name, getattr(self.recorded, name))
+            self.choices[name] = dropdown(name.replace("importance_sampling_", ""), options, value, 250)
+        for name, options in SCALES.items():
+            value = getattr(self.recorded, name)
+            scale = dict(options=sorted({*options, value}), value=value, continuous_update=False)
+            self.choices[name] = ipywidgets.SelectionSlider(**scale, **look(name, "250px"))
+        self.presets = [button(name, partial(self._choose, changes)) for name, changes in PRESETS.items()]
+        on_change([self.moment, *self.choices.values()], self.redraw)
+        return [row([self.iteration, self.prompt, self.moment]), row(self.presets), row(self.choices.values())]
+
+    def _choose(self, changes: dict[str, str]) -> None:
+        """Set the controls to the recorded settings with these changes."""
+        with self.drawn_once():
+            for name, control in self.choices.items():
+                control.value = changes.get(name, getattr(self.recorded, name))
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """The recorded settings with what was chosen here."""
+        changes = {name: control.value for name, control in self.choices.items()}
+        if changes["loss_type"] == "cispo" and (self.recorded.epsilon_high or 0.0) < 1:
+            changes["epsilon_high"] = CISPO_CAP
+        return self.recorded.model_copy(update=changes)
+
+    @property
+    def pushes(self) -> tuple[Pushes, Pushes]:
+        """What the step did, and what it would have done, for every row of the rollout."""
+        longest = self.record.config.get("generation_settings", {}).get("max_new_tokens")
+        return tuple(recompute(self.rollout, s, longest, self.moment.value) for s in (self.recorded, self.settings))
+
+    def reading(self) -> list[str]:
+        """Say what changed, in numbers of this step."""
+        if self.settings == self.recorded:
+            return ["These are the settings that the step was made with. Choose others, or a button above."]
+        recorded, other = self.pushes
+        if not recorded.total or not other.total:
+            return ["One of the two would not have moved anything: no advantage differs from 0."]
+        before, after = (self._prompt_shares(pushes) for pushes in (recorded, other))
+        prompt = (after - before).abs().idxmax()
+        return [
+            f"The whole push would have been {other.total / recorded.total:.2f} times the recorded one (Adam divides "
+            f"such a factor out again). Among the prompts, “{self.name_of(prompt, 60)}”, whose rewards lie "
+            f"{ranges(self.rollout)[prompt]:.3f} apart, changes most: from {before[prompt]:.0%} to "
+            f"{after[prompt]:.0%} of the step."
+        ]
+
+    def _prompt_shares(self, pushes: Pushes) -> pd.Series:
+        """Return by group id which share of the step's push goes to the prompt's samples, whatever their signs."""
+        return pd.Series(np.abs(pushes.shares)).groupby(self.rollout["group_id"].to_numpy()).sum()
+
+    @styled
+    def figures(self) -> list[Drawing]:
+        """Return one group's advantages, token weights and pushes, and every prompt's share of the step."""
+        group = self.rollout[self.rollout["group_id"] == self.prompt.value]
+        group = group.sort_values("reward", ascending=False, kind="stable")
+        samples = zip(group["reward"], group["completion_ids"], strict=True)
+        names = [f"{number_text(reward, '.2f')}\n{len(ids)}" for reward, ids in samples]
+        steps = self.pushes
+        figure = Drawing(figsize=(11.4, 5.8), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)
+        title = f"iteration {self.iteration.value}, computed again with other settings"
+        figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=13)
+        halves = figure.subfigures(2, 1)  # apart, so that the prompts' names take no room above them
+        *panels, prompts = (axes for half in halves for axes in half.subplots(1, 2))
+        for axes, (name, (title, factor)) in zip(panels, PUSH_PANELS.items(), strict=True):
+            recorded, other = (factor * getattr(step, name)[group.index] for step in steps)
+            places = np.arange(len(group))
+            axes.bar(places, recorded, width=0.82, **OUTLINE)
+            signs = dict(color=np.where(other < 0, VERMILION, BLUE), hatch=np.where(other < 0, "////", ""))
+            axes.bar(places, other, width=0.5, edgecolor="white", lw=0.5, zorder=2, **signs)
+            axes.set_xticks(places, names)
+            axes.axhline(0, color=INK, lw=0.8)
+            axes.margins(x=0.03, y=0.08)
+            axes.set_title(title)
+        shares = [100 * self._prompt_shares(step) for step in steps]
+        places = np.arange(len(shares[0]))[::-1]
+        colours = [BLUE if number == self.prompt.value else GREY for number in shares[0].index]
+        prompts.barh(places, shares[0], height=0.82, **OUTLINE)
+        prompts.barh(places, shares[1], height=0.5, color=colours, zorder=2)
+        prompts.set_yticks(places, [self.name_of(number, 30) for number in shares[0].index])
+        prompts.set_title("each prompt's share, %")
+        prompts.grid(True, axis="x")
+        prompts.grid(False, axis="y")
+        figure.supxlabel(LEGEND, fontsize=9.5, color=GREY)
+        return [figure]
