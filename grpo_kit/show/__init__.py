@@ -20,7 +20,7 @@ _MODULES = {
     ("clipping_figure", "kl_estimators_figure", "token_weights_figure"): "lessons.loss",
     ("group_rows_figure", "group_size_figure", "learning_figure"): "lessons.loss",
     ("distribution_figure", "flow_figure", "seed_figure", "token_figure"): "lessons.models",
-    ("climb_figure", "estimates_figure", "texts_figure"): "lessons.policy_gradient",
+    ("climb_figure", "estimates_figure", "texts_figure"): "lessons.models",
     ("agreement_figure", "audit_figure", "similarity_figure", "vectors_figure", "winners_figure"): "lessons.rewards",
     ("loop_figure",): "loop",
     ("write_report",): "report",
