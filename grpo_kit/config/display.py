@@ -85,7 +85,12 @@ def table(
 
 
 def picture(image: object, edge: str = "none") -> Html:
-    """A picture as a small JPEG inside the page, with an edge such as "3px solid #0072b2"; what is none is said."""
+    """A picture as a small JPEG inside the page, with an edge such as "3px solid #0072b2"; what is none is said.
+
+    What is no picture but shows itself, a film or a sound, does so.
+    """
+    if isinstance(image, Shown):
+        return Html(f'<div style="width:{_SIDE}px;border:{edge}">{image._repr_html_()}</div>')
     try:
         small = image.convert("RGB")
         small.thumbnail((_SIDE, _SIDE))

@@ -10,7 +10,7 @@ import hashlib
 import html
 import io
 import wave
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,9 @@ Kind = Literal["image", "video", "sound", "views"]
 _STRIP = 6  # pictures of a thumbnail, at most
 _SOUND = (192, 96)  # pixels of a sound's thumbnail: its waveform above, its spectrogram below
 _WINDOW = 256  # samples of one column of the spectrogram
+_KEPT_SIDE, _KEPT_SECONDS, _KEPT_RATE = 192, 10, 16_000  # of what a run and a page keep, at most
+_SHOWN = 128  # pixels across at which a smaller one is shown
+_EXACT = 64  # pixels of the longer side up to which a film's file is without loss
 _FLOOR_DB = 60.0  # what is so much softer than the loudest is black
 _SMALLEST_CONTRAST = 2 / 255  # values of 0 to 1 that differ by less show nothing
 
@@ -109,8 +112,8 @@ def digest(medium: Medium) -> str:
     return found.hexdigest()
 
 
-def thumbnail(medium: Medium) -> Image.Image:
-    """A picture that stands for it: itself; some frames or views side by side; waveform and spectrogram."""
+def thumbnail(medium: Medium, columns: int = _STRIP) -> Image.Image:
+    """A picture that stands for it: itself; some frames or views, so many in a row; waveform and spectrogram."""
     if isinstance(medium, Image.Image):
         return medium
     if isinstance(medium, Sound):
@@ -119,10 +122,29 @@ def thumbnail(medium: Medium) -> Image.Image:
     places = np.linspace(0, len(pictures) - 1, min(_STRIP, len(pictures))).round().astype(int)
     some = [pictures[place] for place in places]
     width, height = some[0].size
-    strip = Image.new("RGB", (width * len(some), height))
-    for column, one in enumerate(some):
-        strip.paste(one, (column * width, 0))
+    columns = min(columns, len(some))
+    strip = Image.new("RGB", (width * columns, height * -(-len(some) // columns)))
+    for place, one in enumerate(some):
+        strip.paste(one, (place % columns * width, place // columns * height))
     return strip
+
+
+def small(medium: Medium) -> Medium:
+    """What a run and a page keep of it: 192 pixels at most; of a sound 10 seconds, above 16 kHz in mono at 16 kHz."""
+    if isinstance(medium, Sound):
+        samples = medium.samples[:, : _KEPT_SECONDS * medium.rate]
+        if medium.rate <= _KEPT_RATE:
+            return replace(medium, samples=samples)
+        from scipy.signal import resample_poly
+
+        mono = resample_poly(samples.mean(axis=0, keepdims=True), _KEPT_RATE, medium.rate, axis=1)
+        return Sound(mono.astype(np.float32), _KEPT_RATE)
+    pictures = [one.copy() for one in _pictures(medium)]
+    for one in pictures:
+        one.thumbnail((_KEPT_SIDE, _KEPT_SIDE))
+    if isinstance(medium, Video):
+        return replace(medium, frames=np.stack(list(map(np.asarray, pictures))))
+    return Views(tuple(pictures)) if isinstance(medium, Views) else pictures[0]
 
 
 def _pictures(medium: Medium) -> list[Image.Image]:
@@ -151,7 +173,7 @@ def _sound_picture(sound: Sound) -> Image.Image:
 
 
 def file_bytes(medium: Medium) -> bytes:
-    """The content of its file: PNG, animated WebP without loss, WAV of 16 bits."""
+    """The content of its file: PNG, animated WebP (without loss where it is small), WAV of 16 bits."""
     content = io.BytesIO()
     if isinstance(medium, Sound):
         with wave.open(content, "wb") as file:
@@ -165,7 +187,8 @@ def file_bytes(medium: Medium) -> bytes:
         pictures, rate, note = medium.pictures, getattr(medium, "rate", _VIEWS_A_SECOND), Image.Exif()
         note[_DESCRIPTION] = f"{kind_of(medium)} {len(pictures)} {rate}"
         times = {"duration": round(1000 / rate), "loop": 0, "exif": note}
-        pictures[0].save(content, "WEBP", lossless=True, save_all=True, append_images=pictures[1:], **times)
+        quality = {"lossless": True} if max(pictures[0].size) <= _EXACT else {"quality": 80}
+        pictures[0].save(content, "WEBP", save_all=True, append_images=pictures[1:], **quality, **times)
     return content.getvalue()
 
 
@@ -194,16 +217,21 @@ def open_medium(path: Path) -> Medium:
     return Views(tuple(frames)) if kind == "views" else Video(np.stack(list(map(np.asarray, frames))), float(rate))
 
 
-def as_html(medium: Medium, alt: str = "") -> Html:
-    """The medium inside a page: pictures and films as images, a sound as its picture above controls that play it."""
-    alt = html.escape(alt, quote=True)
+def as_html(medium: Medium, alt: str = "", width: str = "") -> Html:
+    """The medium, small, inside a page: pictures and films as images, a sound as its picture above what plays it.
+
+    `width` is one of CSS; without it a small one is shown 128 pixels wide.
+    """
+    alt, medium = html.escape(alt, quote=True), small(medium)
     shown = thumbnail(medium) if isinstance(medium, Sound) else medium
     kind = "png" if kind_of(shown) == "image" else "webp"
-    image = f'<img alt="{alt}" style="image-rendering:pixelated" src="data:image/{kind};base64,{_base64(shown)}">'
-    if shown is medium:
-        return Html(image)
-    audio = f'<audio controls preload="none" aria-label="{alt}" src="data:audio/wav;base64,{_base64(medium)}"></audio>'
-    return Html(f"<div>{image}<br>{audio}</div>")
+    pixels = _pictures(shown)[0].width
+    look = "width:100%" + ";image-rendering:pixelated" * (pixels <= _EXACT)
+    inner = f'<img alt="{alt}" style="{look}" src="data:image/{kind};base64,{_base64(shown)}">'
+    if isinstance(medium, Sound):
+        address = f"data:audio/wav;base64,{_base64(medium)}"
+        inner += f'<audio controls preload="none" style="width:100%" aria-label="{alt}" src="{address}"></audio>'
+    return Html(f'<div style="width:{width or f"{max(pixels, _SHOWN)}px"};max-width:100%">{inner}</div>')
 
 
 def _base64(medium: Medium) -> str:

@@ -26,10 +26,10 @@ from grpo_kit.runs.record import metrics_lines, read_json, read_metrics, read_va
 
 if TYPE_CHECKING:
     import pandas as pd
-    from PIL import Image
+
+    from grpo_kit.config.media import Medium
 
 logger = logging.getLogger(__name__)
-_THUMBNAIL = 192  # pixels of the longer side, at most
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _REPLACED = ".replaced-best"  # the old best/ while the new one takes its place
@@ -233,15 +233,18 @@ class RunFolder:
         self._unflushed.add(place.parent)
         return place
 
-    def save_thumbnail(self, image: Image.Image | None, name: str) -> str | None:
-        """Save a small JPEG; returns its path relative to the run, None where there is no picture."""
+    def save_thumbnail(self, image: Medium | None, name: str) -> str | None:
+        """Save a small JPEG, and beside it what is no picture; returns its path in the run, None where it is None."""
         if image is None:
             return None
-        place, small = self._inside(f"thumbnails/{name}.jpg"), image.copy()
-        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        from grpo_kit.config.media import kind_of, save_medium, small, thumbnail
+
+        place, kept = self._inside(f"thumbnails/{name}.jpg"), small(image)
         with self.file_errors(f"thumbnails/{name}.jpg"):
             place.parent.mkdir(parents=True, exist_ok=True)
-            small.save(place, "JPEG", quality=92, subsampling=0)
+            thumbnail(kept).save(place, "JPEG", quality=92, subsampling=0)
+            if kind_of(kept) != "image":
+                self._unflushed.add(save_medium(kept, place.with_suffix("")))
         self._unflushed |= {place, place.parent}
         return place.relative_to(self.path).as_posix()
 

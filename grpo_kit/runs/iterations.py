@@ -42,6 +42,6 @@ def rollouts_of(run_dir: Path) -> dict[int, Path]:
 def files_of_iterations(run_dir: Path) -> list[Path]:
     """All files of a run whose names say an iteration, but for the checkpoints: records and their pictures."""
     records = ("validation_iter_*.json", "rollouts/iter_*.parquet")
-    pictures = ("thumbnails/iter_*.jpg", "thumbnails/validation_*.jpg")
+    pictures = ("thumbnails/iter_*", "thumbnails/validation_*")
     found = [path for pattern in (*records, *pictures) for path in run_dir.glob(pattern)]
     return [path for path in found if iteration_of(path) is not None]

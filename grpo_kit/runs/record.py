@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
 
+    from grpo_kit.config.media import Medium
 
 BRANCH_FILE = "branch.json"  # where a branch comes from
 
@@ -126,8 +127,15 @@ class RunRecord(Shown):
         with Image.open(self.file(thumbnail)) as image:
             return image.convert("RGB")
 
-    def evaluation_images(self) -> Mapping[ImageKey, Image.Image]:
-        """Return the evaluation's pictures by (prompt_id, variant, seed), opened when asked for."""
+    def medium(self, thumbnail: str) -> Medium:
+        """Open what a thumbnail of this run stands for: the film, sound or views beside it, or the picture itself."""
+        from grpo_kit.config.media import open_medium
+
+        place = file_beside(self.file(thumbnail))
+        return self.image(thumbnail) if place is None else open_medium(place)
+
+    def evaluation_images(self) -> Mapping[ImageKey, Medium]:
+        """Return the evaluation's media by (prompt_id, variant, seed), opened when asked for."""
         columns = ["prompt_id", "variant", "seed", "thumbnail"]
         rows = self.evaluation[columns].itertuples(index=False) if len(self.evaluation) else ()
         names = {(int(p), str(v), int(s)): name for p, v, s, name in rows if isinstance(name, str) and name}
@@ -141,8 +149,14 @@ class _Thumbnails(UserDict):
         self._record = record
         super().__init__(names)
 
-    def __getitem__(self, key: ImageKey) -> Image.Image:
-        return self._record.image(self.data[key])
+    def __getitem__(self, key: ImageKey) -> Medium:
+        return self._record.medium(self.data[key])
+
+
+def file_beside(thumbnail: Path) -> Path | None:
+    """The file of the medium that a thumbnail stands for; None where it is a picture, and the thumbnail is all."""
+    places = (thumbnail.with_suffix(suffix) for suffix in (".webp", ".wav"))
+    return next(filter(Path.is_file, places), None)
 
 
 def read_run(run_dir: Path | str) -> RunRecord:

@@ -1,6 +1,7 @@
 """Mirrors of a run, on wandb and in TensorBoard; what counts are the files in its folder."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -15,9 +16,10 @@ import pandas as pd
 from PIL import Image
 
 from grpo_kit.config import Config, KitError, one_line
+from grpo_kit.config.media import open_medium
 from grpo_kit.runs.durable import json_bytes, replace_file
 from grpo_kit.runs.iterations import iteration_name, validations_of
-from grpo_kit.runs.record import read_json, read_metrics
+from grpo_kit.runs.record import file_beside, read_json, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +111,18 @@ class WandbMirror:
 
     def log(self, prefix: str, values: Values) -> None:
         """Show numbers, pictures and tables of an iteration under `prefix/`."""
-        shown = {f"{prefix}/{name}": self._shown(value) for name, value in values.items()}
-        self._run.log(shown, step=int(values["iteration"]))
-
-    def _shown(self, value: object) -> object:
         import wandb
 
-        if isinstance(value, list):
-            return [wandb.Image(str(place), caption=caption) for place, caption in value]
-        return wandb.Table(dataframe=value) if isinstance(value, pd.DataFrame) else value
+        shown = {}
+        for name, value in values.items():
+            key = f"{prefix}/{name}"
+            if isinstance(value, list):
+                media = [_for_wandb(*picture) for picture in value]
+                alone = any(isinstance(one, wandb.Audio) for one in media)  # a list of sounds needs another library
+                shown |= {f"{key}/{number}": one for number, one in enumerate(media)} if alone else {key: media}
+            else:
+                shown[key] = wandb.Table(dataframe=value) if isinstance(value, pd.DataFrame) else value
+        self._run.log(shown, step=int(values["iteration"]))
 
     def finish(self, exit_code: int) -> None:
         """Close it, also where it was never opened; 0 is a run that ended well."""
@@ -157,17 +162,52 @@ class TensorBoardMirror:
                 self._writer.add_text(f"{prefix}/{name}", _markdown(value), iteration)
             elif isinstance(value, list):
                 for number, (place, caption) in enumerate(value):
-                    with Image.open(place) as picture:
-                        pixels = np.asarray(picture.convert("RGB"))
-                    self._writer.add_image(f"{prefix}/{name}/{number}", pixels, iteration, dataformats="HWC")
+                    self._show_medium(f"{prefix}/{name}/{number}", place, iteration)
                     self._writer.add_text(f"{prefix}/{name}/{number}", caption, iteration)
             elif name != "iteration" and value is not None:
                 self._writer.add_scalar(f"{prefix}/{name}", value, iteration)
+
+    def _show_medium(self, name: str, place: Path, iteration: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        beside = file_beside(place)
+        if beside is not None and beside.suffix == ".wav":
+            sound = open_medium(beside)
+            self._writer.add_audio(name, sound.mono, iteration, sound.rate)
+        elif beside is not None:  # as `add_video` does, which needs another library
+            height, width = np.asarray(open_medium(beside).pictures[0]).shape[:2]
+            film = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=_gif(beside))
+            summary = Summary(value=[Summary.Value(tag=name, image=film)])
+            self._writer._get_file_writer().add_summary(summary, iteration)
+        else:
+            with Image.open(place) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self._writer.add_image(name, pixels, iteration, dataformats="HWC")
 
     def finish(self, exit_code: int) -> None:
         """Close the file, also where none was opened."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _for_wandb(place: Path, caption: str) -> object:
+    """A kept thumbnail, or the film or sound beside it, as wandb shows it."""
+    import wandb
+
+    beside = file_beside(place)
+    if beside is None:
+        return wandb.Image(str(place), caption=caption)
+    if beside.suffix == ".wav":
+        return wandb.Audio(str(beside), caption=caption)
+    return wandb.Video(io.BytesIO(_gif(beside)), caption=caption, format="gif")
+
+
+def _gif(file: Path) -> bytes:
+    """A kept film as both services play it."""
+    content = io.BytesIO()
+    with Image.open(file) as film:
+        film.save(content, "GIF", save_all=True, loop=0)
+    return content.getvalue()
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -8,23 +8,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from PIL import Image
 
 from grpo_kit.config import KitError
+from grpo_kit.config.media import Medium, thumbnail
 from grpo_kit.evaluation.table import VARIANT_NAMES, VARIANTS, format_metric, number_text
 from grpo_kit.runs.record import ImageKey
 from grpo_kit.show import style
 
 SMOOTH_FROM = 128  # pixels across; smaller pictures show their pixels
+COLUMNS = 3  # of a film's pictures where one picture stands for it
 
 
-def show_image(axes: Axes, image: Image.Image | None, below: str = "", advantage: float | None = None) -> None:
+def show_image(axes: Axes, image: Medium | None, below: str = "", advantage: float | None = None) -> None:
     """Draw an image as it is, no smoothing between the pixels of a small one, framed by its advantage; a text below."""
     style.bare(axes)
     if image is None:
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.text(0.5, 0.5, "no picture", ha="center", va="center", color=style.GREY)
     else:
+        image = thumbnail(image, COLUMNS)
         axes.imshow(image, interpolation="nearest" if image.width < SMOOTH_FROM else "antialiased")
     axes.spines[:].set(visible=True, **style.frame_of(advantage))
     axes.set_xlabel(below, fontsize=8.5, labelpad=4 if advantage is None else 6)
@@ -32,7 +34,7 @@ def show_image(axes: Axes, image: Image.Image | None, below: str = "", advantage
 
 @style.styled
 def image_grid(
-    images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int = 6, size: float = 1.7
+    images: Sequence[Medium], captions: Sequence[str] = (), columns: int = 6, size: float = 1.7
 ) -> style.Drawing:
     """Draw images of `size` inches in a grid, with a caption for each or none at all, else a `KitError`."""
     if not images or len(captions) not in (0, len(images)):
@@ -48,7 +50,7 @@ def image_grid(
 
 @style.styled
 def group_figure(
-    images: Sequence[Image.Image | None],
+    images: Sequence[Medium | None],
     texts: Sequence[str],
     rewards: Sequence[float],
     advantages: Sequence[float],
@@ -83,7 +85,7 @@ def group_figure(
 
 @style.styled
 def gallery_figure(
-    rows: pd.DataFrame, images: Mapping[ImageKey, Image.Image], cases: Sequence[tuple[int, int]]
+    rows: pd.DataFrame, images: Mapping[ImageKey, Medium], cases: Sequence[tuple[int, int]]
 ) -> style.Drawing:
     """Draw before and after: a row a case (prompt_id, seed), a column a variant, all from that case's latent seed.
 

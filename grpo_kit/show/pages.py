@@ -29,7 +29,7 @@ from grpo_kit.show.style import Drawing, image_bytes
 SHOWN_OUTPUTS = ("text/plain", "text/html", "text/markdown", "image/png", "image/jpeg")
 UNSHOWN = "colab"  # tag of cells that say nothing to a reader
 TAGS = frozenset(
-    "a abbr b blockquote br caption code col colgroup dd details div dl dt em figcaption figure h1 h2 h3 h4 h5 "
+    "a abbr audio b blockquote br caption code col colgroup dd details div dl dt em figcaption figure h1 h2 h3 h4 h5 "
     "h6 hr i img li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr u ul".split()
 )
 # of formulas, which are cleaned apart: nothing else of a page may hold them
@@ -46,6 +46,7 @@ MATH = re.compile(  # of prose; in code, which comes first, nothing is one
 )
 IMAGE_FILE = re.compile(r"""(<img\b[^>]*?\bsrc=)(["'])([^"':]+)\2""")
 IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+\Z")
+SOUND = re.compile(r"data:audio/wav;base64,[A-Za-z0-9+/=\s]+\Z")
 LINK = re.compile(r"(https?://|mailto:|#|[\w./-]+\Z)")
 IMAGE_KINDS = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
 # of the small copy
@@ -167,6 +168,8 @@ def clean_html(body: str) -> str:
 def _allowed(tag: str, name: str, value: str) -> bool:
     if tag == "img" and name == "src":
         return IMAGE.match(value) is not None
+    if tag == "audio" and name in ("controls", "preload", "src"):
+        return name != "src" or SOUND.match(value) is not None
     if tag == "a" and name == "href":
         return LINK.match(value) is not None
     if tag in ("td", "th") and name in ("colspan", "rowspan"):

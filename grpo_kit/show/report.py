@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from markupsafe import Markup
 
 from grpo_kit.config import KitError
+from grpo_kit.config.media import as_html, open_medium
 from grpo_kit.evaluation import table
 from grpo_kit.runs.notebooks import Executed
-from grpo_kit.runs.record import RunRecord, read_run
+from grpo_kit.runs.record import RunRecord, file_beside, read_run
 from grpo_kit.show import summary
 from grpo_kit.show.curves import CURVES, training_curves
 from grpo_kit.show.images import SMOOTH_FROM
@@ -120,10 +122,15 @@ def _group(record: RunRecord, iteration: int) -> list[dict[str, object]]:
 
 
 def _picture(record: RunRecord, row: pd.Series, scores: str, **more: str) -> dict[str, object]:
-    """Return a row with its scores as text and its picture as a data URI, None where it has none."""
+    """Return a row with its scores as text, its picture as a data URI (None: it has none) and what plays it."""
     file = row.get("thumbnail")
     address = image_uri(record.file(file)) if isinstance(file, str) and file else None
-    return {**row, "scores": scores, "address": address, **more}
+    beside, played = file_beside(record.file(file)) if address else None, ""
+    if beside is not None:
+        words = (more.get("name"), row.get("text"), row.get("enhanced_prompt"))
+        played = Markup(as_html(open_medium(beside), ": ".join(filter(None, words)), "100%"))
+        address = None if beside.suffix == ".wav" else address  # a sound's picture is part of what plays it
+    return {**row, "scores": scores, "address": address, "played": played, **more}
 
 
 def _minutes(record: RunRecord, notebooks: Sequence[NotebookPage]) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ from grpo_kit.rollout import Rollout
 from grpo_kit.runs.checkpoint import CheckpointError, load_checkpoint, sha256
 from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.iterations import iteration_name, rollouts_of
-from grpo_kit.runs.record import metrics_lines
+from grpo_kit.runs.record import file_beside, metrics_lines
 from grpo_kit.training.difference import Comparison, compare, compare_each, compare_line, unreadable
 from grpo_kit.training.loop import log_line, make_optimizer, restore, run_iteration
 from grpo_kit.training.restore import (
@@ -199,6 +199,8 @@ class _Record:
             columns = [{name: side[name] for name in side if name in COMPUTED_BY_THE_STEP} for side in columns]
             return compare_each(part, "rollout", self.rollout, *columns)
         pictures = [name for name in columns[1]["thumbnail"] if name is not None]
+        media = [file_beside(again / name) for name in pictures]
+        pictures += [file.relative_to(again).as_posix() for file in media if file is not None]
         files = {f"pictures ({len(pictures)} files)": pictures}
         if not {"pandas", "pyarrow"} & self.changed.keys():
             files["rollout: its file"] = [self.rollout]

@@ -91,7 +91,7 @@ def hostile_texts(count: int = 200) -> list[str]:
 class _Active(HTMLParser):
     """Collects what a page could run or fetch."""
 
-    TAGS = frozenset("script iframe object embed svg link base form video audio input button template marquee".split())
+    TAGS = frozenset("script iframe object embed svg link base form video input button template marquee".split())
     FORMULA = frozenset(  # what only shows a formula
         "mfrac mi mn mo mover mrow mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder munderover".split()
     )
@@ -112,7 +112,7 @@ class _Active(HTMLParser):
         for name, value in attrs:
             value = "".join((value or "").split()).lower()
             fetched = name in {"src", "srcset", "data", "poster", "action", "background", "xlink:href"}
-            inert = value.startswith("data:image/")
+            inert = value.startswith("data:audio/wav;base64," if tag == "audio" else "data:image/")
             if name.startswith("on") or name == "srcdoc" or (fetched and not inert):
                 self.found.append(f"{tag} {name}={value[:40]}")
             if value.startswith(("javascript:", "vbscript:", "data:text")):

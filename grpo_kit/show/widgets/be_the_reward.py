@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import ipywidgets
-from PIL import Image
 
 from grpo_kit.config import KitError
+from grpo_kit.config.media import Medium
 from grpo_kit.show.style import BLUE, GREY, Drawing
 from grpo_kit.show.widgets.cards import Card, card_sheet
 from grpo_kit.show.widgets.picture_box import PAGE, PictureBox, button
@@ -29,7 +29,7 @@ class BeTheReward(PictureBox):
 
     def __init__(
         self,
-        images: Sequence[Image.Image | None],
+        images: Sequence[Medium | None],
         texts: Sequence[str],
         prompt: str,
         default: Sequence[float] | None = None,

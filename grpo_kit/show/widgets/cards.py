@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from PIL import Image
 
-from grpo_kit.show.images import SMOOTH_FROM
+from grpo_kit.config.media import Medium, thumbnail
+from grpo_kit.show.images import COLUMNS, SMOOTH_FROM
 from grpo_kit.show.style import GREY, INK, Drawing, bare, cells, frame_of, plain_text, styled, wrap
 from grpo_kit.show.widgets.tokens import Token
 
@@ -21,13 +21,13 @@ DEEPEST = 0.55  # opacity of the strongest tint: dark text stays readable on it
 
 @dataclass(frozen=True)
 class Card:
-    """A picture (None: there is none) and the plain texts around it.
+    """A picture, or one that stands for a film or a sound (None: there is none), and the plain texts around it.
 
     `title` stands above on the left, `beside` on the right; `tokens`, or else `text`, below, and then a grey `note`.
     An `advantage` frames the picture and colours the title, which otherwise has `colour`.
     """
 
-    image: Image.Image | None
+    image: Medium | None
     title: str
     beside: str = ""
     text: str = ""
@@ -85,10 +85,11 @@ def _draw_card(axes: Axes, card: Card, corner: tuple[float, float], side: float,
     if card.image is None:
         axes.text(left + side / 2, top + side / 2, "no picture", ha="center", va="center", color=GREY)
     else:
-        size = [side * pixels / max(card.image.size) for pixels in card.image.size]
-        smoothing = "nearest" if card.image.width < SMOOTH_FROM else "antialiased"
+        image = thumbnail(card.image, COLUMNS)
+        size = [side * pixels / max(image.size) for pixels in image.size]
+        smoothing = "nearest" if image.width < SMOOTH_FROM else "antialiased"
         place = (left, left + size[0], top + size[1], top)
-        axes.imshow(card.image, extent=place, aspect="auto", interpolation=smoothing)
+        axes.imshow(image, extent=place, aspect="auto", interpolation=smoothing)
     axes.add_patch(Rectangle((left, top), *size, fill=False, **frame))
     top += side + GAP
     if lines and card.tokens:

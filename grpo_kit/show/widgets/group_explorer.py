@@ -6,11 +6,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
+from grpo_kit.config.media import as_html, kind_of
 from grpo_kit.evaluation.table import format_metric
 from grpo_kit.show.style import GREY, VERMILION, Drawing, signed, styled
 from grpo_kit.show.widgets.cards import DEEPEST, GAP, WIDTH, Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import GroupBox, open_image, parts_text, range_text
-from grpo_kit.show.widgets.picture_box import on_change, row, steps
+from grpo_kit.show.widgets.picture_box import PAGE, on_change, row, steps
 from grpo_kit.show.widgets.tokens import MEASURES, Token, tinted
 
 COLUMNS, LINES, NOTE_LINES = 4, 4, 3
@@ -22,6 +23,7 @@ class GroupExplorer(GroupBox):
     Each picture is framed by its advantage, blue and solid above the group's mean, orange and dashed below. The tokens
     of a rewrite are tinted by what the step did to them: the change of their log-probability, the ratio, or their KL
     from the reference. Unfold *as text* for whole rewrites and each token's number. See `GroupBox` for the arguments.
+    Films and sounds play above the picture, in the same order.
     """
 
     def controls(self) -> list[ipywidgets.Widget]:
@@ -34,8 +36,17 @@ class GroupExplorer(GroupBox):
         style = {"button_width": "auto"}
         self.order, self.tint = (ipywidgets.ToggleButtons(options=choices, style=style) for choices in options)
         on_change([self.order, self.tint], self.redraw)
+        self.players = ipywidgets.HTML(layout=PAGE)
         views = [ipywidgets.Label("order"), self.order, ipywidgets.Label("tint tokens by"), self.tint]
-        return [steps(self._step, self.iteration, self.prompt), row(views)]
+        return [steps(self._step, self.iteration, self.prompt), row(views), self.players]
+
+    def draw(self) -> None:
+        """Show the present state, and what of it plays."""
+        super().draw()
+        rows = self.group.to_dict("records")
+        media = [(open_image(self.record, one["thumbnail"]), one["enhanced_prompt"]) for one in rows]
+        shown = [as_html(one, text) for one, text in media if one is not None and kind_of(one) != "image"]
+        self.players.value = f'<div style="display:flex;flex-wrap:wrap;gap:14px">{"".join(shown)}</div>'
 
     def _step(self, by: int) -> None:
         """Go to the next or previous prompt; past an iteration's end to the neighbouring iteration."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import ipywidgets
 import pandas as pd
-from PIL import Image
 
 from grpo_kit.config import KitError
+from grpo_kit.config.media import Medium
 from grpo_kit.evaluation.table import format_metric, metric_name
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.style import plain_text
@@ -74,8 +74,8 @@ def range_text(rewards: pd.Series) -> str:
     return f"rewards from {low} to {high}, standard deviation {deviation}"
 
 
-def open_image(record: RunRecord, thumbnail: object) -> Image.Image | None:
-    """Open the picture that a row names; None where it names none or the file is gone."""
+def open_image(record: RunRecord, thumbnail: object) -> Medium | None:
+    """Open the picture, film or sound that a row names; None where it names none or the file is gone."""
     if not isinstance(thumbnail, str) or not thumbnail or not record.file(thumbnail).is_file():
         return None
-    return record.image(thumbnail)
+    return record.medium(thumbnail)
