@@ -52,8 +52,9 @@ lab: $(READY) ## open the notebooks in JupyterLab
 bench: $(READY_TO_TEST) ## measure speed and memory, beside TRL (ARGS="--quick", or some workloads: ARGS="W1 W3")
 	$(PY) -m benchmarks $(ARGS)
 
-models: $(READY) ## train the embedded world's models again, from nothing
+models: $(READY) ## train the embedded worlds' models again, from nothing
 	$(PY) -m tools.shapeworld $(ARGS)
+	@test -n "$(ARGS)" || $(PY) -m tools.moving
 
 korean: $(READY_TO_TEST) ## bring the Korean edition up to date with the English (docs/locale/ko), build it and check it
 	$(PY) -m tools.korean extract $(ARGS)

@@ -52,7 +52,7 @@ def _prompts(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 
 def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
-    films, rng = random_films(4000, seed), random.Random(seed)
+    films, rng = random_films(2000, seed), random.Random(seed)
     frames = np.stack([render(film, rng) for film in films])
     vae, vae_outcome = train_vae(frames, work, steps["vae"], seed)
     pipeline, outcome = train_generator(vae, films, frames, work, steps["generator"], seed)
@@ -72,7 +72,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 
 def _xclip(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
-    model, processor, outcome = train_reward_model(random_films(4000, seed + 2), work, steps["xclip"], seed)
+    model, processor, outcome = train_reward_model(random_films(2000, seed + 2), work, steps["xclip"], seed)
     folder = _emptied(out / "xclip")
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -79,6 +79,7 @@ def train_generator(
     """Rectified flow on the latents, logit-normal times shifted to high noise; the text encoder learns along."""
     latents, pipeline = encode(vae, films), new_pipeline(vae)
     transformer, text_encoder = pipeline.transformer.train(), pipeline.text_encoder.train()
+    denoise = torch.compile(transformer, dynamic=False)
 
     def loss(step: int) -> torch.Tensor:
         rng = random.Random(derive_seed(seed, "generator-batch", step))
@@ -90,7 +91,7 @@ def train_generator(
         clean = latents[rows]
         noise, sigma = torch.randn_like(clean), torch.sigmoid(0.6 + torch.randn(BATCH))
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None, None])
-        predicted = transformer(noisy, sigma * 1000, embeddings, return_dict=False)[0]
+        predicted = denoise(noisy, sigma * 1000, embeddings, return_dict=False)[0]
         return (predicted - (noise - clean)).square().mean()
 
     parts = {"transformer": transformer, "text_encoder": text_encoder}

@@ -15,7 +15,7 @@ from tools.moving.captions import change_one, corpus, reward_caption
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
 from tools.shapeworld.vocabulary import TEXT_LENGTH, clip_tokenizer
 
-BATCH = 32  # films a batch; each brings a near miss along
+BATCH = 24  # films a batch; each brings a near miss along
 SEEN = 5  # frames that the model sees, of a film's nine: every second one
 
 
@@ -27,14 +27,14 @@ def new_processor() -> XCLIPProcessor:
 
 
 def new_reward_model(vocabulary: int) -> XCLIPModel:
-    """An X-CLIP of 0.6 M parameters, untrained: three layers with attention across frames, one over the whole film."""
+    """An X-CLIP of 0.5 M parameters, untrained: three layers with attention across frames, one over the whole film."""
     text = {
         "vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": TEXT_LENGTH, "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1,
     }  # fmt: skip
     vision = {
-        "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
         "image_size": SIZE, "patch_size": 8, "num_frames": SEEN, "mit_hidden_size": 64, "mit_intermediate_size": 256,
         "mit_num_hidden_layers": 1, "mit_num_attention_heads": 4,
     }  # fmt: skip
