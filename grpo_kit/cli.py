@@ -271,9 +271,10 @@ def check(profile: Profile = "tiny") -> None:
 @app.command()
 def notebooks(folder: Annotated[Path, typer.Argument(help="Where they go; what you changed there stays.")]) -> None:
     """Lay the notebooks out in a folder, to edit and run them in JupyterLab or VS Code."""
-    from grpo_kit.runs.notebooks import lay_out_notebooks as laid_out
+    from grpo_kit.runs.notebooks import lay_out, series_files
 
-    print(f"{len(laid_out(folder))} notebooks in {folder}. Next: jupyter lab {folder / 'index.ipynb'}")
+    laid_out = [place for place in lay_out(folder, series_files()) if place.suffix == ".ipynb"]
+    print(f"{len(laid_out)} notebooks in {folder}. Next: jupyter lab {folder / 'index.ipynb'}")
 
 
 @app.command()

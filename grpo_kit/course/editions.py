@@ -15,10 +15,10 @@ from typing import Any
 from grpo_kit.config.errors import KitError
 from grpo_kit.config.paths import PROJECT_ROOT
 from grpo_kit.course.exercise import Exercise, find_exercise
+from grpo_kit.runs.notebooks import lay_out, select_notebooks, series_files
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 NOT_WRITTEN = "raise NotImplementedError()"
-NOTEBOOKS = PROJECT_ROOT / "notebooks"
 COURSE = PROJECT_ROOT / "data" / "course"
 WORKSHOP = COURSE / "workshop.md"  # the plan of 180 minutes
 _REGION = re.compile(rf"^([ \t]*){BEGIN}\n.*?^[ \t]*{END}$", flags=re.MULTILINE | re.DOTALL)
@@ -33,37 +33,23 @@ def stub(source: str) -> str:
 
 def write_students(folder: Path) -> list[Path]:
     """Write the learners' edition: stubs, open predictions, no outputs; with the metadata of nbgrader (format 3)."""
-    return _lay_out(folder, _notebooks(_for_students))
+    return lay_out(folder, _notebooks(_for_students))
 
 
 def write_solutions(folder: Path) -> list[Path]:
     """Write the edition with its solutions open, the source from which nbgrader makes its own assignment."""
-    return _lay_out(folder, _notebooks(_graded))
+    return lay_out(folder, _notebooks(_graded))
 
 
 def _notebooks(edit: Callable[[dict], dict]) -> dict[str, bytes]:
-    """The files of the notebooks' folder, by their path in it; the cells of the numbered ones edited."""
-    files = {}
-    for path in sorted(path for path in NOTEBOOKS.rglob("*.*") if path.is_file() and ".ipynb_" not in str(path)):
-        content = path.read_bytes()
-        if path.suffix == ".ipynb":
-            notebook = json.loads(content)
-            kept = [cell for cell in notebook["cells"] if "teacher" not in _tags(cell)]
-            notebook["cells"] = [edit(cell) for cell in kept]
-            content = (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
-        files[path.relative_to(NOTEBOOKS).as_posix()] = content
+    """The files of the series, by their path in its folder; the cells of the notebooks edited."""
+    files = series_files()
+    for name in [name for name in files if name.endswith(".ipynb")]:
+        notebook = json.loads(files[name])
+        kept = [cell for cell in notebook["cells"] if "teacher" not in _tags(cell)]
+        notebook["cells"] = [edit(cell) for cell in kept]
+        files[name] = (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
     return files
-
-
-def _lay_out(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    places = {Path(folder) / name: content for name, content in files.items()}
-    for place, content in places.items():
-        if place.exists() and place.read_bytes() != content:
-            raise KitError(f"{place}: there already, and differs. Name another folder, or move it away")
-    for place, content in places.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content)
-    return list(places)
 
 
 def _tags(cell: Mapping) -> list[str]:
@@ -105,7 +91,7 @@ def _for_students(cell: dict) -> dict:
 def write_teacher(folder: Path) -> list[Path]:
     """Write the teacher's notes, a page a notebook: its minutes, exercises with answers, and the misconceptions."""
     files = {"workshop.md": WORKSHOP.read_bytes()}
-    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+    for path in select_notebooks():
         cells = json.loads(path.read_bytes())["cells"]
         first = "".join(cells[0]["source"])
         parts = [first.partition("\n")[0], *re.findall(r"^\*\*Minutes\*\*.*$", first, flags=re.MULTILINE)]
@@ -120,7 +106,7 @@ def write_teacher(folder: Path) -> list[Path]:
                 named = "".join(f"\n* {idea}" for idea in misconceptions(task))
                 parts.append(f"Answer:\n\n```python\n{answer}\n```\n\nMisconceptions that the check names:\n{named}")
         files[f"{path.stem}.md"] = ("\n\n".join(parts) + "\n").encode()
-    return _lay_out(folder, files)
+    return lay_out(folder, files)
 
 
 def misconceptions(task: Exercise) -> list[str]:
@@ -163,12 +149,12 @@ def write_slides(folder: Path, libraries: Sequence[Path]) -> list[Path]:
     exporter = SlidesExporter(extra_loaders=[FileSystemLoader(COURSE)], template_file="slides.html.j2")
     exporter.reveal_url_prefix, exporter.reveal_theme = "js", "white"  # a theme whose fonts are beside it
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+    for path in select_notebooks():
         notebook = nbformat.read(path, as_version=4)
         notebook.cells = [slide for cell in notebook.cells if (slide := _slide(cell)) is not None]
         html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
         files[f"{path.stem}.html"] = html.encode()
-    return _lay_out(folder, files)
+    return lay_out(folder, files)
 
 
 def _slide(cell: Any) -> Any:

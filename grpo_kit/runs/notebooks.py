@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,18 +56,25 @@ def select_notebooks(wanted: Sequence[str] = (), folder: Path | None = None) -> 
     return sorted(chosen)
 
 
-def lay_out_notebooks(folder: Path) -> list[Path]:
-    """Copy the series, its map and its pictures into a folder, to be edited there; returns the notebooks' places.
-
-    Nothing is written where one of the files is there already and differs: a `NotebookError`.
-    """
+def series_files() -> dict[str, bytes]:
+    """The series, its map and its pictures: path below the notebooks' folder → content."""
     files = [file for file in sorted(NOTEBOOK_FOLDER.rglob("*.*")) if file.is_file() and ".ipynb_" not in str(file)]
-    places = {file: Path(folder) / file.relative_to(NOTEBOOK_FOLDER) for file in files}
-    for file, place in places.items():
-        if place.exists() and place.read_bytes() != file.read_bytes():
+    return {file.relative_to(NOTEBOOK_FOLDER).as_posix(): file.read_bytes() for file in files}
+
+
+def lay_out(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files into a folder, and return their places; a `NotebookError` where one is there already and differs.
+
+    Nothing is written then.
+    """
+    places = {Path(folder) / name: content for name, content in files.items()}
+    for place, content in places.items():
+        if place.exists() and place.read_bytes() != content:
             raise NotebookError(f"{place}: there already, and differs. Name another folder, or move it away")
-    shutil.copytree(NOTEBOOK_FOLDER, folder, ignore=shutil.ignore_patterns(".ipynb_*"), dirs_exist_ok=True)
-    return [place for place in places.values() if place.suffix == ".ipynb"]
+    for place, content in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    return list(places)
 
 
 def plan(

@@ -17,6 +17,7 @@ from grpo_kit import cli, course
 from grpo_kit.config import PROJECT_ROOT, KitError
 from grpo_kit.course import editions
 from grpo_kit.course.exercise import find_exercise
+from grpo_kit.runs import notebooks as headless
 
 NOTEBOOK = "00_start_here.ipynb"
 NBGRADER = {"grade", "grade_id", "locked", "schema_version", "solution", "task"}
@@ -98,7 +99,7 @@ def test_cells_for_the_teacher_alone_stay_out(tmp_path: Path, monkeypatch: pytes
     secret = nbformat.v4.new_markdown_cell("what to say", metadata={"tags": ["teacher"]})
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# 00 · Title"), secret])
     nbformat.write(notebook, tmp_path / "00_title.ipynb")
-    monkeypatch.setattr(editions, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(headless, "NOTEBOOK_FOLDER", tmp_path)
     for write in (editions.write_students, editions.write_solutions):
         write(tmp_path / write.__name__)
         assert "what to say" not in (tmp_path / write.__name__ / "00_title.ipynb").read_text(encoding="utf-8")
