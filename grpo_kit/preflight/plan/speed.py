@@ -4,6 +4,7 @@ An operation takes the time to start it, and the longer of computing and waiting
 (Williams et al., CACM 52(4), 2009). Speeds depend on size, so they are measured at several.
 """
 
+import json
 import math
 import statistics
 import time
@@ -11,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,17 +77,8 @@ class DataSheet:
     shares_host: bool = False
 
 
-ACCELERATORS = {
-    "t4": DataSheet(16, 8.1, 65, 320, bfloat16=False),
-    "l4": DataSheet(24, 30.3, 121, 300),
-    "a10": DataSheet(24, 31.2, 125, 600),
-    "rtx3090": DataSheet(24, 35.6, 71, 936),
-    "rtx4090": DataSheet(24, 82.6, 165, 1008),
-    "a100": DataSheet(80, 19.5, 312, 2039),
-    "h100": DataSheet(80, 67, 989, 3350),
-    "m1": DataSheet(16, 2.6, 2.6, 68, bfloat16=False, shares_host=True),
-    "m1-max": DataSheet(32, 10.4, 10.4, 400, bfloat16=False, shares_host=True),
-}
+_SHEETS = json.loads(Path(__file__).with_name("accelerators.json").read_text(encoding="utf-8"))
+ACCELERATORS = {name: DataSheet(**sheet) for name, sheet in _SHEETS.items()}
 
 
 def speed_of(device: str, dtype: str, memory: float | None = None) -> Speed:
