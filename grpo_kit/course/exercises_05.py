@@ -24,45 +24,30 @@ def check_advantages(advantages: Callable[[np.ndarray, np.ndarray], np.ndarray])
     )
     for name, *batch in batches:
         rewards, ids = map(np.array, batch)
-        right = _by_group(rewards, ids, 1, 1e-4)
+        right, scored = _by_group(rewards, ids), ~np.isnan(rewards)
+        alone = scored & (np.array([scored[ids == group].sum() for group in ids]) == 1)
         wrong = {
-            "the standard deviation divides by n, not by n - 1: ddof=1": _by_group(rewards, ids, 0, 1e-4),
-            "NaN was counted as a reward of 0: leave it out of mean and deviation": _with_zeros(rewards, ids),
-            "the mean is that of the whole batch, not of the group": _by_group(rewards, 0 * ids, 1, 1e-4),
-            "rewards are not divided by the group's standard deviation": right * _deviations(rewards, ids),
-            "a row without a score must get 0, not NaN": np.where(np.isnan(rewards), NAN, right),
-            "a group with a single score has nothing to compare: 0, not NaN": _without_single(rewards, ids, right),
+            "the standard deviation divides by n, not by n - 1: ddof=1": _by_group(rewards, ids, ddof=0),
+            "NaN was counted as a reward of 0: leave it out of mean and deviation": _by_group(
+                np.nan_to_num(rewards), ids
+            ),
+            "the mean is that of the whole batch, not of the group": _by_group(rewards, 0 * ids),
+            "rewards are not divided by the group's standard deviation": _by_group(rewards, ids, scaled=False),
+            "a row without a score must get 0, not NaN": np.where(scored, right, NAN),
+            "a group with a single score has nothing to compare: 0, not NaN": np.where(alone, NAN, right),
         }
         expect(advantages(rewards.copy(), ids.copy()), right, name, wrong=wrong)
 
 
-def _by_group(rewards: np.ndarray, ids: np.ndarray, ddof: int, eps: float) -> np.ndarray:
+def _by_group(rewards: np.ndarray, ids: np.ndarray, ddof: int = 1, scaled: bool = True) -> np.ndarray:
+    """(N,) rewards less their group's mean, by its standard deviation; 0 where there is nothing to compare."""
     found = np.zeros(len(rewards))
     for group in np.unique(ids):
         rows = (ids == group) & ~np.isnan(rewards)
         if rows.sum() > 1 and np.ptp(rewards[rows]) > 0:
-            found[rows] = (rewards[rows] - rewards[rows].mean()) / (rewards[rows].std(ddof=ddof) + eps)
+            centred = rewards[rows] - rewards[rows].mean()
+            found[rows] = centred / (rewards[rows].std(ddof=ddof) + 1e-4) if scaled else centred
     return found
-
-
-def _with_zeros(rewards: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    return _by_group(np.nan_to_num(rewards), ids, 1, 1e-4)
-
-
-def _deviations(rewards: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """(N,) what each row was divided by; 1 where it was not."""
-    found = np.ones(len(rewards))
-    for group in np.unique(ids):
-        rows = (ids == group) & ~np.isnan(rewards)
-        if rows.sum() > 1:
-            found[ids == group] = rewards[rows].std(ddof=1) + 1e-4
-    return found
-
-
-def _without_single(rewards: np.ndarray, ids: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The advantages, with NaN in groups of one score: n - 1 is 0 there."""
-    scored = np.array([np.isfinite(rewards[ids == group]).sum() for group in ids])
-    return np.where((scored == 1) & np.isfinite(rewards), NAN, right)
 
 
 @exercise("05.2", "Words, seeds and the rest of six numbers", minutes=10, difficulty=4)

@@ -95,34 +95,22 @@ def _as_trained(
 @exercise("07.2", "Diagnose five runs", minutes=15, difficulty=3)
 def check_diagnosis(diagnose: Callable[[], Mapping[int, str]]) -> None:
     """Run → what happened in it; made by `tools/diagnose_runs.py`."""
-    causes = {1: "beta 0", 2: "random reward", 3: "healthy", 4: "learning rate too high", 5: "gamed"}
-    mistakes = {
+    no_kl, random, too_high = "beta 0", "random reward", "learning rate too high"
+    causes = {1: no_kl, 2: random, 3: "healthy", 4: too_high, 5: "gamed"}
+    mistakes = {  # → the runs of which it is told, and the cause that it speaks against
         "its rewrites follow the prompts, and gold rises with the reward: no gaming": ((1, 3), "gamed"),
         "its reward is as good as the healthy run's, but its KL goes on growing: nothing holds it back": (1, "healthy"),
-        "its KL stays half as large as that of another run that learns: something holds it back": (3, "beta 0"),
-        "the KL stays small although nothing is learned: a missing KL term would let it grow": (2, "beta 0"),
+        "its KL stays half as large as that of another run that learns: something holds it back": (3, no_kl),
+        "the KL stays small although nothing is learned: a missing KL term would let it grow": (2, no_kl),
         "a gamed run raises the reward that it is trained on, and this one does not": (2, "gamed"),
-        "its rewrites are sound and its steps ordinary: look at the gradient's norm of run 4": (
-            2,
-            "learning rate too high",
-        ),
-        "a random reward moves a policy slowly and leaves its language sound; here the words break down": (
-            4,
-            "random reward",
-        ),
+        "its rewrites are sound and its steps ordinary: look at the gradient's norm of run 4": (2, too_high),
+        "a random reward moves a policy slowly and leaves its language sound; here the words break down": (4, random),
         "a gamed run writes well and raises its reward; here both break down": (4, "gamed"),
         "the highest reward is not the best run: its rewrites say nearly the same whatever was asked": (5, "healthy"),
-        "reward far above gold, and objects that nobody asked for, come from the reward, not from beta": (
-            5,
-            "beta 0",
-        ),
+        "reward far above gold, and objects that nobody asked for, come from the reward, not from beta": (5, no_kl),
     }
     found = diagnose()
     expect(sorted(found), sorted(causes), "the runs that are answered")
     for run, cause in causes.items():
-        expect(
-            found[run],
-            cause,
-            f"run {run}",
-            wrong={why: said for why, (of, said) in mistakes.items() if run in np.atleast_1d(of)},
-        )
+        wrong = {why: said for why, (of, said) in mistakes.items() if run in np.atleast_1d(of)}
+        expect(found[run], cause, f"run {run}", wrong=wrong)
