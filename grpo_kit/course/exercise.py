@@ -122,11 +122,7 @@ def _tried(task: Exercise, answers: tuple) -> Checked:
 
 
 def find_exercise(name: str) -> Exercise:
-    """Return the exercise of that name.
-
-    Raises:
-        KitError: there is none.
-    """
+    """Return the exercise of that name; a `KitError` where there is none."""
     name = str(name)
     module = f"grpo_kit.course.exercises_{name.partition('.')[0]}"
     if importlib.util.find_spec(module) is not None:
@@ -140,8 +136,7 @@ def find_exercise(name: str) -> Exercise:
 def catch_up(name: str) -> None:
     """Define in the notebook what the exercise `name` asks for, as its solution does, and show that code.
 
-    Raises:
-        KitError: there is no such exercise, or no notebook to define it in.
+    A `KitError` where there is no such exercise, or no notebook to define it in.
     """
     from IPython import get_ipython
 

@@ -84,8 +84,7 @@ def _device(config: Config) -> str:
 def weights_text(where: str) -> str:
     """What stands at a model's place: a folder whose weight files fit its card, or a hub id whose files are cached.
 
-    Raises:
-        KitError: a file is missing or damaged, or the model is not on this machine.
+    A `KitError` where a file is missing or damaged, or the model is not on this machine.
     """
     folder = Path(where)
     if not folder.is_absolute():

@@ -105,8 +105,7 @@ def _statements(source: str) -> list[ast.stmt]:
 def settings_in(changes: str) -> dict[str, object]:
     """The settings in a notebook's parameter `changes`, by dotted key: a JSON object as text; "" has none.
 
-    Raises:
-        NotebookError: it is no JSON object.
+    A `NotebookError` where it is no JSON object.
     """
     try:
         found = json.loads(changes or "{}")

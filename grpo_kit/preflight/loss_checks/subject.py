@@ -119,11 +119,7 @@ class Subject:
 
 
 def load_subject(loss: str, advantages: str = "") -> Subject:
-    """The functions at two places of the form module:function, as `imported` finds them.
-
-    Raises:
-        KitError: a place that names no function, and what `subject_of` raises.
-    """
+    """The functions at two places of the form module:function; a `KitError` as of `imported` and `subject_of`."""
     return subject_of(imported(loss), loss, imported(advantages) if advantages else None)
 
 
@@ -132,9 +128,7 @@ def subject_of(loss: Callable | None, name: str = "", advantages: Callable | Non
 
     A loss names logprobs (N, T), advantages (N,) or rewards (N,), and what else of `TENSORS` and `SETTINGS` it takes;
     an advantage function names rewards (N,), group_ids (N,) and what it takes of `ADVANTAGE_SETTINGS`.
-
-    Raises:
-        KitError: a function that needs other arguments, or that fails on an ordinary batch.
+    A `KitError` where one needs other arguments, or fails on an ordinary batch.
     """
     subject = Subject(name or getattr(loss or advantages, "__name__", "loss"), None, frozenset())
     subject = subject if advantages is None else _with_advantages(subject, advantages)

@@ -18,15 +18,12 @@ PARTS: dict[str, Callable[[Config, Speed], Part]] = {
 
 
 def plan(config: Config, device: str | None = None, memory: float | None = None, speed: Speed | None = None) -> Plan:
-    """What a config needs, worked out without any weights.
+    """What a config needs, without any weights; a `KitError` where a model or a device is not known here.
 
     Args:
         device: a named accelerator, or a device of this machine; None is the config's own.
         memory: bytes to plan for; None is all that the device has.
         speed: of the device, where it is known already.
-
-    Raises:
-        KitError: a model's shape is not known here, or the device is none.
     """
     settings = config.model_settings
     speed = speed or speed_of(device or settings.device, settings.dtype, memory)

@@ -40,11 +40,7 @@ class PipelineShape:
 
     @property
     def side(self) -> int:
-        """Pixels of a picture's side where the settings name none.
-
-        Raises:
-            PlanError: it is not known for such a pipeline.
-        """
+        """Pixels of a picture's side where the settings name none; a `PlanError` where that is not known."""
         denoiser = self.components.get("transformer") or self.components.get("unet")
         latent = denoiser and denoiser[2].get("sample_size")
         halvings = len(self.components["vae"][2].get("block_out_channels", ())) - 1
@@ -55,11 +51,7 @@ class PipelineShape:
 
 
 def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:
-    """A policy's model on the meta device, and where its shape was read.
-
-    Raises:
-        PlanError: the shape is neither on this machine nor in the table.
-    """
+    """A policy's model on the meta device, and where its shape was read; a `PlanError` where it is not known here."""
     config, source = _transformers_config(name, "policies", "vlm_model")
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
@@ -70,11 +62,7 @@ def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]
 
 
 def pipeline_shape(name: str) -> PipelineShape:
-    """The components of a generator.
-
-    Raises:
-        PlanError: they are neither on this machine nor in the table.
-    """
+    """The components of a generator; a `PlanError` where they are neither on this machine nor in the table."""
     try:
         index = DiffusionPipeline.load_config(name, local_files_only=True)
         named = {key: value for key, value in index.items() if isinstance(value, list | tuple) and value[1]}
@@ -100,11 +88,7 @@ def component(library: str, kind: str, config: dict[str, Any], dtype: torch.dtyp
 
 
 def reward_model(name: str) -> tuple[torch.nn.Module, str]:
-    """A CLIP on the meta device in float32, as rewards load it, and where its shape was read.
-
-    Raises:
-        PlanError: the shape is neither on this machine, nor open_clip's, nor in the table.
-    """
+    """A CLIP on the meta device in float32, as rewards load it, and where its shape was read; else a `PlanError`."""
     if is_transformers_clip(name):
         config, source = _transformers_config(name, "rewards", "clip_model")
         with init_empty_weights():

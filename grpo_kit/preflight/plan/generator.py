@@ -24,8 +24,7 @@ PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffu
 def plan_generator(config: Config, dtype: torch.dtype) -> Part:
     """The generator's part of a plan: no picture is drawn twice, no text comes again.
 
-    Raises:
-        PlanError: the pipeline's shape is not known here, or the planner does not know how it is called.
+    A `PlanError` where the pipeline's shape is not known here, or how it is called.
     """
     settings, training, models = config.generation_settings, config.training_settings, config.model_settings
     shape = pipeline_shape(models.generator_config or models.sd_model)

@@ -31,8 +31,7 @@ _TOKENS_RUN = 4  # of each completion; what the others cost follows from the thi
 def plan_policy(config: Config, dtype: torch.dtype) -> Part:
     """The policy's part of a plan: every completion at its longest, the prompts the longest of the file.
 
-    Raises:
-        PlanError: the model's shape is not known here, or that of the pictures which it looks at.
+    A `PlanError` where its shape, or that of the pictures which it looks at, is not known here.
     """
     policy, piece, source, notes = _build(config, dtype)
     settings, length = config.training_settings, config.generation_settings.max_new_tokens

@@ -16,8 +16,7 @@ _PREFERENCE = {"pickscore": "ViT-H-14", "hps": "ViT-H-14"}  # the architecture o
 def plan_reward(config: Config) -> Part:
     """The reward's part of a plan. Programs, such as `sharpness`, take no weights and are not counted.
 
-    Raises:
-        PlanError: the shape of a model is not known here.
+    A `PlanError` where the shape of a model is not known here.
     """
     settings, training = config.reward_settings, config.training_settings
     named = {*settings.weights, *settings.monitors}

@@ -99,11 +99,7 @@ def _part_as_json(plan: Plan, part: Part) -> dict[str, object]:
 
 
 def bytes_of(text: str) -> float:
-    """A size such as 24GB or 24GiB in bytes.
-
-    Raises:
-        KitError: it is no such size.
-    """
+    """A size such as 24GB or 24GiB in bytes; a `KitError` where it is none."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])(i?)B?", text.strip(), flags=re.IGNORECASE)
     if not found or not float(found[1]):
         raise KitError(f"--memory: found {text!r:.60}, allowed: a size such as 24GB, 15.6GiB or 500MB")
