@@ -43,18 +43,17 @@ def mask(answer: Callable) -> None:
     for rows in ([[1, 9, 2, 9], [3, 2, 1, 9]], [[4, 9, 9, 9], [5, 6, 7, 8], [9, 9, 9, 9]]):
         ids = torch.tensor(rows)
         is_end = ids == 9
-        ends_before = is_end.cumsum(dim=1) - is_end.int()
+        right = is_end.cumsum(dim=1) - is_end.int() == 0
         wrong = {
             "the end token is not counted: to stop was a choice too": is_end.cumsum(dim=1) == 0,
             "only end tokens are left out: what stands behind the first one is padding": ~is_end,
             "padding counts too": torch.ones_like(is_end),
-            "this is the mask of the padding: turn it round": ends_before > 0,
-            "a row without an end token was cut: all of it counts": (ends_before == 0)
-            & is_end.any(dim=1, keepdim=True),
+            "this is the mask of the padding: turn it round": ~right,
+            "a row without an end token was cut: all of it counts": right & is_end.any(dim=1, keepdim=True),
         }
         found = answer(ids.clone(), 9)
         found = found.bool() if hasattr(found, "bool") else found
-        expect(found, ends_before == 0, f"ids {rows}, end token 9", wrong=wrong)
+        expect(found, right, f"ids {rows}, end token 9", wrong=wrong)
 
 
 @exercise("02.3", "The ratio of a wrong temperature", minutes=10, difficulty=3)
@@ -72,15 +71,14 @@ def wrong_temperature(answer: Callable) -> None:
             return scores.gather(1, ids.unsqueeze(1)).squeeze(1)
 
         new, old = (picked((logits / t).log_softmax(dim=-1)) for t in (scored_at, sampled_at))
+        unnormed = picked(logits / scored_at - logits / sampled_at).exp()
         times = picked((logits * scored_at).softmax(dim=-1)) / picked((logits * sampled_at).softmax(dim=-1))
         wrong = {
             "the ratio is turned round: new by old, scored by sampled": (old - new).exp(),
             "this is the log of the ratio": new - old,
             "this is a difference of probabilities: divide": new.exp() - old.exp(),
             "the temperature divides the logits, it does not multiply them": times,
-            "the logits' ratio alone: both softmaxes have sums of their own": picked(
-                logits / scored_at - logits / sampled_at
-            ).exp(),
+            "the logits' ratio alone: both softmaxes have sums of their own": unnormed,
             "no step was made, and still the ratio is not 1": torch.ones(WRITTEN),
         }
         found = answer(logits.clone(), ids.clone(), sampled_at, scored_at)

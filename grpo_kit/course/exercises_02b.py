@@ -32,16 +32,15 @@ def expected_reward(answer: Callable) -> None:
         first, second = _softmax(rng.normal(size=4)), _softmax(rng.normal(size=(3, 4)))
         rewards = rng.uniform(-1, 1, TEXTS).round(1)
         chances = np.concatenate([first[3:], (first[:3, None] * second).ravel()])
+        second_alone = first[3] * rewards[0] + second.ravel() @ rewards[1:]
         wrong = {
             "this is the plain mean: a text that is likelier must count more": rewards.mean(),
             "the text that ends at once is left out": chances[1:] @ rewards[1:],
-            "a text of two tokens has the product of both probabilities": first[3] * rewards[0]
-            + second.ravel() @ rewards[1:],
+            "a text of two tokens has the product of both probabilities": second_alone,
             "this is the reward of the likeliest text; J is a mean over all": rewards[chances.argmax()],
         }
-        expect(
-            answer(first.copy(), second.copy(), rewards.copy()), chances @ rewards, f"policy {case + 1}", wrong=wrong
-        )
+        found = answer(first.copy(), second.copy(), rewards.copy())
+        expect(found, chances @ rewards, f"policy {case + 1}", wrong=wrong)
 
 
 @exercise("02b.2", "The log trick, derived and coded", minutes=10, difficulty=3)

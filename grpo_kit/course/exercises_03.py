@@ -16,11 +16,9 @@ def check_euler_step(euler_step: Callable) -> None:
         way, step = x - believed, following - level
         right = x + step * way / level
         wrong = {
-            "the sign is turned: the levels fall, so following - level is negative": x
-            - (following - level) * way / level,
+            "the sign is turned: the levels fall, so following - level is negative": x - step * way / level,
             "that is the whole way, to where the model believes the path ends": believed,
-            "the way is not divided by the level: the velocity is the way for a whole level": x
-            + (following - level) * way,
+            "the way is not divided by the level: the velocity is the way for a whole level": x + step * way,
             "that is the change; the step is added to x": step * way / level,
         }
         expect(euler_step(x, believed, level, following), right, f"levels {level} → {following}, x {x}", wrong=wrong)
@@ -36,13 +34,12 @@ def check_guided_end(guided_end: Callable) -> None:
         (0.9, 0.8, 0.6, -0.6, 0.0),
     ):
         right = empty + guidance * (prompt - empty)
+        cut_off = np.clip(right, min(prompt, empty), max(prompt, empty))
         wrong = {
             "the difference is added to the empty prompt's prediction, not to the prompt's": right + prompt - empty,
             "prompt and empty are exchanged": prompt + guidance * (empty - prompt),
             "guidance multiplies the difference of both predictions, not the prompt's own": guidance * prompt,
-            "guidance above 1 is not cut off: the step goes past what the prompt predicts": np.clip(
-                right, min(prompt, empty), max(prompt, empty)
-            ),
+            "guidance above 1 is not cut off: the step goes past what the prompt predicts": cut_off,
             "the velocity is (x - believed end) / level, and the step goes back by level": x - level * (x - right),
             "that is the guided velocity; the step still has to be made": (x - right) / level,
         }

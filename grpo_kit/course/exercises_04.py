@@ -57,13 +57,12 @@ def check_my_reward(my_reward: Callable) -> None:
     reads_rewrites = not np.array_equal(values, scores(prompts, rewrites[::-1]))
     if agreement >= AGREEMENT and not reads_rewrites:
         return
+    reads_prompts = not np.array_equal(values, scores(prompts[::-1], rewrites))
     wrong = {
         "other rewrites changed the numbers: a policy would be paid for its words": reads_rewrites,
         "all pictures have the same number: there is nothing to compare": np.ptp(values) == 0,
         "the sign is turned: better pictures must have higher numbers": agreement <= -AGREEMENT / 2,
-        "another user's prompt gives the same numbers: it never looks at what was asked": np.array_equal(
-            values, scores(prompts[::-1], rewrites)
-        ),
+        "another user's prompt gives the same numbers: it never looks at what was asked": not reads_prompts,
         "what else did the user ask for that can be seen in the pixels?": True,
     }
     idea = next(name for name, holds in wrong.items() if holds)

@@ -26,11 +26,10 @@ def check_advantages(advantages: Callable[[np.ndarray, np.ndarray], np.ndarray])
         rewards, ids = map(np.array, batch)
         right, scored = _by_group(rewards, ids), ~np.isnan(rewards)
         alone = scored & (np.array([scored[ids == group].sum() for group in ids]) == 1)
+        with_zeros = _by_group(np.nan_to_num(rewards), ids)
         wrong = {
             "the standard deviation divides by n, not by n - 1: ddof=1": _by_group(rewards, ids, ddof=0),
-            "NaN was counted as a reward of 0: leave it out of mean and deviation": _by_group(
-                np.nan_to_num(rewards), ids
-            ),
+            "NaN was counted as a reward of 0: leave it out of mean and deviation": with_zeros,
             "the mean is that of the whole batch, not of the group": _by_group(rewards, 0 * ids),
             "rewards are not divided by the group's standard deviation": _by_group(rewards, ids, scaled=False),
             "a row without a score must get 0, not NaN": np.where(scored, right, NAN),
@@ -62,21 +61,15 @@ def check_parts(parts: Callable[[np.ndarray], tuple[float, float, float]]) -> No
         table = shown if (R, S) == shown.shape else drawn  # effects are large, so that no estimate lies below 0
         split = split_variance(table[None])
         rewrites, seeds, rest = split.rewrite, split.seed, split.rest
-        means = table.mean(axis=1).var(ddof=1), table.mean(axis=0).var(ddof=1)
+        means = np.array([table.mean(axis=1).var(ddof=1), table.mean(axis=0).var(ddof=1)])
+        counts, others = np.array([R, S]), np.array([S, R])
         over_all = rest * (R - 1) * (S - 1) / (R * S)
+        by_all_cells = (*(means - over_all / others), over_all)
         wrong = {
             "a row mean still holds rest / seeds, a column mean rest / rewrites: take it off": (*means, rest),
-            "rest / seeds and rest / rewrites are exchanged": (means[0] - rest / R, means[1] - rest / S, rest),
-            "the rest's squares are divided by (R - 1)(S - 1), not by all cells": (
-                means[0] - over_all / S,
-                means[1] - over_all / R,
-                over_all,
-            ),
-            "variances of means take ddof=1": (
-                means[0] * (R - 1) / R - rest / S,
-                means[1] * (S - 1) / S - rest / R,
-                rest,
-            ),
+            "rest / seeds and rest / rewrites are exchanged": (*(means - rest / counts), rest),
+            "the rest's squares are divided by (R - 1)(S - 1), not by all cells": by_all_cells,
+            "variances of means take ddof=1": (*(means * (1 - 1 / counts) - rest / others), rest),
             "rewrites are the rows and seeds the columns: the order is turned": (seeds, rewrites, rest),
             "these are standard deviations; variances are asked": np.sqrt([rewrites, seeds, rest]),
         }

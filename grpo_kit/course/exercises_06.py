@@ -31,11 +31,10 @@ def check_push(push: Callable[[float, float, float], float]) -> None:
         up, down = (_clipped_loss(ratio * np.exp(step), advantage, epsilon) for step in (1e-5, -1e-5))
         right = (up - down) / 2e-5
         whole = -ratio * advantage
+        on_both_sides = 0.0 if abs(ratio - 1) > epsilon else whole
         wrong = {
             "the clip is missing: this token has already gone far enough in the direction of its advantage": whole,
-            "the clip holds on both sides: it must act only on the side to which the advantage pushes": (
-                0.0 if abs(ratio - 1) > epsilon else whole
-            ),
+            "the clip holds on both sides: it must act only on the side to which the advantage pushes": on_both_sides,
             "this is the slope by the ratio; by the log-probability it is that times the ratio": right / ratio,
             "the sign is turned: where the advantage is positive, the loss falls as the log-probability grows": -right,
         }

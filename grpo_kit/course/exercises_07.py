@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,32 +32,30 @@ def check_loop(my_loop: Callable[[Experiment, int, int], list[float]]) -> None:
     kit = load_experiment(load_config("tiny", SMALL))
     untouched = {name: value.clone() for name, value in kit.policy.trainable_state().items()}
 
-    def run(loop: Callable) -> Found:
+    def run(loop: Callable = _as_trained, first: int = 2, last: int = 4, **mistake: Any) -> Found:
         kit.policy.load_trainable_state(untouched)
-        rewards = [float(reward) for reward in loop(kit, 2, 4)]
+        rewards = [float(reward) for reward in loop(kit, first, last, **mistake)]
         state = kit.policy.trainable_state()
         moved = sum(float((state[name] - value).double().square().sum()) for name, value in untouched.items())
         return rewards, moved**0.5
 
-    found, right = run(my_loop), run(_as_trained)
+    found, right = run(my_loop), run()
     if len(found[0]) == len(right[0]) and np.allclose(found[0], right[0]) and np.isclose(found[1], right[1], rtol=1e-4):
         return  # the mistakes below need not be made
+
+    def forgetful(kit: Experiment, first: int, last: int) -> list[float]:
+        return [_as_trained(kit, iteration, iteration)[0] for iteration in range(first, last + 1)]
+
     mistakes = {
-        "the last iteration is missing: range(first, last + 1)": run(lambda kit, *_: _as_trained(kit, 2, 3)),
+        "the last iteration is missing: range(first, last + 1)": run(last=3),
         "the iterations are counted from 0: begin with `first`, or a run that goes on repeats itself": run(
-            lambda kit, *_: _as_trained(kit, 0, 2)
+            first=0, last=2
         ),
-        "the rollout's seed is the same in each iteration: it must depend on the iteration": run(
-            lambda *given: _as_trained(*given, fresh_seeds=False)
-        ),
-        "the prompts are the same in each iteration: they depend on the iteration": run(
-            lambda *given: _as_trained(*given, prompts_of=lambda _: 0)
-        ),
-        "nothing is learned between the iterations: the step is missing": run(lambda *g: _as_trained(*g, step=0)),
-        "gk.grpo_step makes all updates of a rollout: call it once": run(lambda *g: _as_trained(*g, step=3)),
-        "the optimizer is made anew in each iteration and forgets its momentum": run(
-            lambda kit, *_: [reward for number in (2, 3, 4) for reward in _as_trained(kit, number, number)]
-        ),
+        "the rollout's seed is the same in each iteration: it must depend on the iteration": run(fresh_seeds=False),
+        "the prompts are the same in each iteration: they depend on the iteration": run(fresh_prompts=False),
+        "nothing is learned between the iterations: the step is missing": run(step=0),
+        "gk.grpo_step makes all updates of a rollout: call it once": run(step=3),
+        "the optimizer is made anew in each iteration and forgets its momentum": run(forgetful),
     }
     rewards, moved = ({why: answer[part] for why, answer in mistakes.items()} for part in (0, 1))
     expect(found[0], right[0], "the mean rewards of iterations 2 to 4", wrong=rewards, tolerance=1e-5)
@@ -65,14 +63,9 @@ def check_loop(my_loop: Callable[[Experiment, int, int], list[float]]) -> None:
 
 
 def _as_trained(
-    kit: Experiment,
-    first: int,
-    last: int,
-    fresh_seeds: bool = True,
-    prompts_of: Callable[[int], int] = lambda iteration: iteration,
-    step: int = 1,
+    kit: Experiment, first: int, last: int, fresh_seeds: bool = True, fresh_prompts: bool = True, step: int = 1
 ) -> list[float]:
-    """What `gk.train` computes in these iterations; or with one seed, other prompts, more steps or none."""
+    """What `gk.train` computes in these iterations; or with one seed, the same prompts, more steps or none."""
     from grpo_kit.config.prompts import balanced_batch
     from grpo_kit.rollout import collect_rollout
     from grpo_kit.training.loop import make_optimizer
@@ -81,9 +74,8 @@ def _as_trained(
 
     settings, optimizer, found = kit.config.training_settings, make_optimizer(kit, kit.config), []
     for iteration in range(first, last + 1):
-        prompts = balanced_batch(
-            kit.train_prompts, settings.prompts_per_iteration, settings.seed, prompts_of(iteration)
-        )
+        number = iteration if fresh_prompts else 0
+        prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, number)
         seed = rollout_seed(settings.seed, iteration) if fresh_seeds else settings.seed
         rollout = collect_rollout(kit.policy, kit.generator, kit.rewards, prompts, settings.group_size, seed)
         for _ in range(step):

@@ -16,10 +16,9 @@ def check_interval(interval: Callable) -> None:
         cells = made_cells(np.random.default_rng(seed), count, K=16)  # mean 5; of the mean over prompts: error 1
         alone = float(cells.std() / cells.size**0.5)
         over_prompts, over_pictures = ((5 - 1.96 * error, 5 + 1.96 * error) for error in (1.0, alone))
+        ends = np.quantile(cells.mean(axis=1), [0.025, 0.975])
         wrong = {
-            "no mean was taken: these are the ends of the values, not of the means of the draws": np.quantile(
-                cells.mean(axis=1), [0.025, 0.975]
-            ),
+            "no mean was taken: these are the ends of the values, not of the means of the draws": ends,
             "the mean hardly moves: columns were drawn, not prompts, or rows without replacement": (5.0, 5.0),
             "the mean ± 1 standard error: that is a 68 % interval": (4.0, 6.0),
         }
@@ -67,15 +66,14 @@ def _expect_names(got_worse: Callable, differences: dict[str, np.ndarray], given
         ends = {name: v.mean() + factor * v.std(ddof=1) / len(v) ** 0.5 for name, v in values.items()}
         return sorted(name for name, end in ends.items() if end < 0)
 
+    right = below(1.96, lambda c: c.mean(axis=1))
     by_prompt = {name: cells.mean(axis=1) for name, cells in differences.items()}
     lowest = min(by_prompt, key=lambda name: by_prompt[name].mean())
     wrong = {
         "a mean below 0 may be chance: the whole interval must lie below 0": below(0, lambda c: c.mean(axis=1)),
         "pictures were counted as independent: the interval is over prompts": below(1.96, np.ravel),
         "these rose: a score got worse where trained − raw is below 0": below(1.96, lambda c: -c.mean(axis=1)),
-        "these are the scores whose interval holds or exceeds 0": sorted(
-            set(differences) - set(below(1.96, lambda c: c.mean(axis=1)))
-        ),
+        "these are the scores whose interval holds or exceeds 0": sorted(set(differences) - set(right)),
         "only the one that fell most; there may be several, or none": [lowest],
     }
-    expect(sorted(got_worse(differences)), below(1.96, lambda c: c.mean(axis=1)), given, wrong=wrong)
+    expect(sorted(got_worse(differences)), right, given, wrong=wrong)
