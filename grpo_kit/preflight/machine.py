@@ -1,6 +1,5 @@
 """Say what runs on this machine: one finding a line, and for each problem what to do about it."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from grpo_kit.config import Config, KitError, hardware, one_line
 from grpo_kit.config.hub import how_to_restore
 from grpo_kit.config.prompts import load_prompts
+from grpo_kit.runs.checkpoint import sha256
 from grpo_kit.runs.surroundings import world_size
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -99,9 +99,7 @@ def weights_text(where: str) -> str:
         path = folder / name
         if not path.is_file():
             raise KitError(f"{path}: missing. {restore}")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
+        if (found := sha256(path)) != expected:
             raise KitError(f"{path}: damaged: sha256 {found[:12]}…, its card says {expected[:12]}…. {restore}")
     if not weights:
         raise KitError(f"{folder}: no weight file ({', '.join(WEIGHTS)}). {restore}")
