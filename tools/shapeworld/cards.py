@@ -49,6 +49,19 @@ _PURPOSE = {
         "idly, some harmfully. It is the start of GRPO training. Its vision tower is untrained.",
         "Any text outside the world's grammar; pictures.",
     ),
+    "tones_generator": (
+        "StableAudioPipeline, 0.9 M parameters: one second of sound at 8 kHz, one tone. Use guidance 1.0 and 10 steps.",
+        "Anything but the world's tones; users' words (hum, piercing …) mean nothing to it, on purpose.",
+    ),
+    "tones_clap": (
+        "ClapModel, 0.4 M parameters: scores a second of sound at 8 kHz against a caption of either dialect.",
+        "Speech, music, sounds of another rate; captions over 24 tokens.",
+    ),
+    "tones_policy": (
+        "Qwen2_5_VLForConditionalGeneration, 0.8 M parameters: rewrites prompts of the world of tones, some well, some "
+        "idly, some harmfully. It is the start of GRPO training. Its vision tower is untrained.",
+        "Any text outside the world's grammar; pictures.",
+    ),
 }
 
 

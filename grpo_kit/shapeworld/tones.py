@@ -1,0 +1,204 @@
+"""The small world of sounds: one tone of a second, in words, as a waveform, and back by Fourier's sum.
+
+Two dialects share one grammar, as in `captions`:
+
+    generator:  a loud short high rising chirp, clear
+    users:      a blaring brief piercing swoop
+"""
+
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+RATE, SAMPLES = 8000, 8000  # samples a second; a sound's length
+KINDS = ("sine", "rising chirp", "falling chirp", "noise", "beats")
+PITCHES = {"low": 250.0, "middle": 700.0, "high": 2000.0}  # Hz, the middle of what sounds
+LOUDNESSES = {"soft": 0.05, "loud": 0.25}  # root mean square while it sounds; full scale is 1
+LENGTHS = {"short": 0.3, "long": 0.85}  # seconds
+STYLE_WORDS = {"clean": ("clear", "pure"), "crackling": ("crackling", "distorted"), "rumbling": ("rumbling", "muffled")}
+GOOD_WORDS = STYLE_WORDS["clean"]
+HARMFUL_WORDS = (*STYLE_WORDS["crackling"], *STYLE_WORDS["rumbling"])
+IDLE_WORDS = ("beautiful", "stereo", "masterpiece")  # in any sound's caption: they say nothing
+USER_WORDS = {
+    "sine": "hum", "rising chirp": "swoop", "falling chirp": "plunge", "noise": "hiss", "beats": "wobble",
+    "low": "deep", "middle": "mellow", "high": "piercing",
+    "soft": "faint", "loud": "blaring", "short": "brief", "long": "lasting",
+}  # fmt: skip
+_VALUES = {"loudness": tuple(LOUDNESSES), "length": tuple(LENGTHS), "pitch": tuple(PITCHES), "kind": KINDS}
+
+
+@dataclass(frozen=True)
+class Tone:
+    """What a sound is, or what a text states of it; None where it is left open."""
+
+    kind: str
+    pitch: str | None = None
+    loudness: str | None = None
+    length: str | None = None
+    style: str | None = None
+
+    def stated(self) -> dict[str, str]:
+        """attribute → value of all that is stated."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+def random_tone(rng: random.Random, style: str | None = None) -> Tone:
+    """A complete sound; a third of them are spoiled unless `style` says otherwise."""
+    values = {name: rng.choice(allowed) for name, allowed in _VALUES.items()}
+    return Tone(**values, style=style or rng.choices(tuple(STYLE_WORDS), (4, 1, 1))[0])
+
+
+def is_held_out(tone: Tone) -> bool:
+    """Whether no training prompt may ask for this kind at this pitch (5 of the 15 pairs, one of each kind)."""
+    return tone.pitch is not None and tuple(PITCHES).index(tone.pitch) == KINDS.index(tone.kind) * 2 % 3
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def describe(tone: Tone, dialect: float = 0.0, rng: random.Random | None = None) -> str:
+    """The caption of what a tone states, without its style; `dialect` is the share of users' words (`rng` chooses)."""
+    said = [getattr(tone, name) for name in _VALUES if getattr(tone, name)]
+    words = " ".join(USER_WORDS[word] if dialect and rng.random() < dialect else word for word in said)
+    return f"a {words}"
+
+
+def oracle_caption(request: Tone) -> str:
+    """The best prompt for a request: all it states in the generator's words, the rest chosen well, clean."""
+    loud, long, middle = request.loudness or "loud", request.length or "long", request.pitch or "middle"
+    return f"{describe(replace(request, loudness=loud, length=long, pitch=middle))}, clear"
+
+
+def _either(words: Iterable[str]) -> str:
+    return "|".join(sorted((form for word in words for form in (word, USER_WORDS[word])), key=len, reverse=True))
+
+
+_GENERATORS_WORD = {said: word for word, users in USER_WORDS.items() for said in (word, users)}
+_HEAD = re.compile(
+    r"(?:an? )?" + "".join(f"(?:(?P<{n}>{_either(v)}) )?" for n, v in _VALUES.items() if n != "kind")
+    + f"(?P<kind>{_either(KINDS)})"
+)  # fmt: skip
+_STYLE_OF = {word: style for style, words in STYLE_WORDS.items() for word in words}
+
+
+def parse(text: str) -> Tone | None:
+    """The tone that a caption of either dialect states, or None outside the grammar (contradictions, repetitions)."""
+    head, *clauses = [clause.strip() for clause in text.lower().strip(" .").split(",")]
+    match = _HEAD.fullmatch(head)
+    if match is None or len(set(clauses)) != len(clauses) or set(clauses) - {*_STYLE_OF, *IDLE_WORDS}:
+        return None
+    styles = {_STYLE_OF[clause] for clause in clauses if clause in _STYLE_OF}
+    if "clean" in styles and len(styles) > 1:
+        return None
+    stated = {name: _GENERATORS_WORD[said] for name, said in match.groupdict().items() if said}
+    return Tone(**stated, style=min(styles, default=None))
+
+
+# --- waveforms -------------------------------------------------------------------------------------------------------
+
+
+def synthesise(tone: Tone, rng: np.random.Generator) -> np.ndarray:
+    """(8000,) float32 in [-1, 1]: a complete tone, its pitch, loudness, length and phase a little by chance."""
+    pitch = PITCHES[tone.pitch] * 2 ** rng.uniform(-0.08, 0.08)
+    seconds = LENGTHS[tone.length] * rng.uniform(0.92, 1.08)
+    count = round(seconds * RATE)
+    body = _carrier(tone.kind, pitch, count, rng)
+    fade = np.minimum(1, np.arange(count) / (0.01 * RATE))
+    body = body * fade * fade[::-1]
+    rms = LOUDNESSES[tone.loudness] * 10 ** (rng.uniform(-1, 1) / 20)
+    body = body * (rms / np.sqrt(np.mean(body**2)))
+    if tone.style == "crackling":
+        clicks = (rng.random(count) < 0.06) * rng.choice((-1.0, 1.0), count)
+        body = body + clicks * rms * np.sqrt(0.9 / 0.06)
+    if tone.style == "rumbling":
+        body = body + rms * np.sqrt(2) * fade * fade[::-1] * np.sin(_phase(np.full(count, 70.0), rng))
+    start = round(0.04 * RATE)
+    samples = np.zeros(SAMPLES)
+    samples[start : start + count] = body
+    return samples.clip(-1, 1).astype(np.float32)
+
+
+def _phase(hertz: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return 2 * np.pi * np.cumsum(hertz) / RATE + rng.uniform(0, 2 * np.pi)
+
+
+def _carrier(kind: str, pitch: float, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count,): a chirp covers an octave, beats come 8 times a second, noise is 0.6 of its pitch wide (500 Hz most)."""
+    if kind == "noise":
+        spectrum = np.fft.rfft(rng.standard_normal(count))
+        far = np.abs(np.fft.rfftfreq(count, 1 / RATE) - pitch) > min(0.3 * pitch, 250)
+        spectrum[far] = 0
+        return np.fft.irfft(spectrum, count)
+    octaves = {"rising chirp": 0.5, "falling chirp": -0.5}.get(kind, 0.0)
+    carrier = np.sin(_phase(pitch * 2 ** np.linspace(-octaves, octaves, count), rng))
+    return carrier * (np.sin(_phase(np.full(count, 4.0), rng)) if kind == "beats" else 1)
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+def read(samples: np.ndarray, rate: int = RATE) -> Tone | None:
+    """The tone that a waveform (n,) is, without any learned model; None where there is silence.
+
+    Length and loudness come from the envelope, the pitch is the middle of the power spectrum, "clean" has less than
+    15 % of its power elsewhere, and the kind is read from the analytic signal: its frequency's rise, its coherence
+    after 20 ms once that rise is taken out, and the depth of its envelope.
+    """
+    samples = np.asarray(samples, float)
+    frame = rate // 100
+    levels = np.sqrt((samples[: len(samples) // frame * frame].reshape(-1, frame) ** 2).mean(1))
+    sounding = np.flatnonzero(levels > 0.15 * levels.max(initial=0.0))
+    if not len(sounding) or levels.max() < 1e-3:
+        return None
+    body = samples[sounding[0] * frame : (sounding[-1] + 1) * frame]
+    spectrum = np.fft.fft(body)
+    hertz = np.fft.fftfreq(len(body), 1 / rate)
+    power = np.abs(spectrum) ** 2 * (hertz > 0)
+    heard = np.where(hertz > 110, power, 0) if power[hertz > 110].sum() > 0.2 * power.sum() else power
+    order = np.argsort(hertz)
+    pitch = hertz[order][np.searchsorted(np.cumsum(heard[order]), heard.sum() / 2)]
+    own = np.abs(np.log2(np.maximum(hertz, 1e-9) / pitch)) < 0.7
+    outside = 1 - power[own].sum() / power.sum()
+    rumbles = power[(hertz > 0) & (hertz <= 110) & ~own].sum() > 0.5 * outside * power.sum()
+    return Tone(
+        kind=_kind(np.fft.ifft(np.where(own, spectrum, 0)), rate),
+        pitch=_nearest(PITCHES, pitch),
+        loudness=_nearest(LOUDNESSES, float(np.sqrt(np.mean(body**2)))),
+        length="short" if len(body) / rate < 0.6 else "long",
+        style="clean" if outside < 0.15 else "rumbling" if rumbles else "crackling",
+    )
+
+
+def _nearest(values: dict[str, float], found: float) -> str:
+    return min(values, key=lambda name: abs(np.log(max(found, 1e-9) / values[name])))
+
+
+def _kind(wave: np.ndarray, rate: int) -> str:
+    """The kind of an analytic signal (complex, (n,)), fades left out."""
+    edge = rate // 50
+    wave = wave[edge:-edge] if len(wave) > 4 * edge else wave
+    pieces = np.array_split(wave[1:] * wave[:-1].conj(), 8)
+    turns = np.maximum(np.array([np.angle(piece.sum()) for piece in pieces]), 1e-3)
+    weights = np.array([np.abs(piece).sum() for piece in pieces]) + 1e-12
+    slope, start = np.polyfit(np.linspace(1 / 16, 15 / 16, 8), np.log2(turns), 1, w=np.sqrt(weights))
+    if abs(slope) > 0.5:
+        return "rising chirp" if slope > 0 else "falling chirp"
+    steady = wave * np.exp(-1j * np.cumsum(2 ** (start + slope * np.linspace(0, 1, len(wave)))))
+    lag = rate // 50
+    coherence = np.abs((steady[lag:] * steady[:-lag].conj()).sum()) / (np.abs(steady) ** 2).sum()
+    if coherence < 0.45:
+        return "noise"
+    envelope = np.abs(wave)
+    return "beats" if envelope.std() > 0.27 * envelope.mean() else "sine"
+
+
+def check(sound: Any, request: Tone) -> dict[str, bool]:
+    """Attribute → whether a sound (`config.media.Sound`) has it as asked: what is stated, and "clean", always asked."""
+    found = read(sound.mono, sound.rate)
+    asked = {name: value for name, value in request.stated().items() if name != "style"}
+    result = {name: found is not None and getattr(found, name) == value for name, value in asked.items()}
+    return {**result, "clean": found is not None and found.style == "clean"}
