@@ -19,14 +19,14 @@ from grpo_kit.rewards.gold import grammatical, keeps_objects
 from grpo_kit.shapeworld.moving import FRAME_RATE, STYLES, Film, check, describe, oracle_caption, random_films, render
 from grpo_kit.show.images import image_grid
 from tools.moving.captions import change_one
-from tools.moving.generator import train_generator, train_vae
+from tools.moving.generator import train_decoder, train_generator, train_vae
 from tools.moving.policy import train_policy
 from tools.moving.prompts import write_prompts
 from tools.moving.reward_model import train_reward_model
 from tools.shapeworld.cards import write_card
 
 STAGES = ("prompts", "generator", "xclip", "policy")
-STEPS = {"vae": 900, "generator": 2600, "xclip": 1600, "policy": 900}
+STEPS = {"vae": 800, "generator": 1600, "decoder": 800, "xclip": 1500, "policy": 450}
 COMMAND = "python -m tools.moving"
 
 
@@ -56,6 +56,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     frames = np.stack([render(film, rng) for film in films])
     vae, vae_outcome = train_vae(frames, work, steps["vae"], seed)
     pipeline, outcome = train_generator(vae, films, frames, work, steps["generator"], seed)
+    decoder_outcome = train_decoder(vae, frames, work, steps["decoder"], seed)
     for part in (pipeline.transformer, pipeline.text_encoder, vae):
         part.half()  # half the size on disk; loaded as float32 unless told otherwise
     pipeline.save_pretrained(_emptied(out / "generator"))
@@ -67,7 +68,8 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     image_grid(strips, [oracle_caption(film) for film in asked[:12]], columns=1).save(
         out / "generator" / "contact_sheet.png", dpi=60
     )
-    minutes = {"vae": vae_outcome.minutes, "generator": outcome.minutes}
+    outcomes = {"vae": vae_outcome, "decoder": decoder_outcome, "transformer": outcome}
+    minutes = {name: one.minutes for name, one in outcomes.items()}
     _card(out / "generator", "moving_generator", "generator", seed, minutes, metrics)
 
 

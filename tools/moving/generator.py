@@ -65,6 +65,23 @@ def train_vae(films: np.ndarray, work: Path, steps: int, seed: int) -> tuple[Aut
     return vae, outcome
 
 
+def train_decoder(vae: AutoencoderKLWan, films: np.ndarray, work: Path, steps: int, seed: int) -> Outcome:
+    """Train the decoder on, from the encoder as it is: the latents, which the transformer learns, stay as they are."""
+    latents, decoder = encode(vae, films), vae.decoder.requires_grad_(True).train()
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+
+    def loss(step: int) -> torch.Tensor:
+        rows = random.Random(derive_seed(seed, "decoder-batch", step)).sample(range(len(films)), VAE_BATCH)
+        noisy = latents[rows] + 0.05 * torch.randn_like(latents[rows])
+        error = vae.decode(noisy * std + mean).sample - to_tensor(films[rows])
+        return 0.5 * error.abs().mean() + 3 * error.square().mean()
+
+    recipe = Recipe("decoder", {"decoder": decoder}, steps, 3e-3, loss, weight_decay=0.0, ema_decay=0.99, seed=seed)
+    outcome = train_recipe(recipe, work)
+    decoder.eval().requires_grad_(False)
+    return outcome
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, films: np.ndarray) -> torch.Tensor:
     """The latents' means, shifted and scaled by the autoencoder's configuration as the pipeline does."""
