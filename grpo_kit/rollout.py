@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from grpo_kit.config.display import GROUPS, Shown, cell, group_table
+from grpo_kit.config.media import thumbnail
 from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.seeds import derive_seed
@@ -429,9 +430,9 @@ def latent_seeds(
 
 
 def picture_prompts(generator: Generator, prompts: Sequence[str], seed: int, first: int = 0) -> list[Image.Image]:
-    """What the users' own prompts give, for a policy that looks at it; `first` is the first one's place."""
+    """What the users' own prompts give, as pictures for a policy that looks; `first` is the first one's place."""
     seeds = [derive_seed(seed, "seen", place) for place in range(first, first + len(prompts))]
-    return list(map(generator.generate_image, prompts, seeds))
+    return list(map(thumbnail, map(generator.generate_image, prompts, seeds)))
 
 
 def _mean_and_std(values: torch.Tensor) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from markupsafe import Markup
 from PIL import Image
 
 from grpo_kit.config import Config
@@ -27,5 +26,5 @@ def write_first_group(prompt: str, config: Config, page: Path) -> Path:
         medium, text = rollout.images[row][0], rollout.enhanced_prompts[row]
         picture = data_uri(image_bytes(medium, "PNG"), "png") if isinstance(medium, Image.Image) else None
         played = as_html(medium, f"What the generator made of: {text}", "100%") if medium and not picture else ""
-        samples.append((picture, Markup(played), text, float(rewards[row]), float(advantages[row])))
+        samples.append((picture, played, text, float(rewards[row]), float(advantages[row])))
     return write_page(page, "first_group.html.j2", prompt=prompt, samples=samples)

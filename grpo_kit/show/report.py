@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from markupsafe import Markup
 
 from grpo_kit.config import KitError
 from grpo_kit.config.media import as_html, open_medium
@@ -128,7 +127,7 @@ def _picture(record: RunRecord, row: pd.Series, scores: str, **more: str) -> dic
     beside, played = file_beside(record.file(file)) if address else None, ""
     if beside is not None:
         words = (more.get("name"), row.get("text"), row.get("enhanced_prompt"))
-        played = Markup(as_html(open_medium(beside), ": ".join(filter(None, words)), "100%"))
+        played = as_html(open_medium(beside), ": ".join(filter(None, words)), "100%")
         address = None if beside.suffix == ".wav" else address  # a sound's picture is part of what plays it
     return {**row, "scores": scores, "address": address, "played": played, **more}
 
