@@ -175,6 +175,9 @@ class GenerationSettings(Section):
     negative_prompt: str | None = Field(None, description="what pictures should not show; needs guidance_scale above 1")
     height: Pixels | None = Field(None, description="pixels; null: the generator's own size")
     width: Pixels | None = Field(None, description="pixels; null: the generator's own size")
+    frames: Count | None = Field(None, description="of a video, or views of an object; null: the generator's own")
+    frame_rate: Positive | None = Field(None, description="frames a second of a video; null: the generator's own")
+    seconds: Positive | None = Field(None, description="of a sound; null: as long as the generator makes it")
     images_per_prompt: Count = 1
     share_seeds: bool = Field(True, description="the rewrites of one prompt are drawn from the same latents")
     max_sequence_length: Annotated[int, Field(ge=0), _NUMERIC] | None = Field(None, description="of T5; null: default")

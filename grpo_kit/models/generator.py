@@ -1,4 +1,4 @@
-"""The generator: any diffusers text-to-image pipeline, frozen, with one seed for each image."""
+"""The generator: a diffusers pipeline that draws from texts, frozen, with one seed for each image (or other medium)."""
 
 import copy
 import inspect
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from math import lcm
 from typing import Literal
 
 import numpy as np
@@ -20,10 +21,12 @@ from grpo_kit.config import Config, ConfigError
 from grpo_kit.config.display import Shown
 from grpo_kit.config.hardware import choose_dtype, placement
 from grpo_kit.config.hub import ModelError
+from grpo_kit.config.media import Kind, Medium
 from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import computes_best_alone, fitting_threads
 from grpo_kit.models.decoding import even_batches
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
+from grpo_kit.models.media import check_size, form_of, medium_of, needs_single_texts, options, raw_media
 from grpo_kit.models.painters import Swaps, as_read, painter_of
 from grpo_kit.models.pipeline import add_loras, load_pipeline, place, save_memory, size_multiple, use_scheduler
 from grpo_kit.models.text_embeddings import TextEmbeddings, has_separate_encoding
@@ -36,10 +39,10 @@ Pair = tuple[str, int]  # a text and a seed, which fix a picture
 
 @dataclass(eq=False, repr=False)
 class Generator(Shown):
-    """A frozen diffusers text-to-image pipeline with its sampling settings.
+    """A frozen diffusers pipeline with its sampling settings. Where it gives another medium, "image" means that.
 
     Raises:
-        ConfigError: a size or guidance that the pipeline cannot draw with.
+        ConfigError: a size, length or guidance that the pipeline cannot draw with, or a pipeline that is not known.
     """
 
     pipeline: DiffusionPipeline
@@ -54,11 +57,17 @@ class Generator(Shown):
     memory: int | None = None  # bytes that "auto" may use; None: what is free then
     painters: Sequence[Swaps] = ()  # who read some words as others; the seed decides who draws. Empty: nobody does
     text_device: torch.device | None = None  # where the text encoders are; None: where the pipeline computes
+    frames: int | None = None  # of a video, or views of an object; None: the pipeline's own number
+    frame_rate: float | None = None  # frames a second; None: what the pipeline was trained with
+    seconds: float | None = None  # of a sound; None: as long as the pipeline makes it
 
     def __post_init__(self) -> None:
         self.pipeline.set_progress_bar_config(disable=True)
         self.flagged = 0  # images that the pipeline's own safety checker replaced by black ones
         self._takes = inspect.signature(self.pipeline.__call__).parameters
+        self._form = form_of(self.pipeline)
+        self.medium: Kind = self._form.medium
+        self.clipped = 0  # sounds with values beyond -1 and 1, which were cut off there
         self._texts = None
         if has_separate_encoding(self.pipeline):
             texts = (self.pipeline, self.max_sequence_length, self.text_device, self.negative_prompt)
@@ -72,6 +81,8 @@ class Generator(Shown):
     @property
     def images_at_once(self) -> int:
         """Most images in one call; where that is "auto", it is measured when this is first read."""
+        if needs_single_texts(self.pipeline):
+            return 1
         return self._measured_batch if self.batch_size == "auto" else self.batch_size
 
     @property
@@ -89,7 +100,7 @@ class Generator(Shown):
         finally:
             self.num_inference_steps = before
 
-    def generate_image(self, prompt: str, seed: int = 0) -> Image.Image:
+    def generate_image(self, prompt: str, seed: int = 0) -> Medium:
         """One picture of a prompt; the same prompt and seed give the same picture.
 
         Raises:
@@ -103,7 +114,7 @@ class Generator(Shown):
         return image
 
     @torch.no_grad()
-    def generate_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
+    def generate_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Medium | None]:
         """One picture for each prompt and seed; None where it came out blank or not finite.
 
         Equal (prompt, seed) pairs are drawn once. A picture depends on its prompt and seed alone, up to rounding:
@@ -113,7 +124,7 @@ class Generator(Shown):
             raise ValueError(f"seeds: found {len(seeds)} for {len(prompts)} prompts, one each is needed")
         wanted = [(self.as_read(str(prompt), seed), int(seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         distinct = list(dict.fromkeys(wanted))
-        drawn: dict[Pair, Image.Image | None] = {}
+        drawn: dict[Pair, Medium | None] = {}
         calls = list(even_batches(distinct, self.images_at_once if len(distinct) > 1 else 1))
         with _DRAWING, _infinities_as_nan(self.pipeline):
             for pairs, images in zip(calls, self._draw_calls(calls), strict=True):
@@ -124,7 +135,7 @@ class Generator(Shown):
         """The prompt as the painter of a seed reads it; as it is where there are none."""
         return as_read(prompt, self.painters[painter_of(int(seed), self.painters)]) if self.painters else prompt
 
-    def _draw_calls(self, calls: list[list[Pair]]) -> list[list[Image.Image | None]]:
+    def _draw_calls(self, calls: list[list[Pair]]) -> list[list[Medium | None]]:
         """The pictures of several calls; a small pipeline on a CPU draws them in as many threads as torch has.
 
         Threads that draw different pictures never wait for each other, as those that share an operator do.
@@ -135,7 +146,7 @@ class Generator(Shown):
         if threads < 2 or not shared or not computes_best_alone(models):
             with fitting_threads(*models):
                 return [self._draw(pairs) for pairs in calls]
-        local, twins, before = threading.local(), [], self.flagged
+        local, twins, before = threading.local(), [], (self.flagged, self.clipped)
 
         def prepare() -> None:
             torch.set_num_threads(1)  # it becomes that of all later threads of the process, until it is set back
@@ -143,12 +154,15 @@ class Generator(Shown):
             twins.append(local.twin)
 
         @torch.no_grad()
-        def draw(pairs: list[Pair]) -> list[Image.Image | None]:
+        def draw(pairs: list[Pair]) -> list[Medium | None]:
             return local.twin._draw(pairs)
 
         with fitting_threads(*models), ThreadPoolExecutor(threads, "drawing", prepare) as executor:
             images = list(executor.map(draw, calls))
-        self.flagged = before + sum(twin.flagged - before for twin in twins)
+        self.flagged, self.clipped = (
+            counted + sum(getattr(twin, name) - counted for twin in twins)
+            for name, counted in zip(("flagged", "clipped"), before, strict=True)
+        )
         return images
 
     def _twin(self) -> "Generator":
@@ -156,14 +170,19 @@ class Generator(Shown):
         twin = copy.copy(self)
         twin.pipeline = copy.copy(self.pipeline)
         twin.pipeline.scheduler = copy.deepcopy(self.pipeline.scheduler)
+        if self.medium == "video":
+            twin.pipeline.vae = copy.copy(self.pipeline.vae)  # Wan's keeps what it decoded last
         return twin
 
     @quiet_libraries()
-    def _draw(self, pairs: list[Pair]) -> list[Image.Image | None]:
+    def _draw(self, pairs: list[Pair]) -> list[Medium | None]:
         """One call of the pipeline; each image's noise comes from its own seed, on the CPU: the same on all devices."""
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
         arguments = self._text_inputs([text for text, _ in pairs]) | self._options()
-        output = self.pipeline(**arguments, generator=generators, output_type="np")
+        kind = "latent" if self.medium == "views" else "np"
+        output = self.pipeline(**arguments, generator=generators, output_type=kind)
+        if self.medium != "image":
+            return self._media(output, [seed for _, seed in pairs])
         flagged = sum(map(bool, getattr(output, "nsfw_content_detected", None) or []))
         if flagged and not self.flagged:
             logger.warning(
@@ -173,11 +192,25 @@ class Generator(Shown):
         self.flagged += flagged
         return [_checked_image(pixels) for pixels in output.images]
 
+    def _media(self, output: object, seeds: list[int]) -> list[Medium | None]:
+        """The media of a call that gave no pictures; None where there is nothing to see or hear."""
+        found = raw_media(self.pipeline, output, seeds, self._size)
+        if self.medium == "sound" and (loud := sum(bool((abs(values) > 1).any()) for values in found)):
+            if not self.clipped:
+                logger.warning("generator: a sound's values were beyond -1 and 1 and cut off there, as in a WAV file")
+            self.clipped += loud
+        return [medium_of(self.pipeline, values, self._size) for values in found]
+
+    @property
+    def _size(self) -> dict[str, float | None]:
+        return {name: getattr(self, name) for name in ("frames", "frame_rate", "seconds", "height", "width")}
+
     def _options(self) -> dict[str, object]:
         """Steps, size and guidance, as far as the pipeline's call takes them; it may neither resize nor reword."""
         steps = self.num_inference_steps
         given = {"num_inference_steps": steps, "guidance_scale": self.guidance_scale}
         given |= {name: size for name, size in (("height", self.height), ("width", self.width)) if size is not None}
+        given |= options(self._form, self._size)
         given |= {"use_resolution_binning": False, "clean_caption": False}
         if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             given["sigmas"] = [1 - i / steps for i in range(steps)]  # the default's last step, to almost 0, is wasted
@@ -206,7 +239,8 @@ class Generator(Shown):
         if self.negative_prompt is not None and (takes_none or scale <= 1):
             reason = f"{kind} takes none" if takes_none else f"guidance_scale is {scale:g}, not above 1"
             raise ConfigError(f"generation_settings.negative_prompt: found one, but {reason}; set null")
-        multiple = size_multiple(self.pipeline)
+        check_size(self.pipeline, self._form, self._size)
+        multiple = lcm(size_multiple(self.pipeline), self._form.multiple)
         for name, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None and pixels % multiple:
                 raise ConfigError(
@@ -242,6 +276,7 @@ def load_generator(config: Config) -> Generator:
         use_scheduler(pipeline, generation.scheduler)
     save_memory(pipeline, settings)
     drawn = {"num_inference_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length"}
+    drawn |= {"frames", "frame_rate", "seconds"}
     gigabytes = generation.image_memory_gb
     return Generator(
         pipeline,
@@ -258,7 +293,11 @@ def _infinities_as_nan(pipeline: DiffusionPipeline) -> AbstractContextManager:
     decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
     if decoder is None:
         return nullcontext()
-    return decoder.register_forward_hook(lambda module, arguments, values: values + values * 0)
+
+    def marked(module: torch.nn.Module, arguments: object, values: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        return (marked(module, arguments, values[0]), *values[1:]) if type(values) is tuple else values + values * 0
+
+    return decoder.register_forward_hook(marked)
 
 
 def _checked_image(pixels: np.ndarray) -> Image.Image | None:

@@ -208,10 +208,12 @@ def place(pipeline: DiffusionPipeline, device: torch.device, settings: ModelSett
 
 def size_multiple(pipeline: DiffusionPipeline) -> int:
     """The number that a picture's height and width are multiples of: pixels of a latent times latents of a patch."""
-    pixels = getattr(pipeline, "vae_scale_factor", 1)
+    names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    pixels = next((getattr(pipeline, name) for name in names if hasattr(pipeline, name)), 1)
     if isinstance(pipeline, FluxPipeline):
         return 2 * pixels  # it packs patches itself
     if isinstance(pipeline, SanaPipeline):
         return lcm(32, pixels)  # it asks for 32, whatever its autoencoder
     denoiser = getattr(pipeline, "transformer", None)
-    return pixels * (1 if denoiser is None else denoiser.config.patch_size)
+    patch = 1 if denoiser is None else getattr(denoiser.config, "patch_size", 1)
+    return pixels * (patch if isinstance(patch, int) else patch[-1])  # of a video's: frames, rows, columns

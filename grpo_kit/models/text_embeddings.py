@@ -21,21 +21,24 @@ _ENCODING = threading.Lock()  # tokenizers and the kept texts serve one thread a
 _GUIDED = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_GUIDED, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-_RETURNS = {  # what `encode_prompt` returns, by the names of the pipeline call's arguments
-    diffusers.StableDiffusionPipeline: _GUIDED,
-    diffusers.StableDiffusionXLPipeline: _POOLED,
-    diffusers.StableDiffusion3Pipeline: _POOLED,
-    # FLUX returns positions too, which depend on no text
-    diffusers.FluxPipeline: ("prompt_embeds", "pooled_prompt_embeds"),
-    diffusers.PixArtSigmaPipeline: _MASKED,
-    diffusers.SanaPipeline: _MASKED,
+_RETURNS = {  # pipeline → what `encode_prompt` returns, by the names of its call's arguments
+    "StableDiffusionPipeline": _GUIDED,
+    "StableDiffusionXLPipeline": _POOLED,
+    "StableDiffusion3Pipeline": _POOLED,
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds"),  # positions too, which depend on no text
+    "PixArtSigmaPipeline": _MASKED,
+    "SanaPipeline": _MASKED,
+    "WanPipeline": _GUIDED,
+    "LTXPipeline": _MASKED,
+    "CogVideoXPipeline": _GUIDED,
+    "StableAudioPipeline": ("prompt_embeds", "attention_mask", "negative_prompt_embeds", "negative_attention_mask"),
 }
 _Row = dict[str, torch.Tensor]
 
 
 def has_separate_encoding(pipeline: DiffusionPipeline) -> bool:
     """Whether the kit can encode the pipeline's texts apart from drawing; other pipelines are given the texts."""
-    return type(pipeline) in _RETURNS
+    return type(pipeline).__name__ in _RETURNS
 
 
 @dataclass(eq=False, repr=False)
@@ -49,13 +52,17 @@ class TextEmbeddings:
 
     def __post_init__(self) -> None:
         self.truncated = 0
+        self._names = _RETURNS[type(self.pipeline).__name__]
+        self._projects_again = type(self.pipeline).__name__ == "StableAudioPipeline"
         self._options = _encoding_options(self.pipeline, self.max_sequence_length)
         self._at_once = TEXTS_AT_ONCE if self.device is None else 1  # on the CPU, texts that only fill up take too long
         self._kept: OrderedDict[str | None, _Row] = OrderedDict()  # None: the negative branch
 
     def inputs(self, texts: Sequence[str], guided: bool) -> dict[str, torch.Tensor]:
         """Arguments of the pipeline's call for N texts: name → (N, …), with a negative branch where `guided`."""
-        guided = guided and "negative_prompt_embeds" in _RETURNS[type(self.pipeline)]
+        guided = guided and "negative_prompt_embeds" in self._names
+        if self._projects_again and self.negative_prompt is None:
+            guided = False  # its call takes zeros then, behind the projection
         with _ENCODING:
             self._keep(texts, guided)
             inputs = _stacked([self._kept[text] for text in texts])
@@ -86,20 +93,30 @@ class TextEmbeddings:
         options = self._options | {"device": self.device or draws_on, "do_classifier_free_guidance": guided}
         if self.negative_prompt is not None:
             options["negative_prompt"] = [self.negative_prompt] * len(texts)
-        takes = inspect.signature(type(self.pipeline).encode_prompt).parameters
-        returned = self.pipeline.encode_prompt(texts, **{name: options[name] for name in takes if name in options})
-        named = zip(_RETURNS[type(self.pipeline)], returned, strict=False)
+        if self._projects_again:
+            returned = self._hidden_states(options["negative_prompt"] if guided else texts, options["device"]) * 2
+        else:
+            takes = inspect.signature(type(self.pipeline).encode_prompt).parameters
+            returned = self.pipeline.encode_prompt(texts, **{name: options[name] for name in takes if name in options})
+        named = zip(self._names, returned, strict=False)
         columns = {name: values for name, values in named if name.startswith("negative") == guided}
         return [
             {name: values[row].to(draws_on, copy=True) for name, values in columns.items()} for row in range(len(texts))
         ]
+
+    def _hidden_states(self, texts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """What T5 reads, and its mask: Stable Audio's call projects what it is given, as `encode_prompt` does."""
+        length = {"padding": "max_length", "max_length": self.pipeline.tokenizer.model_max_length}
+        tokens = self.pipeline.tokenizer(texts, **length, truncation=True, return_tensors="pt").to(device)
+        states = self.pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return states, tokens.attention_mask
 
     def _count_truncated(self, text: str) -> None:
         """Count a text that is too long; only the first one is reported."""
         tokenizer = self.pipeline.tokenizer
         longest = tokenizer.model_max_length
         if not isinstance(tokenizer, CLIPTokenizer):  # T5 and Gemma read as many tokens as `encode_prompt` says
-            longest = self._options["max_sequence_length"]
+            longest = self._options.get("max_sequence_length", longest)
         if len(tokenizer(text, verbose=False).input_ids) > longest:
             if not self.truncated:
                 logger.warning(
