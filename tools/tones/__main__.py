@@ -21,7 +21,7 @@ from tools.tones.policy import train_policy
 from tools.tones.words import write_prompts
 
 STAGES = ("prompts", "generator", "clap", "policy")
-STEPS = {"vae": 1200, "generator": 3000, "clap": 800, "policy": 900}
+STEPS = {"vae": 900, "generator": 2600, "clap": 800, "policy": 900}
 COMMAND = "python -m tools.tones"
 
 
