@@ -54,7 +54,7 @@ bench: $(READY_TO_TEST) ## measure speed and memory, beside TRL (ARGS="--quick",
 
 models: $(READY) ## train the embedded worlds' models again, from nothing
 	$(PY) -m tools.shapeworld $(ARGS)
-	@test -n "$(ARGS)" || $(PY) -m tools.moving
+	@test -n "$(ARGS)" || { $(PY) -m tools.moving && $(PY) -m tools.tones; }
 
 korean: $(READY_TO_TEST) ## bring the Korean edition up to date with the English (docs/locale/ko), build it and check it
 	$(PY) -m tools.korean extract $(ARGS)
