@@ -21,7 +21,7 @@ from grpo_kit.config.seeds import derive_seed
 from grpo_kit.grpo.advantages import group_advantages, group_spread
 from grpo_kit.grpo.credit import Credit, turn_credits
 from grpo_kit.models import drawing
-from grpo_kit.models.conversation import Conversation, LookAt, is_kept
+from grpo_kit.models.conversation import Conversation, LookAt, is_kept, require_words
 from grpo_kit.models.decoding import stacked
 from grpo_kit.models.drawing import DrawRequest, DrawResult, Pictures
 from grpo_kit.models.generator import Generator
@@ -243,6 +243,8 @@ def collect_samples(
         raise ValueError("prompts: found none, allowed: at least one")
     if turns > 1 and look_at not in ("nothing", "words"):
         policy.require_eyes()  # before anything is drawn
+    if turns > 1:
+        require_words(look_at, generator)
     prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     G, pictures = num_generations, [prompt.pictures() for prompt in prompts]
     places = first_prompt + torch.arange(len(prompts)).repeat_interleave(G)

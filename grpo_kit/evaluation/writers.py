@@ -11,7 +11,7 @@ from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.table import VARIANTS
 from grpo_kit.experiment import Experiment
-from grpo_kit.models.conversation import Conversation, LookAt, shown
+from grpo_kit.models.conversation import Conversation, LookAt, require_words, shown
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.rewards.gold import best_prompt
 from grpo_kit.rollout import picture_prompts
@@ -119,6 +119,7 @@ def writer(kit: Experiment, variant: str) -> Writer:
             config = load_config(weights.parent, {"model_settings.device": config.model_settings.device})
         policy = load_policy(config, weights)
     models = config.model_settings
+    require_words(models.look_at, kit.generator)
     return Writer(kit, variant, policy, config.generation_settings.turns, models.use_image, models.look_at)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from PIL import Image
 
 from grpo_kit.config.hub import ModelError
+from grpo_kit.config.media import Sound, Video, Views, thumbnail
 
 KEEP = "keep it"  # the answer of a later turn that draws nothing: the picture of the turn before stands
 LookAt = Literal["own", "other", "grey", "words", "nothing"]
@@ -21,6 +22,10 @@ class Turn:
     rewrite: str
     image: Image.Image | None = None  # None: it came out unusable, or is not shown
     words: str = ""  # what is said of the picture in its place
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, Video | Sound | Views):  # the policy sees the picture that stands for it
+            object.__setattr__(self, "image", thumbnail(self.image))
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,14 @@ def _shown(one: Conversation, other: Conversation, look_at: LookAt) -> Conversat
     elif look_at != "own":
         one = replace(one, images=other.images if look_at == "other" else tuple(map(grey, one.images)))
     return replace(one, turns=tuple(map(turn, range(len(one.turns)))))
+
+
+def require_words(look_at: LookAt, generator: object) -> None:
+    """A `ModelError` where a policy shall read the check's words on what is no picture: it has none for that."""
+    medium = getattr(generator, "medium", "image")
+    if look_at == "words" and medium != "image":
+        allowed = "allowed for media that are no pictures: own, other, grey, nothing"
+        raise ModelError(f"look_at: found words with a generator of {medium}, {allowed}. Choose one of them")
 
 
 def grey(image: Image.Image) -> Image.Image:
