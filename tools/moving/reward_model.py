@@ -1,6 +1,7 @@
 """Trains the reward model of films: transformers' X-CLIP on films and captions of both dialects, with near misses."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,13 @@ from torch.nn import functional as F
 from transformers import VideoMAEImageProcessor, XCLIPConfig, XCLIPModel, XCLIPProcessor
 
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.shapeworld.moving import FRAMES, Film, render
+from grpo_kit.shapeworld.moving import DIRECTIONS, FRAMES, Film, render
 from grpo_kit.shapeworld.render import SIZE
 from tools.moving.captions import change_one, corpus, reward_caption
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
 from tools.shapeworld.vocabulary import TEXT_LENGTH, clip_tokenizer
 
-BATCH = 24  # films a batch; each brings a near miss along
+BATCH, GROUP = 48, 8  # films a batch; films of one thing, which differ in their movement but for one
 SEEN = 5  # frames that the model sees, of a film's nine: every second one
 
 
@@ -48,23 +49,47 @@ def new_reward_model(vocabulary: int) -> XCLIPModel:
 def train_reward_model(
     scenes: list[Film], work: Path, steps: int, seed: int
 ) -> tuple[XCLIPModel, XCLIPProcessor, Outcome]:
-    """Contrastive training on films and near misses, of which most move elsewhere or have another shape."""
+    """Contrastive training in three parts: on films of all kinds, which teach what is seen, and then how it moves.
+
+    In the second part a batch has few things, each moving in every direction, at the other speed and spoiled; in the
+    third mostly in every direction alone, which is learned last.
+    """
     rng, processor = random.Random(derive_seed(seed, "xclip-films")), new_processor()
     model = new_reward_model(len(processor.tokenizer)).train()
-    missed = [change_one(scene, rng, rng.choice(("direction", "shape", None))) for scene in scenes]
-    both, half = [*scenes, *missed], len(scenes)
+    groups = [_group(scene, rng) for scene in scenes[: len(scenes) // 8]]
     seen = np.linspace(0, FRAMES - 1, SEEN).round().astype(int)
-    films = torch.from_numpy(np.stack([render(scene, rng)[seen] for scene in both])).permute(0, 1, 4, 2, 3)
+    films = [torch.from_numpy(np.stack([render(film, rng)[seen] for film in group])) for group in groups]
 
-    def loss(step: int) -> torch.Tensor:
-        rng = random.Random(derive_seed(seed, "xclip-batch", step))
-        rows = rng.sample(range(half), BATCH)
-        rows = rows + [row + half for row in rows]
-        captions = [reward_caption(both[row], rng) for row in rows]
+    def contrast(rows: list[tuple[int, int]], rng: random.Random) -> torch.Tensor:
+        asked = [groups[group][member] for group, member in rows]
+        captions = [reward_caption(film if rng.random() < 0.8 else replace(film, speed=None), rng) for film in asked]
         words = processor.tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
-        logits = model(**words, pixel_values=films[rows].float() / 127.5 - 1).logits_per_video
+        pixels = torch.stack([films[group][member] for group, member in rows]).permute(0, 1, 4, 2, 3).float()
+        logits = model(**words, pixel_values=pixels / 127.5 - 1).logits_per_video
         target = torch.arange(len(rows))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    outcome = train_recipe(Recipe("xclip", {"xclip": model}, steps, 1.5e-3, loss, ema_decay=0.998, seed=seed), work)
-    return model.eval(), processor, outcome
+    def things(step: int) -> torch.Tensor:
+        rng = random.Random(derive_seed(seed, "xclip-things", step))
+        return contrast([(group, rng.randrange(GROUP)) for group in rng.sample(range(len(groups)), BATCH)], rng)
+
+    def movements(step: int, members: int = GROUP) -> torch.Tensor:
+        rng = random.Random(derive_seed(seed, "xclip-movements", step))
+        chosen = rng.sample(range(len(groups)), BATCH // members)
+        return contrast([(group, member) for group in chosen for member in range(members)], rng)
+
+    def directions(step: int) -> torch.Tensor:
+        return movements(step, len(DIRECTIONS) if step % 4 else GROUP)
+
+    minutes = 0.0
+    for name, loss in (("things", things), ("movements", movements), ("directions", directions)):
+        recipe = Recipe(f"xclip_{name}", {"xclip": model}, steps, 1.5e-3, loss, ema_decay=0.998, seed=seed)
+        outcome = train_recipe(recipe, work)
+        minutes += outcome.minutes
+    return model.eval(), processor, Outcome(outcome.loss, minutes)
+
+
+def _group(scene: Film, rng: random.Random) -> list[Film]:
+    """A film in all directions, at its other speed, spoiled, and of another shape."""
+    ways = [replace(scene, direction=direction) for direction in DIRECTIONS]
+    return ways + [change_one(rng.choice(ways), rng, name) for name in ("speed", "speed", "style", "shape")]
