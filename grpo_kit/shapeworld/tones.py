@@ -16,7 +16,7 @@ import numpy as np
 
 RATE, SAMPLES = 8000, 8000  # samples a second; a sound's length
 KINDS = ("sine", "rising chirp", "falling chirp", "noise", "beats")
-PITCHES = {"low": 250.0, "middle": 700.0, "high": 2000.0}  # Hz, the middle of what sounds
+PITCHES = {"low": 160.0, "middle": 360.0, "high": 800.0}  # Hz, the middle of what sounds
 LOUDNESSES = {"soft": 0.05, "loud": 0.25}  # root mean square while it sounds; full scale is 1
 LENGTHS = {"short": 0.3, "long": 0.85}  # seconds
 STYLE_WORDS = {"clean": ("clear", "pure"), "crackling": ("crackling", "distorted"), "rumbling": ("rumbling", "muffled")}
@@ -112,10 +112,10 @@ def synthesise(tone: Tone, rng: np.random.Generator) -> np.ndarray:
     rms = LOUDNESSES[tone.loudness] * 10 ** (rng.uniform(-1, 1) / 20)
     body = body * (rms / np.sqrt(np.mean(body**2)))
     if tone.style == "crackling":
-        clicks = (rng.random(count) < 0.06) * rng.choice((-1.0, 1.0), count)
-        body = body + clicks * rms * np.sqrt(0.9 / 0.06)
+        clicks = np.convolve((rng.random(count) < 0.02) * rng.choice((-1.0, 1.0), count), np.ones(6) / 6, "same")
+        body = body + clicks * rms / np.sqrt(np.mean(clicks**2) + 1e-12)
     if tone.style == "rumbling":
-        body = body + rms * np.sqrt(2) * fade * fade[::-1] * np.sin(_phase(np.full(count, 70.0), rng))
+        body = body + rms * np.sqrt(2) * fade * fade[::-1] * np.sin(_phase(np.full(count, 45.0), rng))
     start = round(0.04 * RATE)
     samples = np.zeros(SAMPLES)
     samples[start : start + count] = body
@@ -127,13 +127,13 @@ def _phase(hertz: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _carrier(kind: str, pitch: float, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count,): a chirp covers an octave, beats come 8 times a second, noise is 0.6 of its pitch wide (500 Hz most)."""
+    """(count,): a chirp covers 0.9 octaves, beats come 8 times a second, noise is 0.6 of its pitch wide."""
     if kind == "noise":
         spectrum = np.fft.rfft(rng.standard_normal(count))
-        far = np.abs(np.fft.rfftfreq(count, 1 / RATE) - pitch) > min(0.3 * pitch, 250)
+        far = np.abs(np.fft.rfftfreq(count, 1 / RATE) - pitch) > 0.3 * pitch
         spectrum[far] = 0
         return np.fft.irfft(spectrum, count)
-    octaves = {"rising chirp": 0.5, "falling chirp": -0.5}.get(kind, 0.0)
+    octaves = {"rising chirp": 0.45, "falling chirp": -0.45}.get(kind, 0.0)
     carrier = np.sin(_phase(pitch * 2 ** np.linspace(-octaves, octaves, count), rng))
     return carrier * (np.sin(_phase(np.full(count, 4.0), rng)) if kind == "beats" else 1)
 
@@ -158,12 +158,12 @@ def read(samples: np.ndarray, rate: int = RATE) -> Tone | None:
     spectrum = np.fft.fft(body)
     hertz = np.fft.fftfreq(len(body), 1 / rate)
     power = np.abs(spectrum) ** 2 * (hertz > 0)
-    heard = np.where(hertz > 110, power, 0) if power[hertz > 110].sum() > 0.2 * power.sum() else power
+    heard = np.where(hertz > 75, power, 0) if power[hertz > 75].sum() > 0.2 * power.sum() else power
     order = np.argsort(hertz)
     pitch = hertz[order][np.searchsorted(np.cumsum(heard[order]), heard.sum() / 2)]
     own = np.abs(np.log2(np.maximum(hertz, 1e-9) / pitch)) < 0.7
     outside = 1 - power[own].sum() / power.sum()
-    rumbles = power[(hertz > 0) & (hertz <= 110) & ~own].sum() > 0.5 * outside * power.sum()
+    rumbles = power[(hertz > 0) & (hertz <= 75) & ~own].sum() > 0.5 * outside * power.sum()
     return Tone(
         kind=_kind(np.fft.ifft(np.where(own, spectrum, 0)), rate),
         pitch=_nearest(PITCHES, pitch),
@@ -185,7 +185,7 @@ def _kind(wave: np.ndarray, rate: int) -> str:
     turns = np.maximum(np.array([np.angle(piece.sum()) for piece in pieces]), 1e-3)
     weights = np.array([np.abs(piece).sum() for piece in pieces]) + 1e-12
     slope, start = np.polyfit(np.linspace(1 / 16, 15 / 16, 8), np.log2(turns), 1, w=np.sqrt(weights))
-    if abs(slope) > 0.5:
+    if abs(slope) > 0.45:
         return "rising chirp" if slope > 0 else "falling chirp"
     steady = wave * np.exp(-1j * np.cumsum(2 ** (start + slope * np.linspace(0, 1, len(wave)))))
     lag = rate // 50

@@ -65,7 +65,7 @@ def train_clap(
         rng = random.Random(derive_seed(seed, "clap-batch", step))
         rows = rng.sample(range(len(tones)), _BATCH)
         captions = [reward_caption(tones[row], rng) for row in rows]
-        said = processor.tokenizer(captions, padding="max_length", return_tensors="pt")
+        said = processor.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         out = model(input_features=spectra[rows], **said)
         logits, target = out.logits_per_audio, torch.arange(_BATCH)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

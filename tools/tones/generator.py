@@ -1,4 +1,4 @@
-"""Trains the generator of tones: Stable Audio's autoencoder (Oobleck), then its diffusion transformer with a T5."""
+"""Trains the generator of tones: Stable Audio's diffusion transformer with a T5, on the latents of `codec`."""
 
 import random
 from pathlib import Path
@@ -17,62 +17,28 @@ from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel
 
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.shapeworld.tones import RATE, SAMPLES, Tone
+from grpo_kit.shapeworld.tones import SAMPLES, Tone
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
 from tools.shapeworld.vocabulary import t5_tokenizer
+from tools.tones.codec import HOP
 from tools.tones.words import corpus, generator_caption
 
-TEXT_LENGTH = 20  # tokens
+TEXT_LENGTH = 36  # tokens
 WIDTH, HEAD = 96, 32  # of the transformer
 TEXT_WIDTH = 64
-_CROP, _CROPS = 1024, 16  # samples of a training crop, crops a batch
 _BATCH = 32
 _CAPTION_DROPOUT = 0.1
-_WINDOWS = (64, 256, 1024)  # samples of the spectra that the autoencoder is held to
 
 
-def new_vae() -> AutoencoderOobleck:
-    """12 latent channels at 62.5 frames a second."""
-    return AutoencoderOobleck(
-        encoder_hidden_size=24, decoder_input_channels=12, decoder_channels=12, downsampling_ratios=[8, 4, 4],
-        channel_multiples=[1, 2, 4], audio_channels=1, sampling_rate=RATE,
-    )  # fmt: skip
-
-
-def train_vae(waves: np.ndarray, work: Path, steps: int, seed: int) -> tuple[AutoencoderOobleck, Outcome]:
-    """Train on crops of (N, 8000) waveforms: L1, spectra at three resolutions, and a little KL."""
-    vae = new_vae()
-
-    def loss(step: int) -> torch.Tensor:
-        rng = random.Random(derive_seed(seed, "vae-batch", step))
-        starts = [(rng.randrange(len(waves)), rng.randrange(SAMPLES - _CROP)) for _ in range(_CROPS)]
-        sound = torch.from_numpy(np.stack([waves[row, at : at + _CROP] for row, at in starts]))[:, None]
-        posterior = vae.encode(sound).latent_dist
-        again = vae.decode(posterior.sample()).sample
-        return spectral_distance(again, sound) + 10 * (again - sound).abs().mean() + 1e-3 * posterior.kl()
-
-    outcome = train_recipe(Recipe("vae", {"vae": vae}, steps, 2e-3, loss, weight_decay=0.0, seed=seed), work)
-    return vae.eval(), outcome
-
-
-def spectral_distance(found: torch.Tensor, meant: torch.Tensor) -> torch.Tensor:
-    """Of (B, 1, n) waveforms: spectral convergence and mean difference of log magnitudes (Yamamoto et al. 2020)."""
-    total = torch.zeros(())
-    for size in _WINDOWS:
-        window = torch.hann_window(size)
-        a, b = (
-            torch.stft(x[:, 0], size, size // 4, window=window, return_complex=True).abs() + 1e-3
-            for x in (found, meant)
-        )
-        total = total + (a - b).norm() / b.norm() + (a.log() - b.log()).abs().mean()
-    return total / len(_WINDOWS)
+def padded(waves: np.ndarray) -> torch.Tensor:
+    """(N, 1, samples of whole frames) of (N, 8000) waveforms."""
+    return F.pad(torch.from_numpy(waves)[:, None], (0, -SAMPLES % HOP))
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderOobleck, waves: np.ndarray) -> torch.Tensor:
-    """The latents' means: (N, 12, 63)."""
-    padded = F.pad(torch.from_numpy(waves)[:, None], (0, -SAMPLES % vae.hop_length))
-    return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in padded.split(100)])
+    """The latents' means: (N, 24, 84)."""
+    return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in padded(waves).split(100)])
 
 
 def new_text_encoder(vocabulary: int) -> T5EncoderModel:
@@ -99,7 +65,7 @@ def train_generator(
 ) -> tuple[StableAudioPipeline, Outcome]:
     """Denoising in EDM's form (Karras et al. 2022, as the pipeline's scheduler samples); T5 learns along."""
     latents = encode(vae, waves)
-    spread = float(latents.std())
+    spread = float(latents.std())  # about 1
     tokens = t5_tokenizer(corpus())
     tokens.model_max_length = TEXT_LENGTH
     text, transformer = new_text_encoder(len(tokens)), new_transformer(latents.shape[2], latents.shape[1])
@@ -112,7 +78,12 @@ def train_generator(
     def loss(step: int) -> torch.Tensor:
         rng = random.Random(derive_seed(seed, "generator-batch", step))
         rows = rng.sample(range(len(tones)), _BATCH)
-        said = tokens([generator_caption(tones[row], rng) for row in rows], padding="max_length", return_tensors="pt")
+        said = tokens(
+            [generator_caption(tones[row], rng) for row in rows],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
         mask = said.attention_mask[..., None].float()
         seconds = projection(text(**said)[0] * mask, start_seconds=torch.zeros(_BATCH), end_seconds=torch.ones(_BATCH))
         ends = [seconds.seconds_start_hidden_states, seconds.seconds_end_hidden_states]
