@@ -28,6 +28,9 @@ class Experiment(Shown):
     train_prompts: list[Prompt]
     val_prompts: list[Prompt]
 
+    def __post_init__(self) -> None:
+        self.rewards.require_medium(getattr(self.generator, "medium", "image"))  # before anything is drawn
+
     def _shown(self) -> dict[str, object]:
         models = {"policy": type(self.policy.model).__name__, "generator": type(self.generator.pipeline).__name__}
         prompts = {name: len(getattr(self, name)) for name in ("train_prompts", "val_prompts")}

@@ -241,10 +241,7 @@ def collect_samples(
         raise ValueError(f"num_generations: found {num_generations}, allowed: at least 2 (1 has nothing to compare)")
     if not prompts:
         raise ValueError("prompts: found none, allowed: at least one")
-    if turns > 1 and look_at not in ("nothing", "words"):
-        policy.require_eyes()  # before anything is drawn
-    if turns > 1:
-        require_words(look_at, generator)
+    _require_fitting(policy, generator, rewards, turns, look_at)
     prompts = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     G, pictures = num_generations, [prompt.pictures() for prompt in prompts]
     places = first_prompt + torch.arange(len(prompts)).repeat_interleave(G)
@@ -265,6 +262,15 @@ def collect_samples(
         done.append(_TurnRows(read, encoded, written, drawn, spent))
         clock = time.perf_counter()
     return _as_samples(done, prompts, request, policy.tokenizer.pad_token_id, first_prompt, branches)
+
+
+def _require_fitting(policy: Policy, generator: Generator, rewards: Rewards, turns: int, look_at: LookAt) -> None:
+    """Say what cannot work together before anything is drawn."""
+    rewards.require_medium(getattr(generator, "medium", "image"))
+    if turns > 1:
+        require_words(look_at, generator)
+        if look_at not in ("nothing", "words"):
+            policy.require_eyes()
 
 
 def _begun(

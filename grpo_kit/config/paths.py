@@ -16,7 +16,7 @@ _MODELS = "vlm_model policy_adapter sd_model generator_config generator_lora cli
 MODEL_PATHS = tuple(f"model_settings.{name}" for name in _MODELS)
 PROMPT_PATHS = ("training_settings.train_prompts", "evaluation_settings.val_prompts")
 _OPTIONS = "style.reference aesthetic.weights pickscore.model pickscore.processor hps.model hps.weights judge.model "
-_OPTIONS += "dino_similarity.model"
+_OPTIONS += "dino_similarity.model xclip_similarity.model clap_similarity.model"
 OWN_REWARDS = "reward_settings"  # the key of the file in a reward's name, `path/to/file.py:function`
 
 

@@ -24,6 +24,9 @@ _MODULES = {
     ("EditDirection", "FieldSimilarity", "ImageSimilarity", "load_dino_similarity"): "references",
     ("Gain",): "gain",
     ("Aesthetic", "HumanPreference", "PickScore", "load_aesthetic", "load_hps", "load_pickscore"): "learned",
+    ("MediumError", "media_of"): "media",
+    ("ClapSimilarity", "load_clap_similarity", "loudness"): "sound",
+    ("ClipFrames", "ClipViews", "XClipSimilarity", "load_xclip_similarity", "motion"): "video",
     ("JpegSize", "Length", "Repetition", "contrast", "sharpness"): "plain",
 }
 _HOME = {name: module for names, module in _MODULES.items() for name in names}

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, CLIPModel
 
+from grpo_kit.config import media
 from grpo_kit.config.hub import ModelError, load_whole, loading
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.rewards.protocol import Images, Texts
 
 logger = logging.getLogger(__name__)
-_TOKENIZING = threading.Lock()  # a hub tokenizer's call changes its padding and length: one thread at a time
+TOKENIZING = threading.Lock()  # a hub tokenizer's call changes its padding and length: one thread at a time
 _KEPT_TEXTS = 4096
 _KEPT_BATCHES = 2  # of images: the rewards that share a model score the same ones
 Loaded = tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable[..., torch.Tensor]]
@@ -66,7 +67,7 @@ class ClipEncoder:
         """(D,) one text at a time, so that its embedding does not depend on the others of its batch."""
         features = self._texts.get(text)
         if features is None:
-            with _TOKENIZING:
+            with TOKENIZING:
                 ids = self.tokenizer([text])
                 self._count_truncated(text, ids)
             with fitting_threads(self.model):
@@ -103,9 +104,12 @@ def load_clip_similarity(name: str, pretrained: str | None, device: torch.device
 
 
 def fingerprint(images: Images) -> bytes:
-    """A digest of the images' pixels."""
+    """A digest of the images' pixels, or of other media."""
     digest = hashlib.blake2b(digest_size=16)
     for image in images:
+        if not isinstance(image, Image.Image):
+            digest.update(media.digest(image).encode())
+            continue
         plain = image if image.mode == "RGB" else image.convert("RGBA")
         digest.update(f"{plain.mode}{plain.size}".encode())
         digest.update(plain.tobytes())

@@ -12,6 +12,7 @@ from PIL import Image
 from grpo_kit.config.display import Shown
 from grpo_kit.config.own_code import origin
 from grpo_kit.config.quiet import quiet_libraries
+from grpo_kit.rewards.media import require_medium
 from grpo_kit.rewards.protocol import (
     ABSTAINED,
     COLUMNS,
@@ -85,6 +86,11 @@ class Rewards(Shown):
     def is_shaped(self) -> bool:
         """Whether training uses something else than the weighted sum of the raw parts."""
         return self.combine != "sum_then_normalize" or any(kind != Shaping() for kind in self.shaping.values())
+
+    def require_medium(self, kind: str) -> None:
+        """Refuse, before anything is drawn, parts and monitors that do not take a generator's media: `MediumError`."""
+        for name, reward in {**self.parts, **self.monitors}.items():
+            require_medium(name, reward, kind)
 
     @quiet_libraries()
     def score(

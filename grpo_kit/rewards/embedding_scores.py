@@ -9,6 +9,7 @@ from pydantic import Field
 
 from grpo_kit.config import Name, Number, one_line
 from grpo_kit.rewards.clip import ClipEncoder
+from grpo_kit.rewards.media import ALL
 from grpo_kit.rewards.protocol import Images, RewardError, Texts
 
 Pair = Annotated[tuple[Name, Name], Field(description="[good, bad], two texts")]
@@ -61,6 +62,8 @@ class MeaningKept:
 
     Words beyond the encoder's context do not count.
     """
+
+    media = ALL
 
     def __init__(self, clip: ClipEncoder) -> None:
         self.clip = clip

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from grpo_kit.rewards.clip import fingerprint
+from grpo_kit.rewards.media import media_of
 from grpo_kit.rewards.protocol import (
     ABSTAINED,
     COLUMNS,
@@ -46,7 +47,7 @@ class Gain:
     def __init__(self, generator: ImageGenerator, reward: Reward) -> None:
         if "group_ids" in context_of(reward):
             raise RewardError("found an inner reward that asks for group_ids, allowed: one that scores single images")
-        self.generator, self.reward = generator, reward
+        self.generator, self.reward, self.media = generator, reward, media_of(reward)
         self._kept: OrderedDict[tuple, torch.Tensor] = OrderedDict()
 
     def __call__(

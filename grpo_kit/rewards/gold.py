@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_kit.config.media import Medium
+from grpo_kit.rewards.media import ALL
 from grpo_kit.rewards.protocol import Images, Texts, text_of
 from grpo_kit.shapeworld import captions, moving, tones, verify
 from grpo_kit.shapeworld.captions import keeps_request
@@ -45,6 +46,10 @@ def keeps_objects(
 def grammatical(images: Images, prompts: Texts, enhanced_prompts: Texts) -> list[float]:
     """1 where a rewrite is a sentence of a world's grammar, else 0."""
     return [float(_parse(rewrite) is not None) for rewrite in enhanced_prompts]
+
+
+grammatical.media = keeps_objects.media = ALL
+gold.media = ("image", "video", "sound")
 
 
 def best_prompt(prompt: str, metadata: Mapping[str, Any] | None = None) -> str | None:

@@ -33,6 +33,8 @@ from grpo_kit.rewards.protocol import COLUMNS, CONTEXT, Reward, RewardError, req
 from grpo_kit.rewards.references import EditDirection, FieldSimilarity, ImageSimilarity, load_dino_similarity
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.rewards.slow import in_threads, with_time_limit
+from grpo_kit.rewards.sound import load_clap_similarity, loudness
+from grpo_kit.rewards.video import ClipFrames, ClipViews, load_xclip_similarity, motion
 
 
 def _clip_similarity(clip: ClipSimilarity, field: Name | None = None) -> ClipSimilarity | FieldSimilarity:
@@ -59,7 +61,10 @@ def _gain(generator: ImageGenerator | None, build: Callable[[str], Reward], rewa
 # config share (`SHARED`), and the options.
 REWARDS: dict[str, Callable[..., object]] = {
     "aesthetic": load_aesthetic,
+    "clap_similarity": load_clap_similarity,
+    "clip_frames": ClipFrames,
     "clip_similarity": _clip_similarity,
+    "clip_views": ClipViews,
     "consistency": Consistency,
     "contrast": contrast,
     "dino_similarity": load_dino_similarity,
@@ -76,12 +81,15 @@ REWARDS: dict[str, Callable[..., object]] = {
     "judge": Judge,
     "keeps_objects": keeps_objects,
     "length": Length,
+    "loudness": loudness,
     "meaning_kept": MeaningKept,
+    "motion": motion,
     "pickscore": load_pickscore,
     "repetition": Repetition,
     "safety": Safety,
     "sharpness": sharpness,
     "style": _style,
+    "xclip_similarity": load_xclip_similarity,
 }
 SHARED = ("build", "clip", "device", "generator")
 _ANY, _ANY_NAMED = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD

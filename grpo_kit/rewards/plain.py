@@ -7,6 +7,7 @@ from PIL import Image
 from scipy import ndimage
 
 from grpo_kit.config import Count, Whole
+from grpo_kit.rewards.media import ALL
 from grpo_kit.rewards.protocol import Images, RewardError, Texts
 from grpo_kit.rewards.words import words
 
@@ -61,6 +62,8 @@ class Length:
     (`rewards.words`), so the limit must be higher there.
     """
 
+    media = ALL
+
     def __init__(self, max_words: Count = 60) -> None:
         if max_words < 1:
             raise RewardError(f"max_words: found {max_words}, allowed: at least 1")
@@ -78,6 +81,8 @@ class Repetition:
     The share of runs of `size` words that occurred before (arXiv 2502.03373 uses such a penalty); 0 for a text of fewer
     words. Case and punctuation are ignored.
     """
+
+    media = ALL
 
     def __init__(self, size: Count = 2) -> None:
         if size < 1:

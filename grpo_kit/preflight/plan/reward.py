@@ -8,7 +8,7 @@ from grpo_kit.preflight.plan.parts import Part, Phase, Piece, tensors_of
 from grpo_kit.preflight.plan.tracing import Cost, cost_of, weightless
 
 _OF_CLIP = {"clip_similarity", "image_quality", "consistency", "meaning_kept", "safety", "style", "diversity"}
-_OF_CLIP |= {"aesthetic", "edit_direction", "gain", "image_similarity"}
+_OF_CLIP |= {"aesthetic", "edit_direction", "gain", "image_similarity", "clip_frames", "clip_views"}
 _READ_REWRITES = {"consistency", "meaning_kept"}  # these encode what the policy wrote, too
 _PREFERENCE = {"pickscore": "ViT-H-14", "hps": "ViT-H-14"}  # the architecture of both, by open_clip's name
 
@@ -31,7 +31,7 @@ def plan_reward(config: Config) -> Part:
         pieces.append(Piece.of(name, model))
         sources.append(source)
         phases.append(Phase(name, _scoring(model, images, texts), "training_settings.group_size"))
-    loaded = {"dino_similarity", "judge"}  # each with a model of its own
+    loaded = {"dino_similarity", "judge", "xclip_similarity", "clap_similarity"}  # each with a model of its own
     programs = sorted(named - _OF_CLIP - _PREFERENCE.keys() - loaded)
     notes = (f"not counted, since they are programs: {', '.join(programs)}",) if programs else ()
     notes += tuple(f"not counted: the model of {one}, which is read as it is loaded" for one in sorted(named & loaded))
