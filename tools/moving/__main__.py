@@ -9,13 +9,13 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from grpo_kit.rewards.video import load_xclip_similarity
 
 from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.config.media import Video
 from grpo_kit.models.generator import load_generator
 from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.gold import grammatical, keeps_objects
+from grpo_kit.rewards.video import load_xclip_similarity
 from grpo_kit.shapeworld.moving import FRAME_RATE, STYLES, Film, check, describe, oracle_caption, random_films, render
 from grpo_kit.show.images import image_grid
 from tools.moving.captions import change_one
