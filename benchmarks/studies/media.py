@@ -27,7 +27,7 @@ ARMS = {
             "evaluation_settings.held_out": "motion",
         },
         "mended": {
-            "reward_settings.weights": {"clip_frames": 1.0, "motion": 1.0},
+            "reward_settings.weights": {"clip_frames": 1.0, "motion": 4.0},
             "reward_settings.monitors": ["gold"],
         },
     },
