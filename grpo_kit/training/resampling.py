@@ -123,31 +123,24 @@ def collect_groups(kit: Experiment, prompts: Sequence[Prompt], seed: int, proces
 
 def _with_groups(samples: Samples, again: Samples, places: Sequence[int], pad_token_id: int) -> Samples:
     """Samples in which the groups at some places are others: those of `again`, in their order."""
-    others = {place: _alone(again, group) for group, place in enumerate(places)}
-    groups = [others.get(group) or _alone(samples, group) for group in range(len(samples.prompts))]
+    both, count = joined([samples, again], pad_token_id), len(samples.prompts)
+    order = [count + places.index(group) if group in places else group for group in range(count)]
+    groups = torch.cat([samples.group_ids, count + again.group_ids])
+    rows = torch.cat([(groups == group).nonzero().flatten() for group in order]).tolist()
+    longest = int(both.completion_mask[rows].sum(dim=1).max())
+
+    def taken(name: str) -> list | torch.Tensor | None:
+        value = getattr(both, name)
+        if torch.is_tensor(value):
+            return value[rows, :longest] if name in BY_TOKEN else value[rows]
+        return value and [value[place] for place in (order if name in (*BY_PROMPT, *BY_CONTEXT) else rows)]
+
     seconds = {name: samples.seconds.get(name, 0.0) + spent for name, spent in again.seconds.items()}
     attempts = samples.attempts.clone()
     attempts[list(places)] += 1
-    return replace(
-        joined(groups, pad_token_id),
-        group_ids=samples.group_ids,
+    return Samples(
+        **{name: taken(name) for name in COLUMNS} | {"group_ids": samples.group_ids},
+        reward_parts={name: values[rows] for name, values in both.reward_parts.items()},
         seconds=samples.seconds | seconds,
         attempts=attempts,
     )
-
-
-def _alone(samples: Samples, group: int) -> Samples:
-    """The rows of one group, as if it had been sampled alone."""
-    rows = (samples.group_ids == group).nonzero().flatten().tolist()
-    longest = int(samples.completion_mask[rows].sum(dim=1).max())
-
-    def taken(name: str) -> list | torch.Tensor | None:
-        value = getattr(samples, name)
-        if value is None:
-            return None
-        if torch.is_tensor(value):
-            return value[rows, :longest] if name in BY_TOKEN else value[rows]
-        return [value[group]] if name in (*BY_PROMPT, *BY_CONTEXT) else [value[row] for row in rows]
-
-    parts = {name: values[rows] for name, values in samples.reward_parts.items()}
-    return Samples(**{name: taken(name) for name in COLUMNS}, reward_parts=parts)
