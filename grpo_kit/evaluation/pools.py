@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from grpo_kit.config import RECORDS, Config, KitError, Section
@@ -69,19 +68,10 @@ class Pool:
         return {seed: value for seed, value in found.items() if value and value["mean"] is not None}
 
     @property
-    def seconds(self) -> float | None:
-        """Seconds of training, a run's mean."""
-        spent = self._step_times()
-        return float(np.mean([times.sum() for times in spent])) if spent else None
-
-    @property
-    def seconds_an_iteration(self) -> float | None:
-        """The median over all its iterations."""
-        spent = self._step_times()
-        return float(pd.concat(spent).median()) if spent else None
-
-    def _step_times(self) -> list[pd.Series]:
-        return [run.metrics["step_time"] for run in self.runs if "step_time" in run.metrics]
+    def step_times(self) -> pd.Series:
+        """Seconds of each iteration, by (number of the run, row of its metrics)."""
+        times = {n: run.metrics.get("step_time", pd.Series(dtype=float)) for n, run in enumerate(self.runs)}
+        return pd.concat(times)
 
 
 def read_runs(folders: Iterable[Path | str]) -> list[RunRecord]:

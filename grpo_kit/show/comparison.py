@@ -30,9 +30,10 @@ def settings_rows(pools: Sequence[pooling.Pool]) -> list[Row]:
         asked = pool.settings.get("training_settings.num_iterations")
         if asked is not None and done[0] < asked:
             iterations += f" of {asked}"
+        times = pool.step_times
+        minutes = times.groupby(level=0).sum().mean() / 60  # of a run
         row += [", ".join(map(pooling.value_text, pool.seeds)), iterations]
-        row += [number_text(pool.seconds_an_iteration, ".2f"), number_text(pool.seconds and pool.seconds / 60, ".1f")]
-        rows.append(row)
+        rows.append([*row, number_text(times.median(), ".2f"), number_text(minutes, ".1f")])
     return rows
 
 
