@@ -90,13 +90,7 @@ class Processes:
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """What `work` gives in the main process, pickled, in every process; where it fails there, all raise."""
-        if self.count == 1:
-            return work()
-        result, text, error = _attempt(work) if self.is_main else (None, None, None)
-        outcome = [(result, text)]
-        torch.distributed.broadcast_object_list(outcome)
-        self._raise_failure([outcome[0][1]], error)
-        return outcome[0][0]
+        return self.gather(lambda: work() if self.is_main else None)[0]
 
     def only_main(self, work: Callable[[], Result]) -> Result | None:
         """What `work` gives in the main process, None in the others; where it fails there, all raise."""
