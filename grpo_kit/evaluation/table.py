@@ -89,11 +89,8 @@ def compared_pairs(variants: Sequence[str]) -> list[tuple[str, str]]:
 
 def complete_cells(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """Leave out (and count) the (prompt, seed) cells in which a variant could not be scored: pairs must stay pairs."""
-    failed = rows.loc[rows["reward"].isna(), ["prompt_id", "seed"]].drop_duplicates()
-    if failed.empty:
-        return rows, 0
-    kept = rows.merge(failed, on=["prompt_id", "seed"], how="left", indicator=True)["_merge"] == "left_only"
-    return rows[kept.to_numpy()], len(failed)
+    kept = rows["reward"].notna().groupby([rows["prompt_id"], rows["seed"]]).transform("all")
+    return rows[kept], len(rows.loc[~kept, ["prompt_id", "seed"]].drop_duplicates())
 
 
 def score_tables(

@@ -63,9 +63,8 @@ class Writer:
 
     def answers(self, asked: Sequence[Conversation], look_at: LookAt | None = None, step: int = 1) -> list[str]:
         """What the policy writes in these conversations, greedy; it sees of their pictures what `look_at` says."""
-        if not any(one.pictures or one.turns for one in asked):
-            return list(self.policy.enhance_prompts([one.prompt for one in asked], reference=self.variant == "initial"))
-        read = shown(asked, look_at or self.look_at, step)
+        sees = any(one.pictures or one.turns for one in asked)
+        read = shown(asked, look_at or self.look_at, step) if sees else [one.prompt for one in asked]
         return list(self.policy.enhance_prompts(read, reference=self.variant == "initial"))
 
 
