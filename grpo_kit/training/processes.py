@@ -71,13 +71,25 @@ class Processes:
     # --- knowing the same ---------------------------------------------------------------------------------------------
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
-        """What `work` gives in each process, pickled, in every process; where it fails in one, all raise."""
+        """What `work` gives in each process, pickled, in every process; where it fails in one, all raise.
+
+        An unforeseen error is raised, with its traceback, only in the process that has it.
+        """
         if self.count == 1:
             return [work()]
-        result, text, error = _attempt(work)
+        result, text, own = None, None, None
+        try:
+            result = work()
+        except Exception as error:  # whatever it is, the other processes wait to hear of it
+            foreseen, own = isinstance(error, KitError), error
+            text = str(error) if foreseen else one_line(f"{type(error).__name__}: {error}", 300)
         outcomes: list = [None] * self.count
         torch.distributed.all_gather_object(outcomes, (result, text))
-        self._raise_failure([text for _, text in outcomes], error)
+        if own is not None and not foreseen:
+            raise own
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                raise ProcessError(f"process {rank} of {self.count}: {failure}" if rank else failure) from own
         return [result for result, _ in outcomes]
 
     def gather_on_main(self, item: Result) -> list[Result | None]:
@@ -97,14 +109,6 @@ class Processes:
         kept: list[Result] = []
         self.on_main(lambda: kept.append(work()))
         return kept[0] if kept else None
-
-    def _raise_failure(self, failures: list[str | None], own: Exception | None) -> None:
-        """Raise where any process failed: an unforeseen error, with its traceback, only in the process that has it."""
-        if own is not None and not isinstance(own, KitError):
-            raise own
-        for rank, text in enumerate(failures):
-            if text is not None:
-                raise ProcessError(f"process {rank} of {self.count}: {text}" if rank else text) from own
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -149,15 +153,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None, Exception | None]:
-    """What `work` gives, or its error: as one line for the other processes, and itself."""
-    try:
-        return work(), None, None
-    except Exception as error:  # whatever it is, the other processes wait to hear of it
-        foreseen = isinstance(error, KitError)
-        return None, str(error) if foreseen else one_line(f"{type(error).__name__}: {error}", 300), error
 
 
 def _shard(policy: Policy, optimizer: torch.optim.Optimizer, count: int) -> list[torch.nn.Module]:
