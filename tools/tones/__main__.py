@@ -22,7 +22,7 @@ from tools.tones.policy import train_policy
 from tools.tones.words import write_prompts
 
 STAGES = ("prompts", "generator", "clap", "policy")
-STEPS = {"generator": 2200, "clap": 700, "policy": 900}
+STEPS = {"generator": 1800, "clap": 800, "policy": 900}
 COMMAND = "python -m tools.tones"
 
 

@@ -21,7 +21,7 @@ def new_processor() -> ClapProcessor:
     """Spectra of 32 bands, 126 frames a second, and a tokenizer of this world's words."""
     extractor = ClapFeatureExtractor(
         feature_size=32, sampling_rate=RATE, hop_length=64, max_length_s=1, fft_window_size=512, frequency_min=50,
-        frequency_max=RATE // 2, truncation="rand_trunc", padding="pad",
+        frequency_max=1500, truncation="rand_trunc", padding="pad",
     )  # fmt: skip
     tokenizer = RobertaTokenizer().train_new_from_iterator(corpus(), vocab_size=420)
     tokenizer.model_max_length = _TEXT_LENGTH
