@@ -22,7 +22,7 @@ from tools.tones.policy import train_policy
 from tools.tones.words import write_prompts
 
 STAGES = ("prompts", "generator", "clap", "policy")
-STEPS = {"generator": 1800, "clap": 800, "policy": 900}
+STEPS = {"generator": 1500, "clap": 800, "policy": 900}
 COMMAND = "python -m tools.tones"
 
 
@@ -52,8 +52,8 @@ def _prompts(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 
 def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
-    tones, waves = measure.sounds(5000, seed)
-    vae = new_vae(padded(waves[:500]))
+    tones, waves = measure.sounds(1500, seed)
+    vae = new_vae(padded(waves[:100]))
     pipeline, outcome = train_generator(vae, tones, waves, work, steps["generator"], seed)
 
     def draw(captions: list[str]) -> list[np.ndarray]:
@@ -62,9 +62,9 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
         return list(drawn.audios[:, 0].numpy())
 
     pipeline.set_progress_bar_config(disable=True)
-    clean, sounds = measure.sounds(300, seed + 3, "clean")
+    clean, sounds = measure.sounds(100, seed + 3, "clean")
     metrics = {
-        "obeys the best caption": measure.obedience(draw),
+        "obeys the best caption": measure.obedience(draw, 150),
         "through the autoencoder": measure.attribute_rates(measure.through(vae, sounds), clean),
         "check": measure.check_accuracy(),
     }

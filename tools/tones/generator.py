@@ -38,7 +38,7 @@ def padded(waves: np.ndarray) -> torch.Tensor:
 @torch.no_grad()
 def encode(vae: AutoencoderOobleck, waves: np.ndarray) -> torch.Tensor:
     """The latents' means: (N, 24, 84)."""
-    return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in padded(waves).split(100)])
+    return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in padded(waves).split(10)])
 
 
 def new_text_encoder(vocabulary: int) -> T5EncoderModel:
