@@ -21,14 +21,14 @@ from grpo_kit.config.seeds import derive_seed
 from grpo_kit.grpo.advantages import group_advantages, group_spread
 from grpo_kit.grpo.credit import Credit, turn_credits
 from grpo_kit.models import drawing
-from grpo_kit.models.conversation import Conversation, LookAt, is_kept, require_words
+from grpo_kit.models.conversation import Conversation, LookAt, require_words
 from grpo_kit.models.decoding import stacked
 from grpo_kit.models.drawing import DrawRequest, DrawResult, Pictures
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Completions, Policy, Scores
 from grpo_kit.models.prompt_format import EncodedPrompts
 from grpo_kit.models.prompt_format import joined as joined_prompts
-from grpo_kit.models.turns import by_prompt, origins, turn_columns, what_is_read, with_turn
+from grpo_kit.models.turns import by_prompt, origins, rows_to_draw, turn_columns, what_is_read, with_turn
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.protocol import ABSTAINED
 
@@ -320,8 +320,7 @@ def _drawn(
     if not before:
         return draw_and_score(generator, rewards, request, overlap=overlap)
     last = before[0]
-    stays = [is_kept(text) or text == last.written.texts[o] for text, o in zip(request.rewrites, goes_on, strict=True)]
-    again = [row for row, stay in enumerate(stays) if not stay]
+    again = rows_to_draw(request.rewrites, [last.written.texts[row] for row in goes_on])
     images = [last.drawn.images[row] for row in goes_on]
     parts = {name: values[goes_on].clone() for name, values in last.drawn.parts.items()}
     if not again:

@@ -289,7 +289,7 @@ def test_keep_it_draws_nothing_and_has_the_rewards_of_what_it_keeps(kit: Experim
 def test_keep_it_drawn_as_a_prompt_would_be_noticed(kit: Experiment, monkeypatch: pytest.MonkeyPatch):
     from grpo_kit import rollout
 
-    monkeypatch.setattr(rollout, "is_kept", lambda text: False)
+    monkeypatch.setattr(rollout, "rows_to_draw", lambda texts, before: list(range(len(texts))))
     assert not _keeps_without_drawing(kit)
 
 

@@ -1,7 +1,7 @@
 """A request drawn from one latent: its picture, what a policy that sees it writes next, and its scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -9,9 +9,9 @@ from PIL import Image
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.writers import Request
 from grpo_kit.experiment import Experiment
-from grpo_kit.models.conversation import Conversation, LookAt, Turn, is_kept
-from grpo_kit.rewards.protocol import ABSTAINED, text_of
-from grpo_kit.shapeworld.verify import said_of
+from grpo_kit.models.conversation import Conversation, LookAt
+from grpo_kit.models.turns import gone_on, rows_to_draw
+from grpo_kit.rewards.protocol import ABSTAINED
 
 Images = list[Image.Image | None]
 
@@ -47,25 +47,22 @@ def next_turn(
     look_at: LookAt,
 ) -> list[Conversation]:
     """The conversations with what was written and the picture that it gave."""
-    found = []
-    for cell, one, text, image in zip(cells, asked, texts, images, strict=True):
-        said = image is not None and look_at == "words"
-        prompt = cell.request.prompt
-        words = said_of(image, text_of(prompt.metadata, "target") or prompt.user_prompt) if said else ""
-        found.append(replace(one, turns=(*one.turns, Turn(str(text), image, words))))
-    return found
+    prompts = [cell.request.prompt for cell in cells]
+    return [
+        gone_on(one, text, image, prompt.user_prompt, prompt.metadata, look_at)
+        for one, text, image, prompt in zip(asked, texts, images, prompts, strict=True)
+    ]
 
 
 def drawn_again(
     kit: Experiment, cells: Sequence[Cell], answers: Sequence[str], texts: Sequence[str], images: Images
 ) -> tuple[list[str], Images]:
     """Texts and pictures after one more turn; who keeps the picture, or repeats the text, draws nothing."""
-    new = [old if is_kept(text) else text for text, old in zip(answers, texts, strict=True)]
-    rows = [row for row, (text, old) in enumerate(zip(new, texts, strict=True)) if text != old]
-    drawn = kit.generator.generate_images([new[row] for row in rows], [cells[row].latent for row in rows])
-    found = list(images)
+    rows = rows_to_draw(answers, texts)
+    drawn = kit.generator.generate_images([answers[row] for row in rows], [cells[row].latent for row in rows])
+    new, found = list(texts), list(images)
     for row, image in zip(rows, drawn, strict=True):
-        found[row] = image
+        new[row], found[row] = answers[row], image
     return new, found
 
 

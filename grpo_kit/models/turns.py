@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.models.conversation import Conversation, LookAt, Turn, is_kept, shown
@@ -34,13 +35,29 @@ def with_turn(
     look_at: LookAt,
 ) -> list[Conversation]:
     """The conversations that go on from some rows, each once, with what these rows wrote and what it gave."""
-    found, size = [], len(goes_on) // len(asked)
-    for row in dict.fromkeys(goes_on):
-        image, before = images[row][0], asked[row // size]
-        said = image is not None and look_at == "words"
-        words = said_of(image, str(request.metadata[row].get("target") or request.prompts[row])) if said else ""
-        found.append(replace(before, turns=(*before.turns, Turn(texts[row], image, words))))
-    return found
+    size = len(goes_on) // len(asked)
+    return [
+        gone_on(asked[row // size], texts[row], images[row][0], request.prompts[row], request.metadata[row], look_at)
+        for row in dict.fromkeys(goes_on)
+    ]
+
+
+def gone_on(
+    before: Conversation, text: str, image: Image.Image | None, prompt: str, metadata: dict, look_at: LookAt
+) -> Conversation:
+    """A conversation with one more turn: what was written, the picture that it gave, or what the check says of that.
+
+    Args:
+        prompt, metadata: the user's; the check compares the picture with `target` where the row has one.
+    """
+    said = image is not None and look_at == "words"
+    words = said_of(image, str(metadata.get("target") or prompt)) if said else ""
+    return replace(before, turns=(*before.turns, Turn(str(text), image, words)))
+
+
+def rows_to_draw(texts: Sequence[str], before: Sequence[str]) -> list[int]:
+    """The rows of a later turn that draw: they neither keep their picture nor repeat the words that gave it."""
+    return [row for row, (text, old) in enumerate(zip(texts, before, strict=True)) if text != old and not is_kept(text)]
 
 
 def what_is_read(asked: list[Conversation], look_at: LookAt, count: int) -> list[Conversation]:
@@ -75,14 +92,19 @@ def contexts_drawn_again(
     P, N = len(asked), len(request.group_ids)
     grid, reads = [texts[start : start + N // P] for start in range(0, len(texts), N // P)], []
     images: Pictures = []
+    before: list[str] = []
     for turn in range(turns):
         reads.append(what_is_read(asked, look_at, P))
         if turn + 1 == turns:
             break
         written = [text for group in grid[turn::turns] for text in group]
         goes_on = origins(request, N // P, branched and turn == 1)
-        again = generator.generate_images(written, request.seeds[:, 0].tolist())
-        images = [images[goes_on[row]] if turn and is_kept(text) else [again[row]] for row, text in enumerate(written)]
+        again = rows_to_draw(written, [before[row] for row in goes_on]) if turn else goes_on
+        drawn = generator.generate_images([written[row] for row in again], request.seeds[again, 0].tolist())
+        images = [images[row] for row in goes_on] if turn else [[None] for _ in goes_on]
+        for row, image in zip(again, drawn, strict=True):
+            images[row] = [image]
+        before = written
         asked = with_turn(asked, written, images, origins(request, N // P, branched and not turn), request, look_at)
     return by_prompt(reads, P)
 
