@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -59,6 +60,20 @@ class Completions(Shown):
     texts: list[str]  # N prompts: of each completion the part that `prompt_part` says
     truncated: torch.Tensor  # (N,) bool: ended by the length limit
     unmatched: torch.Tensor | None = None  # (N,) bool: no prompt was found in it; None where all of it is the prompt
+
+
+class _Answers(NamedTuple):
+    """Completions that are to be scored, and what they answer."""
+
+    encoded: EncodedPrompts  # P
+    group_ids: torch.Tensor  # (N,) which of these each row answers
+    ids: torch.Tensor  # (N, T)
+    mask: torch.Tensor  # (N, T)
+
+    def some(self, rows: torch.Tensor) -> "_Answers":
+        """Some rows, with the contexts that these need."""
+        places, local = self.group_ids[rows].unique(return_inverse=True)
+        return _Answers(self.encoded.take(places.tolist()), local, self.ids[rows], self.mask[rows])
 
 
 @dataclass(frozen=True, repr=False)
@@ -220,49 +235,31 @@ class Policy(Shown, PromptFormat, torch.nn.Module):
                     logits = row_logits(model, inputs, completion_ids, mask)
                 columns = logprobs_and_entropy(logits, completion_ids, self.temperature)
             else:
-                columns = self._scored_by_turn(model, encoded, group_ids, completion_ids, mask)
+                columns = self._scored_by_turn(model, _Answers(encoded, group_ids, completion_ids, mask))
         return Scores(*(torch.where(mask, column, 0.0) for column in columns))
 
     score = forward  # as a plain method; DDP and FSDP need the module called
 
-    def _scored_by_turn(
-        self,
-        model: torch.nn.Module,
-        encoded: EncodedPrompts,
-        group_ids: torch.Tensor,
-        completion_ids: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> list[torch.Tensor]:
+    def _scored_by_turn(self, model: torch.nn.Module, answers: _Answers) -> list[torch.Tensor]:
         """Log-probabilities and entropy, a pass a turn: later prompts are longer, their groups smaller."""
-        turns = torch.tensor([len(one.turns) for one in encoded.conversations], device=group_ids.device)
+        turns = torch.tensor([len(one.turns) for one in answers.encoded.conversations], device=answers.mask.device)
         if (turns == turns[0]).all():
-            return self._scored_behind_prompts(model, encoded, group_ids, completion_ids, mask)
-        order, found = [], []
-        for turn in turns.unique():
-            rows = (turns[group_ids] == turn).nonzero().flatten()
-            places, local = group_ids[rows].unique(return_inverse=True)
-            some = (encoded.take(places.tolist()), local, completion_ids[rows], mask[rows])
-            order.append(rows)
-            found.append(self._scored_behind_prompts(model, *some))
+            return self._scored_behind_prompts(model, answers)
+        order = [(turns[answers.group_ids] == turn).nonzero().flatten() for turn in turns.unique()]
+        found = [self._scored_behind_prompts(model, answers.some(rows)) for rows in order]
         back = torch.cat(order).argsort()
         return [torch.cat(columns)[back] for columns in zip(*found, strict=True)]
 
-    def _scored_behind_prompts(
-        self,
-        model: torch.nn.Module,
-        encoded: EncodedPrompts,
-        group_ids: torch.Tensor,
-        completion_ids: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> list[torch.Tensor]:
+    def _scored_behind_prompts(self, model: torch.nn.Module, answers: _Answers) -> list[torch.Tensor]:
         """Log-probabilities and entropy with each prompt run once."""
+        encoded, group_ids, ids, mask = answers
         prefix = run_prompts(model, encoded.on(self.device))
         lanes = _lanes(mask, len(encoded), prefix.mask.shape[1])
         packing = Packing.of(mask, group_ids, len(encoded), lanes)
-        here, following = (completion_ids[packing.rows, packing.steps + ahead] for ahead in (0, 1))
+        here, following = (ids[packing.rows, packing.steps + ahead] for ahead in (0, 1))
         steps, sees = packing.lay_out(packing.steps), packing.sees()
         logits = prefix.in_lanes(lanes).extend(model, packing.lay_out(here), steps, sees)
-        first = logprobs_and_entropy(prefix.last_logits[group_ids], completion_ids[:, 0], self.temperature)
+        first = logprobs_and_entropy(prefix.last_logits[group_ids], ids[:, 0], self.temperature)
         later = logprobs_and_entropy(logits, packing.lay_out(following), self.temperature)
         return [torch.cat([a[:, None], packing.take_out(b, mask)], dim=1) for a, b in zip(first, later, strict=True)]
 
