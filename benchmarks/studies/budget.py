@@ -6,6 +6,8 @@ prompts, rewrites of each and images of each rewrite that makes, and in whether 
 measurement goes on with the first run that is missing.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +26,7 @@ from grpo_kit.training.loop import make_optimizer, run_iteration
 DEFAULT = "4x8x1"
 ARMS = ("4x8x1", "2x2x8", "4x8x1-own", "8x4x1", "16x2x1", "2x16x1", "2x4x4", "2x4x4-own")  # prompts, rewrites, images
 EVALUATED = 96  # held-out prompts
+COLUMNS = ["prompt_id", "user_prompt", "variant", "seed", "reward", "gold"]
 SETTINGS = {"generation_settings.num_inference_steps": 4}  # half the profile's: pictures are most of the time
 
 
@@ -41,9 +44,8 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     names = arms.split(",")
-    for seed in range(seeds):
-        for arm in names:
-            measure(out / f"{arm}_{seed}.parquet", configured(profile, arm, seed, iterations))
+    settings = partial(configured, profile, iterations=iterations)
+    for _ in measure_missing(out, names, seeds, settings, lambda kit: scored(kit, "trained")[COLUMNS]):
         table = results(out, names)
         table.to_json(out / "table.json", orient="records", indent=2)
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
@@ -64,17 +66,36 @@ def configured(profile: str, arm: str, seed: int, iterations: int) -> Config:
     return gk.load_config(profile, SETTINGS | run)
 
 
-def measure(place: Path, config: Config) -> None:
-    """Train one run and keep the scores of its last policy on held-out prompts, unless that was done."""
-    if place.is_file():
-        return
-    kit, seconds = trained(config)
-    rows = scored(kit, "trained")
-    keep(rows[["prompt_id", "user_prompt", "variant", "seed", "reward", "gold"]], place)
-    typer.echo(
-        f"{place.stem}: {seconds.wall:.0f} s, gold {rows['gold'].mean():.3f}, reward {rows['reward'].mean():.3f}"
-    )
-    gk.release(kit)
+def measure_missing(
+    out: Path,
+    arms: Sequence[str],
+    seeds: int,
+    configured: Callable[[str, int], Config],
+    scored: Callable[[Experiment], pd.DataFrame],
+) -> Iterator[int]:
+    """Train the runs that are missing and keep their scores as `ARM_SEED.parquet`; gives each seed that is done.
+
+    It goes seed by seed, so that a stopped measurement is balanced.
+
+    Args:
+        configured: an arm and a seed → the settings of that run.
+        scored: the trained experiment → a row a picture, with scores; with a column `arm` where it compares.
+    """
+    for seed in range(seeds):
+        for arm in arms:
+            place = out / f"{arm}_{seed}.parquet"
+            if place.is_file():
+                continue
+            kit, seconds = trained(configured(arm, seed))
+            rows = scored(kit)
+            keep(rows.assign(cpu_seconds=seconds.cpu), place)
+            means = (
+                rows.groupby("arm", sort=False)["gold"].mean() if "arm" in rows else rows.filter(like="reward").mean()
+            )
+            told = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+            typer.echo(f"{place.stem}: {seconds.cpu:.0f} CPU-seconds, {told}")
+            gk.release(kit)
+        yield seed
 
 
 def trained(config: Config) -> tuple[Experiment, Seconds]:

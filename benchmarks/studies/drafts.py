@@ -7,6 +7,7 @@ line for each, and table.json. A stopped measurement goes on with the first run 
 runs.jsonl of the measurement that docs/training.md shows.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,10 @@ import pandas as pd
 import typer
 
 import grpo_kit as gk
-from benchmarks.studies.budget import keep, per_run, trained
+from benchmarks.studies.budget import measure_missing, per_run
 from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.evaluation.intervals import t_interval
+from grpo_kit.experiment import Experiment
 
 ARMS = "8,4,3,2"
 METRICS = ["reward", "reward/gold", "reward/keeps_objects", "reward/grammatical"]
@@ -30,9 +32,7 @@ def main(
     out: Annotated[Path, typer.Option(help="where scores and the table go")] = PROJECT_ROOT / "reports" / "drafts",
 ) -> None:
     """Train and evaluate what is missing, seed by seed so that a stopped measurement is balanced; print the table."""
-    for seed in range(seeds):
-        for arm in arms.split(","):
-            measure(out / f"{arm}_{seed}.parquet", configured(profile, arm, seed))
+    for _ in measure_missing(out, arms.split(","), seeds, partial(configured, profile), scored):
         each = runs(out)
         each.round(6).reset_index().to_json(out / "runs.jsonl", orient="records", lines=True)
         table = results(each)
@@ -47,16 +47,10 @@ def configured(profile: str, arm: str, seed: int) -> Config:
     return gk.load_config(profile, changes | ({"training_settings.beta": float(beta)} if beta else {}))
 
 
-def measure(place: Path, config: Config) -> None:
-    """Train one run and keep the scores of its last policy and what it cost, unless that was done."""
-    if place.is_file():
-        return
-    kit, seconds = trained(config)
+def scored(kit: Experiment) -> pd.DataFrame:
+    """Scores of the last policy's likeliest rewrites of held-out prompts."""
     rows = gk.evaluate(kit, None, ("trained",), paraphrases=False).rows
-    keep(rows[["prompt_id", "user_prompt", "text", "seed", *METRICS]].assign(cpu_seconds=seconds.cpu), place)
-    scores = ", ".join(f"{metric} {rows[metric].mean():.3f}" for metric in METRICS)
-    typer.echo(f"{place.stem}: {seconds.cpu:.0f} CPU-seconds, {scores}")
-    gk.release(kit)
+    return rows[["prompt_id", "user_prompt", "text", "seed", *METRICS]]
 
 
 def runs(out: Path) -> pd.DataFrame:

@@ -10,6 +10,7 @@ docs/eyes.md shows.
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ import pandas as pd
 import typer
 
 import grpo_kit as gk
-from benchmarks.studies.budget import keep, trained
+from benchmarks.studies.budget import measure_missing
 from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.evaluation.intervals import t_interval
 from grpo_kit.evaluation.looking import ARM_NAMES, compare_looks
@@ -43,9 +44,7 @@ def main(
     out: Annotated[Path, typer.Option(help="where all of it goes")] = PROJECT_ROOT / "reports" / "eyes",
 ) -> None:
     """Train and evaluate what is missing, seed by seed so that a stopped measurement is balanced; print the table."""
-    for seed in range(seeds):
-        for arm in arms.split(","):
-            measure(out / f"{arm}_{seed}.parquet", configured(arm, seed, iterations))
+    list(measure_missing(out, arms.split(","), seeds, partial(configured, iterations=iterations), scored))
     found = results(out)
     (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (out / "tables.md").write_text("\n\n".join(markdown(found).values()) + "\n", encoding="utf-8")
@@ -75,24 +74,14 @@ def configured(arm: str, seed: int, iterations: int | None = None) -> Config:
     return gk.load_config(f"tiny_{task}", changes)
 
 
-def measure(place: Path, config: Config) -> None:
-    """Train one run and keep the scores of its last policy, unless that was done."""
-    if place.is_file():
-        return
-    kit, seconds = trained(config)
-    prompts = kit.val_prompts[config.evaluation_settings.validation_prompts :]
-    if config.generation_settings.turns > 1:
-        rows = compare_looks(kit, prompts[:96], seeds_per_prompt=1)
-    else:
-        rows = gk.evaluate(kit, kit.val_prompts, VARIANTS, seeds_per_prompt=1, paraphrases=False).rows
-        rows = rows.rename(columns={"variant": "arm"}).assign(right=lambda table: (table["gold"] == 1).astype(float))
-        rows["changed"] = changed_by_other_pictures(kit)
-    keep(rows.assign(cpu_seconds=seconds.cpu), place)
-    shown = rows.groupby("arm", sort=False)["gold"].mean().map("{:.3f}".format)
-    typer.echo(
-        f"{place.stem}: {seconds.cpu:.0f} CPU-seconds, {', '.join(f'{arm} {value}' for arm, value in shown.items())}"
-    )
-    gk.release(kit)
+def scored(kit: Experiment) -> pd.DataFrame:
+    """Scores of the last policy: each way of looking, or each variant."""
+    if kit.config.generation_settings.turns > 1:
+        prompts = kit.val_prompts[kit.config.evaluation_settings.validation_prompts :]
+        return compare_looks(kit, prompts[:96], seeds_per_prompt=1)
+    rows = gk.evaluate(kit, kit.val_prompts, VARIANTS, seeds_per_prompt=1, paraphrases=False).rows
+    rows = rows.rename(columns={"variant": "arm"}).assign(right=lambda table: (table["gold"] == 1).astype(float))
+    return rows.assign(changed=changed_by_other_pictures(kit))
 
 
 def changed_by_other_pictures(kit: Experiment) -> float:
