@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 something failed on the way, 2 a mistake in what was asked
 (Ctrl-C), 143 terminated (SIGTERM), 129 hung up. An interrupted command prints the command that resumes its work.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -242,6 +241,8 @@ def plan(
     json_too: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a config needs, before anything is downloaded: parameters, memory, time, and what to turn down."""
+    import json
+
     from grpo_kit.config import load_config, settings_from_texts
     from grpo_kit.preflight.plan import plan as planned
     from grpo_kit.preflight.plan.advice import advice

@@ -4,7 +4,6 @@ import codecs
 import contextlib
 import os
 import sys
-import unicodedata
 
 # variables which libraries take literally when they are empty: HF_HOME="" is the working folder, WANDB_MODE="" an error
 _EMPTY_IS_UNSET = (
@@ -29,6 +28,8 @@ def prepare() -> None:
 
 def _alike(error: UnicodeError) -> tuple[str, int]:
     """What a terminal shows for characters that it lacks: those that look alike, letters without accents, else "?"."""
+    import unicodedata  # here, since `prepare` may not take long
+
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
