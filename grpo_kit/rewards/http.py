@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field
 from grpo_kit.config import Count, Name, Whole, one_line, shown
 from grpo_kit.config.settings import Positive
 from grpo_kit.rewards.plain import as_file
-from grpo_kit.rewards.protocol import Images, RewardContractError, RewardError, Texts, finished
+from grpo_kit.rewards.protocol import Images, References, RewardContractError, RewardError, Texts, finished
 
 logger = logging.getLogger(__name__)
 _LONGEST_PAUSE, _LONGEST_ASKED = 30.0, 300.0  # seconds between two tries: by itself, and where the server asks for it
@@ -167,7 +167,12 @@ class HttpScorer(Service):
     metadata: bool = False  # send the further fields of each prompt's row
 
     def __call__(
-        self, images: Images, prompts: Texts, enhanced_prompts: Texts, metadata: Sequence[Mapping] | None = None
+        self,
+        images: Images,
+        prompts: Texts,
+        enhanced_prompts: Texts,
+        metadata: Sequence[Mapping] | None = None,
+        references: References | None = None,
     ) -> list[float | None]:
         """N scores; NaN for the pictures of a call that failed while others went through."""
         columns = {"prompts": prompts, "enhanced_prompts": enhanced_prompts}
@@ -175,8 +180,10 @@ class HttpScorer(Service):
             columns["metadata"] = metadata or [{}] * len(images)
 
         def body(rows: range) -> dict[str, Any]:
-            pictures = [self.encoded(images[row]) for row in rows]
-            return {"images": pictures} | {name: [column[row] for row in rows] for name, column in columns.items()}
+            pictures = {"images": [self.encoded(images[row]) for row in rows]}
+            if references and any(references[row] for row in rows):
+                pictures["references"] = [[self.encoded(one) for one in references[row] or ()] for row in rows]
+            return pictures | {name: [column[row] for row in rows] for name, column in columns.items()}
 
         everything = range(len(images))
         parts = [everything[start : start + self.batch_size] for start in everything[:: self.batch_size]]

@@ -14,11 +14,12 @@ from grpo_kit.config import Count, Name
 from grpo_kit.config.hub import load_whole, loading
 from grpo_kit.config.prompts import without_control_tokens
 from grpo_kit.rewards.http import Service, Url
-from grpo_kit.rewards.protocol import Images, RewardError, Texts
+from grpo_kit.rewards.protocol import Images, References, RewardContractError, RewardError, Texts
 
 logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
-_MODEL = "reward_settings.options.judge.model"
+_OPTIONS = "reward_settings.options.judge"
+_MODEL = f"{_OPTIONS}.model"
 Question = Annotated[str, Field(pattern=r"\{prompt\}", json_schema_extra={"allowed": "a text that contains {prompt}"})]
 
 
@@ -40,6 +41,7 @@ class Judge(Service):
     batch_size: Count = 8  # pictures that a model on this machine sees at once
     concurrency: Count = 8
     logprobs: bool = True  # false: the words of a served model's answer, as 1 or 0
+    references: bool | None = None  # show the row's own pictures before the one that is judged; None refuses such rows
     request: dict[Name, Any] | None = None  # further fields of each request to a served model
     device: torch.device = _CPU
 
@@ -49,14 +51,23 @@ class Judge(Service):
         if self.url is None:
             self._load()
 
-    def __call__(self, images: Images, prompts: Texts, enhanced_prompts: Texts) -> torch.Tensor | list[float | None]:
+    def __call__(
+        self, images: Images, prompts: Texts, enhanced_prompts: Texts, references: References | None = None
+    ) -> torch.Tensor | list[float | None]:
         """(N,) shares of yes; NaN where a served model's likeliest tokens hold neither answer."""
+        if any(references or ()) and self.references is None:
+            raise RewardContractError(
+                "references: found prompts with pictures of their own, and no word of whether the judge sees them. Set "
+                f"{_OPTIONS}.references to true, with a question about several pictures, or to false"
+            )
+        before = references if self.references and references else [None] * len(images)
+        shown = [[*(own or ()), image] for own, image in zip(before, images, strict=True)]
         questions = [self.question.replace("{prompt}", prompt) for prompt in prompts]
         if self.url is not None:
-            return self._served(images, questions)
-        starts = range(0, len(images), self.batch_size)
+            return self._served(shown, questions)
+        starts = range(0, len(shown), self.batch_size)
         parts = (slice(start, start + self.batch_size) for start in starts)
-        return torch.cat([self._shares(images[part], questions[part]) for part in parts])
+        return torch.cat([self._shares(shown[part], questions[part]) for part in parts])
 
     def _load(self) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -82,18 +93,18 @@ class Judge(Service):
         return begun.index(True) if sum(begun) == 1 else None
 
     @torch.no_grad()
-    def _shares(self, images: Images, questions: Texts) -> torch.Tensor:
+    def _shares(self, shown: Sequence[Images], questions: Texts) -> torch.Tensor:
         thinking = {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
         texts = []
-        for question in questions:
+        for pictures, question in zip(shown, questions, strict=True):
             text = without_control_tokens(question, self.tokenizer)
-            turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+            turn = {"role": "user", "content": [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]}
             options = {"add_generation_prompt": True, "tokenize": False, **thinking}
             texts.append(self.processor.apply_chat_template([turn], **options))
         start = self.tokenizer.bos_token  # some templates write it, others leave it to the tokenizer
         inputs = self.processor(
             text=texts,
-            images=[[image.convert("RGB")] for image in images],
+            images=[[image.convert("RGB") for image in pictures] for pictures in shown],
             padding=True,
             return_tensors="pt",
             add_special_tokens=start is None or not texts[0].startswith(start),
@@ -105,18 +116,18 @@ class Judge(Service):
         yes, no = (output.logits[0][:, ids].double().logsumexp(dim=1) for ids in self.sides)
         return torch.sigmoid(yes - no).cpu()
 
-    def _served(self, images: Images, questions: Sequence[str]) -> list[float | None]:
+    def _served(self, shown: Sequence[Images], questions: Sequence[str]) -> list[float | None]:
         sampling = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 20}  # 20: the most there are
         fields = {"model": self.model, **(sampling if self.logprobs else {"temperature": 0.0}), **(self.request or {})}
 
         def body(rows: range) -> dict[str, Any]:
-            picture = {"url": f"data:image/{self.image_format};base64,{self.encoded(images[rows[0]])}"}
-            text = {"type": "text", "text": questions[rows[0]]}
-            turn = {"role": "user", "content": [{"type": "image_url", "image_url": picture}, text]}
+            files = [f"data:image/{self.image_format};base64,{self.encoded(image)}" for image in shown[rows[0]]]
+            pictures = [{"type": "image_url", "image_url": {"url": file}} for file in files]
+            turn = {"role": "user", "content": [*pictures, {"type": "text", "text": questions[rows[0]]}]}
             return {key: value for key, value in fields.items() if value is not None} | {"messages": [turn]}
 
         url = f"{self.url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
-        return self.scores(url, [range(row, row + 1) for row in range(len(images))], body, self._share)
+        return self.scores(url, [range(row, row + 1) for row in range(len(shown))], body, self._share)
 
     def _share(self, answer: Any, _count: int) -> list[float]:
         choice = answer["choices"][0]

@@ -27,6 +27,7 @@ from grpo_kit.config import KitError, one_line, shown
 
 Images = Sequence[Image.Image]  # N; images that came out unusable are left out before a reward is called
 Texts = Sequence[str]  # N
+References = Sequence[Sequence[Image.Image] | None]  # N: the rows' own pictures
 Reward = Callable[..., object]  # (images, prompts, enhanced_prompts[, what of CONTEXT it names]) → N numbers
 COLUMNS = ("images", "prompts", "enhanced_prompts")
 CONTEXT = ("group_ids", "image_seeds", "metadata", "references")

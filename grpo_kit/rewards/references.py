@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -12,9 +11,8 @@ from grpo_kit.config import Name
 from grpo_kit.config.hub import ModelError, load_whole, loading
 from grpo_kit.config.threads import fitting_threads
 from grpo_kit.rewards.clip import ClipEncoder, ClipSimilarity
-from grpo_kit.rewards.protocol import Images, Texts, text_of
+from grpo_kit.rewards.protocol import Images, References, Texts, text_of
 
-References = Sequence[Sequence[Image.Image] | None]  # N, the pictures of each row
 Fields = Sequence[Mapping[str, Any]]  # N, the metadata of each row
 Answers = list[float | None] | None  # N; None where it abstains
 DINO = "facebook/dinov2-base"

@@ -83,6 +83,18 @@ def test_what_is_sent_is_what_the_document_says():
     )
 
 
+def test_rows_own_pictures_are_sent_where_a_call_has_any():
+    own = [[IMAGES[3], IMAGES[4]], None, None, None, [IMAGES[0]]]
+    with serving(_counting) as server:
+        HttpScorer(url=server.url, batch_size=2)(IMAGES, TEXTS, REWRITES, references=own)
+    bodies = [body for *_, body in server.calls]
+    assert ["references" in body for body in bodies] == [True, False, True]
+    assert bodies[0]["references"][1] == []
+    for body, place, pictures in ((bodies[0], 0, own[0]), (bodies[2], 0, own[4])):
+        sent = [Image.open(io.BytesIO(base64.b64decode(text))) for text in body["references"][place]]
+        assert [one.tobytes() for one in sent] == [one.tobytes() for one in pictures]
+
+
 def test_jpeg_and_no_metadata():
     with serving(_counting) as server:
         HttpScorer(url=server.url, image_format="jpeg")(IMAGES, TEXTS, REWRITES)

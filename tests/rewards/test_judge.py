@@ -19,6 +19,7 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.rewards import RewardError, load_rewards
 from grpo_kit.rewards.judge import Judge
 from grpo_kit.rewards.loading import check_reward_settings
+from grpo_kit.rewards.protocol import RewardContractError
 
 COLOURS = ["red", "blue", "crimson", "navy"]
 IMAGES = [Image.new("RGB", (32, 32), colour) for colour in COLOURS]
@@ -74,6 +75,22 @@ def test_served_model_gives_the_same_as_the_one_here(folder: Path):
     path, _, asked = server.calls[0]
     assert path == "/v1/chat/completions" and asked["model"] == "red-or-blue"
     assert (asked["logprobs"], asked["top_logprobs"], asked["max_tokens"]) == (True, 20, 1)
+
+
+def test_rows_own_pictures_stand_before_the_judged_one_or_are_refused(folder: Path):
+    own = [[IMAGES[1]], None, [IMAGES[0], IMAGES[1]], None]
+    judge = Judge(model=str(folder), question=QUESTION, references=True, batch_size=3)
+    blind = Judge(model=str(folder), question=QUESTION, references=False)
+    alone = [judge(IMAGES[row : row + 1], PLAIN[row : row + 1], [""], [own[row]]) for row in range(4)]
+    found, unseen = judge(IMAGES, PLAIN, [""] * 4, own), blind(IMAGES, PLAIN, [""] * 4, own)
+    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-5)
+    assert torch.equal(unseen, blind(IMAGES, PLAIN, [""] * 4))
+    assert [abs(float(a - b)) < 1e-5 for a, b in zip(found, unseen, strict=True)] == [False, True, False, True]
+    with serving(chat_completions(folder)) as server:
+        there = Judge(url=server.url, model="x", question=QUESTION, references=True, retries=0)
+        assert there(IMAGES, PLAIN, [""] * 4, own) == pytest.approx(found.tolist(), abs=1e-4)
+    with pytest.raises(RewardContractError, match="references: found prompts with pictures of their own"):
+        Judge(model=str(folder))(IMAGES, PLAIN, [""] * 4, own)
 
 
 def test_share_does_not_depend_on_its_batch(folder: Path):

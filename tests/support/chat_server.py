@@ -1,4 +1,4 @@
-"""A small server of OpenAI's chat completions around a transformers vision-language model, one picture a request."""
+"""A small server of OpenAI's chat completions around a transformers vision-language model."""
 
 import base64
 import io
@@ -21,11 +21,12 @@ def chat_completions(folder: Path, logprobs: bool = True) -> Callable[[Any], obj
         content = [
             {"type": "image"} if part["type"] == "image_url" else part for part in asked["messages"][0]["content"]
         ]
-        (address,) = [part["image_url"]["url"] for part in asked["messages"][0]["content"] if "image_url" in part]
-        picture = Image.open(io.BytesIO(base64.b64decode(address.partition("base64,")[2])))
+        addresses = [part["image_url"]["url"] for part in asked["messages"][0]["content"] if "image_url" in part]
+        files = [base64.b64decode(address.partition("base64,")[2]) for address in addresses]
+        pictures = [Image.open(io.BytesIO(file)) for file in files]
         turn = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
+        inputs = processor(text=[text], images=[pictures], return_tensors="pt")
         likeliest = model(**inputs).logits[0, -1].log_softmax(dim=-1).topk(asked.get("top_logprobs", 1))
         tokens = [
             {"token": processor.tokenizer.decode([token]), "logprob": value, "bytes": None}
