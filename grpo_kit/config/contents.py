@@ -50,6 +50,11 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     return f"{len(prompts)} prompts, {digest.hexdigest()}"
 
 
+def pictures_digest(prompt: Prompt) -> str:
+    """The sha256 of each picture of a prompt; "" where it has none."""
+    return " ".join(map(_picture_digest, prompt.images))
+
+
 def _picture_digest(picture: Picture) -> str:
     try:
         return hashlib.sha256(picture if isinstance(picture, bytes) else picture.read_bytes()).hexdigest()

@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from grpo_kit.config import KitError, load_config
+from grpo_kit.config.contents import pictures_digest
 from grpo_kit.config.prompts import TEXTS, Prompt
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.grpo.logprobs import is_truncated
@@ -127,13 +128,16 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
     generation = kit.config.generation_settings
     texts = zip(*(columns[name] for name in TEXTS), strict=True)
     recorded = [Prompt(*row) for row in dict(zip(columns["group_id"], texts, strict=True)).values()]
-    attempts = dict(zip(columns["group_id"], columns.get("attempt") or [0] * len(columns["group_id"]), strict=True))
+    rows = len(columns["group_id"])
+    attempts = dict(zip(columns["group_id"], columns.get("attempt") or [0] * rows, strict=True))
+    shown = list(dict(zip(columns["group_id"], columns.get("pictures") or [""] * rows, strict=True)).values())
     ids = _padded(columns["completion_ids"], torch.int64, kit.policy.tokenizer.pad_token_id)
     mask = _padded([[True] * len(row) for row in columns["completion_ids"]], torch.bool, False)
     prompts = prompts_of(kit, iteration, list(attempts.values())[:: generation.turns])
     prompts = [prompt for prompt in prompts for _ in range(generation.turns)]
-    if [replace(prompt, metadata={}, images=()) for prompt in prompts] != recorded:  # the prompt file has changed
-        if any(prompt.images for prompt in prompts):
+    changed = any(shown) and shown != [pictures_digest(prompt) for prompt in prompts]
+    if changed or [replace(prompt, metadata={}, images=()) for prompt in prompts] != recorded:  # another prompt file
+        if any(shown) or any(prompt.images for prompt in prompts):
             raise ReplayError("found other prompts with pictures than the run's; give it its own prompt file again")
         prompts = recorded  # what they say is all that a step without pictures needs
     samples = Samples(

@@ -3,6 +3,7 @@
 import pandas as pd
 import torch
 
+from grpo_kit.config.contents import pictures_digest
 from grpo_kit.experiment import Experiment
 from grpo_kit.grpo.logprobs import kl_divergence
 from grpo_kit.rollout import Rollout, score_rows, with_encoded
@@ -40,6 +41,7 @@ def keep_rollout(kit: Experiment, folder: RunFolder, iteration: int, rollout: Ro
         "user_prompt": [prompt.user_prompt for prompt in prompts],
         "category": [prompt.category for prompt in prompts],
         "difficulty": [prompt.difficulty for prompt in prompts],
+        **({"pictures": list(map(pictures_digest, prompts))} if any(one.images for one in prompts) else {}),
         "enhanced_prompt": rollout.enhanced_prompts,
         "image_seed": rollout.image_seeds[:, 0].tolist(),
         **({} if rollout.attempts is None else {"attempt": rollout.attempts[groups].tolist()}),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -12,12 +13,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from support.policy_forms import LORA
 
 import grpo_kit.runs.checkpoint
 from grpo_kit import cli
 from grpo_kit.config import Config, KitError, load_config
 from grpo_kit.config.hardware import library_versions
+from grpo_kit.config.prompts import Prompt
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import load_policy
@@ -162,6 +165,24 @@ def test_rollout_from_its_table_is_the_one_that_was_sampled(runs: dict[str, Path
     assert torch.equal(read.completion_ids[read.completion_mask], sampled.completion_ids[sampled.completion_mask])
     assert read.enhanced_prompts == sampled.enhanced_prompts and read.metrics() == sampled.metrics()
     assert [prompt.user_prompt for prompt in read.prompts] == [prompt.user_prompt for prompt in sampled.prompts]
+
+
+def _pictured(kit: Experiment, *colours: str) -> Experiment:
+    """The experiment with prompts of the same words that differ by their pictures."""
+    files = [io.BytesIO() for _ in colours]
+    for file, colour in zip(files, colours, strict=True):
+        Image.new("RGB", (32, 32), colour).save(file, "png")
+    return dataclasses.replace(kit, train_prompts=[Prompt("the same", images=(file.getvalue(),)) for file in files])
+
+
+def test_a_rollout_is_no_record_of_prompts_with_other_pictures(kit: Experiment, tmp_path: Path):
+    colours = ("red", "blue", "green")
+    train(_pictured(_fresh(kit), *colours), tmp_path / "run", progress=False)
+    again = replay(tmp_path / "run", 1, kit=_pictured(_fresh(kit), *colours), progress=False)
+    assert again.equal, again.verdict
+    for other in (_pictured(_fresh(kit), *reversed(colours)), _fresh(kit)):
+        found = replay(tmp_path / "run", 1, kit=other, step_only=True, progress=False)
+        assert not found.equal and "found other prompts with pictures than the run's" in found.first_difference
 
 
 # --- what does not come out again is named ----------------------------------------------------------------------------
