@@ -249,6 +249,28 @@ def compare_groups_drawn_again(kit: Experiment, processes: Processes) -> dict[st
     }
 
 
+def compare_turns(kit: Experiment, processes: Processes) -> dict[str, object]:
+    """A rollout of two turns, and the step on it, of all processes against those of one; then one that goes wrong."""
+    config = load_config(kit.config, {"generation_settings.turns": 2, "training_settings.beta": 0.04})
+    own, shared = (dataclasses.replace(kit, config=config, policy=copy.deepcopy(kit.policy)) for _ in range(2))
+    one, several = collect(own, 1, ALONE), collect(shared, 1, processes)
+    expected = gradient(own, one, {}, Watched(own.policy), ALONE)
+    watched = Watched(shared.policy)
+    processes.prepare(shared.policy, watched)
+    last = one.turn_ids == 1
+    mixed = dataclasses.replace(several, context_ids=several.context_ids.where(~last, several.context_ids.flip(0)))
+    logged = one.metrics(), several.metrics()
+    return {
+        "turns": several.turns,
+        "texts": one.enhanced_prompts == several.enhanced_prompts,
+        "rows": all(torch.equal(getattr(one, n), getattr(several, n)) for n in ("group_ids", "context_ids", "kept")),
+        "contexts": [context.prompt for context in one.contexts] == [context.prompt for context in several.contexts],
+        "logged": max(abs(logged[0][name] - logged[1][name]) for name in logged[0]),
+        "step": far(gradient(shared, several, {}, watched, processes), expected),
+        "mixed": far(gradient(shared, mixed, {}, watched, processes), expected),
+    }
+
+
 def failures(processes: Processes) -> list[str]:
     """What every process hears of an error in the second one, and of one in the main one."""
     heard = []
@@ -287,6 +309,7 @@ def main(scratch: Path, everything: bool) -> None:
         spread.sharded = True
         found = {} if everything else {"rollouts": compare_rollouts(kit, processes), "processes": processes.count}
         found |= {} if everything else {"again": compare_groups_drawn_again(kit, processes)}
+        found |= {} if everything else {"turns": compare_turns(kit, processes)}
         expected = steps_of_one(kit, rollout, processes, everything)
         for name, workers in {"ddp": processes, "fsdp": spread}.items():
             steps, broken = compare_steps(kit, rollout, workers, everything, expected)

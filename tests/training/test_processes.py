@@ -116,6 +116,15 @@ def test_two_processes_draw_the_groups_again_that_one_does(worked: tuple[Path, d
     assert found["texts"] and found["rewards"] and found["pictures"] == 12
 
 
+@pytest.mark.slow
+def test_two_processes_find_the_rollout_and_the_metrics_of_one_in_two_turns(worked: tuple[Path, dict]):
+    found = worked[1]["turns"]
+    assert found["turns"] == 2 and all(found[name] for name in ("texts", "rows", "contexts"))
+    assert found["logged"] < 1e-3  # pictures of another batch
+    assert found["step"]["norm"] > 0.01 and max(found["step"][name] for name in ("gradient", "metrics")) < 1e-5
+    assert found["mixed"]["gradient, relative"] > 0.1  # the broken version: later turns stand behind others' contexts
+
+
 def _weights(folder: Path) -> torch.Tensor:
     """Of the newest checkpoint."""
     kit = load_experiment(load_config("tiny", SETTINGS))
