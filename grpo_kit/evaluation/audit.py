@@ -55,6 +55,8 @@ def audit(
     gold: Sequence[float] | Reward | None = None,
     group_ids: Sequence[int] | None = None,
     image_seeds: Sequence[int] | None = None,
+    metadata: Sequence[Mapping] | None = None,
+    references: Sequence[Sequence[Image.Image] | None] | None = None,
     idle_words: Sequence[str] = IDLE_WORDS,
 ) -> Audit:
     """Audit one reward, or several by name, on samples whose worth is known (`gold`) or not.
@@ -63,9 +65,10 @@ def audit(
         images, prompts, enhanced_prompts: N samples; without rewrites the pictures are of the users' prompts. None for
             a picture that came out unusable: it is not scored.
         gold: (N,) numbers, or a reward that gives them; None leaves out the agreement.
-        group_ids: (N,) which prompt a sample belongs to; by default samples with the same prompt belong together.
-            Intervals resample these groups.
+        group_ids: (N,) which prompt a sample belongs to; by default samples with the same prompt and the same
+            references belong together. Intervals resample these groups.
         image_seeds: (N,) latent seeds, for the rewards that ask for them.
+        metadata, references: the further fields of each prompt's row, and its own pictures, for those that ask.
         idle_words: each is added to a text in turn.
 
     Raises:
@@ -74,13 +77,17 @@ def audit(
     """
     rewrites = prompts if enhanced_prompts is None else enhanced_prompts
     columns = {"prompts": prompts, "enhanced_prompts": rewrites, "group_ids": group_ids, "image_seeds": image_seeds}
+    columns |= {"metadata": metadata, "references": references}
     for name, values in columns.items():
         count = len(images) if values is None else len(values)
         if not images or count != len(images):
             raise KitError(f"{name}: found {count} for {len(images)} images, allowed: one each, at least 1")
     samples = pd.DataFrame({"image": pd.Series(list(images), dtype=object), "prompt": list(prompts)})
     samples["rewrite"] = list(rewrites)
-    samples["group"] = pd.factorize(np.asarray(prompts if group_ids is None else group_ids))[0]
+    samples["metadata"] = [{}] * len(images) if metadata is None else list(metadata)
+    samples["references"] = pd.Series([None] * len(images) if references is None else list(references), dtype=object)
+    asked = map(_asked, prompts, samples["references"]) if group_ids is None else group_ids
+    samples["group"] = pd.factorize(np.asarray(list(asked)))[0]
     if image_seeds is not None:
         samples["seed"] = np.asarray(image_seeds)
     gold = _scored("gold", gold, samples) if callable(gold) else gold
@@ -98,12 +105,19 @@ def audit(
     return Audit(scores, rows)
 
 
+def _asked(prompt: str, references: Sequence[Image.Image] | None) -> str:
+    """What tells one prompt from another: its words and its pictures."""
+    return f"{prompt}\0{hash(tuple(picture.tobytes() for picture in references or ()))}"
+
+
 def _scored(name: str, reward: Reward, samples: pd.DataFrame) -> np.ndarray:
-    """(N,) float64: a reward's scores of samples with the columns image, prompt, rewrite, group and perhaps seed."""
+    """(N,) float64: a reward's scores of samples, a row each; the column seed may be missing."""
     found = Rewards({name: reward}, {name: 1.0}).score(
         *(samples[column].tolist() for column in ("image", "prompt", "rewrite")),
         group_ids=torch.tensor(samples["group"].to_numpy()),
         image_seeds=torch.tensor(samples["seed"].to_numpy()) if "seed" in samples else None,
+        metadata=samples["metadata"].tolist(),
+        references=samples["references"].tolist(),
     )
     return found[name].masked_fill(found[name] == ABSTAINED, torch.nan).numpy()
 
@@ -111,7 +125,7 @@ def _scored(name: str, reward: Reward, samples: pd.DataFrame) -> np.ndarray:
 def _statistics(scores: np.ndarray, gold: np.ndarray | None, samples: pd.DataFrame) -> dict[str, float]:
     """Agreement and seed share, flat: an interval is three numbers."""
     groups = samples["group"].to_numpy()
-    texts = samples.groupby(["prompt", "rewrite"], sort=False).ngroup().to_numpy()
+    texts = samples.groupby(["group", "rewrite"], sort=False).ngroup().to_numpy()
     found = {} if gold is None else agreement(scores, gold, groups)
     row = {}
     for name, interval in (found | {"seed share": seed_share(scores, texts, groups)}).items():

@@ -201,6 +201,26 @@ def test_one_reward_goes_by_its_own_name() -> None:
     assert list(audit(JpegSize(), flat(4), ["a"] * 4).rows) == ["JpegSize"]
 
 
+def test_rows_fields_and_pictures_reach_the_rewards_and_tell_prompts_apart() -> None:
+    pictures, own = flat(6), [Image.new("RGB", (4, 4), shade) for shade in ("white", "black")]
+    fields = [{"wanted": float(row)} for row in range(6)]
+    seen = []
+
+    def judge(images: list, prompts: list, enhanced_prompts: list, metadata: list, references: list) -> list[float]:
+        seen.extend(zip(map(number, images), metadata, references, strict=True))
+        return [row["wanted"] for row in metadata]
+
+    def rank(references: list | None) -> float:
+        rows = audit(judge, pictures, ["the same"] * 6, gold=[3, 4, 5, 0, 1, 2], metadata=fields, references=references)
+        return rows.rows["judge"]["rank within"]
+
+    assert rank([[own[row // 3]] for row in range(6)]) == pytest.approx(1)  # by picture; by words it is not
+    assert all(row == fields[at] and shown == [own[at // 3]] for at, row, shown in seen)
+    assert rank(None) < 0
+    with pytest.raises(KitError, match="references: found 5 for 6 images"):
+        rank([None] * 5)
+
+
 def test_columns_of_another_length_and_rewards_that_fail_are_one_line() -> None:
     def failing(images: list, prompts: list, enhanced_prompts: list) -> list:
         raise RuntimeError("no server")

@@ -53,6 +53,13 @@ def test_prompts_stand_in_the_order_of_their_means_with_a_dot_a_picture() -> Non
     assert bars == pytest.approx([0.8, 0.5, 0.1])
 
 
+def test_two_prompts_of_the_same_words_have_a_row_each() -> None:
+    numbered = PICTURES.assign(prompt_id=pd.factorize(PICTURES["user_prompt"])[0], user_prompt="the same")
+    figure = show.seed_figure(numbered)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["the same"] * 3
+    assert len(marks(figure, "|")) == 3
+
+
 def test_a_picture_without_a_score_is_left_out_of_its_row() -> None:
     holed = PICTURES.assign(reward=PICTURES["reward"].where(PICTURES["reward"] != 0.2))
     bars = marks(show.seed_figure(holed), "|")

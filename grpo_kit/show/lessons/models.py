@@ -27,7 +27,8 @@ def seed_figure(table: pd.DataFrame) -> style.Drawing:
     """
     if "reward" not in table or table["reward"].notna().sum() == 0:
         raise KitError("seed_figure: found no values in reward. Pass one row a picture.")
-    rewards = table.groupby("user_prompt")["reward"]
+    by = ["prompt_id", "user_prompt"] if "prompt_id" in table else "user_prompt"  # two may have the same words
+    rewards = table.groupby(by)["reward"]
     means = rewards.mean().sort_values(ascending=False)
     figure = style.new_figure(8.6, 0.9 + 0.24 * len(means))
     axes = figure.subplots()
@@ -38,7 +39,7 @@ def seed_figure(table: pd.DataFrame) -> style.Drawing:
         axes.plot(values, [y] * len(values), **dots)
         axes.plot(mean, y, marker="|", ms=11, mew=2.6, color=style.INK, zorder=3)
     axes.set_title("reward: a dot a picture, a bar the prompt's mean")
-    name_rows(axes, list(means.index), width=56)
+    name_rows(axes, list(means.index.get_level_values("user_prompt")), width=56)
     axes.tick_params(axis="y", labelsize=8.5)
     return figure
 
