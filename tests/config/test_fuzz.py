@@ -35,7 +35,7 @@ from grpo_kit.config.prompt_files import MAX_LINE_BYTES
 from grpo_kit.config.prompts import Prompt, load_prompts
 
 SOME, ALL = 2_000, 10_000
-COUNTS = [SOME, pytest.param(ALL, marks=pytest.mark.slow)]
+COUNTS = [SOME, pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.long])]
 PER_FILE = 20  # prompt lines in one file, so that the line in the error can be wrong
 
 

@@ -119,9 +119,10 @@ def _picture_tokens(policy: Policy) -> set[int]:
 
 def _cases() -> list:
     def one(family: Family, picture: bool, adapter: bool) -> object:
-        short = picture == family.sees and adapter
         name = f"{family.name}-{'picture' if picture else 'words'}-{'adapter' if adapter else 'weights'}"
-        return pytest.param((family.name, picture, adapter), id=name, marks=() if short else pytest.mark.slow)
+        other = (picture != family.sees) + (not adapter)  # two of these together only in the longest
+        marks = [(), pytest.mark.slow, (pytest.mark.slow, pytest.mark.long)][other]
+        return pytest.param((family.name, picture, adapter), id=name, marks=marks)
 
     return [one(f, picture, adapter) for f in FAMILIES for picture in f.views for adapter in (True, False)]
 

@@ -79,12 +79,12 @@ def test_two_processes_find_the_advantages_gradient_and_metrics_of_one(worked: t
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_gradient_of_one_in_every_setting(tmp_path: Path):
+def test_two_processes_find_the_gradient_of_one_with_any_two_settings(tmp_path: Path):
     done = _work(tmp_path, "all")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for kind in ("ddp", "fsdp"):
-        assert len(found[kind]["steps"]) == 8 * 3 * 2 + 2
+        assert len(found[kind]["steps"]) == 8 * 3 + 2
         _assert_equal(found[kind]["steps"])
 
 
