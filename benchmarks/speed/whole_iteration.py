@@ -88,8 +88,9 @@ def _put_weights(folder: Path, models: Sequence[torch.nn.Module]) -> None:
 
 
 def configured() -> Config:
-    """Profile tiny with next to no learning, and nothing scored that is not rewarded."""
+    """Profile tiny with next to no learning, nothing scored that is not rewarded, and all steps in training too."""
     overrides = {"training_settings.learning_rate": 1e-8, "reward_settings.monitors": []}
+    overrides |= {"generation_settings.rollout_steps": None}  # the peer draws with all of them
     return load_config("tiny", overrides | {"model_settings.device": "cpu"})
 
 
@@ -182,7 +183,11 @@ def check(kit: Experiment, peer: Peer) -> list[Gate]:
     ids = peer.trainer._tokenize_prompts([conversation(kit, prompt) for prompt in prompts])[0]
     own = kit.policy.encode([prompt.user_prompt for prompt in prompts]).inputs
     same = [row[keep].tolist() == list(found) for row, keep, found in zip(*_rows(own), ids, strict=True)]
+    left_out = kit.generator.num_inference_steps
+    with kit.generator.steps(kit.config.generation_settings.rollout_steps):
+        left_out -= kit.generator.num_inference_steps
     gates = [Gate("prompts tokenised differently", same.count(False), 0)]
+    gates += [Gate("denoising steps that the kit leaves out", left_out, 0)]
     gates += equality.gates(kit.policy, peer.trainer, rollout, kit.config, ids)
     return require(gates + _image_gates(kit, rollout))
 
