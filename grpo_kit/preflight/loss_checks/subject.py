@@ -9,24 +9,21 @@ import torch
 
 from grpo_kit.config import KitError, one_line
 from grpo_kit.config.own_code import imported
-from grpo_kit.grpo import LOSS_TYPES
+from grpo_kit.grpo import LOSS_TYPES, group_advantages, grpo_loss
 from grpo_kit.preflight.loss_checks.cases import Batch, drifted, unlike_groups
 
 TENSORS = ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "rewards", "group_ids", "mask")
-SETTINGS: dict[str, object] = {  # with what is passed where a function has no default of its own
-    "beta": 0.0,
-    "epsilon": 0.2,
-    "epsilon_high": 0.2,
-    "delta": None,
-    "loss_type": "grpo",
-    "importance_sampling_level": "token",
-    "kl_estimator": "k3",
-    "use_bias_correction_kl": False,
-    "weights": None,
-    "num_items_in_batch": None,
-    "max_completion_length": None,
-}
-ADVANTAGE_SETTINGS = dict(scale_rewards="group", baseline="mean", eps=1e-4, noise_floor=0.0, batch_rewards=None)
+
+
+def _settings(function: Callable) -> dict[str, object]:
+    """What one of the kit's functions takes by name besides tensors, with its defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in TENSORS}
+
+
+# with what is passed where a function has no default of its own
+SETTINGS = _settings(grpo_loss) | {"epsilon_high": 0.2}
+ADVANTAGE_SETTINGS = _settings(group_advantages)
 
 
 class NotAsked(Exception):
