@@ -384,10 +384,10 @@ def draw_and_score(
     generator: Generator, rewards: Rewards, request: DrawRequest, *, overlap: bool = False
 ) -> DrawResult:
     """What is asked for, drawn and scored; see `models.drawing`."""
-    return drawing.draw_and_score(generator, partial(_score, rewards), request, overlap)
+    return drawing.draw_and_score(generator, partial(score, rewards), request, overlap)
 
 
-def _score(rewards: Rewards, request: DrawRequest, images: Pictures) -> dict[str, torch.Tensor]:
+def score(rewards: Rewards, request: DrawRequest, images: Pictures) -> dict[str, torch.Tensor]:
     """Each part's mean over a rewrite's images that could be scored: {name: (N,)}."""
     count = request.seeds.shape[1]
     flat = [image for row in images for image in row]

@@ -10,8 +10,10 @@ from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.writers import Request
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.conversation import Conversation, LookAt
-from grpo_kit.models.turns import gone_on, rows_to_draw
+from grpo_kit.models.drawing import DrawRequest
+from grpo_kit.models.turns import rows_to_draw, with_turn
 from grpo_kit.rewards.protocol import ABSTAINED
+from grpo_kit.rollout import score
 
 Images = list[Image.Image | None]
 
@@ -39,6 +41,21 @@ def cells_of(kit: Experiment, requests: Sequence[Request], count: int) -> list[C
     ]
 
 
+def request_of(cells: Sequence[Cell], texts: Sequence[str]) -> DrawRequest:
+    """The cells with what was written for each, as a rollout asks for pictures."""
+    prompts = [cell.request.prompt for cell in cells]
+    pictures = {cell.request.prompt_id: cell.request.prompt for cell in cells}  # opened once a prompt
+    pictures = {place: prompt.pictures() or None for place, prompt in pictures.items()}
+    return DrawRequest(
+        [prompt.user_prompt for prompt in prompts],
+        list(map(str, texts)),
+        torch.tensor([cell.request.prompt_id for cell in cells]),
+        torch.tensor([[cell.latent] for cell in cells]),
+        [prompt.metadata for prompt in prompts],
+        [pictures[cell.request.prompt_id] for cell in cells],
+    )
+
+
 def next_turn(
     cells: Sequence[Cell],
     asked: Sequence[Conversation],
@@ -47,11 +64,7 @@ def next_turn(
     look_at: LookAt,
 ) -> list[Conversation]:
     """The conversations with what was written and the picture that it gave."""
-    prompts = [cell.request.prompt for cell in cells]
-    return [
-        gone_on(one, text, image, prompt.user_prompt, prompt.metadata, look_at)
-        for one, text, image, prompt in zip(asked, texts, images, prompts, strict=True)
-    ]
+    return with_turn(asked, texts, [[one] for one in images], range(len(cells)), request_of(cells, texts), look_at)
 
 
 def drawn_again(
@@ -68,18 +81,7 @@ def drawn_again(
 
 def scores_of(kit: Experiment, cells: Sequence[Cell], texts: Sequence[str], images: Images) -> list[dict[str, float]]:
     """Each picture's reward and parts, raw; NaN where there is none."""
-    prompts = [cell.request.prompt for cell in cells]
-    pictures = {cell.request.prompt_id: cell.request.prompt for cell in cells}  # opened once a prompt
-    pictures = {place: prompt.pictures() or None for place, prompt in pictures.items()}
-    parts = kit.rewards.score(
-        images,
-        [prompt.user_prompt for prompt in prompts],
-        list(map(str, texts)),
-        group_ids=torch.tensor([cell.request.prompt_id for cell in cells]),
-        image_seeds=torch.tensor([cell.latent for cell in cells]),
-        metadata=[prompt.metadata for prompt in prompts],
-        references=[pictures[cell.request.prompt_id] for cell in cells],
-    )
+    parts = score(kit.rewards, request_of(cells, texts), [[image] for image in images])
     columns = {"reward": kit.rewards.total(parts, in_groups=False)}
     columns |= {f"reward/{name}": values.masked_fill(values == ABSTAINED, torch.nan) for name, values in parts.items()}
     columns |= {"gold": columns["reward/gold"]} if "gold" in parts else {}

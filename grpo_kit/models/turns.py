@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from PIL import Image
 
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.models.conversation import Conversation, LookAt, Turn, is_kept, shown
@@ -35,24 +34,13 @@ def with_turn(
     look_at: LookAt,
 ) -> list[Conversation]:
     """The conversations that go on from some rows, each once, with what these rows wrote and what it gave."""
-    size = len(goes_on) // len(asked)
-    return [
-        gone_on(asked[row // size], texts[row], images[row][0], request.prompts[row], request.metadata[row], look_at)
-        for row in dict.fromkeys(goes_on)
-    ]
-
-
-def gone_on(
-    before: Conversation, text: str, image: Image.Image | None, prompt: str, metadata: dict, look_at: LookAt
-) -> Conversation:
-    """A conversation with one more turn: what was written, the picture that it gave, or what the check says of that.
-
-    Args:
-        prompt, metadata: the user's; the check compares the picture with `target` where the row has one.
-    """
-    said = image is not None and look_at == "words"
-    words = said_of(image, str(metadata.get("target") or prompt)) if said else ""
-    return replace(before, turns=(*before.turns, Turn(str(text), image, words)))
+    found, size = [], len(goes_on) // len(asked)
+    for row in dict.fromkeys(goes_on):
+        image, before = images[row][0], asked[row // size]
+        said = image is not None and look_at == "words"
+        words = said_of(image, str(request.metadata[row].get("target") or request.prompts[row])) if said else ""
+        found.append(replace(before, turns=(*before.turns, Turn(str(texts[row]), image, words))))
+    return found
 
 
 def rows_to_draw(texts: Sequence[str], before: Sequence[str]) -> list[int]:
