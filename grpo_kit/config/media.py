@@ -123,9 +123,10 @@ def thumbnail(medium: Medium, columns: int = _STRIP) -> Image.Image:
     some = [pictures[place] for place in places]
     width, height = some[0].size
     columns = min(columns, len(some))
-    strip = Image.new("RGB", (width * columns, height * -(-len(some) // columns)))
+    rows = -(-len(some) // columns)
+    strip = Image.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")  # a pixel between them
     for place, one in enumerate(some):
-        strip.paste(one, (place % columns * width, place // columns * height))
+        strip.paste(one, (place % columns * (width + 1), place // columns * (height + 1)))
     return strip
 
 

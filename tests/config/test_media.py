@@ -52,7 +52,7 @@ def test_a_medium_has_a_kind_a_line_a_page_and_a_thumbnail(kind: str):
     assert ("<audio controls" in page) == (kind == "sound")
     shown = thumbnail(medium)
     assert isinstance(shown, Image.Image) and shown.mode == "RGB"
-    assert shown.size == {"image": (24, 16), "video": (144, 16), "sound": (192, 192), "views": (144, 16)}[kind]
+    assert shown.size == {"image": (24, 16), "video": (149, 16), "sound": (192, 192), "views": (149, 16)}[kind]
 
 
 def test_what_is_no_medium_is_refused():

@@ -187,9 +187,9 @@ def test_an_explorer_of_pictures_plays_nothing(synthetic_run: Path) -> None:
 
 def test_a_film_is_drawn_as_rows_of_its_pictures() -> None:
     sheet = thumbnail(film(), columns=3)
-    assert sheet.size == (96, 64)
-    assert np.array_equal(np.asarray(sheet)[:32, :32], film_pixels := np.asarray(sheet.crop((0, 0, 32, 32))))
-    assert not np.array_equal(film_pixels, np.asarray(sheet.crop((64, 32, 96, 64))))
+    assert sheet.size == (98, 65)
+    first, last = (np.asarray(sheet.crop((left, top, left + 32, top + 32))) for left, top in ((0, 0), (66, 33)))
+    assert not np.array_equal(first, last) and np.asarray(sheet)[32].min() == 255
     shown = show.group_figure([film(), tone(), None], ["a", "b", "c"], [0.1, 0.2, np.nan], [-1, 1, 0], "p")
     assert len(shown.to_png()) > 1000
     assert show.image_grid([film(), Views(tuple(film().pictures)), tone()]).to_png()
