@@ -26,7 +26,7 @@ from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.threads import computes_best_alone, fitting_threads
 from grpo_kit.models.decoding import even_batches
 from grpo_kit.models.image_batch import free_memory, largest_batch, memory_of
-from grpo_kit.models.media import check_size, form_of, medium_of, needs_single_texts, options, raw_media
+from grpo_kit.models.media import check_size, drawn_alone, form_of, medium_of, options, raw_media
 from grpo_kit.models.painters import Swaps, as_read, painter_of
 from grpo_kit.models.pipeline import add_loras, load_pipeline, place, save_memory, size_multiple, use_scheduler
 from grpo_kit.models.text_embeddings import TextEmbeddings, has_separate_encoding
@@ -81,7 +81,7 @@ class Generator(Shown):
     @property
     def images_at_once(self) -> int:
         """Most images in one call; where that is "auto", it is measured when this is first read."""
-        if needs_single_texts(self.pipeline):
+        if drawn_alone(self.pipeline):
             return 1
         return self._measured_batch if self.batch_size == "auto" else self.batch_size
 

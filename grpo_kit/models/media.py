@@ -65,9 +65,13 @@ def form_of(pipeline: DiffusionPipeline) -> Form:
     return form
 
 
-def needs_single_texts(pipeline: DiffusionPipeline) -> bool:
-    """Whether a text's sample depends on the texts beside it: AudioLDM 2 counts the padding as positions."""
-    return type(pipeline).__name__ == "AudioLDM2Pipeline"
+def drawn_alone(pipeline: DiffusionPipeline) -> bool:
+    """Whether a sample depends on those beside it in a call, so that it has one of its own.
+
+    AudioLDM 2 counts the padding behind a text as positions; Shap-E's renderer makes rounding visible, since it draws
+    points along a ray by how dense they are.
+    """
+    return type(pipeline).__name__ in ("AudioLDM2Pipeline", "ShapEPipeline")
 
 
 def check_size(pipeline: DiffusionPipeline, form: Form, given: dict[str, float | None]) -> None:
@@ -100,7 +104,8 @@ def check_size(pipeline: DiffusionPipeline, form: Form, given: dict[str, float |
     elif form.medium == "sound" and given["seconds"] is not None:
         shortest, longest = _seconds(pipeline)
         if not shortest <= given["seconds"] <= longest:
-            refuse("seconds", f"allowed for {name}: {shortest:.3g} to {longest:g}")
+            bounds = f"{shortest:.3g} to {longest:g}" if np.isfinite(longest) else f"at least {shortest:.3g}"
+            refuse("seconds", f"allowed for {name}: {bounds}")
 
 
 def options(form: Form, given: dict[str, float | None]) -> dict[str, object]:
