@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from grpo_kit.config import KitError
 from grpo_kit.rewards.clip import TransformersClip, is_transformers_clip
 
+PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 OWN = "its own configuration"  # the source of a shape that was read on this machine
 
 
@@ -62,14 +63,16 @@ def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]
 
 
 def pipeline_shape(name: str) -> PipelineShape:
-    """The components of a generator; a `PlanError` where they are neither on this machine nor in the table."""
+    """The components of a generator; a `PlanError` where they are in neither place, or its kind has none."""
     try:
         index = DiffusionPipeline.load_config(name, local_files_only=True)
+        _require_planned(index["_class_name"])
         named = {key: value for key, value in index.items() if isinstance(value, list | tuple) and value[1]}
         parts = {key: (*value, _component_config(name, key, *value)) for key, value in named.items()}
         return PipelineShape(index["_class_name"], {key: part for key, part in parts.items() if part[2]}, OWN)
     except OSError:
         entry, source = _from_table("generators", name, "sd_model")
+        _require_planned(entry["pipeline"])
         return PipelineShape(entry["pipeline"], entry["components"], source)
 
 
@@ -133,6 +136,12 @@ def _component_config(name: str, key: str, library: str, kind: str) -> dict[str,
     if library == "diffusers":
         return dict(getattr(diffusers, kind).load_config(name, subfolder=key, local_files_only=True))
     return AutoConfig.from_pretrained(name, subfolder=key, local_files_only=True).to_dict()
+
+
+def _require_planned(kind: str) -> None:
+    if kind not in PIPELINES:
+        found = f"found a {kind}, allowed in a plan: {', '.join(PIPELINES)}"
+        raise PlanError(f"model_settings.sd_model: {found}. Take one, or measure a short run")
 
 
 def _from_table(kind: str, name: str, setting: str) -> tuple[dict[str, Any], str]:

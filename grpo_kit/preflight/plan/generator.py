@@ -17,7 +17,6 @@ from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, ten
 from grpo_kit.preflight.plan.tracing import Cost, Trace, weightless
 
 _SETTING = "generation_settings.image_batch_size"
-PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 @quiet_libraries()
@@ -64,9 +63,6 @@ def plan_generator(config: Config, dtype: torch.dtype) -> Part:
 
 def _build(shape: PipelineShape, config: Config, dtype: torch.dtype) -> tuple[DiffusionPipeline, tuple[Piece, ...]]:
     """The pipeline without values, set as the config says, and the models that it is made of."""
-    if shape.kind not in PIPELINES:
-        allowed = f"allowed in a plan: {', '.join(PIPELINES)}"
-        raise PlanError(f"model_settings.sd_model: found a {shape.kind}, {allowed}. Take one, or measure a short run")
     settings = config.model_settings
     named = {name: part for name, part in shape.components.items() if name != "text_encoder_3" or not settings.drop_t5}
     parts = {name: component(*part, dtype) for name, part in named.items()}
