@@ -18,7 +18,6 @@ TRAIN = {"07_train", "08_evaluate", "09_ablations"}  # test_series.py runs them 
 PLANS = "10_scale_up"  # plans with any parameters for minutes
 # Each set is given to the notebooks that have such a parameter.
 SMALL = {"seed": "1", "group_size": "4", "num_iterations": "3", "judged_prompts": "4"}
-SMALL |= {"prompts_per_category": "2", "pictures_per_prompt": "3", "num_prompts": "8"}
 OTHER = {"seed": "2", "group_size": "6", "num_iterations": "3", "trial_iterations": "2", "seeds_per_prompt": "1"}
 
 
