@@ -26,7 +26,7 @@ from tools.moving.reward_model import train_reward_model
 from tools.shapeworld.cards import write_card
 
 STAGES = ("prompts", "generator", "xclip", "policy")
-STEPS = {"vae": 800, "generator": 1600, "decoder": 800, "xclip": 1250, "policy": 1000}
+STEPS = {"vae": 800, "generator": 1600, "decoder": 800, "xclip": 1200, "policy": 1000}
 COMMAND = "python -m tools.moving"
 
 
