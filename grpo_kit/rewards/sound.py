@@ -34,7 +34,8 @@ loudness.media = ("sound",)
 class ClapSimilarity(ClipSimilarity):
     """Cosine between a sound and the *user's* prompt, in [-1, 1], by CLAP (arXiv 2211.06687).
 
-    The channels' mean is heard. Of a sound longer than the model hears, the beginning; a shorter one is repeated.
+    The channels' mean is heard. Of a sound longer than the model hears, the beginning; a shorter one is
+    filled up as its extractor is set to.
     """
 
     name = "clap_similarity"
@@ -73,7 +74,8 @@ def load_clap_similarity(model: Name, resample: bool = False, device: torch.devi
     with loading(f"{setting}.model", model):
         tools = ClapProcessor.from_pretrained(model)
     words, extractor = network.config.text_config, tools.feature_extractor
-    context, rate = words.max_position_embeddings - words.pad_token_id - 1, extractor.sampling_rate
+    positions, rate = words.max_position_embeddings - words.pad_token_id - 1, extractor.sampling_rate
+    context = min(positions, tools.tokenizer.model_max_length)
 
     def preprocess(sound: Sound) -> torch.Tensor:
         samples = sound.mono
