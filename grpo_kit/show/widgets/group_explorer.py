@@ -36,16 +36,18 @@ class GroupExplorer(GroupBox):
         style = {"button_width": "auto"}
         self.order, self.tint = (ipywidgets.ToggleButtons(options=choices, style=style) for choices in options)
         on_change([self.order, self.tint], self.redraw)
+        first = open_image(self.record, next(iter(self.rollout["thumbnail"].dropna()), None))
+        self.plays = first is not None and kind_of(first) != "image"
         self.players = ipywidgets.HTML(layout=PAGE)
         views = [ipywidgets.Label("order"), self.order, ipywidgets.Label("tint tokens by"), self.tint]
-        return [steps(self._step, self.iteration, self.prompt), row(views), self.players]
+        return [steps(self._step, self.iteration, self.prompt), row(views), *[self.players] * self.plays]
 
     def draw(self) -> None:
         """Show the present state, and what of it plays."""
         super().draw()
-        rows = self.group.to_dict("records")
+        rows = self.group.to_dict("records") if self.plays else []
         media = [(open_image(self.record, one["thumbnail"]), one["enhanced_prompt"]) for one in rows]
-        shown = [as_html(one, text) for one, text in media if one is not None and kind_of(one) != "image"]
+        shown = [as_html(one, text) for one, text in media if one is not None]
         self.players.value = f'<div style="display:flex;flex-wrap:wrap;gap:14px">{"".join(shown)}</div>'
 
     def _step(self, by: int) -> None:
