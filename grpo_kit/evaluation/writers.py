@@ -47,7 +47,7 @@ class Writer:
         if self.variant == "raw":
             return list(requests)
         if self.variant == "oracle":
-            return [request._replace(text=_best_prompt(request)) for request in requests]
+            return [request._replace(text=_best_prompt(request, self.kit)) for request in requests]
         words = [request.text for request in requests]
         seed = derive_seed(self.kit.config.training_settings.seed, "evaluation")
         seen = picture_prompts(self.kit.generator, words, seed) if self.use_image else None
@@ -122,8 +122,8 @@ def writer(kit: Experiment, variant: str) -> Writer:
     return Writer(kit, variant, policy, config.generation_settings.turns, models.use_image, models.look_at)
 
 
-def _best_prompt(request: Request) -> str:
-    best = best_prompt(request.text, request.prompt.metadata)
+def _best_prompt(request: Request, kit: Experiment) -> str:
+    best = best_prompt(request.text, request.prompt.metadata, getattr(kit.generator, "medium", "image"))
     if best is None:
         raise KitError(f"prompt {request.text!r}: outside the embedded world's grammar, so it has no oracle")
     return best

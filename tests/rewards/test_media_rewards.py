@@ -1,6 +1,7 @@
 """Rewards of videos, sounds and views, by tiny X-CLIP and CLAP of their own classes; what does not fit is refused."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -50,9 +51,11 @@ from grpo_kit.rewards import (
     sharpness,
     with_time_limit,
 )
+from grpo_kit.rewards.gold import best_prompt, gold, keeps_objects
 from grpo_kit.rewards.loading import REWARDS
 from grpo_kit.rewards.protocol import Reward
 from grpo_kit.rollout import collect_rollout
+from grpo_kit.shapeworld import captions, moving
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import random_scenes
 
@@ -390,3 +393,20 @@ def test_a_users_own_reward_says_what_it_takes_and_a_config_passes_it_on(kit: Ex
     assert rewards(FILMS, TEXTS).tolist() == [12, 12, 12]
     with pytest.raises(MediumError, match="films:length"):
         rewards.require_medium("sound")
+
+
+# --- the check of the embedded worlds ---------------------------------------------------------------------------------
+
+
+def test_the_medium_says_which_grammar_counts() -> None:
+    asked = "a crimson ball"  # in the grammar of pictures and in that of films
+    film = Video(moving.render(moving.Film("red", "circle", "right", "fast", "clean")), 8.0)
+    picture = render(captions.parse("a large red circle, in the center, white background, sharp"))
+    silence = Sound(np.zeros((1, 8000), np.float32), 8000)
+    found = gold([picture, film, silence], [asked] * 3, [asked] * 3)
+    assert found[:2] == [1.0, 1.0] and math.isnan(found[2])
+    assert math.isnan(gold([film], ["a deep hum"], [""])[0]) and gold([silence], ["a deep hum"], [""]) == [0.0]
+    best = [best_prompt(asked, medium=kind) for kind in ("image", "video", "sound", "views")]
+    assert best[0] != best[1] and "moving" not in best[0] and best[2:] == [None, None]
+    assert keeps_objects([film], [asked], ["a red circle, moving left, sharp"]) == [1.0]
+    assert keeps_objects([film], [asked], ["a blue circle, moving left, sharp"]) == [0.0]

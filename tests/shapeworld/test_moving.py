@@ -96,7 +96,7 @@ def test_the_rewards_of_the_embedded_worlds_know_films():
     texts = ["a red circle, moving left, fast, sharp", "a red circle, moving up, fast", "nonsense"]
     assert keeps_objects([None] * 3, [prompts[0]] * 3, texts) == [1.0, 0.0, 0.0]
     assert grammatical([None] * 3, [prompts[0]] * 3, texts) == [1.0, 1.0, 0.0]
-    assert best_prompt(prompts[0]) == "a red circle, moving left, fast, sharp"
+    assert best_prompt(prompts[0], medium="video") == "a red circle, moving left, fast, sharp"
 
 
 def test_a_still_film_loses_all_that_was_asked_of_its_movement():

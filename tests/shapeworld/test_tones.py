@@ -93,7 +93,7 @@ def test_a_rewrite_keeps_or_loses_the_request():
 
 
 def test_the_oracle_writes_the_generators_words():
-    assert best_prompt("a faint hum") == "a soft long middle sine, clear"
+    assert best_prompt("a faint hum", medium="sound") == "a soft long middle sine, clear"
 
 
 def test_prompts_on_disk_are_those_of_the_code_and_held_out_pairs_stay_out():
