@@ -176,7 +176,7 @@ def test_paths_among_the_options_count_from_the_file_and_are_saved_relative_to_t
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("weights", {"beauty": 1}, "reward_settings: found 'beauty', allowed: aesthetic, clip_similarity, "),
+        ("weights", {"beauty": 1}, "reward_settings: found 'beauty', allowed: aesthetic, clap_similarity, "),
         ("options.safty", {"avoid": ["x"]}, "reward_settings.options: found 'safty', allowed: aesthetic, "),
         ("threads", {"beauty": 2}, "reward_settings.threads: found 'beauty', allowed: aesthetic, "),
         ("timeout", {"beauty": 2}, "reward_settings.timeout: found 'beauty', allowed: aesthetic, "),
