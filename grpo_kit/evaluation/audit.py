@@ -12,6 +12,7 @@ from scipy import stats
 
 from grpo_kit.config import KitError
 from grpo_kit.config.display import Shown
+from grpo_kit.config.media import digest
 from grpo_kit.evaluation.intervals import Interval, bootstrap_interval, percentile_interval
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.protocol import ABSTAINED, Reward
@@ -107,7 +108,7 @@ def audit(
 
 def _asked(prompt: str, references: Sequence[Image.Image] | None) -> str:
     """What tells one prompt from another: its words and its pictures."""
-    return f"{prompt}\0{hash(tuple(picture.tobytes() for picture in references or ()))}"
+    return "\0".join((prompt, *map(digest, references or ())))
 
 
 def _scored(name: str, reward: Reward, samples: pd.DataFrame) -> np.ndarray:

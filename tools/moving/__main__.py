@@ -1,7 +1,6 @@
 """Trains the models of the small world of films from nothing: `python -m tools.moving`."""
 
 import random
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,7 @@ from tools.moving.generator import train_decoder, train_generator, train_vae
 from tools.moving.policy import train_policy
 from tools.moving.prompts import write_prompts
 from tools.moving.reward_model import train_reward_model
-from tools.shapeworld.cards import write_card
+from tools.shapeworld.cards import emptied, write_card
 
 STAGES = ("prompts", "generator", "xclip", "policy")
 STEPS = {"vae": 800, "generator": 1600, "decoder": 800, "xclip": 1200, "policy": 1000}
@@ -59,7 +58,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     decoder_outcome = train_decoder(vae, frames, work, steps["decoder"], seed)
     for part in (pipeline.transformer, pipeline.text_encoder, vae):
         part.half()  # half the size on disk; loaded as float32 unless told otherwise
-    pipeline.save_pretrained(_emptied(out / "generator"))
+    pipeline.save_pretrained(emptied(out / "generator"))
     generator = load_generator(load_config("tiny_video", {"model_settings.sd_model": str(out / "generator")}))
     asked = random_films(200, seed + 3, "clean")
     drawn = generator.generate_images([oracle_caption(film) for film in asked], range(len(asked)))
@@ -75,7 +74,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 def _xclip(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     model, processor, outcome = train_reward_model(random_films(2000, seed + 2), work, steps["xclip"], seed)
-    folder = _emptied(out / "xclip")
+    folder = emptied(out / "xclip")
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     _card(folder, "moving_xclip", "xclip", seed, {"xclip": outcome.minutes}, discernment(folder))
@@ -83,7 +82,7 @@ def _xclip(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 def _policy(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     model, processor, outcome = train_policy(random_films(6000, seed + 4), work, steps["policy"], seed)
-    folder = _emptied(out / "policy")
+    folder = emptied(out / "policy")
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     policy = load_policy(load_config("tiny_video", {"model_settings.vlm_model": str(folder)}))
@@ -139,12 +138,6 @@ def discernment(folder: Path, count: int = 300, seed: int = 30) -> dict[str, flo
 
 def _card(folder: Path, name: str, stage: str, seed: int, minutes: dict[str, float], metrics: dict) -> None:
     write_card(folder, name, command=f"{COMMAND} {stage}", seed=seed, minutes=minutes, metrics=metrics)
-
-
-def _emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 if __name__ == "__main__":

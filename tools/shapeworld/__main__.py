@@ -1,6 +1,5 @@
 """Trains the embedded world's models from nothing: `python -m tools.shapeworld`, or `make models`."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.clip import load_clip_similarity
 from grpo_kit.shapeworld.scene import random_scenes
 from tools.shapeworld import measure, measure_eyes
-from tools.shapeworld.cards import contact_sheet, write_card
+from tools.shapeworld.cards import contact_sheet, emptied, write_card
 from tools.shapeworld.eyes import train_eyes
 from tools.shapeworld.generator import train_generator
 from tools.shapeworld.picture_prompts import write_picture_prompts
@@ -62,7 +61,7 @@ def _prompts(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 def _clip(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     model, outcome = train_reward_model(random_scenes(20_000, seed + 2), work, steps["clip"], seed)
-    folder = _emptied(out / "clip")
+    folder = emptied(out / "clip")
     save_reward_model(model, folder)
     clip = load_clip_similarity(str(folder), None, choose_device("cpu")[0])
     metrics = measure.discernment(clip)
@@ -74,7 +73,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     pixels = draw_all(scenes, seed)
     vae, vae_outcome = train_vae(pixels, work, steps["vae"], seed)
     pipeline, outcome = train_generator(vae, scenes, pixels, work, steps["generator"], seed)
-    folder = _emptied(out / "generator")
+    folder = emptied(out / "generator")
     pipeline.transformer.half()  # half the size on disk; loaded as float32 unless told otherwise
     pipeline.save_pretrained(folder)
     generator = load_generator(load_config("tiny", {"model_settings.sd_model": str(folder)}))
@@ -91,7 +90,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 def _policy(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     model, processor, outcome = train_policy(random_scenes(24_000, seed + 4), work, steps["policy"], seed)
-    folder = _emptied(out / "policy")
+    folder = emptied(out / "policy")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     policy = load_policy(load_config("tiny", {"model_settings.vlm_model": str(folder)}))
@@ -103,7 +102,7 @@ def _policy(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 def _eyes(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     numbers, scenes = (steps["eyes"], steps["looks"]), random_scenes(24_000, seed + 5)
     model, processor, outcomes = train_eyes(out / "policy", scenes, work, numbers, seed)
-    folder = _emptied(out / "policy_eyes")
+    folder = emptied(out / "policy_eyes")
     model.half().save_pretrained(folder)  # as the generator's: loaded as float32 unless told otherwise
     processor.save_pretrained(folder)
     policies = {
@@ -120,12 +119,6 @@ def _eyes(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     }
     minutes = {name: outcome.minutes for name, outcome in outcomes.items()}
     write_card(folder, "policy_eyes", command=f"{COMMAND} eyes", seed=seed, minutes=minutes, metrics=metrics)
-
-
-def _emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 if __name__ == "__main__":

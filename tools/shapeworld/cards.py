@@ -1,6 +1,7 @@
 """A card beside each model's weights: how it was made, what it can do, what it is good for, and its files' hashes."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,6 +64,13 @@ _PURPOSE = {
         "Any text outside the world's grammar; pictures.",
     ),
 }
+
+
+def emptied(folder: Path) -> Path:
+    """The folder, made anew with nothing in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def write_card(folder: Path, name: str, *, command: str, seed: int, minutes: dict[str, float], metrics: dict) -> None:

@@ -1,6 +1,5 @@
 """Trains the models of the world of tones from nothing: `python -m tools.tones`, about 20 minutes on one core."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from grpo_kit.config.media import Sound, thumbnail
 from grpo_kit.models.policy import load_policy
 from grpo_kit.shapeworld.tones import RATE, oracle_caption
 from grpo_kit.show.images import image_grid
-from tools.shapeworld.cards import write_card
+from tools.shapeworld.cards import emptied, write_card
 from tools.tones import measure
 from tools.tones.clap import train_clap
 from tools.tones.codec import new_vae
@@ -68,7 +67,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
         "through the autoencoder": measure.attribute_rates(measure.through(vae, sounds), clean),
         "check": measure.check_accuracy(),
     }
-    folder = _emptied(out / "generator")
+    folder = emptied(out / "generator")
     captions = [oracle_caption(tone) for tone in clean[:24]]
     sheet = [thumbnail(Sound(wave[None], RATE)).convert("RGB") for wave in draw(captions)]
     _save(pipeline, folder)
@@ -79,7 +78,7 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 def _clap(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     model, processor, outcome = train_clap(*measure.sounds(5000, seed + 2), work, steps["clap"], seed)
     metrics = measure.discernment(model, processor)
-    folder = _emptied(out / "clap")
+    folder = emptied(out / "clap")
     _save(model, folder)
     processor.save_pretrained(folder)
     _card(folder, "clap", seed, {"clap": outcome.minutes}, metrics)
@@ -87,7 +86,7 @@ def _clap(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
 
 def _policy(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     model, processor, outcome = train_policy(work, steps["policy"], seed)
-    folder = _emptied(out / "policy")
+    folder = emptied(out / "policy")
     _save(model, folder)
     processor.save_pretrained(folder)
     policy = load_policy(load_config("tiny", {"model_settings.vlm_model": str(folder)}))
@@ -102,12 +101,6 @@ def _save(model: object, folder: Path) -> None:
 
 def _card(folder: Path, name: str, seed: int, minutes: dict[str, float], metrics: dict) -> None:
     write_card(folder, f"tones_{name}", command=f"{COMMAND} {name}", seed=seed, minutes=minutes, metrics=metrics)
-
-
-def _emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 if __name__ == "__main__":
