@@ -63,8 +63,8 @@ def test_only_outputs_solutions_predictions_and_metadata_differ(student: Path):
 
 
 def test_a_prediction_is_open_and_says_what_may_be_answered(student: Path):
-    sources = [cell.source for cell in _tagged(student / NOTEBOOK, "predict")]
-    assert sources and all(re.fullmatch(r"\w+ = None  # predict: .+", source) for source in sources)
+    sources = [cell.source for path in student.glob("*.ipynb") for cell in _tagged(path, "predict")]
+    assert len(sources) >= 20 and all(re.fullmatch(r"\w+ = None  # predict: .+", source) for source in sources)
 
 
 def test_the_metadata_is_that_of_nbgrader(student: Path):
@@ -284,3 +284,6 @@ def test_the_edition_runs_from_top_to_bottom(tmp_path: Path, edition: str):
     said = [json.dumps(cell.outputs, ensure_ascii=False) for cell in _tagged(tmp_path / "out.ipynb", "check")]
     expected = "not written yet" if edition == "students" else "✓ 00."
     assert len(said) == 2 and all(expected in text for text in said)
+    outputs = json.dumps([cell.get("outputs") for cell in _cells(tmp_path / "out.ipynb")])
+    answers = re.findall(r"you said: (\S+)", outputs)
+    assert len(answers) == 2 and all((answer == "None") == (edition == "students") for answer in answers)

@@ -52,9 +52,10 @@ def states(stem: str, claim: str) -> None:
 
 
 def printed(stem: str, piece: str) -> list[str]:
-    """The lines that the one code cell with this piece of code has printed."""
+    """The lines that the one code cell with this piece of code has printed, without a reader's prediction."""
     (cell,) = [c for c in cells(stem) if c["cell_type"] == "code" and piece in "".join(c["source"])]
-    return "".join("".join(output.get("text", [])) for output in cell["outputs"]).splitlines()
+    lines = "".join("".join(output.get("text", [])) for output in cell["outputs"]).splitlines()
+    return [line for line in lines if not line.startswith("you said:")]
 
 
 def assert_rounds(written: list[str], values: list[float]) -> None:

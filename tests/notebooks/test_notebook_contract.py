@@ -105,8 +105,8 @@ def test_the_cell_after_the_parameters_checks_them(path: Path) -> None:
 @every_notebook
 def test_cells_are_few_short_and_parse(path: Path) -> None:
     cells = code(read(path))
-    counted = [cell for cell in cells if "colab" not in tags(cell) and not exercise_of(cell)]
-    assert len(counted) <= MAX_CODE_CELLS  # without the one that only installs the kit, and without exercises
+    counted = [cell for cell in cells if not {"colab", "predict"} & set(tags(cell)) and not exercise_of(cell)]
+    assert len(counted) <= MAX_CODE_CELLS  # without the one that only installs the kit, exercises and predictions
     for cell in cells:
         lines = cell.source.splitlines()
         most = MAX_SOLUTION_LINES if "solution" in tags(cell) else MAX_LINES
@@ -212,6 +212,54 @@ def test_at_most_a_quarter_of_the_cells_that_teach_are_black_boxes() -> None:
     assert all(len(kind) <= 1 for kind in kinds), "a cell is of one kind"
     told = [kind.pop() for kind in kinds if kind]
     assert told.count("black-box") <= len(told) / 4, {kind: told.count(kind) for kind in KINDS}
+
+
+# --- predict, then look -----------------------------------------------------------------------------------------------
+
+
+def outcomes(notebook: nbformat.NotebookNode) -> list[tuple[str, nbformat.NotebookNode]]:
+    """Return each prediction's name, with the code cell after it, which is to show the outcome beside it."""
+    cells, found = code(notebook), []
+    for number, cell in enumerate(cells):
+        if "predict" in tags(cell):
+            after = next(one for one in cells[number + 1 :] if "predict" not in tags(one))
+            found.append((re.fullmatch(r"(\w+) = [^#]+  # predict: \S.*", cell.source)[1], after))
+    return found
+
+
+def wrong_predictions(notebook: nbformat.NotebookNode) -> list[str]:
+    """Return the names of those that are not shown with their outcome, or that other code needs."""
+    wrong = []
+    for name, after in outcomes(notebook):
+        prints = re.findall(rf'^ *print\("you said:", {name}, "  ', after.source, flags=re.MULTILINE)
+        shown = "".join(one.get("text", "") for one in after.outputs)
+        nodes = [node for cell in code(notebook) for node in ast.walk(ast.parse(cell.source))]
+        named = sum(isinstance(node, ast.Name) and node.id == name for node in nodes)
+        wrong += [name] * (len(prints) != 1 or "you said: " not in shown or named != 2)
+    return wrong
+
+
+def test_the_series_asks_for_twenty_predictions_in_all_its_notebooks_of_the_method() -> None:
+    asked = {path.stem.partition("_")[0]: len(outcomes(read(path))) for path in NOTEBOOKS}
+    assert sum(asked.values()) >= 20 and all(asked[name] for name in asked.keys() - {"10", "12"}), asked
+
+
+@every_notebook
+def test_a_prediction_is_one_line_shown_with_its_outcome_and_needed_nowhere_else(path: Path) -> None:
+    """So that a notebook runs with None too, and so that the outcome is not what somebody has said."""
+    notebook = read(path)
+    assert wrong_predictions(notebook) == []
+    for number, cell in enumerate(notebook.cells):
+        if "predict" in tags(cell):
+            assert "Predict" in notebook.cells[number - 1].source, "a question stands before it"
+
+
+@pytest.mark.parametrize("change", [("you said:", "so:"), ("likelier, ", "[0, 1], "), ("positive = ", "likelier = ")])
+def test_a_prediction_that_is_not_shown_or_that_code_needs_is_caught(change: tuple[str, str]) -> None:
+    notebook = read(PROJECT_ROOT / "notebooks" / "00_start_here.ipynb")
+    _, after = outcomes(notebook)[0]
+    after.source = after.source.replace(*change)
+    assert wrong_predictions(notebook) == ["likelier"]
 
 
 # --- the exercises in the text ----------------------------------------------------------------------------------------
