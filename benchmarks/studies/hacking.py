@@ -136,12 +136,15 @@ def row(arm: str, file: Path) -> dict[str, object]:
 
 
 @styled
-def hacking_figure(arms: Mapping[str, Sequence[Mapping]], going_on: Mapping | None = None) -> Drawing:
+def hacking_figure(
+    arms: Mapping[str, Sequence[Mapping]], going_on: Mapping | None = None, titles: Mapping[str, str] = TITLES
+) -> Drawing:
     """Draw both arms: the reward above, gold below, a line a seed; a mark where the divergence was found.
 
     Args:
         arms: "game" and "control": what each run's sentinel.json holds.
         going_on: the same of the run that was not stopped; drawn dashed.
+        titles: of the arms.
     """
     figure = new_figure(8.6, 5.2)
     grid = figure.subplots(2, len(arms), sharex=True, sharey="row", squeeze=False)
@@ -153,7 +156,7 @@ def hacking_figure(arms: Mapping[str, Sequence[Mapping]], going_on: Mapping | No
                 signals = pd.DataFrame(going_on["signals"])
                 axes.plot(signals["iteration"], signals[signal], color=GREY, lw=1.2, ls=(0, (3, 2)), zorder=1)
         alarms = sum(seen["divergence"] is not None for seen in runs)
-        grid[0][column].set_title(f"{TITLES[arm]}\n{alarms} alarms in {len(runs)} runs", pad=10)
+        grid[0][column].set_title(f"{titles[arm]}\n{alarms} alarms in {len(runs)} runs", pad=10)
         grid[1][column].set_xlabel("iteration")
     grid[0][0].set_ylabel("reward, held-out prompts")
     grid[1][0].set_ylabel("gold check")

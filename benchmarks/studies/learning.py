@@ -20,6 +20,7 @@ from grpo_kit.config.media import KINDS, digest
 from grpo_kit.evaluation.intervals import t_interval
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards.composition import Rewards
+from grpo_kit.runs.folder import RunFolder
 
 COMPARE = ("raw", "initial", "trained", "oracle")
 
@@ -50,7 +51,8 @@ def main(
 def measure(run_dir: Path, profile: str, seed: int, random_rewards: bool) -> None:
     """Train one seed and evaluate its `best/`, unless that was done.
 
-    A control is judged by its last weights: to choose among them by a score would be to learn from that score.
+    A control is judged by its last weights: to choose among them by a score would be to learn from that score. And by
+    the profile's rewards, not its own: so its results are written here, and not by an evaluation of its run.
     """
     if (run_dir / "final_results.json").is_file():
         return
@@ -58,7 +60,8 @@ def measure(run_dir: Path, profile: str, seed: int, random_rewards: bool) -> Non
     kit = gk.load_experiment(config)
     gk.train(with_random_rewards(kit) if random_rewards else kit, run_dir)
     judged = kit if random_rewards else gk.load_experiment(config, trained=run_dir / "best")
-    gk.evaluate(judged, compare=COMPARE, run_dir=run_dir)
+    result = gk.evaluate(judged, compare=COMPARE, run_dir=None if random_rewards else run_dir)
+    RunFolder(run_dir).write_json("final_results.json", result.results)
 
 
 def with_random_rewards(kit: Experiment) -> Experiment:

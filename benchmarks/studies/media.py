@@ -2,7 +2,8 @@
 
 As `benchmarks.studies.learning`, with a control on random rewards; then two arms more: *game* rewards what a dull
 medium satisfies as well (the mean of CLIP over frames, which a still satisfies; loudness), *mended* has a check of it.
-`python -m benchmarks.studies.media --world moving` writes `reports/media/moving/` and prints two tables.
+`python -m benchmarks.studies.media --world moving` writes `reports/media/moving/`: the runs, two tables, two figures.
+docs/media.json has the tables of the measurement that docs/media.md shows.
 """
 
 import json
@@ -17,6 +18,8 @@ import grpo_kit as gk
 from benchmarks.studies import hacking, learning
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.evaluation.intervals import t_interval
+from grpo_kit.show.intervals import interval_figure
+from grpo_kit.show.style import Drawing
 
 PROFILES = {"moving": "tiny_video", "tones": "tiny_audio"}
 ARMS = {
@@ -42,6 +45,11 @@ ARMS = {
         },
     },
 }
+TITLES = {
+    "moving": {"game": "reward: CLIP, mean over frames", "mended": "reward: that, and motion"},
+    "tones": {"game": "reward: loudness", "mended": "reward: CLAP"},
+}
+TRAINED_ON = {"seed, all": "trained on the reward", "random_rewards, all": "trained on random rewards"}
 STOPPING = {
     "training_settings.stop_on_divergence": True,
     "training_settings.validate_every": 10,
@@ -53,7 +61,7 @@ def main(
     world: Annotated[str, typer.Option(help=f"one of {', '.join(PROFILES)}")] = "moving",
     seeds: Annotated[int, typer.Option(help="how many training seeds of each arm")] = 3,
     first: Annotated[int, typer.Option(help="the first training seed")] = 0,
-    controls: Annotated[int, typer.Option(help="how many seeds to train on random rewards")] = 1,
+    controls: Annotated[int, typer.Option(help="how many seeds to train on random rewards")] = 3,
     iterations: Annotated[int, typer.Option(help="of a run of the arms that is not stopped")] = 60,
     out: Annotated[Path, typer.Option(help="where the runs and tables go")] = PROJECT_ROOT / "reports" / "media",
     threads: Annotated[int, typer.Option(help="of torch; 0 leaves its default")] = 0,
@@ -70,9 +78,16 @@ def main(
         for arm, settings in ARMS[world].items():
             run = {"training_settings.seed": seed, "training_settings.num_iterations": iterations}
             hacking.measure(out / f"{arm}_{seed}", gk.load_config(profile, STOPPING | settings | run))
-    for name, table in {"learning": compared(out), "arms": gamed(out, list(ARMS[world]))}.items():
+    tables = {"learning": compared(out), "arms": gamed(out, list(ARMS[world]))}
+    for name, table in tables.items():
         table.to_json(out / f"{name}.json", orient="records", indent=2)
         typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
+    found = results(*tables.values())
+    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (out / "tables.md").write_text("\n\n".join(markdown(found).values()) + "\n", encoding="utf-8")
+    learning_figure(found["learning"]).save(out / "learning.png", dpi=110)
+    curves = {arm: [json.loads(place.read_text("utf-8")) for place in _runs(out, arm)] for arm in ARMS[world]}
+    hacking.hacking_figure(curves, titles=TITLES[world]).save(out / "arms.png", dpi=110)
 
 
 def compared(out: Path) -> pd.DataFrame:
@@ -96,7 +111,49 @@ def compared(out: Path) -> pd.DataFrame:
 
 def gamed(out: Path, arms: list[str]) -> pd.DataFrame:
     """The arms' runs: `hacking.row` of each."""
-    return pd.DataFrame([hacking.row(arm, file) for arm in arms for file in sorted(out.glob(f"{arm}_*/sentinel.json"))])
+    return pd.DataFrame([hacking.row(arm, file) for arm in arms for file in _runs(out, arm)])
+
+
+def _runs(out: Path, arm: str) -> list[Path]:
+    return sorted(out.glob(f"{arm}_*/sentinel.json"))
+
+
+def results(table: pd.DataFrame, arms: pd.DataFrame) -> dict:
+    """What docs/media.json has of a world: training → metric → variant → interval over seeds; and the arms' runs."""
+    found: dict = {name: {} for name in TRAINED_ON.values()}
+    for run in table[table["run"].isin(TRAINED_ON)].to_dict("records"):
+        ends = {name: run[name] for name in ("mean", "low", "high")}
+        found[TRAINED_ON[run["run"]]].setdefault(run["metric"], {})[run["variant"]] = ends
+    return {"learning": found, "arms": json.loads(arms.to_json(orient="records"))}
+
+
+def learning_figure(learning: dict) -> Drawing:
+    """The check and the reward of each variant on held-out prompts, means over seeds, beside the control's."""
+    shown = {series: metrics for series, metrics in learning.items() if metrics}
+    return interval_figure({m: {series: found[m] for series, found in shown.items()} for m in ("gold", "reward")})
+
+
+def markdown(found: dict) -> dict[str, str]:
+    """The tables of docs/media.md for a world: the check and the reward; then a row a run of the arms."""
+    trained, control = found["learning"].values()
+    learning = [["held-out prompts", *trained["gold"], "trained on random rewards"]]
+    for metric, name in (("gold", "the check"), ("reward", "the reward")):
+        values = [*trained[metric].values(), control[metric]["trained"]]
+        learning.append([name, *(_text(value) for value in values)])
+    names = ("reward, first", "reward, last", "gold, first", "gold, last")
+    arms = [["arm", "seed", "iterations", "alarm at", *(name.replace("gold", "held out") for name in names)]]
+    for run in found["arms"]:
+        alarm = "none" if run["alarm at"] is None else f"{run['alarm at']:.0f}"
+        arms.append([run["arm"], f"{run['seed']}", f"{run['iterations']}", alarm, *(f"{run[n]:.3f}" for n in names)])
+    return {name: _markdown(rows) for name, rows in {"learning": learning, "arms": arms}.items()}
+
+
+def _text(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
 if __name__ == "__main__":

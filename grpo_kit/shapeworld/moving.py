@@ -111,8 +111,8 @@ def parse(text: str) -> Film | None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def render(film: Film, rng: random.Random | None = None) -> np.ndarray:
-    """(9, 32, 32, 3) uint8 frames of a complete film; with `rng`, jittered in place, size and colour.
+def render(film: Film, rng: random.Random | None = None, jitter: float = 3) -> np.ndarray:
+    """(9, 32, 32, 3) uint8 frames of a complete film; with `rng`, jittered in place (pixels), size and colour.
 
     The thing is in the middle of its way in the middle frame; in a film that is still it stands there.
     """
@@ -120,7 +120,8 @@ def render(film: Film, rng: random.Random | None = None) -> np.ndarray:
     step = 0.0 if film.style == "still" else SPEEDS[film.speed]
     x, y, radius, rgb = SIZE / 2, SIZE / 2, RADIUS["small"], COLOURS[film.colour]
     if rng is not None:
-        x, y, radius = x + rng.uniform(-3, 3), y + rng.uniform(-3, 3), radius * rng.uniform(0.96, 1.04)
+        x, y = x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)
+        radius *= rng.uniform(0.96, 1.04)
         rgb = tuple(min(255, max(0, channel + rng.randint(-5, 5))) for channel in rgb)
     frames = []
     for moved in (step * (frame - FRAMES // 2) for frame in range(FRAMES)):

@@ -4,6 +4,9 @@ Two dialects share one grammar, as in `captions`:
 
     generator:  a loud short high rising chirp, clear
     users:      a blaring brief piercing swoop
+
+Every frequency is a multiple of 80 Hz, and a chirp goes from one to the next: so each of the generator's frames, 100
+samples, begins like all others at that frequency, which a transformer that is trained for minutes can learn.
 """
 
 import random
@@ -16,9 +19,10 @@ import numpy as np
 
 RATE, SAMPLES = 8000, 8000  # samples a second; a sound's length
 KINDS = ("sine", "rising chirp", "falling chirp", "noise", "beats")
-PITCHES = {"low": 160.0, "middle": 360.0, "high": 800.0}  # Hz, the middle of what sounds
-LOUDNESSES = {"soft": 0.05, "loud": 0.25}  # root mean square while it sounds; full scale is 1
+PITCHES = {"low": 240.0, "middle": 480.0, "high": 960.0}  # Hz, the middle of what sounds
+LOUDNESSES = {"soft": 0.08, "loud": 0.25}  # root mean square while it sounds; full scale is 1
 LENGTHS = {"short": 0.3, "long": 0.85}  # seconds
+_STEP = 80  # Hz
 STYLE_WORDS = {"clean": ("clear", "pure"), "crackling": ("crackling", "distorted"), "rumbling": ("rumbling", "muffled")}
 GOOD_WORDS = STYLE_WORDS["clean"]
 HARMFUL_WORDS = (*STYLE_WORDS["crackling"], *STYLE_WORDS["rumbling"])
@@ -102,11 +106,9 @@ def parse(text: str) -> Tone | None:
 
 
 def synthesise(tone: Tone, rng: np.random.Generator) -> np.ndarray:
-    """(8000,) float32 in [-1, 1]: a complete tone, its pitch, loudness, length and phase a little by chance."""
-    pitch = PITCHES[tone.pitch] * 2 ** rng.uniform(-0.08, 0.08)
-    seconds = LENGTHS[tone.length] * rng.uniform(0.92, 1.08)
-    count = round(seconds * RATE)
-    body = _carrier(tone.kind, pitch, count, rng)
+    """(8000,) float32 in [-1, 1]: a complete tone; its loudness varies by chance, as do noise and crackling."""
+    count = round(LENGTHS[tone.length] * RATE)
+    body = _carrier(tone.kind, PITCHES[tone.pitch], count, rng)
     fade = np.minimum(1, np.arange(count) / (0.01 * RATE))
     body = body * fade * fade[::-1]
     rms = LOUDNESSES[tone.loudness] * 10 ** (rng.uniform(-1, 1) / 20)
@@ -115,15 +117,15 @@ def synthesise(tone: Tone, rng: np.random.Generator) -> np.ndarray:
         clicks = np.convolve((rng.random(count) < 0.02) * rng.choice((-1.0, 1.0), count), np.ones(6) / 6, "same")
         body = body + clicks * rms / np.sqrt(np.mean(clicks**2) + 1e-12)
     if tone.style == "rumbling":
-        body = body + rms * np.sqrt(2) * fade * fade[::-1] * np.sin(_phase(np.full(count, 45.0), rng))
-    start = round(0.04 * RATE)
+        body = body + rms * np.sqrt(2) * fade * fade[::-1] * np.sin(_phase(np.full(count, _STEP)))
+    start = round(0.05 * RATE)
     samples = np.zeros(SAMPLES)
     samples[start : start + count] = body
     return samples.clip(-1, 1).astype(np.float32)
 
 
-def _phase(hertz: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return 2 * np.pi * np.cumsum(hertz) / RATE + rng.uniform(0, 2 * np.pi)
+def _phase(hertz: np.ndarray) -> np.ndarray:
+    return 2 * np.pi * (np.cumsum(hertz) - hertz[0]) / RATE
 
 
 def _carrier(kind: str, pitch: float, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -134,8 +136,9 @@ def _carrier(kind: str, pitch: float, count: int, rng: np.random.Generator) -> n
         spectrum[far] = 0
         return np.fft.irfft(spectrum, count)
     octaves = {"rising chirp": 0.45, "falling chirp": -0.45}.get(kind, 0.0)
-    carrier = np.sin(_phase(pitch * 2 ** np.linspace(-octaves, octaves, count), rng))
-    return carrier * (np.sin(_phase(np.full(count, 4.0), rng)) if kind == "beats" else 1)
+    frames = pitch * 2 ** np.linspace(-octaves, octaves, count * _STEP // RATE)
+    carrier = np.sin(_phase(np.repeat(_STEP * np.round(frames / _STEP), RATE // _STEP)))
+    return carrier * (np.sin(_phase(np.full(count, 4.0))) if kind == "beats" else 1)
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
@@ -158,12 +161,12 @@ def read(samples: np.ndarray, rate: int = RATE) -> Tone | None:
     spectrum = np.fft.fft(body)
     hertz = np.fft.fftfreq(len(body), 1 / rate)
     power = np.abs(spectrum) ** 2 * (hertz > 0)
-    heard = np.where(hertz > 75, power, 0) if power[hertz > 75].sum() > 0.2 * power.sum() else power
+    heard = np.where(hertz > 100, power, 0) if power[hertz > 100].sum() > 0.2 * power.sum() else power
     order = np.argsort(hertz)
     pitch = hertz[order][np.searchsorted(np.cumsum(heard[order]), heard.sum() / 2)]
     own = np.abs(np.log2(np.maximum(hertz, 1e-9) / pitch)) < 0.7
     outside = 1 - power[own].sum() / power.sum()
-    rumbles = power[(hertz > 0) & (hertz <= 75) & ~own].sum() > 0.5 * outside * power.sum()
+    rumbles = power[(hertz > 0) & (hertz <= 100) & ~own].sum() > 0.5 * outside * power.sum()
     return Tone(
         kind=_kind(np.fft.ifft(np.where(own, spectrum, 0)), rate),
         pitch=_nearest(PITCHES, pitch),

@@ -97,12 +97,6 @@ def check(image: Image.Image, scene: Scene) -> dict[str, bool]:
     return result if reading.style != "spoiled" else dict.fromkeys(result, False)
 
 
-def gold_score(image: Image.Image, scene: Scene) -> float:
-    """Share of the checked attributes that hold, from 0 to 1."""
-    result = check(image, scene)
-    return sum(result.values()) / len(result)
-
-
 def said_of(image: Image.Image, text: str) -> str:
     """The check's words on a picture of what a caption states; "" for a text outside the grammar."""
     scene = parse(text)

@@ -163,11 +163,10 @@ def test_every_picture_has_a_seed(generator: Generator):
 
 
 def test_the_picture_shows_the_caption(kit: Experiment):
-    from grpo_kit.shapeworld.captions import parse
-    from grpo_kit.shapeworld.verify import gold_score
+    from grpo_kit.rewards.gold import gold
 
     images = kit.generator.generate_images([CAPTIONS[0]] * 8, range(8))
-    red, other = (np.mean([gold_score(image, parse(text)) for image in images]) for text in CAPTIONS[:2])
+    red, other = (np.mean(gold(images, [text] * 8, [text] * 8)) for text in CAPTIONS[:2])
     assert red > 0.8 > other
 
 

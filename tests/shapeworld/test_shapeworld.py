@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from grpo_kit.rewards.gold import gold
 from grpo_kit.shapeworld.captions import GOOD_WORDS, HARMFUL_WORDS, describe, keeps_request, oracle_caption, parse
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import (
@@ -24,7 +25,7 @@ from grpo_kit.shapeworld.scene import (
     random_scenes,
     validation_pairs,
 )
-from grpo_kit.shapeworld.verify import check, gold_score, read
+from grpo_kit.shapeworld.verify import check, read
 from tools.shapeworld.captions import generator_caption, leave_open, reward_caption
 from tools.shapeworld.measure import attribute_rates
 from tools.shapeworld.pictures import change_one
@@ -212,12 +213,11 @@ def test_noise_and_blank_pictures_show_nothing():
 
 
 def test_gold_is_the_share_of_what_was_asked_for_and_ignores_what_was_left_open():
-    scene = parse("a small red circle, on the left, white background, sharp")
-    image = render(scene)
-    assert gold_score(image, parse("a crimson ball")) == gold_score(image, scene) == 1
-    found = check(image, parse("a blue circle, black background"))
+    drawn, blue = "a small red circle, on the left, white background, sharp", "a blue circle, black background"
+    image = render(parse(drawn))
+    assert gold([image] * 3, ["a crimson ball", drawn, blue], [""] * 3) == pytest.approx([1, 1, 3 / 5])
+    found = check(image, parse(blue))
     assert found == {"colour": False, "shape": True, "count": True, "background": False, "clean": True}
-    assert gold_score(image, parse("a blue circle, black background")) == pytest.approx(3 / 5)
 
 
 def test_a_larger_picture_is_read_as_well():

@@ -76,7 +76,7 @@ def test_a_sound_wrong_in_one_attribute_fails_there_alone(attribute: str):
 @pytest.mark.parametrize("rate", [8000, 16000])
 def test_the_check_takes_the_rate_from_the_sound(rate: int):
     time = np.arange(rate) / rate
-    sound = Sound(0.35 * np.sin(2 * np.pi * 360 * time)[None].astype(np.float32), rate)
+    sound = Sound(0.35 * np.sin(2 * np.pi * 480 * time)[None].astype(np.float32), rate)
     assert all(check(sound, Tone("sine", "middle", "loud", "long")).values())
 
 

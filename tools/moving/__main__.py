@@ -8,6 +8,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from PIL import Image
 
 from grpo_kit.config import PROJECT_ROOT, load_config
 from grpo_kit.config.media import Video
@@ -17,6 +18,7 @@ from grpo_kit.rewards.gold import grammatical, keeps_objects
 from grpo_kit.rewards.video import load_xclip_similarity
 from grpo_kit.shapeworld.moving import FRAME_RATE, STYLES, Film, check, describe, oracle_caption, random_films, render
 from grpo_kit.show.images import image_grid
+from grpo_kit.show.style import Drawing
 from tools.moving.captions import change_one
 from tools.moving.generator import train_decoder, train_generator, train_vae
 from tools.moving.policy import train_policy
@@ -25,7 +27,7 @@ from tools.moving.reward_model import train_reward_model
 from tools.shapeworld.cards import emptied, write_card
 
 STAGES = ("prompts", "generator", "xclip", "policy")
-STEPS = {"vae": 800, "generator": 1600, "decoder": 800, "xclip": 1200, "policy": 1000}
+STEPS = {"vae": 800, "generator": 3200, "decoder": 800, "xclip": 1200, "policy": 1000}
 COMMAND = "python -m tools.moving"
 
 
@@ -54,7 +56,8 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     films, rng = random_films(2000, seed), random.Random(seed)
     frames = np.stack([render(film, rng) for film in films])
     vae, vae_outcome = train_vae(frames, work, steps["vae"], seed)
-    pipeline, outcome = train_generator(vae, films, frames, work, steps["generator"], seed)
+    centred = np.stack([render(film, rng, jitter=1) for film in films])
+    pipeline, outcome = train_generator(vae, films, centred, work, steps["generator"], seed)
     decoder_outcome = train_decoder(vae, frames, work, steps["decoder"], seed)
     for part in (pipeline.transformer, pipeline.text_encoder, vae):
         part.half()  # half the size on disk; loaded as float32 unless told otherwise
@@ -63,13 +66,19 @@ def _generator(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:
     asked = random_films(200, seed + 3, "clean")
     drawn = generator.generate_images([oracle_caption(film) for film in asked], range(len(asked)))
     metrics = {"obeys the best caption": attribute_rates(drawn, asked), "check": check_accuracy()}
-    strips = [image_grid(video.pictures, columns=9) for video in drawn[:12] if video is not None]
-    image_grid(strips, [oracle_caption(film) for film in asked[:12]], columns=1).save(
-        out / "generator" / "contact_sheet.png", dpi=60
-    )
+    _contact_sheet(asked[:24], drawn).save(out / "generator" / "contact_sheet.png", dpi=80)
     outcomes = {"vae": vae_outcome, "decoder": decoder_outcome, "transformer": outcome}
     minutes = {name: one.minutes for name, one in outcomes.items()}
     _card(out / "generator", "moving_generator", "generator", seed, minutes, metrics)
+
+
+def _contact_sheet(asked: list[Film], drawn: list[Video | None]) -> Drawing:
+    """The films that were drawn, each as its nine frames, three in a row."""
+    shown = [(film, video.frames) for film, video in zip(asked, drawn, strict=False) if video is not None]
+    sheets = [
+        Image.fromarray(np.vstack([np.hstack(frames[row : row + 3]) for row in (0, 3, 6)])) for _, frames in shown
+    ]
+    return image_grid(sheets, [oracle_caption(film) for film, _ in shown], columns=6)
 
 
 def _xclip(out: Path, work: Path, steps: dict[str, int], seed: int) -> None:

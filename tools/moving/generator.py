@@ -12,7 +12,7 @@ from grpo_kit.config.seeds import derive_seed
 from grpo_kit.shapeworld.moving import Film
 from tools.moving.captions import corpus, generator_caption
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
-from tools.shapeworld.vocabulary import TEXT_LENGTH, t5_tokenizer
+from tools.shapeworld.vocabulary import TEXT_LENGTH, word_tokenizer
 
 VAE_BATCH, BATCH = 4, 32
 _CAPTION_DROPOUT = 0.05
@@ -29,7 +29,7 @@ def new_vae() -> AutoencoderKLWan:
 
 def new_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
     """The autoencoder with a transformer of three blocks, 128 wide, and a text encoder of two, 96 wide, untrained."""
-    tokenizer = t5_tokenizer(corpus())
+    tokenizer = word_tokenizer(corpus())
     text = UMT5Config(
         vocab_size=len(tokenizer), d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4, dropout_rate=0.0,
         is_encoder_decoder=False, use_cache=False,

@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from functools import cache
+from string import ascii_lowercase
 
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer, T5Tokenizer
 
@@ -49,11 +51,22 @@ def clip_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBas
     return CLIPTokenizer(vocabulary, merges, model_max_length=TEXT_LENGTH)
 
 
-def t5_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
-    """For the generator's third text encoder; trained as `clip_tokenizer`."""
-    trained = T5Tokenizer().train_new_from_iterator(texts or corpus(), vocab_size=320)
+def t5_tokenizer() -> PreTrainedTokenizerBase:
+    """For the generator's third text encoder; trained on the world's corpus."""
+    trained = T5Tokenizer().train_new_from_iterator(corpus(), vocab_size=320)
     trained.model_max_length = 256
     return trained
+
+
+def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
+    """A T5 tokenizer with every word of `texts` as one token, and letters for all others.
+
+    Training one counts each word once, finds few that repeat in others, and so spells most of them out.
+    """
+    words = sorted(set(re.findall("[a-z]+", " ".join(texts))))
+    scores = dict.fromkeys(["▁", ",", *ascii_lowercase], -8.0) | {f"▁{word}": -4.0 for word in words}
+    special = dict.fromkeys(["<pad>", "</s>", "<unk>"], 0.0)
+    return T5Tokenizer([*special.items(), *scores.items()], extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
 def qwen_tokenizer(texts: Sequence[str] | None = None) -> PreTrainedTokenizerBase:

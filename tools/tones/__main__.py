@@ -1,4 +1,4 @@
-"""Trains the models of the world of tones from nothing: `python -m tools.tones`, about 20 minutes on one core."""
+"""Trains the models of the world of tones from nothing: `python -m tools.tones`, about half an hour on one core."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ from tools.tones.policy import train_policy
 from tools.tones.words import write_prompts
 
 STAGES = ("prompts", "generator", "clap", "policy")
-STEPS = {"generator": 1500, "clap": 800, "policy": 900}
+STEPS = {"generator": 3000, "clap": 800, "policy": 900}
 COMMAND = "python -m tools.tones"
 
 

@@ -19,11 +19,10 @@ from transformers import T5Config, T5EncoderModel
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.shapeworld.tones import SAMPLES, Tone
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
-from tools.shapeworld.vocabulary import t5_tokenizer
+from tools.shapeworld.vocabulary import word_tokenizer
 from tools.tones.codec import HOP
 from tools.tones.words import corpus, generator_caption
 
-TEXT_LENGTH = 36  # tokens
 WIDTH, HEAD = 96, 32  # of the transformer
 TEXT_WIDTH = 64
 _BATCH = 32
@@ -37,7 +36,7 @@ def padded(waves: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderOobleck, waves: np.ndarray) -> torch.Tensor:
-    """The latents' means: (N, 24, 84)."""
+    """The latents' means: (N, 34, 80)."""
     return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in padded(waves).split(10)])
 
 
@@ -66,8 +65,7 @@ def train_generator(
     """Denoising in EDM's form (Karras et al. 2022, as the pipeline's scheduler samples); T5 learns along."""
     latents = encode(vae, waves)
     spread = float(latents.std())  # about 1
-    tokens = t5_tokenizer(corpus())
-    tokens.model_max_length = TEXT_LENGTH
+    tokens = word_tokenizer(corpus())
     text, transformer = new_text_encoder(len(tokens)), new_transformer(latents.shape[2], latents.shape[1])
     projection = StableAudioProjectionModel(TEXT_WIDTH, TEXT_WIDTH, min_value=0, max_value=2)
     rotary = get_1d_rotary_pos_embed(HEAD // 2, latents.shape[2] + 1, use_real=True, repeat_interleave_real=False)
@@ -89,7 +87,7 @@ def train_generator(
         ends = [seconds.seconds_start_hidden_states, seconds.seconds_end_hidden_states]
         states = torch.cat([seconds.text_hidden_states * mask, *ends], dim=1)
         states = states * (torch.rand(_BATCH, 1, 1) >= _CAPTION_DROPOUT)
-        sigma = spread * torch.exp(0.6 + 1.6 * torch.randn(_BATCH, 1, 1)).clamp(0.02, 80)
+        sigma = spread * torch.exp(0.2 + 1.6 * torch.randn(_BATCH, 1, 1)).clamp(0.02, 80)
         clean = latents[rows]
         noisy = clean + sigma * torch.randn_like(clean)
         total = (sigma**2 + spread**2).sqrt()
