@@ -13,12 +13,16 @@ import typer
 from grpo_kit.config import PROFILE_FOLDER, PROJECT_ROOT, load_config
 
 MACHINES = {"gpu_16gb": "t4", "gpu_24gb": "rtx3090", "gpu_80gb": "a100", "apple": "m1"}
+MACHINES |= {"wan_24gb": "rtx3090", "stable_audio_24gb": "rtx3090"}
 RECORD = PROJECT_ROOT / "docs" / "plans.json"
 
 
 def fingerprint(profile: str) -> str:
-    """What a profile, and the one that it builds on, hash to."""
-    texts = [(PROFILE_FOLDER / f"{name}.json").read_bytes() for name in ("full", profile)]
+    """What a profile, and those that it builds on, hash to."""
+    texts: list[bytes] = []
+    while profile:
+        texts.insert(0, (PROFILE_FOLDER / f"{profile}.json").read_bytes())
+        profile = json.loads(texts[0]).get("profile")
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
 
@@ -26,12 +30,13 @@ def row(profile: str, record: dict) -> str:
     """A profile's line of the table in docs/scaling.md."""
     config, parts = load_config(profile), record["parts"]
     training, generation = config.training_settings, config.generation_settings
-    models = " + ".join(
-        name.rsplit("/", 1)[-1]
-        for name in (config.model_settings.vlm_model, config.model_settings.sd_model, config.model_settings.clip_model)
-    )
+    named = [config.model_settings.vlm_model, config.model_settings.sd_model, config.model_settings.clip_model]
+    named += [options["model"] for options in config.reward_settings.options.values()]
+    models = " + ".join(name.rsplit("/", 1)[-1] for name in named)
     resident = " + ".join(f"{parts[name]['resident'] / 1e9:.1f}" for name in ("policy", "generator", "reward"))
-    work = f"{training.prompts_per_iteration} × {training.group_size}, {generation.height} px"
+    size = f"{generation.height} px" if generation.height else f"{generation.seconds:g} s"
+    size += f", {generation.frames} frames" if generation.frames else ""
+    work = f"{training.prompts_per_iteration} × {training.group_size}, {size}"
     memory = f"{record['peak'] / 1e9:.1f} of {record['memory'] / 1e9:.0f} GB"
     seconds = f"{record['seconds_per_iteration']:.0f} s"
     name = f"`{profile}` ({record['device']}, {record['dtype']})"

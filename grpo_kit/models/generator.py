@@ -267,23 +267,29 @@ class Generator(Shown):
 
 def load_generator(config: Config) -> Generator:
     """The generator of a config, frozen, on its device."""
-    settings, generation = config.model_settings, config.generation_settings
+    settings = config.model_settings
     device, _ = placement(settings)["generator_device"]
     dtype, _ = choose_dtype(device, settings.generator_dtype or settings.dtype)
     pipeline = load_pipeline(settings, dtype)
     add_loras(pipeline, settings.generator_lora or [])
+    return as_configured(pipeline, config, place(pipeline, device, settings))
+
+
+def as_configured(pipeline: DiffusionPipeline, config: Config, text_device: torch.device | None) -> Generator:
+    """A pipeline as the generator of a config, with its scheduler and what saves memory; `text_device` as there."""
+    generation = config.generation_settings
     if generation.scheduler is not None:
         use_scheduler(pipeline, generation.scheduler)
-    save_memory(pipeline, settings)
+    save_memory(pipeline, config.model_settings)
     drawn = {"num_inference_steps", "guidance_scale", "negative_prompt", "height", "width", "max_sequence_length"}
     drawn |= {"frames", "frame_rate", "seconds"}
     gigabytes = generation.image_memory_gb
     return Generator(
         pipeline,
-        text_device=place(pipeline, device, settings),
+        text_device=text_device,
         batch_size=generation.image_batch_size,
         memory=None if gigabytes is None else int(gigabytes * 1e9),
-        painters=settings.painters or (),
+        painters=config.model_settings.painters or (),
         **generation.model_dump(include=drawn),
     )
 

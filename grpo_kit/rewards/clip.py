@@ -12,7 +12,7 @@ from pathlib import Path
 import open_clip
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, CLIPModel
+from transformers import AutoConfig, AutoProcessor, CLIPModel, PreTrainedModel
 
 from grpo_kit.config import media
 from grpo_kit.config.hub import ModelError, load_whole, loading
@@ -159,7 +159,7 @@ def is_transformers_clip(name: str) -> bool:
 class TransformersClip(torch.nn.Module):
     """A transformers `CLIPModel` with the methods of open_clip's models."""
 
-    def __init__(self, model: CLIPModel) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 

@@ -11,7 +11,7 @@ from transformers import ClapModel, ClapProcessor
 from grpo_kit.config import Name
 from grpo_kit.config.hub import load_whole, loading
 from grpo_kit.config.media import Sound
-from grpo_kit.rewards.clip import ClipSimilarity
+from grpo_kit.rewards.clip import ClipSimilarity, TransformersClip
 from grpo_kit.rewards.media import MediumError
 from grpo_kit.rewards.protocol import Texts
 
@@ -42,21 +42,17 @@ class ClapSimilarity(ClipSimilarity):
     media = ("sound",)
 
 
-class _Clap(torch.nn.Module):
+class Clap(TransformersClip):
     """A `ClapModel` with the methods of open_clip's models; its features are unit vectors."""
 
-    def __init__(self, model: ClapModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def encode_image(self, features: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+    def encode_image(self, pixels: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         """(N, D) of (N, channels, time, mel). No sound is a long one: the extractor would call one so by chance."""
-        is_longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
-        return self.model.get_audio_features(input_features=features, is_longer=is_longer).pooler_output
+        is_longer = torch.zeros(len(pixels), 1, dtype=torch.bool, device=pixels.device)
+        return self.model.get_audio_features(input_features=pixels, is_longer=is_longer).pooler_output
 
-    def encode_text(self, ids: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+    def encode_text(self, ids: torch.Tensor, normalize: bool = False) -> torch.Tensor:
         """(1, D) of (1, tokens)."""
-        return self.model.get_text_features(input_ids=ids).pooler_output
+        return super().encode_text(ids)
 
 
 def load_clap_similarity(model: Name, resample: bool = False, device: torch.device = _CPU) -> ClapSimilarity:
@@ -95,4 +91,4 @@ def load_clap_similarity(model: Name, resample: bool = False, device: torch.devi
         options = {"truncation": True, "max_length": context_length}
         return tools.tokenizer(list(texts), return_tensors="pt", **options)["input_ids"]
 
-    return ClapSimilarity(_Clap(network), preprocess, tokenize, device)
+    return ClapSimilarity(Clap(network), preprocess, tokenize, device)

@@ -17,13 +17,14 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from grpo_kit.config import KitError
+from grpo_kit.config import KitError, one_line
 from grpo_kit.rewards.clip import TransformersClip, is_transformers_clip
+from grpo_kit.rewards.sound import Clap
 
-PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 OWN = "its own configuration"  # the source of a shape that was read on this machine
 
 
@@ -37,6 +38,7 @@ class PipelineShape:
 
     kind: str
     components: dict[str, tuple[str, str, dict[str, Any]]]
+    options: dict[str, object]  # of the pipeline itself
     source: str
 
     @property
@@ -53,7 +55,7 @@ class PipelineShape:
 
 def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:
     """A policy's model on the meta device, and where its shape was read; a `PlanError` where it is not known here."""
-    config, source = _transformers_config(name, "policies", "vlm_model")
+    config, source = _transformers_config(name, "policies", "model_settings.vlm_model")
     sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with init_empty_weights():
@@ -63,42 +65,47 @@ def language_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]
 
 
 def pipeline_shape(name: str) -> PipelineShape:
-    """The components of a generator; a `PlanError` where they are in neither place, or its kind has none."""
+    """The components of a generator; a `PlanError` where they are in neither place."""
     try:
         index = DiffusionPipeline.load_config(name, local_files_only=True)
-        _require_planned(index["_class_name"])
+        _class("diffusers", index["_class_name"])
         named = {key: value for key, value in index.items() if isinstance(value, list | tuple) and value[1]}
         parts = {key: (*value, _component_config(name, key, *value)) for key, value in named.items()}
-        return PipelineShape(index["_class_name"], {key: part for key, part in parts.items() if part[2]}, OWN)
+        options = {key: value for key, value in index.items() if not isinstance(value, list | tuple)}
+        return PipelineShape(index["_class_name"], parts, options, OWN)
+    except (AttributeError, ImportError) as error:  # of a class that is not there, or needs something that is not
+        raise PlanError(f"model_settings.sd_model: {one_line(error)}") from error
     except OSError:
-        entry, source = _from_table("generators", name, "sd_model")
-        _require_planned(entry["pipeline"])
-        return PipelineShape(entry["pipeline"], entry["components"], source)
+        entry, source = _from_table("generators", name, "model_settings.sd_model")
+        return PipelineShape(entry["pipeline"], entry["components"], {}, source)
 
 
-def component(library: str, kind: str, config: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
-    """One model of a pipeline on the meta device; other things, such as a scheduler, as they are."""
-    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    made = getattr(home or importlib.import_module(f"diffusers.pipelines.{library}"), kind)
+def component(library: str, kind: str, config: dict[str, Any], dtype: torch.dtype) -> object:
+    """One model of a pipeline on the meta device; a tokenizer without words, which still fills up; a scheduler."""
+    made = _class(library, kind)
     with init_empty_weights():
-        if not hasattr(made, "config_class") or library == "diffusers":
+        if hasattr(made, "from_config"):
             model = made.from_config(config)
         else:
-            model = made(made.config_class.from_dict(config))
+            model = made(made.config_class.from_dict(config)) if hasattr(made, "config_class") else made(**config)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model.to(dtype).eval() if isinstance(model, torch.nn.Module) else model
 
 
-def reward_model(name: str) -> tuple[torch.nn.Module, str]:
-    """A CLIP on the meta device in float32, as rewards load it, and where its shape was read; else a `PlanError`."""
-    if is_transformers_clip(name):
-        config, source = _transformers_config(name, "rewards", "clip_model")
-        with init_empty_weights():
-            return TransformersClip(transformers.CLIPModel(config)).eval(), source
-    settings, source = _open_clip_settings(name)
+def reward_model(name: str, setting: str = "model_settings.clip_model") -> tuple[torch.nn.Module, str]:
+    """The model of rewards that a setting names, on the meta device in float32, as rewards load it, and its source.
+
+    It is X-CLIP, or has the methods of open_clip's models. A `PlanError` where its shape is not known here.
+    """
     with init_empty_weights():
-        return open_clip.CLIP(**settings).eval(), source
+        if setting == "model_settings.clip_model" and not is_transformers_clip(name):
+            settings, source = _open_clip_settings(name)
+            return open_clip.CLIP(**settings).eval(), source
+        config, source = _transformers_config(name, "rewards", setting)
+        model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    form = {"clip": TransformersClip, "clap": Clap}.get(config.model_type)
+    return form(model) if form else model, source
 
 
 @functools.cache
@@ -126,22 +133,23 @@ def _open_clip_settings(name: str) -> tuple[dict[str, Any], str]:
         path = Path(name) / file if Path(name).is_dir() else hf_hub_download(hub, file, local_files_only=True)
         return json.loads(Path(path).read_text(encoding="utf-8"))["model_cfg"], OWN
     except (OSError, KeyError, ValueError) as error:
-        raise _unknown("clip_model", hub) from error
+        raise _unknown("model_settings.clip_model", hub) from error
+
+
+def _class(library: str, kind: str) -> type:
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    return getattr(home or importlib.import_module(f"diffusers.pipelines.{library}"), kind)
 
 
 def _component_config(name: str, key: str, library: str, kind: str) -> dict[str, Any]:
-    """A component's configuration; {} of a tokenizer, which has no weights."""
-    if "tokenizer" in key or "feature_extractor" in key:
+    """A component's configuration; of a tokenizer, how many tokens it fills up to."""
+    place = {"subfolder": key, "local_files_only": True}
+    if "tokenizer" in key:
+        return {"model_max_length": get_tokenizer_config(name, **place).get("model_max_length")}
+    if "feature_extractor" in key:
         return {}
-    if library == "diffusers":
-        return dict(getattr(diffusers, kind).load_config(name, subfolder=key, local_files_only=True))
-    return AutoConfig.from_pretrained(name, subfolder=key, local_files_only=True).to_dict()
-
-
-def _require_planned(kind: str) -> None:
-    if kind not in PIPELINES:
-        found = f"found a {kind}, allowed in a plan: {', '.join(PIPELINES)}"
-        raise PlanError(f"model_settings.sd_model: {found}. Take one, or measure a short run")
+    load = getattr(_class(library, kind), "load_config", None)
+    return dict(load(name, **place)) if load else AutoConfig.from_pretrained(name, **place).to_dict()
 
 
 def _from_table(kind: str, name: str, setting: str) -> tuple[dict[str, Any], str]:
@@ -153,8 +161,8 @@ def _from_table(kind: str, name: str, setting: str) -> tuple[dict[str, Any], str
 
 def _unknown(setting: str, name: str) -> PlanError:
     if Path(name).exists():
-        return PlanError(f"model_settings.{setting}: {name!r} holds no configuration that the planner can read")
+        return PlanError(f"{setting}: {name!r} holds no configuration that the planner can read")
     return PlanError(
-        f"model_settings.{setting}: the configuration of {name!r} is not on this machine, and the planner's table has "
+        f"{setting}: the configuration of {name!r} is not on this machine, and the planner's table has "
         f"none; fetch it where there is network, a few kB without the weights: hf download {name} --include '*.json'"
     )

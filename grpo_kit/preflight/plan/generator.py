@@ -1,151 +1,116 @@
-"""The generator's part: reading the texts, denoising and decoding, run on a pipeline without values."""
+"""The generator's part: the kit's own drawing, run on a pipeline without values. All that it draws can be planned."""
 
 import math
+from dataclasses import replace
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from transformers import T5EncoderModel
 
 from grpo_kit.config import Config, one_line
 from grpo_kit.config.hardware import choose_dtype
+from grpo_kit.config.media import Medium
 from grpo_kit.config.quiet import quiet_libraries
-from grpo_kit.models.pipeline import save_memory, use_scheduler
-from grpo_kit.models.text_embeddings import KEPT_BYTES, KEPT_TEXTS, TEXTS_AT_ONCE
+from grpo_kit.models.generator import Generator, as_configured
+from grpo_kit.models.text_embeddings import KEPT_BYTES, KEPT_TEXTS, TextEmbeddings, has_separate_encoding
 from grpo_kit.preflight.plan.architectures import PipelineShape, PlanError, component, pipeline_shape
 from grpo_kit.preflight.plan.parts import Part, Phase, Piece, linear_layers, tensors_of
 from grpo_kit.preflight.plan.tracing import Cost, Trace, weightless
 
+_DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 _SETTING = "generation_settings.image_batch_size"
 
 
 @quiet_libraries()
 def plan_generator(config: Config, dtype: torch.dtype) -> Part:
-    """The generator's part of a plan: no picture is drawn twice, no text comes again.
+    """The generator's part of a plan: no sample is drawn twice, no text comes again.
 
-    A `PlanError` where the pipeline's shape is not known here, or how it is called.
+    A `KitError` where the pipeline's shape is not known here, or it cannot draw in this size.
     """
     settings, training, models = config.generation_settings, config.training_settings, config.model_settings
     shape = pipeline_shape(models.generator_config or models.sd_model)
     if models.generator_dtype not in (None, "auto"):
         dtype, _ = choose_dtype("cpu", models.generator_dtype)
     pipeline, pieces = _build(shape, config, dtype)
-    there = tensors_of(*_models(pipeline.components).values())
+    generator = as_configured(pipeline, config, torch.device("cpu") if models.text_encoders_on_cpu else None)
+    steps = generator.num_inference_steps = min(settings.rollout_steps or math.inf, settings.num_inference_steps)
+    notes: tuple[str, ...] = ()
+    if settings.image_batch_size == "auto":
+        generator.batch_size, notes = 1, ("one image a call; auto takes as many as then fit",)
     texts = training.prompts_per_iteration * training.group_size
     images = texts * settings.images_per_prompt
-    at_once = 1 if settings.image_batch_size == "auto" else settings.image_batch_size
-    calls = math.ceil(images / at_once)
-    batch = math.ceil(images / calls)  # the kit makes them as even as can be
-    embeddings = _embeddings(pipeline, config, dtype)
-    text_size = sum(values.nbytes for values in embeddings.values())
-    kept = text_size * max(min(KEPT_TEXTS, KEPT_BYTES // text_size), texts + 1)
-    reading = _reading(pipeline, config, there).times(calls * math.ceil(batch / TEXTS_AT_ONCE))
-    step, latents = _denoising(pipeline, config, embeddings, batch, there)
-    shifted = {"mu": 1.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}
-    steps = min(settings.rollout_steps or settings.num_inference_steps, settings.num_inference_steps)
-    pipeline.scheduler.set_timesteps(steps, **shifted)
-    steps = len(pipeline.scheduler.timesteps)  # some schedulers begin a step twice
-    denoising, decoding = step.times(steps * calls), _decoding(pipeline, latents, there).times(calls)
+    calls = math.ceil(images / generator.images_at_once)
+    reading, denoising, decoding, sample = _drawing(generator, math.ceil(images / calls), steps)  # as even as can be
+    reading, denoising, decoding = (cost.times(calls) for cost in (reading, denoising, decoding))
     raw = training.prompts_per_iteration * models.use_image  # what the policy looks at: drawn before, one by one
     if raw:
-        step, latent = _denoising(pipeline, config, embeddings, 1, there)
-        denoising = denoising.then(step.times(steps * raw))
-        decoding = decoding.then(_decoding(pipeline, latent, there).times(raw))
-    phases = (
-        Phase("texts", reading, "model_settings.drop_t5"),
-        Phase("denoising", denoising, _SETTING),
-        Phase("decoding", decoding, _SETTING),
-    )
-    notes = () if at_once == settings.image_batch_size else ("one image a call; auto takes as many as then fit",)
-    pictures = (images + raw) * 3 * latents.shape[-2] * latents.shape[-1] * pipeline.vae_scale_factor**2
-    return Part("generator", shape.source, pieces, phases, {"kept texts": kept}, notes, pictures)
+        _, step, last, _ = _drawing(generator, 1, steps)
+        denoising, decoding = denoising.then(step.times(raw)), decoding.then(last.times(raw))
+    if models.text_encoders_on_cpu:
+        notes += (f"time not counted: {reading.flops / 1e12:.3g} TFLOP an iteration, for the texts on the CPU",)
+        reading = Cost(0, {})
+    by = "model_settings.drop_t5" if "text_encoder_3" in shape.components else "model_settings.text_encoders_on_cpu"
+    phases = Phase("texts", reading, by), Phase("denoising", denoising, _SETTING), Phase("decoding", decoding, _SETTING)
+    held = {"kept texts": _kept(generator, texts)} if has_separate_encoding(pipeline) else {}
+    return Part("generator", shape.source, pieces, phases, held, notes, (images + raw) * sample)
 
 
 def _build(shape: PipelineShape, config: Config, dtype: torch.dtype) -> tuple[DiffusionPipeline, tuple[Piece, ...]]:
-    """The pipeline without values, set as the config says, and the models that it is made of."""
+    """The pipeline without values, and the models that it is made of."""
     settings = config.model_settings
     named = {name: part for name, part in shape.components.items() if name != "text_encoder_3" or not settings.drop_t5}
     parts = {name: component(*part, dtype) for name, part in named.items()}
     pieces = []
-    for name, model in _models(parts).items():
+    for name, model in [(name, part) for name, part in parts.items() if isinstance(part, torch.nn.Module)]:
         smaller = settings.t5_8bit and isinstance(model, T5EncoderModel)
-        pieces.append(Piece.of(name, model, linear_layers(model) if smaller else ()))
+        piece = Piece.of(name, model, linear_layers(model) if smaller else ())
+        elsewhere = settings.text_encoders_on_cpu and name.startswith("text_encoder")
+        pieces.append(replace(piece, weights=0) if elsewhere else piece)
         weightless(model).requires_grad_(False)
     kind = getattr(diffusers, shape.kind)
-    takes = kind._get_signature_keys(kind)[0]
-    safety = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in takes else {}
-    pipeline = kind(**{name: parts.get(name) for name in takes} | safety)
-    pipeline.set_progress_bar_config(disable=True)
-    if config.generation_settings.scheduler is not None:
-        use_scheduler(pipeline, config.generation_settings.scheduler)
-    save_memory(pipeline, settings)
-    return pipeline, tuple(pieces)
+    takes, options = kind._get_signature_keys(kind)
+    given = {name: value for name, value in shape.options.items() if name in options}
+    given |= {name: parts.get(name) for name in takes}
+    if "safety_checker" in takes:
+        given |= {"safety_checker": None, "requires_safety_checker": False}
+    return kind(**given), tuple(pieces)
 
 
-def _models(parts: dict[str, object]) -> dict[str, torch.nn.Module]:
-    return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+def _drawing(generator: Generator, batch: int, steps: int) -> tuple[Cost, Cost, Cost, int]:
+    """One call's cost before, in and after its denoising, and the bytes of a sample."""
+    parts = generator.pipeline.components
+    there = tensors_of(*parts.values())
+    trace, at = Trace(), []  # where in the log a pass of the denoiser begins or ends
+    for denoiser in filter(None, map(parts.get, _DENOISERS)):
+        denoiser.register_forward_pre_hook(lambda *_: at.append(len(trace.log)))
+        denoiser.register_forward_hook(lambda *_: at.append(len(trace.log)))
 
+    def drawn(text: str, count: int) -> tuple[Cost, Cost, Cost, Medium]:
+        nonlocal trace
+        at.clear()
+        with Trace(there) as trace, generator.steps(count):
+            sample, *_ = generator.generate_images([f"{text} {row}" for row in range(batch)], range(batch))
+        return Cost.of(trace.log[: at[0]]), Cost.of(trace.log[at[0] : at[-1]]), Cost.of(trace.log[at[-1] :]), sample
 
-def _embeddings(pipeline: DiffusionPipeline, config: Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The embeddings of one text, as arguments of the pipeline."""
-    tokens = pipeline.text_encoder.config.max_position_embeddings
-    if denoiser := getattr(pipeline, "transformer", None):  # Stable Diffusion 3
-        t5_tokens = 0 if pipeline.text_encoder_3 is None else _t5_tokens(config)
-        shapes = {"prompt_embeds": (tokens + t5_tokens, denoiser.config.joint_attention_dim)}
-        shapes["pooled_prompt_embeds"] = (denoiser.config.pooled_projection_dim,)
-    else:
-        shapes = {"prompt_embeds": (tokens, pipeline.unet.config.cross_attention_dim)}
-        if second := getattr(pipeline, "text_encoder_2", None):  # XL
-            shapes["pooled_prompt_embeds"] = (second.config.projection_dim,)
-    return {name: torch.zeros(1, *shape, dtype=dtype) for name, shape in shapes.items()}
-
-
-@torch.no_grad()
-def _reading(pipeline: DiffusionPipeline, config: Config, there: list[torch.Tensor]) -> Cost:
-    """Every text encoder reads a few texts."""
-    encoders = [model for name, model in _models(pipeline.components).items() if name.startswith("text_encoder")]
-    with Trace(there) as trace:
-        for encoder in encoders:
-            length = getattr(encoder.config, "max_position_embeddings", None) or max(_t5_tokens(config), 1)
-            encoder(torch.zeros(TEXTS_AT_ONCE, length, dtype=torch.long), output_hidden_states=True)
-    return trace.cost
-
-
-def _t5_tokens(config: Config) -> int:
-    """Of a text, as T5 reads it: without a setting 256, as SD3's pipeline has it."""
-    length = config.generation_settings.max_sequence_length
-    return 256 if length is None else length
-
-
-def _denoising(
-    pipeline: DiffusionPipeline,
-    config: Config,
-    embeddings: dict[str, torch.Tensor],
-    batch: int,
-    there: list[torch.Tensor],
-) -> tuple[Cost, torch.Tensor]:
-    """One step of one call of the pipeline, and the latents (batch, channels, height, width) that it gives."""
-    settings = config.generation_settings
-    inputs = {name: value.repeat(batch, *[1] * (value.dim() - 1)) for name, value in embeddings.items()}
-    if settings.guidance_scale > 1:
-        inputs |= {f"negative_{name}": value for name, value in inputs.items()}
-    size = {name: value for name in ("height", "width") if (value := getattr(settings, name))}
-    noise = [torch.Generator().manual_seed(0) for _ in range(batch)]
-    given = {**inputs, **size, "guidance_scale": settings.guidance_scale, "generator": noise}
     try:
-        with Trace(there) as trace:
-            output = pipeline(**given, num_inference_steps=1, output_type="latent")
-    except ValueError as error:  # a size that it cannot draw
-        raise PlanError(f"generation_settings: the pipeline refuses them: {one_line(error)}") from error
-    return trace.cost, output.images
+        drawn("the first", 1)  # reads what guidance goes away from, too
+        reading, *_ = drawn("a new", 1)
+        (_, two, *_), (_, three, decoding, sample) = drawn("a new", 2), drawn("a new", 3)  # texts that are kept now
+    except (ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        kind, found = type(generator.pipeline).__name__, one_line(f"{type(error).__name__}: {error}")
+        raise PlanError(
+            f"model_settings.sd_model: a {kind} of this form cannot be planned ({found}); measure a short run"
+        ) from error
+    values = getattr(sample, "pictures", [getattr(sample, "samples", sample)])  # of any medium
+    size = sum(np.asarray(one).nbytes for one in values)
+    return reading, three.then(three.then(two.times(-1)).times(max(steps - 3, 0))), decoding, size
 
 
-@torch.no_grad()
-def _decoding(pipeline: DiffusionPipeline, latents: torch.Tensor, there: list[torch.Tensor]) -> Cost:
-    """One call's latents, made into pictures as the pipeline does."""
-    with Trace(there) as trace:
-        decoded = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
-        pictures = pipeline.image_processor.postprocess(decoded, output_type="pt")
-        del decoded
-        pictures.permute(0, 2, 3, 1).float().contiguous()
-    return trace.cost
+def _kept(generator: Generator, texts: int) -> int:
+    """The most bytes of texts' embeddings that are kept."""
+    with Trace():
+        row = TextEmbeddings(generator.pipeline, generator.max_sequence_length).inputs(["a text"], guided=False)
+    size = sum(values.nbytes for values in row.values())
+    return size * max(min(KEPT_TEXTS, KEPT_BYTES // size), texts + 1)

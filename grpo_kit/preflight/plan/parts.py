@@ -150,6 +150,7 @@ def linear_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
     return [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
 
 
-def tensors_of(*models: torch.nn.Module | None) -> list[torch.Tensor]:
-    """The parameters and buffers of some models."""
-    return [tensor for model in filter(None, models) for tensor in (*model.parameters(), *model.buffers())]
+def tensors_of(*parts: object) -> list[torch.Tensor]:
+    """The parameters and buffers of the models among them."""
+    models = [part for part in parts if isinstance(part, torch.nn.Module)]
+    return [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]

@@ -1,7 +1,6 @@
 """The policy's part: sampling, and the GRPO step itself, run on a policy without values."""
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from types import SimpleNamespace
@@ -115,7 +114,7 @@ def _sampling(policy: Policy, rollout: Rollout, length: int, there: list[torch.T
         policy.sample(rollout.asked(), len(rollout.group_ids) // len(rollout.prompts), seed=0)
     hook.remove()
     prompts_run, _, third, fourth = (trace.log[start:end] for start, end in itertools.pairwise([0, *calls[1:]]))
-    cost = Cost(max(held for _, held in prompts_run), Counter(operation for operation, _ in prompts_run))
+    cost = Cost.of(prompts_run)
     if length == 1:
         return cost
     # the first token comes from the prompts' own run; the mean of all others is that of the second and the last

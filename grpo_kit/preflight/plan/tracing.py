@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -42,6 +43,11 @@ class Cost:
 
     peak: int
     operations: Mapping[Operation, float]
+
+    @classmethod
+    def of(cls, log: "Log") -> "Cost":
+        """That of some operations in their order."""
+        return cls(max((held for _, held in log), default=0), Counter(operation for operation, _ in log))
 
     @property
     def flops(self) -> float:
@@ -90,14 +96,14 @@ class Trace(TorchDispatchMode):
     def __init__(self, weights: Iterable[torch.Tensor] = (), answer: bool = True) -> None:
         super().__init__()
         self.log: Log = []
-        self._live = self._peak = 0
+        self._live = 0
         self._answer = answer
         self._known: dict[int, object] = {(own := tensor.untyped_storage())._cdata: own for tensor in weights}
 
     @property
     def cost(self) -> Cost:
         """What was needed so far."""
-        return Cost(self._peak, Counter(operation for operation, _ in self.log))
+        return Cost.of(self.log)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -117,11 +123,9 @@ class Trace(TorchDispatchMode):
             if key not in self._known:  # counted for as long as it lives
                 self._live += size
                 self._known[key] = weakref.finalize(storage, self._release, key, size)
-        self._peak = max(self._peak, self._live)
         if made and not func.is_view:
             operation = _operation(func, args, kwargs, result, given, made)
             copied = given[0].nbytes if operation.kind == "conv" else 0  # its input is laid out anew while it runs
-            self._peak = max(self._peak, self._live + copied)
             self.log.append((operation, self._live + copied))
         return result
 
@@ -163,6 +167,10 @@ class Weightless(torch.Tensor):
 
     def __init__(self, meta: torch.Tensor) -> None:
         self.meta = meta
+
+    def numpy(self) -> np.ndarray:
+        """Values of its shape that are not all the same, so that they are taken for a picture, a film, a sound."""
+        return np.eye(1, self.numel(), dtype=np.float32).reshape(self.shape)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
