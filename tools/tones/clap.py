@@ -15,6 +15,7 @@ from tools.tones.words import corpus, reward_caption
 
 _BATCH = 64
 _TEXT_LENGTH = 24  # tokens
+_NOISE = (3e-4, 2e-2)  # root mean square of the least and the most
 
 
 def new_processor() -> ClapProcessor:
@@ -56,10 +57,16 @@ def features(processor: ClapProcessor, waves: np.ndarray) -> torch.Tensor:
 def train_clap(
     tones: list[Tone], waves: np.ndarray, work: Path, steps: int, seed: int
 ) -> tuple[ClapModel, ClapProcessor, Outcome]:
-    """Contrastive training; the world is so small that a batch is full of near misses."""
+    """Contrastive training; the world is so small that a batch is full of near misses.
+
+    A little noise lies under each sound, at a level of its own: what a generator draws is never silent, and a
+    model that has heard silence alone takes that for another sound.
+    """
     processor = new_processor()
     model = new_model(processor.tokenizer).train()
-    spectra = features(processor, waves)
+    noise = np.random.default_rng(derive_seed(seed, "clap-noise"))
+    levels = 10 ** noise.uniform(*np.log10(_NOISE), (len(waves), 1))
+    spectra = features(processor, waves + levels * noise.standard_normal(waves.shape))
 
     def loss(step: int) -> torch.Tensor:
         rng = random.Random(derive_seed(seed, "clap-batch", step))
