@@ -39,6 +39,8 @@ TITLES = {
     "control": "reward: similarity to the user's prompt",
 }
 
+SIGNALS = {"reward": "reward, held-out prompts", "held_out": "gold check"}
+
 
 def main(
     seeds: Annotated[int, typer.Option(help="how many training seeds of each arm")] = 10,
@@ -137,7 +139,10 @@ def row(arm: str, file: Path) -> dict[str, object]:
 
 @styled
 def hacking_figure(
-    arms: Mapping[str, Sequence[Mapping]], going_on: Mapping | None = None, titles: Mapping[str, str] = TITLES
+    arms: Mapping[str, Sequence[Mapping]],
+    going_on: Mapping | None = None,
+    titles: Mapping[str, str] = TITLES,
+    signals: Mapping[str, str] = SIGNALS,
 ) -> Drawing:
     """Draw both arms: the reward above, gold below, a line a seed; a mark where the divergence was found.
 
@@ -145,21 +150,22 @@ def hacking_figure(
         arms: "game" and "control": what each run's sentinel.json holds.
         going_on: the same of the run that was not stopped; drawn dashed.
         titles: of the arms.
+        signals: which of the runs' signals, from the top, and their labels.
     """
-    figure = new_figure(8.6, 5.2)
-    grid = figure.subplots(2, len(arms), sharex=True, sharey="row", squeeze=False)
+    figure = new_figure(8.6, 1.0 + 2.1 * len(signals))
+    grid = figure.subplots(len(signals), len(arms), sharex=True, sharey="row", squeeze=False)
     for column, (arm, runs) in enumerate(arms.items()):
-        for axes, signal in zip(grid[:, column], ("reward", "held_out"), strict=True):
+        for axes, signal in zip(grid[:, column], signals, strict=True):
             for seen in runs:
                 _draw_run(axes, seen, signal)
             if going_on is not None and arm == "game":
-                signals = pd.DataFrame(going_on["signals"])
-                axes.plot(signals["iteration"], signals[signal], color=GREY, lw=1.2, ls=(0, (3, 2)), zorder=1)
+                seen = pd.DataFrame(going_on["signals"])
+                axes.plot(seen["iteration"], seen[signal], color=GREY, lw=1.2, ls=(0, (3, 2)), zorder=1)
         alarms = sum(seen["divergence"] is not None for seen in runs)
         grid[0][column].set_title(f"{titles[arm]}\n{alarms} alarms in {len(runs)} runs", pad=10)
-        grid[1][column].set_xlabel("iteration")
-    grid[0][0].set_ylabel("reward, held-out prompts")
-    grid[1][0].set_ylabel("gold check")
+        grid[-1][column].set_xlabel("iteration")
+    for axes, label in zip(grid[:, 0], signals.values(), strict=True):
+        axes.set_ylabel(label)
     return figure
 
 

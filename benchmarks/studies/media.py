@@ -49,7 +49,8 @@ TITLES = {
     "moving": {"game": "reward: CLIP, mean over frames", "mended": "reward: that, and motion"},
     "tones": {"game": "reward: loudness", "mended": "reward: CLAP"},
 }
-TRAINED_ON = {"seed, all": "trained on the reward", "random_rewards, all": "trained on random rewards"}
+WATCHED = {"moving": "motion", "tones": "loudness"}
+TRAINED_ON = {"seed": "trained on the reward", "random_rewards": "trained on random rewards"}
 STOPPING = {
     "training_settings.stop_on_divergence": True,
     "training_settings.validate_every": 10,
@@ -78,73 +79,70 @@ def main(
         for arm, settings in ARMS[world].items():
             run = {"training_settings.seed": seed, "training_settings.num_iterations": iterations}
             hacking.measure(out / f"{arm}_{seed}", gk.load_config(profile, STOPPING | settings | run))
-    tables = {"learning": compared(out), "arms": gamed(out, list(ARMS[world]))}
-    for name, table in tables.items():
-        table.to_json(out / f"{name}.json", orient="records", indent=2)
-        typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep=""))
-    found = results(*tables.values())
+    found = {"watched": [WATCHED[world]], "learning": pooled(compared(out)), "arms": gamed(out, list(ARMS[world]))}
     (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (out / "tables.md").write_text("\n\n".join(markdown(found).values()) + "\n", encoding="utf-8")
+    tables = "\n\n".join(markdown(found).values())
+    (out / "tables.md").write_text(tables + "\n", encoding="utf-8")
+    typer.echo(tables)
     learning_figure(found["learning"]).save(out / "learning.png", dpi=110)
-    curves = {arm: [json.loads(place.read_text("utf-8")) for place in _runs(out, arm)] for arm in ARMS[world]}
-    hacking.hacking_figure(curves, titles=TITLES[world]).save(out / "arms.png", dpi=110)
+    curves = {arm: [run for run in found["arms"] if run["arm"] == arm] for arm in ARMS[world]}
+    signals = {"reward": "reward, held-out prompts", WATCHED[world]: WATCHED[world], "gold": "gold check"}
+    hacking.hacking_figure(curves, titles=TITLES[world], signals=signals).save(out / "arms.png", dpi=110)
 
 
 def compared(out: Path) -> pd.DataFrame:
-    """Each run's variants on held-out prompts, a row each with intervals over prompts; then means over seeds."""
+    """Each run's variants on held-out prompts: a row for each variant and metric."""
     found = []
-    for place in sorted(out.glob("*/final_results.json")):
-        variants = json.loads(place.read_text(encoding="utf-8"))["variants"]
-        for variant, metrics in variants.items():
-            for metric in ("reward", "gold"):
-                found.append({"run": place.parent.name, "variant": variant, "metric": metric, **metrics[metric]})
-    table = pd.DataFrame(found)
-    if table.empty:
-        return table
-    keys = [table["run"].str.replace(r"_\d+$", "", regex=True) + ", all", table["variant"], table["metric"]]
-    pooled = [
-        dict(zip(("run", "variant", "metric"), key, strict=True)) | t_interval(group).to_dict()
-        for key, group in table.groupby(keys, sort=False)["mean"]
+    places = [
+        (name, place) for start, name in TRAINED_ON.items() for place in out.glob(f"{start}_*/final_results.json")
     ]
-    return pd.concat([table, pd.DataFrame(pooled)], ignore_index=True)
+    for training, place in places:
+        for variant, metrics in json.loads(place.read_text(encoding="utf-8"))["variants"].items():
+            found += [(training, variant, metric, metrics[metric]["mean"]) for metric in ("gold", "reward")]
+    return pd.DataFrame(found, columns=["training", "variant", "metric", "mean"])
 
 
-def gamed(out: Path, arms: list[str]) -> pd.DataFrame:
-    """The arms' runs: `hacking.row` of each."""
-    return pd.DataFrame([hacking.row(arm, file) for arm in arms for file in _runs(out, arm)])
+def pooled(table: pd.DataFrame) -> dict:
+    """Training → metric → variant → mean and 95 % interval over training seeds."""
+    found: dict = {}
+    for (training, metric, variant), runs in table.groupby(["training", "metric", "variant"], sort=False)["mean"]:
+        found.setdefault(training, {}).setdefault(metric, {})[variant] = t_interval(runs).to_dict()
+    return found
 
 
-def _runs(out: Path, arm: str) -> list[Path]:
-    return sorted(out.glob(f"{arm}_*/sentinel.json"))
-
-
-def results(table: pd.DataFrame, arms: pd.DataFrame) -> dict:
-    """What docs/media.json has of a world: training → metric → variant → interval over seeds; and the arms' runs."""
-    found: dict = {name: {} for name in TRAINED_ON.values()}
-    for run in table[table["run"].isin(TRAINED_ON)].to_dict("records"):
-        ends = {name: run[name] for name in ("mean", "low", "high")}
-        found[TRAINED_ON[run["run"]]].setdefault(run["metric"], {})[run["variant"]] = ends
-    return {"learning": found, "arms": json.loads(arms.to_json(orient="records"))}
+def gamed(out: Path, arms: list[str]) -> list[dict]:
+    """The arms' runs: the alarm, if any, and of each validation the iteration, the reward, its parts and monitors."""
+    found = []
+    for place in (file.parent for arm in arms for file in sorted(out.glob(f"{arm}_*/sentinel.json"))):
+        arm, seed = place.name.rsplit("_", 1)
+        seen = [json.loads(file.read_text("utf-8")) for file in sorted(place.glob("validation_iter_*.json"))]
+        signals = [{name: one[name] for name in ("iteration", "reward")} | one["rewards"] for one in seen]
+        divergence = json.loads((place / "sentinel.json").read_text("utf-8"))["divergence"]
+        found.append({"arm": arm, "seed": int(seed), "divergence": divergence, "signals": signals})
+    return found
 
 
 def learning_figure(learning: dict) -> Drawing:
     """The check and the reward of each variant on held-out prompts, means over seeds, beside the control's."""
-    shown = {series: metrics for series, metrics in learning.items() if metrics}
-    return interval_figure({m: {series: found[m] for series, found in shown.items()} for m in ("gold", "reward")})
+    return interval_figure({m: {series: found[m] for series, found in learning.items()} for m in ("gold", "reward")})
 
 
 def markdown(found: dict) -> dict[str, str]:
     """The tables of docs/media.md for a world: the check and the reward; then a row a run of the arms."""
-    trained, control = found["learning"].values()
+    trained, control = (found["learning"][name] for name in TRAINED_ON.values())
     learning = [["held-out prompts", *trained["gold"], "trained on random rewards"]]
     for metric, name in (("gold", "the check"), ("reward", "the reward")):
         values = [*trained[metric].values(), control[metric]["trained"]]
         learning.append([name, *(_text(value) for value in values)])
-    names = ("reward, first", "reward, last", "gold, first", "gold, last")
-    arms = [["arm", "seed", "iterations", "alarm at", *(name.replace("gold", "held out") for name in names)]]
+    arms = [
+        ["arm", "seed", "alarm at", "iterations", "reward", *found["watched"], "the check", "the check at its best"]
+    ]
     for run in found["arms"]:
-        alarm = "none" if run["alarm at"] is None else f"{run['alarm at']:.0f}"
-        arms.append([run["arm"], f"{run['seed']}", f"{run['iterations']}", alarm, *(f"{run[n]:.3f}" for n in names)])
+        first, last = run["signals"][0], run["signals"][-1]
+        alarm = f"{run['divergence']['iteration']}" if run["divergence"] else "none"
+        moved = [f"{first[name]:.3f} → {last[name]:.3f}" for name in ("reward", *found["watched"], "gold")]
+        best = max(one["gold"] for one in run["signals"])
+        arms.append([run["arm"], f"{run['seed']}", alarm, f"{last['iteration']}", *moved, f"{best:.3f}"])
     return {name: _markdown(rows) for name, rows in {"learning": learning, "arms": arms}.items()}
 
 
