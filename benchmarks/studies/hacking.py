@@ -162,7 +162,9 @@ def hacking_figure(
                 seen = pd.DataFrame(going_on["signals"])
                 axes.plot(seen["iteration"], seen[signal], color=GREY, lw=1.2, ls=(0, (3, 2)), zorder=1)
         alarms = sum(seen["divergence"] is not None for seen in runs)
-        grid[0][column].set_title(f"{titles[arm]}\n{alarms} alarms in {len(runs)} runs", pad=10)
+        grid[0][column].set_title(
+            f"{titles[arm]}\n{alarms} {'alarm' if alarms == 1 else 'alarms'} in {len(runs)} runs", pad=10
+        )
         grid[-1][column].set_xlabel("iteration")
     for axes, label in zip(grid[:, 0], signals.values(), strict=True):
         axes.set_ylabel(label)
