@@ -1,18 +1,22 @@
 """The shipped models do what their cards say, and the recorded run learned."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, T5Tokenizer
 
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards.clip import ClipSimilarity
 from grpo_kit.shapeworld.scene import random_scenes
+from tools.moving.captions import corpus as films
 from tools.shapeworld import measure
-from tools.shapeworld.vocabulary import clip_tokenizer, qwen_tokenizer
+from tools.shapeworld.vocabulary import TEXT_LENGTH, clip_tokenizer, qwen_tokenizer, word_tokenizer
+from tools.tones.words import corpus as sounds
 
 SHIPPED = PROJECT_ROOT / "data" / "shapeworld"
 
@@ -54,6 +58,22 @@ def test_a_build_that_goes_on_numbers_its_words_as_before() -> None:
     """The library's trainer numbers single letters differently each time; the embeddings must not notice."""
     assert clip_tokenizer().get_vocab() == clip_tokenizer().get_vocab()
     assert qwen_tokenizer().get_vocab() == qwen_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("world", ["moving", "tones"])
+def test_every_word_of_a_small_world_is_one_token_of_its_generator(world: str) -> None:
+    texts = {"moving": films, "tones": sounds}[world]()
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT_ROOT / "data" / world / "generator" / "tokenizer")
+    assert tokenizer.get_vocab() == word_tokenizer(texts).get_vocab()
+    for text in texts[:1000]:
+        assert len(tokenizer(text).input_ids) == len(re.findall(r"\w+|,", text)) + 1 <= TEXT_LENGTH, text
+    assert tokenizer.unk_token_id not in tokenizer("a zebra that juggles").input_ids
+
+
+def test_a_tokenizer_that_is_trained_on_these_words_spells_them_out() -> None:
+    """The broken twin: captions became so long that their ends were cut."""
+    trained = T5Tokenizer().train_new_from_iterator(films(), vocab_size=320)
+    assert max(len(trained(text).input_ids) for text in films()) > TEXT_LENGTH
 
 
 @pytest.mark.parametrize("name", ["policy", "generator", "clip"])

@@ -22,6 +22,7 @@ from grpo_kit.shapeworld.moving import (
     random_films,
     render,
 )
+from tools.moving.__main__ import attribute_rates
 
 FILM = Film("red", "circle", "left", "fast", "clean")
 
@@ -116,6 +117,8 @@ def test_the_generator_knows_its_own_words_and_no_users_words(kit):
     users = [describe(film, "user") for film in films]
     theirs = gold(kit.generator.generate_images(users, range(12)), users, [])
     assert np.mean(own) > np.mean(theirs) + 0.25
+    rates = attribute_rates(videos, films)
+    assert min(rates[name] for name in ("colour", "shape", "direction", "speed")) > 0.8, rates
 
 
 def test_the_harmful_word_stops_the_film(kit):
