@@ -16,7 +16,7 @@ SHORT = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("random_rewards", [False, True])
+@pytest.mark.parametrize("random_rewards", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_run_is_trained_and_judged_once(tmp_path: Path, random_rewards: bool):
     profile = tmp_path / "short.json"
     profile.write_text(json.dumps(SHORT), encoding="utf-8")

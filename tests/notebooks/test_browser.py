@@ -242,7 +242,7 @@ def opened(lab: Lab, browser: sync_api.Browser, request: pytest.FixtureRequest) 
     )
     page.on("pageerror", lambda error: note(notebook, "error", str(error)))
     page.goto(lab.page(request.param))
-    page.wait_for_function(READY)
+    page.wait_for_function(READY, timeout=3000 * SECONDS)  # a kernel on a busy machine
     yield notebook
     if not notebook.broken:
         notebook.check()
