@@ -45,7 +45,7 @@ def finished(before: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     run = place / "run"
     short = {"num_iterations": 4, "seeds_per_prompt": 1, "trial_iterations": 2, "trial_seeds": 2}
     parameters = [part for name, value in short.items() for part in ("-p", f"{name}={value}")]
-    chosen = ["--notebooks", "00,07,08,09", "--run-dir", str(run)]
+    chosen = ["--profile", "workshop", "--notebooks", "00,07,08,09", "--run-dir", str(run)]
     command = [sys.executable, "-m", "grpo_kit.cli", "run", *chosen, *parameters]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
