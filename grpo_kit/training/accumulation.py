@@ -259,8 +259,9 @@ def why_unscored(rollout: Rollout) -> NonFinite:
         return NonFinite("sampling", f"log-probabilities in sampling ({rows} of {len(rollout.rewards)} completions)")
     if not any(image is not None for images in rollout.images for image in images):
         return NonFinite("pictures", f"the pictures (all {len(rollout.rewards)} are blank or not finite)")
-    bad = [name for name, values in rollout.reward_parts.items() if values.isnan().all()]
-    return NonFinite("rewards", f"the rewards (no sample has one; {', '.join(bad) or 'their parts'} gave no number)")
+    said = {name: "abstained" if v.isinf().all() else "gave no number" for name, v in rollout.reward_parts.items()}
+    bad = [f"{name} {said[name]}" for name, values in rollout.reward_parts.items() if not values.isfinite().any()]
+    return NonFinite("rewards", f"the rewards (no sample has one; {', '.join(bad) or 'their parts gave no number'})")
 
 
 def skip_metrics(skipped: int, reason: NonFinite | None) -> dict[str, float]:

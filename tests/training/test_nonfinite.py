@@ -222,6 +222,13 @@ def test_diagnosis_names_the_first_part_in_the_order_of_computing():
     assert finite.non_finite_loss(good, good, good, INF).part == "loss"
 
 
+def test_rewards_that_abstained_are_told_from_those_that_gave_no_number(rollout: Rollout):
+    count = len(rollout.rewards)
+    parts = {"mine": torch.full((count,), INF), "yours": torch.full((count,), NAN), "gold": torch.ones(count)}
+    unscored = dataclasses.replace(rollout, reward_parts=parts, rewards=torch.full((count,), NAN))
+    assert "mine abstained, yours gave no number)" in str(accumulation_file.why_unscored(unscored))
+
+
 def test_of_several_gradients_the_one_next_to_the_output_is_named():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     model[1].register_full_backward_hook(lambda module, inward, outward: (inward[0] * NAN,))
