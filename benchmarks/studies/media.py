@@ -22,6 +22,10 @@ from grpo_kit.show.intervals import interval_figure
 from grpo_kit.show.style import Drawing
 
 PROFILES = {"moving": "tiny_video", "tones": "tiny_audio"}
+MANY_PROMPTS = {  # and few validations, among which the level is shared: what the check loses is small beside its noise
+    "evaluation_settings.validation_prompts": 80,
+    "training_settings.validate_every": 20,
+}
 ARMS = {
     "moving": {
         "game": {
@@ -38,12 +42,12 @@ ARMS = {
         "game": {
             "reward_settings.weights": {"loudness": 1.0},
             "reward_settings.monitors": ["gold", "clap_similarity"],
-            "evaluation_settings.validation_prompts": 80,  # all: what the check loses is small beside its noise
+            **MANY_PROMPTS,
         },
         "mended": {
             "reward_settings.weights": {"clap_similarity": 1.0},
             "reward_settings.monitors": ["gold", "loudness"],
-            "evaluation_settings.validation_prompts": 80,
+            **MANY_PROMPTS,
         },
     },
 }
