@@ -19,16 +19,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Faults, each tried for real.")
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(known)}; all when left out")
     parser.add_argument("--short", action="store_true", help="a few tries of each")
-    parser.add_argument("--broken", action="store_true", help="show instead that broken versions of the kit are caught")
+    parser.add_argument(
+        "--broken",
+        action="store_true",
+        help="show that broken versions of the kit are caught; alone, or before the faults that are named",
+    )
     given = parser.parse_args(arguments)
-    if given.broken:
-        return int(bool(escaped()))
     unknown = [name for name in given.faults if name not in known]
     if unknown:
         parser.error(f"fault {unknown[0]!r:.40}: allowed: {', '.join(known)}")
+    missed = escaped() if given.broken else []
+    if given.broken and not given.faults:
+        return int(bool(missed))
     rows = [_try(known[name], given.short) for name in known if name in (given.faults or known)]
     print(table(rows))
-    return int(not all(outcome.withstood for _, outcome in rows))
+    return int(bool(missed) or not all(outcome.withstood for _, outcome in rows))
 
 
 def _try(one: Fault, short: bool) -> tuple[Fault, Outcome]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from grpo_kit.experiment import Experiment
@@ -75,10 +75,11 @@ def every_crash(
     begun: Path | None,
     choose: Callable[[Iterable[str]], Iterable[str]],
     stride: int = 1,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Outcome:
     """The crashes of one run, at every so many operations, that leave the chosen states: go on, and compare."""
     place.mkdir()
-    expected, states = reference(kit, place / "reference"), collect(kit, place, begun, stride)
+    expected, states = reference(kit, place / "reference"), collect(kit, place, begun, stride, kinds)
     outcome, before = Outcome(0), -1 if begun is None else newest(begun)
     for state in choose(states):
         folder, times = place / "states" / state, len(states[state])
@@ -90,10 +91,12 @@ def every_crash(
     return outcome
 
 
-def collect(kit: Experiment, place: Path, begun: Path | None, stride: int = 1) -> dict[str, list[str]]:
+def collect(
+    kit: Experiment, place: Path, begun: Path | None, stride: int = 1, kinds: Sequence[Kind] = KINDS
+) -> dict[str, list[str]]:
     """The different states that crashes of one run leave, in `place/states`: name → the crashes that leave it."""
     crashes, log = place / "crashes.jsonl", place / "watched.log"
-    ended = child(lambda: _watch_crashes(kit, place / "watched", begun, crashes, stride), log).finish()
+    ended = child(lambda: _watch_crashes(kit, place / "watched", begun, crashes, stride, kinds), log).finish()
     if ended.code != 0:
         raise RuntimeError(f"the run that was only to be watched failed: {ended.text[-500:]}")
     states: dict[str, list[str]] = {}
@@ -102,11 +105,13 @@ def collect(kit: Experiment, place: Path, begun: Path | None, stride: int = 1) -
     return states
 
 
-def _watch_crashes(kit: Experiment, folder: Path, begun: Path | None, crashes: Path, stride: int) -> None:
+def _watch_crashes(
+    kit: Experiment, folder: Path, begun: Path | None, crashes: Path, stride: int, kinds: Sequence[Kind]
+) -> None:
     seen: dict[str, str] = {}  # digest → the first crash that left it
 
     def crash(disk: Disk, number: int, operation: str, place: Path) -> None:
-        for kind in KINDS if number % stride == 0 else ():
+        for kind in kinds if number % stride == 0 else ():
             target = folder.with_name("states") / f"{number}_{kind.__name__}"
             disk.copy(target)
             possible = kind(disk, target)

@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.chaos import Outcome
-from tests.chaos.crashes import every_crash, first_kit
+from tests.chaos.crashes import Kind, every_crash, first_kit, killed, power_cut_empty, power_cut_half, torn
 from tests.chaos.damages import flipped, one_damage, runs
 from tests.chaos.experiment import experiment, reference, scratch
 from tests.chaos.refusals import refused_operation
@@ -57,18 +57,21 @@ def unguarded(self: object, *arguments: object) -> contextlib.AbstractContextMan
     return contextlib.nullcontext()
 
 
-def last_state(kind: str) -> Callable[[Path], Outcome]:
-    """The crash of one kind after all is done, or the last that leaves another state."""
-    return lambda place: every_crash(first_kit(), place / "run", None, lambda states: _ending(states, kind)[-1:])
+def last_state(kind: Kind) -> Callable[[Path], Outcome]:
+    """The crash of one kind after all is done, or the last that leaves another state than a kill."""
+    return lambda place: _crash(place, kind, slice(-1, None))
 
 
-def first_state(kind: str) -> Callable[[Path], Outcome]:
+def first_state(kind: Kind) -> Callable[[Path], Outcome]:
     """The first crash of one kind."""
-    return lambda place: every_crash(first_kit(), place / "run", None, lambda states: _ending(states, kind)[:1])
+    return lambda place: _crash(place, kind, slice(1))
 
 
-def _ending(states: Iterable[str], kind: str) -> list[str]:
-    return [state for state in states if state.endswith(kind)]
+def _crash(place: Path, kind: Kind, which: slice) -> Outcome:
+    def choose(states: Iterable[str]) -> list[str]:
+        return [state for state in states if state.endswith(kind.__name__)][which]
+
+    return every_crash(first_kit(), place / "run", None, choose, kinds=(killed, kind))
 
 
 def refused(place: Path) -> Outcome:
@@ -93,14 +96,14 @@ def two_writers(place: Path) -> Outcome:
 TWINS: dict[str, Twin] = {
     "nothing_flushed": Twin(
         "R2",
-        last_state("power_cut_empty"),
+        last_state(power_cut_empty),
         {f"{_FOLDER}.flush": nothing, "grpo_kit.runs.durable.flush": nothing, f"{_FOLDER}.flush_tree": nothing}
         | {f"{_CHECKPOINT}.flush": nothing, f"{_CHECKPOINT}.flush_tree": nothing},
     ),
     "commit_before_what_it_vouches_for": Twin(
-        "R2", last_state("power_cut_half"), {f"{_FOLDER}.RunFolder.commit": lambda self, save: save()}
+        "R2", last_state(power_cut_half), {f"{_FOLDER}.RunFolder.commit": lambda self, save: save()}
     ),
-    "files_written_in_place": Twin("R2", first_state("torn"), {f"{_FOLDER}.replace_file": in_place}),
+    "files_written_in_place": Twin("R2", first_state(torn), {f"{_FOLDER}.replace_file": in_place}),
     "errors_left_to_the_libraries": Twin("R6", refused, {f"{_FOLDER}.RunFolder.file_errors": unguarded}),
     "hashes_not_compared": Twin("R7", one_flip, {f"{_CHECKPOINT}.sha256": lambda file: "any"}),
     "optimizer_forgotten": Twin(

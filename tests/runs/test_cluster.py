@@ -269,7 +269,10 @@ def of_ray() -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)],  # Ctrl-C is tried above
+)
 def test_a_local_cluster_ends_with_the_command(series: Path, tmp_path: Path, number: signal.Signals, expected: int):
     (tmp_path / "g.yaml").write_text("case: [well, waits]")
     before, run = of_ray(), tmp_path / "run"

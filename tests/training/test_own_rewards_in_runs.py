@@ -2,24 +2,25 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from support.grids import write_notebook
 
+from grpo_kit import cli
 from grpo_kit.config import PROJECT_ROOT, KitError, load_config
 from grpo_kit.evaluation.evaluate import evaluate
 from grpo_kit.experiment import Experiment
 from grpo_kit.rewards import Rewards, load_rewards
+from grpo_kit.runs import notebooks as headless
 from grpo_kit.training.branch import branch
 from grpo_kit.training.loop import start, train
 from grpo_kit.training.replay import replay
+from tests.chaos.phases import interrupting, this_process_gets
 
 QUICK = {
     "training_settings.num_iterations": 2,
@@ -191,40 +192,39 @@ def test_file_that_was_moved_goes_on_by_its_new_place_and_changed_code_in_a_bran
 
 @pytest.mark.slow
 @pytest.mark.field("F1")
-def test_reward_in_a_file_is_the_same_in_every_command(tmp_path: Path, file: Path):
-    settings = {**QUICK, "training_settings.num_iterations": 400, "training_settings.validate_every": 400}
+def test_reward_in_a_file_is_the_same_in_every_command(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     sections: dict[str, dict] = {"reward_settings": {"weights": {"my_rewards.py:redness": 1.0}}}
-    for key, value in settings.items():
+    for key, value in QUICK.items():
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = value
     (tmp_path / "c.json").write_text(json.dumps(sections))
     run = tmp_path / "run"
 
-    def command(*arguments: str, code: int = 0, folder: Path = tmp_path) -> str:
-        line = [sys.executable, "-m", "grpo_kit.cli", *arguments]
-        env = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
-        done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr[-2000:]
-        return done.stdout + done.stderr
+    def command(*arguments: str, code: int = 0, folder: Path = PROJECT_ROOT) -> str:
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(arguments))
+        done = capsys.readouterr()
+        assert (stop.value.code or 0) == code, done.err
+        return done.out + done.err
 
-    line = [sys.executable, "-m", "grpo_kit.cli", "train", "--config", "c.json", "--run-dir", str(run)]
-    env = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
-    process = subprocess.Popen(line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not ((run / "metrics.jsonl").is_file() and len(_lines(run)) >= 2):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130, process.stdout.read()
+    with interrupting("rewards", 0.5, this_process_gets(signal.SIGINT)):
+        command("train", "--config", "c.json", "--run-dir", str(run), code=130, folder=tmp_path)
     reached = len(_lines(run))
-    last = f"training_settings.num_iterations={reached + 2}"
-    command("train", "--run-dir", str(run), "-o", last, folder=PROJECT_ROOT)
-    assert len(_lines(run)) == reached + 2 and all("rewards/redness/mean" in line for line in _lines(run))
-    command("evaluate", str(run), folder=PROJECT_ROOT)
+    command("train", "--run-dir", str(run), "-o", f"training_settings.num_iterations={reached + 2}")
+    assert reached and len(_lines(run)) == reached + 2 and all("rewards/redness/mean" in line for line in _lines(run))
+    command("evaluate", str(run))
     rows = pd.read_parquet(run / "evaluation/rows.parquet")
     assert (rows["reward/redness"] == rows["reward"]).all()
     assert "reward 1 · redness (my_rewards.py:redness)" in (run / "best/README.md").read_text()
-    assert "equal bit for bit" in command("replay", str(run), "--iteration", str(reached + 1), folder=PROJECT_ROOT)
+    assert "equal bit for bit" in command("replay", str(run), "--iteration", str(reached + 1))
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"seeds": [0, 1]}))
-    changes = ["-o", "training_settings.num_iterations=2"]
-    command("run", "--config", "c.json", "--notebooks", "07", "--grid", "grid.yaml", "--run-dir", "grid", *changes)
+    train_it = "import grpo_kit as gk\ncfg = gk.load_config(profile, {'training_settings.seed': seed})"
+    write_notebook(tmp_path / "series" / "00_train.ipynb", f"{train_it}\ngk.train(gk.load_experiment(cfg), run_dir)")
+    monkeypatch.setattr(headless, "NOTEBOOK_FOLDER", tmp_path / "series")
+    grid = ("--grid", "grid.yaml", "--run-dir", "grid")
+    command("run", "--config", "c.json", "--notebooks", "00", *grid, folder=tmp_path)
     trials = [place.parent for place in (tmp_path / "grid").glob("*/metrics.jsonl")]
     assert len(trials) == 2 and all("rewards/redness/mean" in line for trial in trials for line in _lines(trial))
