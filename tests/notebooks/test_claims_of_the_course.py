@@ -70,15 +70,28 @@ def test_the_statements_in_their_place_are_there() -> None:
     """Those that have no number; the ones with numbers are computed, here or in `test_claims`."""
     states("06", "how easy a prompt is becomes noise in the gradient;")
     states("06", "It stops the *next* update of a token; it does not limit how far one update goes.")
-    states("06", "so it is *estimated* from those that were sampled.")
-    states("06", "Three estimates are in use that need the sampled tokens' probabilities alone")
     states("06", "No sampled token has one by itself; padding, a masked logit or a sampler that disagrees")
     states("04", "so that a picture's vector lies nearer to that of its own caption than to those of others.")
     states("05", "The reward looks at the picture and at the user's prompt, never at the rewrite,")
     states("07", "Without a KL term the loss of a fresh batch is 0 by construction")
 
 
-def test_a_log_ratio_of_100_overflows_and_nothing_smaller_than_88_does() -> None:
+def test_the_kl_of_a_next_token_is_a_sum_and_only_the_tokens_before_it_are_sampled() -> None:
+    """06_grpo_loss: the KL of two tokens is that of the first, and the mean of the exact ones of the second."""
+    states("06", "so it is *estimated* from those that were sampled.")
+    states("06", "After given tokens, the KL of the next token is a sum over the vocabulary and can be computed.")
+    states("06", "What has to be sampled is the tokens before it.")
+    rng = np.random.default_rng(0)
+    first, second, first_ref, second_ref = (
+        special.log_softmax(rng.normal(size=shape), axis=-1) for shape in (5, (5, 5), 5, (5, 5))
+    )
+    texts, reference = first[:, None] + second, first_ref[:, None] + second_ref
+    whole = (np.exp(texts) * (texts - reference)).sum()
+    later = (np.exp(second) * (second - second_ref)).sum(axis=1)  # (5,): exact, by first token
+    assert (np.exp(first) * (first - first_ref)).sum() + np.exp(first) @ later == pytest.approx(whole)
+
+
+def test_a_log_ratio_of_100_overflows() -> None:
     """06_grpo_loss: infinite in float32, and infinite times 0 is NaN."""
     states("06", "That is infinite in float32, infinite times 0 is NaN,")
     with np.errstate(over="ignore", invalid="ignore"):
