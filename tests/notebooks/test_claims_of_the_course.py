@@ -183,6 +183,11 @@ def test_what_is_said_of_the_kl_before_the_prediction() -> None:
     gaps = np.concatenate([np.subtract(o, f) for o, f in zip(last["old_logprobs"], last["ref_logprobs"], strict=True)])
     claim = "the last kept rollout of this run has a KL of about # nats a token, and # tokens a rewrite."
     assert_rounds(said("02", claim), [gaps.mean(), last["old_logprobs"].map(len).mean()])
+    k3 = (np.exp(-gaps) - 1 + gaps).mean()
+    assert k3 == pytest.approx(metrics()["kl"].iloc[-1], abs=0.005)
+    assert_rounds(
+        said("02", "(The log says # there: it has another estimate of the same KL, k3 of notebook 06.)"), [k3]
+    )
 
 
 def settings_iterations() -> int:
