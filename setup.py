@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("data", "notebooks", "docs/plans.json")
+SHIPPED = ("data", "notebooks", "docs/plans.json", "docs/media.json")
 
 
 class BuildWithShippedFiles(build_py):

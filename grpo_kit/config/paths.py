@@ -9,7 +9,7 @@ from typing import Any
 from grpo_kit.config.errors import ConfigError, shown
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_SHIPPED = _PACKAGE / "shipped"  # only in a wheel: data/, notebooks/ and docs/plans.json, which setup.py puts there
+_SHIPPED = _PACKAGE / "shipped"  # only in a wheel: data/, notebooks/ and two files of docs/, which setup.py puts there
 PROJECT_ROOT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent  # what comes with the kit counts from here
 _MODELS = "vlm_model policy_adapter sd_model generator_config generator_lora clip_model clip_pretrained".split()
 # A model may also be a hub id, so it is a path only where something lies there.
