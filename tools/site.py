@@ -289,7 +289,8 @@ def write_exercises(notebook: nbformat.NotebookNode, path: Path, source: Path) -
         code = stub(notebook.cells[number + 1].source)
         asked = _("Write it in [{}]({}), where `gk.course.check` tries it:")
         asked = asked.format(path.stem, moved(place.name, old, new))
-        _write(source / new / f"{name}.md", f"{title}\n{task}\n\n{asked}\n\n```python\n{code}\n```\n".encode())
+        text = f"{title}\n\n{task.strip()}\n\n{asked}\n\n```python\n{code}\n```\n"
+        _write(source / new / f"{name}.md", text.encode())
         names.append(name)
     return names
 
