@@ -270,9 +270,7 @@ SEEN = """() => [...document.querySelectorAll('main *')].filter(one => one.tagNa
 def english(page: sync_api.Page, data: set[str]) -> list[str]:
     """What a Korean page says without a Korean letter, though it has a word: not a prompt of the run, not a name."""
     seen = page.evaluate(SEEN)
-    return [
-        text for text in seen if re.search("[A-Za-z]{2}|undefined", text) and text not in data and not is_korean(text)
-    ]
+    return [text for text in seen if re.search("[A-Za-z]{2}|[{}]", text) and text not in data and not is_korean(text)]
 
 
 def is_korean(text: str) -> bool:
