@@ -1,12 +1,13 @@
 """The Korean edition, by PO files: `python -m tools.korean extract | build | check [NAME …]`.
 
-A message is a paragraph of a notebook's markdown cell, or of README.md, or a sentence of an exercise's check;
-`docs/locale/ko` has a file for each notebook, one for README and one for the checks.
+A message is a paragraph of a notebook's markdown cell, of README.md or of a page of the site, a word of such a page,
+or a sentence of an exercise's check; `docs/locale/ko` has a file for each notebook, one for README, one for the site
+and one for the checks.
 
 extract  brings the PO files up to date with the English: what did not change keeps its Korean, what changed a little
          keeps it marked fuzzy, what is gone goes.
 build    writes notebooks/ko, README.ko.md and data/course/ko.json from what is wholly translated (with names: from
-         these in any case).
+         these in any case); the site's pages are built with the site.
 check    says what a translation lost of its English: numbers, code, links, formulas, tags, the shape of the text;
          it fails too while a paragraph has no Korean.
 """
@@ -25,10 +26,11 @@ from markdown_it import MarkdownIt
 
 from tools import colab
 from tools.korean_course import MODULES, course_messages
+from tools.site_words import PAGES, site_words
 
 ROOT = Path(__file__).parents[1]
 CATALOGUES = ROOT / "docs" / "locale" / "ko"
-README, COURSE = "readme", "course"
+README, COURSE, SITE = "readme", "course", "site"
 LANGUAGES = "**English** · [한국어]({})", "[English]({}) · **한국어**"  # the paragraph that leads to the other one
 GLOSSARY = " · [용어집]({}docs/glossary_ko.md)"  # for the map and README, which lead to docs/
 NO_OUTPUTS = " (그림과 출력은 영어판에 저장되어 있습니다. 여기서는 셀을 실행하면 나타납니다.)"
@@ -51,7 +53,7 @@ _MARKDOWN = MarkdownIt().enable("table")
 def sources() -> dict[str, Path]:
     """Name of a PO file → the English file whose paragraphs it has."""
     notebooks = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-    return notebooks | {README: ROOT / "README.md", COURSE: MODULES}
+    return notebooks | {README: ROOT / "README.md", COURSE: MODULES, SITE: PAGES}
 
 
 def paragraphs(text: str) -> list[str]:
@@ -80,12 +82,15 @@ def messages(path: Path) -> Iterator[tuple[str, str]]:
     if path == MODULES:
         yield from course_messages()
         return
-    cells = [(path.name, path.read_text(encoding="utf-8"))]
+    files = sorted(path.rglob("*.md")) if path.is_dir() else [path]
+    cells = [(file.name, file.read_text(encoding="utf-8")) for file in files]
     if path.suffix == ".ipynb":
         notebook = nbformat.read(path, as_version=4)
         cells = [(cell.id, cell.source) for cell in notebook.cells if cell.cell_type == "markdown"]
     for place, text in cells:
         yield from ((place, part.strip("\n")) for part in paragraphs(text)[::2] if is_message(part))
+    if path == PAGES:
+        yield from site_words()
 
 
 def read(name: str) -> polib.POFile:
@@ -241,7 +246,7 @@ def main(command: str, *chosen: str) -> int:
         said = list(problems(name, catalogue)) if command == "check" else []
         if command == "check" and {entry.msgid for entry in catalogue} != {text for _, text in messages(path)}:
             said.append(f"{name}.po: not what the English says now; run: python -m tools.korean extract")
-        if whole or (chosen and command == "build"):
+        if (whole or (chosen and command == "build")) and name != SITE:
             target, text = built(name, catalogue)
             if command == "build":
                 target.parent.mkdir(exist_ok=True)

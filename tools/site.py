@@ -1,5 +1,6 @@
 """The site: notebooks as executed, documents, exercises and playgrounds as pages that need no network.
 
+Notebooks, exercises, playgrounds and the first page are there in English and in Korean (docs/locale/ko).
 `python -m tools.site` (or `make site`) gathers them into build/site/source and calls Sphinx, which writes
 build/site/html. Nothing is executed. With `--repository OWNER/NAME` each notebook's page leads to Colab and Binder.
 """
@@ -7,6 +8,7 @@ build/site/html. Nothing is executed. With `--repository OWNER/NAME` each notebo
 import hashlib
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -24,11 +26,11 @@ from nbformat.v4 import new_markdown_cell
 
 from grpo_kit.course.editions import stub, write_students
 from tools.colab import LABEL
-from tools.korean import NO_OUTPUTS
+from tools.korean import LANGUAGES, NO_OUTPUTS, translated
 from tools.site_numbers import write_playgrounds
+from tools.site_words import PAGES, in_korean, speaker
 
 ROOT = Path(__file__).parents[1]
-PAGES = ROOT / "docs" / "site"
 DOCUMENTS = (
     "README.md",
     "README.ko.md",
@@ -46,12 +48,12 @@ LIVE = {  # a widget, of which a page has a picture → where it moves
     "LossPlayground(": "loss",
     "GroupExplorer(": "groups",
 }
-LIVE_HERE = (
-    "A picture of a widget. One that moves is [on this site]({}).",
-    "위젯의 그림입니다. 움직이는 것은 [이 사이트에]({}) 있습니다.",
-)
-IN_WORDS = {"en": ("README.md", "Figure of the section “{}”."), "ko": ("README.ko.md", "“{}” 절의 그림.")}
-LANGUAGES = "**English** · [한국어](ko/{})"
+README = {"en": "README.md", "ko": "README.ko.md"}
+TWINS = {  # the folder of an English page → that of the Korean one
+    "notebooks": "notebooks/ko",
+    "playgrounds": "ko/playgrounds",
+    "exercises": "ko/exercises",
+}
 MOST_WORDS = 400  # characters of a picture's text
 MENDED = {  # of the theme's HTML: what axe finds
     'role="heading"': 'role="heading" aria-level="2"',
@@ -72,10 +74,9 @@ def gather(source: Path, extra: Path, repository: str = "") -> None:
     for pattern in (*DOCUMENTS, *BESIDE):
         for path in sorted(ROOT.glob(pattern)):
             _write(source / path.relative_to(ROOT), _into_site(path) if path.suffix == ".md" else path.read_bytes())
-    _write(source / "index.md", _index().encode())
-    for path in (PAGES / "playgrounds").glob("*.md"):
-        _write(source / path.relative_to(PAGES), path.read_bytes())
-    write_playgrounds(PAGES / "playgrounds", source / "playgrounds", extra / "playgrounds")
+    for path in (PAGES / "index.md", *(PAGES / "playgrounds").glob("*.md")):
+        write_page(path, source)
+    write_playgrounds(PAGES / "playgrounds", source, extra)
     _copy_report(extra / "reports" / "reference")
     with tempfile.TemporaryDirectory() as folder:
         write_students(Path(folder) / "notebooks")
@@ -86,36 +87,79 @@ def gather(source: Path, extra: Path, repository: str = "") -> None:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
-        exercises += write_exercises(notebook, path, source / "exercises")
+        names = write_exercises(notebook, path, source)
+        exercises += names
+        links = {language: [_exercises_link(language)] * bool(names) for language in README}
         korean = path.parent / "ko" / path.name
-        alts |= _write_notebook(notebook, path, source, repository, _other_language(notebook, korean))
+        alts |= _write_notebook(notebook, path, source, repository, _other_language(notebook, korean) + links["en"])
         if korean.is_file():
             notebook = nbformat.read(korean, as_version=4)
+            write_exercises(notebook, korean, source)
             notebook.cells[0].source = notebook.cells[0].source.replace(NO_OUTPUTS, "")  # here it has them
             for cell in notebook.cells:  # its code is the English one's, and so is what the code showed
                 cell.update({"outputs": outputs[cell.id]} if cell.cell_type == "code" else {})
-            alts |= _write_notebook(notebook, korean, source, repository, [])
+            alts |= _write_notebook(notebook, korean, source, repository, links["ko"])
         _write(extra / path.relative_to(ROOT), path.read_bytes())
-    _write(source / "exercises" / "index.md", _exercise_index(exercises).encode())
+    for language, folder in (("en", "exercises"), ("ko", "ko/exercises")):
+        _write(source / folder / "index.md", _exercise_index(exercises, language).encode())
     _write(source / "alts.json", json.dumps(alts, ensure_ascii=False, indent=1).encode())
 
 
 def _other_language(notebook: nbformat.NotebookNode, korean: Path) -> list[str]:
     """The link to the Korean notebook, where there is one, and the notebook does not have the link itself."""
-    link = LANGUAGES.format(korean.name)
+    link = LANGUAGES[0].format(f"ko/{korean.name}")
     return [link] * (korean.is_file() and link not in notebook.cells[0].source)
 
 
-def _index() -> str:
-    """The first page, whose contents have every document, and the Korean pages where there are any."""
-    documents = [path.relative_to(ROOT).with_suffix("").as_posix() for path in sorted(ROOT.glob("docs/*.md"))]
-    korean = [page for page in documents if page.endswith("_ko")]
-    korean += [f"notebooks/ko/{path.stem}" for path in sorted(ROOT.glob("notebooks/ko/*.ipynb"))]
-    korean = ["README.ko"] * (ROOT / "README.ko.md").is_file() + korean
-    korean = [page for page in korean if page.endswith("index")] + [page for page in korean if page[-5:] != "index"]
-    toctree = "\n".join(["```{toctree}", ":hidden:", ":caption: 한국어", "", *korean, "```"]) if korean else ""
-    text = (PAGES / "index.md").read_text(encoding="utf-8").replace("<!-- korean -->", toctree)
-    return text.replace("<!-- documents -->", "\n".join(page for page in documents if page not in korean))
+def _other_page(language: str, place: str) -> str:
+    """The line of a page of the site that leads to the page in the other language."""
+    links = {"en": LANGUAGES[0].format(moved(place, "", posixpath.dirname(place), korean=True))}
+    links["ko"] = LANGUAGES[1].format(moved(place, "", posixpath.dirname(twin(place))))
+    return links[language]
+
+
+def twin(place: str) -> str:
+    """Return the Korean page that belongs to a page of the site; the page itself, where it has none."""
+    if place == "README.md":
+        return README["ko"]
+    folder, name = posixpath.split(place)
+    return posixpath.join("ko" if place == "index.md" else TWINS.get(folder, folder), name)
+
+
+def moved(target: str, old: str, new: str, *, korean: bool = False) -> str:
+    """Return a link's target from a page in the folder `old` as it is from `new`, there to the Korean page if asked."""
+    if re.match(r"#|(?!site:)[a-z]+:", target):
+        return target
+    scheme, place, anchor = re.fullmatch(r"(site:)?([^#]*)(#.*)?", target).groups(default="")
+    place = posixpath.normpath(posixpath.join(old, place))
+    return f"{scheme}{posixpath.relpath(twin(place) if korean else place, new or '.')}{anchor}"
+
+
+def write_page(path: Path, source: Path) -> None:
+    """Write a page of docs/site in English and in Korean, each with a line that leads to the other."""
+    place = path.relative_to(PAGES).as_posix()
+    old, new = posixpath.dirname(place), posixpath.dirname(twin(place))
+    english = path.read_text(encoding="utf-8")
+    korean = re.sub(r"```{toctree}.*?```\n*", "", english, flags=re.DOTALL)  # a page stands in the contents once
+    korean = translated(korean, in_korean(), lambda target: moved(target, old, new, korean=True))
+    english = english.replace("<!-- korean -->", "\n".join(_korean_pages()))
+    english = english.replace("<!-- documents -->", "\n".join(page for page in _documents() if page[-3:] != "_ko"))
+    for language, name, text in (("en", place, english), ("ko", twin(place), korean)):
+        title, _, rest = text.partition("\n")
+        _write(source / name, f"{title}\n\n{_other_page(language, place)}\n{rest}".encode())
+
+
+def _documents() -> list[str]:
+    return [path.relative_to(ROOT).with_suffix("").as_posix() for path in sorted(ROOT.glob("docs/*.md"))]
+
+
+def _korean_pages() -> list[str]:
+    """The Korean pages of the site, in the order of its contents."""
+    notebooks = [f"notebooks/ko/{path.stem}" for path in sorted(ROOT.glob("notebooks/ko/*.ipynb"))]
+    notebooks.sort(key=lambda page: not page.endswith("index"))
+    playgrounds = [f"ko/playgrounds/{name}" for name in ("advantages", "loss", "groups", "methods")]
+    documents = [page for page in _documents() if page.endswith("_ko")]
+    return ["ko/index", *playgrounds, *notebooks, "ko/exercises/index", "README.ko", *documents]
 
 
 def _copy_report(folder: Path) -> None:
@@ -146,7 +190,8 @@ def _write_notebook(
     """Write a notebook as the site shows it; what comes back are its page and the texts of its pictures there."""
     place = path.relative_to(ROOT)
     notebook.cells = [cell for cell in notebook.cells if not UNSHOWN & set(cell.metadata.get("tags", []))]
-    alts = dict(picture_texts(notebook, "ko" if "ko" in place.parts else "en"))
+    _ = speaker(_language(place))
+    alts = dict(picture_texts(notebook, _language(place)))
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = _linked(cell.source)
@@ -155,7 +200,8 @@ def _write_notebook(
             output.data = {kind: value for kind, value in output.data.items() if kind in SHOWN}
         if cell.metadata.get("jupyter", {}).get("source_hidden"):
             cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
-            cell.metadata.mystnb = {"code_prompt_show": "Show a solution", "code_prompt_hide": "Hide the solution"}
+            prompts = {"code_prompt_show": _("Show a solution"), "code_prompt_hide": _("Hide the solution")}
+            cell.metadata.mystnb = prompts
     notebook.cells = [one for cell in notebook.cells for one in (cell, *_live(cell, place))]
     has_button = any(LABEL in cell.source for cell in notebook.cells)
     links = [*links, *(link for link in _launch(place, repository) if not has_button or "Colab" not in link)]
@@ -169,18 +215,30 @@ def _live(cell: nbformat.NotebookNode, place: Path) -> Iterator[nbformat.Noteboo
     """After the picture of a widget, a line that leads to what moves."""
     for name, page in LIVE.items():
         if cell.cell_type == "code" and name in cell.source:
-            korean = "ko" in place.parts
-            text = LIVE_HERE[korean].format(f"{'../' * (1 + korean)}playgrounds/{page}.md")
+            _ = speaker(_language(place))
+            link = moved(f"playgrounds/{page}.md", "", place.parent.as_posix(), korean=_language(place) == "ko")
+            text = _("A picture of a widget. One that moves is [on this site]({}).").format(link)
             yield new_markdown_cell(text, id=f"live-{page}-{cell.id}"[:64])
 
 
 def _launch(place: Path, repository: str) -> Iterator[str]:
     """Links by which a notebook is opened elsewhere, and the notebook itself."""
+    _ = speaker(_language(place))
     if repository:
-        yield f"[Open in Colab](https://colab.research.google.com/github/{repository}/blob/main/{place.as_posix()})"
-        yield f"[open in Binder](https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/{place.as_posix()})"
-    if "ko" not in place.parts:
+        yield f"[{_('Open in Colab')}](https://colab.research.google.com/github/{repository}/blob/main/{place.as_posix()})"
+        yield f"[{_('open in Binder')}](https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/{place.as_posix()})"
+    if _language(place) == "en":
         yield f"[download the notebook](site:{place.name})"
+
+
+def _language(place: Path) -> str:
+    return "ko" if "ko" in place.parts else "en"
+
+
+def _exercises_link(language: str) -> str:
+    """The link from a notebook to the pages of the exercises."""
+    _ = speaker(language)
+    return f"[{_('exercises')}]({'../../ko' if language == 'ko' else '..'}/exercises/index.md)"
 
 
 def picture_texts(notebook: nbformat.NotebookNode, language: str = "en") -> Iterator[tuple[str, str]]:
@@ -188,8 +246,9 @@ def picture_texts(notebook: nbformat.NotebookNode, language: str = "en") -> Iter
 
     That is the text in its metadata, or else the section that it is in and what the reader should see.
     """
-    readme, figure = IN_WORDS[language]
-    loop = re.search(r"!\[([^\]]*)\]\([^)]*loop\.png\)", (ROOT / readme).read_text(encoding="utf-8"))[1]
+    _ = speaker(language)
+    figure = _("Figure of the section “{}”.")
+    loop = re.search(r"!\[([^\]]*)\]\([^)]*loop\.png\)", (ROOT / README[language]).read_text(encoding="utf-8"))[1]
     for place, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", []):
             for kind in {"image/png", "image/jpeg"} & set(output.get("data", {})):
@@ -213,25 +272,35 @@ def _plain(text: str) -> str:
     return " ".join(_MARKS.sub(lambda found: found["text"] or "", " ".join(lines)).split())
 
 
-def write_exercises(notebook: nbformat.NotebookNode, path: Path, folder: Path) -> list[str]:
+def write_exercises(notebook: nbformat.NotebookNode, path: Path, source: Path) -> list[str]:
     """Write a page for each exercise: its task, its hints and the stub, never the solution; return their names."""
+    place = path.relative_to(ROOT)
+    language, old = _language(place), place.parent.as_posix()
+    new = "ko/exercises" if language == "ko" else "exercises"
+    _ = speaker(language)
     names = []
     for number, cell in enumerate(notebook.cells):
         name = next((tag.partition(":")[2] for tag in cell.metadata.get("tags", []) if tag.startswith("exercise:")), "")
         if not name or cell.cell_type != "markdown":
             continue
-        task = re.sub(r"\]\((?=[\w./-]+\.(?:ipynb|png))", "](../notebooks/", cell.source).replace("### Exercise ", "# ")
+        task = translated(cell.source, {}, lambda target: moved(target, old, new))
+        title, _rest, task = re.sub(r"^### \S+ ", "# ", task).partition("\n")
+        title = f"{title}\n\n{_other_page(language, f'exercises/{name}.md')}"
         code = stub(notebook.cells[number + 1].source)
-        asked = f"Write it in [{path.stem}](../notebooks/{path.name}), where `gk.course.check` tries it:"
-        _write(folder / f"{name}.md", f"{task}\n\n{asked}\n\n```python\n{code}\n```\n".encode())
+        asked = _("Write it in [{}]({}), where `gk.course.check` tries it:")
+        asked = asked.format(path.stem, moved(place.name, old, new))
+        text = f"{title}\n\n{task.strip()}\n\n{asked}\n\n```python\n{code}\n```\n"
+        _write(source / new / f"{name}.md", text.encode())
         names.append(name)
     return names
 
 
-def _exercise_index(names: list[str]) -> str:
+def _exercise_index(names: list[str], language: str) -> str:
+    _ = speaker(language)
+    title = f"{_('# {} exercises').format(len(names))}\n\n{_other_page(language, 'exercises/index.md')}"
+    words = _("Each page has a task, three hints and the stub. A solution is written, and checked, in the notebook.")
     toctree = "\n".join(["```{toctree}", *names, "```"])
-    words = "Each page has a task, three hints and the stub. A solution is written, and checked, in the notebook."
-    return f"# {len(names)} exercises\n\n{words}\n\n{toctree}\n"
+    return f"{title}\n\n{words}\n\n{toctree}\n"
 
 
 def main(

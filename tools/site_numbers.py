@@ -3,7 +3,6 @@
 Every number comes from the kit's own functions. The pages get them as JSON, the pictures as PNG files beside them.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,54 +13,29 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo_kit.grpo import group_advantages, grpo_loss, token_weights
 from grpo_kit.runs.record import RunRecord, read_run
+from tools.site_words import rendered
 
 RUN = Path(__file__).parents[1] / "data" / "demo_run"
 DIGITS = 6  # of what a page only shows
-METHODS = {  # name → what stands in the table, settings of `group_advantages`, settings of `grpo_loss`
-    "REINFORCE": (
-        ("none: the reward itself", "nothing", "none: each update pushes in full", "sum over a rewrite's tokens"),
-        None,
-        {"loss_type": "luspo"},
-    ),
-    "PPO": (
-        ("the mean of all 32 rewrites", "their standard deviation", "0.8 to 1.2", "mean over all tokens"),
-        {"scale_rewards": "group"},
-        {"loss_type": "bnpo"},
-    ),
-    "GRPO": (
-        (
-            "the group's mean",
-            "its standard deviation",
-            "0.8 to 1.2",
-            "mean over each rewrite's tokens, then over all",
-        ),
-        {"scale_rewards": "group"},
-        {"loss_type": "grpo"},
-    ),
-    "DAPO": (
-        ("the group's mean", "its standard deviation", "0.8 to 1.28", "mean over all tokens"),
-        {"scale_rewards": "group"},
-        {"loss_type": "dapo", "epsilon_high": 0.28},
-    ),
-    "Dr. GRPO": (
-        ("the group's mean", "nothing", "0.8 to 1.2", "sum over a rewrite's tokens, by the longest that is allowed"),
-        {"scale_rewards": "none"},
-        {"loss_type": "dr_grpo"},
-    ),
+METHODS = {  # name → settings of `group_advantages`, settings of `grpo_loss`; methods.md says them in words
+    "REINFORCE": (None, {"loss_type": "luspo"}),
+    "PPO": ({"scale_rewards": "group"}, {"loss_type": "bnpo"}),
+    "GRPO": ({"scale_rewards": "group"}, {"loss_type": "grpo"}),
+    "DAPO": ({"scale_rewards": "group"}, {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "Dr. GRPO": ({"scale_rewards": "none"}, {"loss_type": "dr_grpo"}),
 }
 
 
 def write_playgrounds(pages: Path, source: Path, extra: Path) -> None:
-    """Write the playgrounds' HTML with their data into `source`, and the pictures that they show into `extra`."""
+    """Write the playgrounds with their data into `source`, in Korean into its `ko`, and their pictures into `extra`."""
     record = read_run(RUN)
-    data = {"groups": recorded_groups(record, extra / "pictures"), "methods": five_methods(record)}
-    source.mkdir(parents=True, exist_ok=True)
-    for path in pages.glob("*.html"):
-        text = path.read_text(encoding="utf-8")
-        if path.stem in data:
-            content = json.dumps(data[path.stem], ensure_ascii=False).replace("<", "\\u003c")
-            text = f'<script type="application/json" id="data">{content}</script>\n{text}'
-        (source / path.name).write_text(text, encoding="utf-8")
+    pictures = extra / "playgrounds" / "pictures"
+    data = {"groups": recorded_groups(record, pictures), "methods": five_methods(record)}
+    for language, folder, root in (("en", source, ".."), ("ko", source / "ko", "../..")):
+        (folder / "playgrounds").mkdir(parents=True, exist_ok=True)
+        for path in pages.glob("*.html"):
+            text = rendered(path, language, root=root, data=data.get(path.stem))
+            (folder / "playgrounds" / path.name).write_text(text, encoding="utf-8")
 
 
 def recorded_groups(record: RunRecord, pictures: Path) -> list[dict]:
@@ -82,7 +56,7 @@ def _samples(rows: pd.DataFrame) -> list[dict]:
     return [
         {
             "text": row["enhanced_prompt"],
-            "picture": f"pictures/{Path(row['thumbnail']).stem}.png",
+            "picture": f"{Path(row['thumbnail']).stem}.png",
             "reward": row["reward"],
             "advantage": row["advantage"],
             "gold": row["reward/gold"],
@@ -107,7 +81,7 @@ def five_methods(record: RunRecord) -> dict:
 
 def _method(rows: pd.DataFrame, name: str, longest: int) -> dict:
     """Advantages, a token's weights; at both moments pushes, shares of the whole, and tokens that the clip holds."""
-    told, scaling, settings = METHODS[name]
+    scaling, settings = METHODS[name]
     rewards, groups = torch.tensor(rows["reward"].to_numpy(float)), torch.tensor(rows["group_id"].to_numpy())
     groups = torch.zeros_like(groups) if name == "PPO" else groups
     advantages = rewards if scaling is None else group_advantages(rewards, groups, **scaling)
@@ -133,9 +107,8 @@ def _method(rows: pd.DataFrame, name: str, longest: int) -> dict:
                 "held": held.sum(dim=1).tolist(),
             }
         )
-    columns = dict(zip(("baseline", "divided", "clip", "averaged"), told, strict=True))
     per_token = _rounded(1000 * weights.amax(dim=1))
-    return {"told": columns, "advantages": _rounded(advantages), "weights": per_token, "moments": moments}
+    return {"advantages": _rounded(advantages), "weights": per_token, "moments": moments}
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

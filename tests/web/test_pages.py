@@ -33,6 +33,12 @@ LOOKED_AT = [
     "playgrounds/loss.html",
     "playgrounds/groups.html",
     "playgrounds/methods.html",
+    "ko/index.html",
+    "ko/exercises/06.1.html",
+    "ko/playgrounds/advantages.html",
+    "ko/playgrounds/loss.html",
+    "ko/playgrounds/groups.html",
+    "ko/playgrounds/methods.html",
 ]
 AXE = {"resultTypes": ["violations"], "preload": False}  # which asks for the style sheets again, from a script
 MOST_BYTES = 2_500_000  # of a page with its pictures
@@ -65,11 +71,10 @@ def test_without_a_repository_nothing_leads_to_colab_or_binder():
 
 def test_a_widget_that_has_a_playground_leads_to_it_in_both_languages(gathered: Path):
     for name, page in (("06_grpo_loss", "advantages"), ("06_grpo_loss", "loss"), ("05_groups", "groups")):
-        for place, link in (("notebooks", "../playgrounds"), ("notebooks/ko", "../../playgrounds")):
+        for place, link in (("notebooks", "../playgrounds"), ("notebooks/ko", "../../ko/playgrounds")):
             path = gathered / "source" / place / f"{name}.ipynb"
-            if path.is_file():
-                told = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.id.startswith("live-")]
-                assert any(f"]({link}/{page}.md)" in text for text in told)
+            told = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.id.startswith("live-")]
+            assert any(f"]({link}/{page}.md)" in text for text in told)
 
 
 def test_the_learners_edition_can_be_taken_along(gathered: Path):
@@ -93,16 +98,51 @@ def test_every_picture_has_a_text(gathered: Path):
 
 
 def test_an_exercise_has_a_page_with_hints_and_without_its_solution(gathered: Path):
-    places = (gathered / "source" / "exercises").glob("[0-9]*.md")
-    pages = {path.stem: path.read_text(encoding="utf-8") for path in places}
     cells = [cell for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
     solutions = [cell for cell in cells if "solution" in cell.metadata.get("tags", [])]
-    assert len(pages) == len(solutions) >= 34
-    for cell in solutions:
-        name = next(tag.partition(":")[2] for tag in cell.metadata.tags if tag.startswith("exercise:"))
-        secret = re.findall("### BEGIN SOLUTION\n(.*?)### END SOLUTION", cell.source, flags=re.DOTALL)
-        assert all(text.strip() not in pages[name] for text in secret)
-        assert pages[name].count("<summary>") == 3 and "raise NotImplementedError()" in pages[name]
+    for folder in ("exercises", "ko/exercises"):
+        places = (gathered / "source" / folder).glob("[0-9]*.md")
+        pages = {path.stem: path.read_text(encoding="utf-8") for path in places}
+        assert len(pages) == len(solutions) >= 34
+        for cell in solutions:
+            name = next(tag.partition(":")[2] for tag in cell.metadata.tags if tag.startswith("exercise:"))
+            secret = re.findall("### BEGIN SOLUTION\n(.*?)### END SOLUTION", cell.source, flags=re.DOTALL)
+            assert all(text.strip() not in pages[name] for text in secret)
+            assert pages[name].count("<summary>") == 3 and "raise NotImplementedError()" in pages[name]
+
+
+def to_english(source: Path) -> Iterator[str]:
+    """Yield each link of a Korean page to an English page that has a Korean twin, but for the one to its own twin."""
+    korean = [*source.glob("ko/**/*.md"), *source.glob("notebooks/ko/*.ipynb")]
+    for path in korean:
+        place = path.relative_to(source).as_posix()
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            cells = nbformat.reads(text, as_version=4).cells
+            text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        for target in re.findall(r"\]\(([^)\s#:]+\.(?:md|ipynb))", text):
+            there = (path.parent / target).resolve().relative_to(source.resolve()).as_posix()
+            if site.twin(there) not in (there, place):
+                yield f"{place}: {target}"
+
+
+def test_a_korean_page_leads_to_korean_pages_and_each_twin_to_the_other(gathered: Path, tmp_path: Path):
+    source = gathered / "source"
+    assert [*to_english(source)] == []
+    for folder in ("playgrounds", "exercises"):
+        for english in (source / folder).glob("*.md"):
+            korean = source / "ko" / folder / english.name
+            line = english.read_text(encoding="utf-8").split("\n\n")[1]
+            assert line == f"**English** · [한국어](../ko/{folder}/{english.name})"
+            text = korean.read_text(encoding="utf-8")
+            assert text.split("\n\n")[1] == f"[English](../../{folder}/{english.name}) · **한국어**"
+            assert len(re.findall("[가-힣]", text)) > 40, korean
+    page = tmp_path / "ko" / "playgrounds" / "loss.md"  # a page that leads astray is noticed
+    page.parent.mkdir(parents=True)
+    page.write_text(
+        "[English](../../playgrounds/loss.md) [x](../../playgrounds/groups.md) [y](groups.md) [z](../../a.md)"
+    )
+    assert [*to_english(tmp_path)] == ["ko/playgrounds/loss.md: ../../playgrounds/groups.md"]
 
 
 def test_a_korean_page_shows_what_the_code_of_the_english_one_showed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

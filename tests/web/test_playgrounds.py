@@ -6,6 +6,7 @@ A page here is its HTML with the scripts and the data of the site, without Sphin
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from grpo_kit.config import PROJECT_ROOT, TrainingSettings
 from grpo_kit.runs.record import read_run
 from grpo_kit.show.pushes import recompute
 from tools.site_numbers import RUN, write_playgrounds
+from tools.site_words import speaker
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -39,6 +41,8 @@ DEFINITIONS = [
 ]
 PRESETS = {"PPO, GRPO: 0.2, 0.2": (0.2, "token"), "DAPO: 0.2, 0.28": (0.28, "token")}
 PRESETS["GSPO: one ratio a rewrite"] = (0.2, "sequence")
+PLAYGROUNDS = ["advantages", "loss", "groups", "methods"]
+NAMES = {"PPO", "GRPO", "DAPO", "GSPO", "Dr. GRPO", "REINFORCE"}  # which are the same in Korean
 SET = """([id, value]) => { const control = document.getElementById(id); control.value = value;
     control.dispatchEvent(new Event(control.tagName === 'SELECT' ? 'change' : 'input')); }"""
 NUMBERS = "cells => cells.map(cell => [Number(cell.dataset.value), cell.textContent])"
@@ -48,10 +52,12 @@ NUMBERS = "cells => cells.map(cell => [Number(cell.dataset.value), cell.textCont
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("playgrounds")
     shutil.copytree(SITE / "static", root / "_static")
-    write_playgrounds(SITE / "playgrounds", root / "playgrounds", root / "playgrounds")
-    for path in (root / "playgrounds").glob("*.html"):
-        head = '<!doctype html><html lang="en"><meta charset="utf-8"><link rel="stylesheet" href="../_static/site.css">'
-        path.write_text(f"{head}<title>x</title><main>{path.read_text(encoding='utf-8')}</main>", encoding="utf-8")
+    write_playgrounds(SITE / "playgrounds", root, root)
+    for language, up, pages in (("en", "..", "playgrounds/*.html"), ("ko", "../..", "ko/playgrounds/*.html")):
+        head = f'<!doctype html><html lang="{language}"><meta charset="utf-8"><title>x</title>'
+        head += f'<link rel="stylesheet" href="{up}/_static/site.css">'
+        for path in root.glob(pages):
+            path.write_text(f"{head}<main>{path.read_text(encoding='utf-8')}</main>", encoding="utf-8")
     return root
 
 
@@ -65,7 +71,10 @@ def browser() -> Iterator[sync_api.Browser]:
 
 @pytest.fixture
 def opened(folder: Path, browser: sync_api.Browser) -> Iterator[Callable[..., sync_api.Page]]:
-    """Open a playground offline; errors of its scripts fail the test. `replaced` is a pair of texts in grpo.js."""
+    """Open a playground offline; errors of its scripts fail the test. `replaced` is a pair of texts in grpo.js.
+
+    A name may start with `ko/`, for the Korean page.
+    """
     context = browser.new_context(viewport={"width": 360, "height": 800})
     context.set_offline(True)
     complaints: list[str] = []
@@ -79,7 +88,8 @@ def opened(folder: Path, browser: sync_api.Browser) -> Iterator[Callable[..., sy
             assert replaced[0] in script
             body = script.replace(*replaced)
             page.route("**/grpo.js", lambda route: route.fulfill(body=body, content_type="text/javascript"))
-        page.goto((folder / "playgrounds" / f"{name}.html").as_uri())
+        language, _, name = name.rpartition("/")
+        page.goto((folder / language / "playgrounds" / f"{name}.html").as_uri())
         return page
 
     yield show
@@ -134,8 +144,9 @@ def kit_loss(ratios: list[float], advantage: float, high: float, level: str) -> 
 def check_loss(page: sync_api.Page) -> None:
     """Compare the tokens' losses and pushes with the kit's for each method."""
     draw = random.Random(1)
+    say = speaker(page.evaluate("document.documentElement.lang"))
     for name, (high, level) in PRESETS.items():
-        page.get_by_role("button", name=name).click()
+        page.get_by_role("button", name=say(name)).click()
         for advantage in (1.0, -0.7, 1.6, -2.0):
             ratios = [round(draw.uniform(0.3, 2.0) // 0.01 * 0.01, 2) for _ in range(4)]
             ratios[0] = 1.24  # between the two upper bounds
@@ -146,15 +157,15 @@ def check_loss(page: sync_api.Page) -> None:
             np.testing.assert_allclose(numbers(page, "#tokens td:nth-child(5)[data-value]", 3), pushes, atol=1e-9)
             np.testing.assert_allclose(numbers(page, "#loss", 3), loss, atol=1e-9)
             stops = page.locator("#tokens td:nth-child(6)").all_inner_texts()[:4]
-            assert [text == "stops it" for text in stops] == [push == 0 for push in pushes]
+            assert [text == say("stops it") for text in stops] == [push == 0 for push in pushes]
 
 
 CHECKS = {"advantages": check_advantages, "loss": check_loss}
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", ["advantages", "loss", "ko/advantages", "ko/loss"])
 def test_what_a_page_computes_is_what_the_kit_computes(name: str, opened: Callable[..., sync_api.Page]):
-    CHECKS[name](opened(name))
+    CHECKS[name.removeprefix("ko/")](opened(name))
 
 
 @pytest.mark.parametrize(
@@ -248,10 +259,75 @@ def test_the_five_methods_are_the_kits(opened: Callable[..., sync_api.Page]):
         assert numbers(page, "#numbers td[data-value]", 0).min() >= 0
 
 
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+SEEN = """() => [...document.querySelectorAll('main *')].filter(one => one.tagName !== 'SCRIPT').flatMap(one => [
+    ...[...one.childNodes].filter(node => node.nodeType === 3).map(node => node.data),
+    one.getAttribute('aria-label'), one.getAttribute('alt')]).map(text => text?.trim()).filter(text => text)"""
+
+
+def english(page: sync_api.Page, data: set[str]) -> list[str]:
+    """What a Korean page says without a Korean letter, though it has a word: not a prompt of the run, not a name."""
+    seen = page.evaluate(SEEN)
+    return [text for text in seen if re.search("[A-Za-z]{2}|[{}]", text) and text not in data and not is_korean(text)]
+
+
+def is_korean(text: str) -> bool:
+    """Whether it has a Korean letter and nothing of a hole that was not filled."""
+    return re.search("[가-힣]", text) is not None and re.search("undefined|[{}]", text) is None
+
+
+def told_after_each_control(page: sync_api.Page) -> Iterator[None]:
+    """Put every choice to each of its options and every slider to its ends, and press every button."""
+    for select in page.locator("select").all():
+        for number in range(select.locator("option").count()):
+            if select.is_enabled():
+                select.select_option(index=number)
+                yield
+    for name in page.locator("input[type=range]").evaluate_all("all => all.map(one => one.id)"):
+        for end in ("min", "max"):
+            move(page, **{name: page.locator(f"#{name}").get_attribute(end)})
+            yield
+    for control in page.locator("button, input[type=radio]").all():
+        control.click()
+        yield
+
+
+@pytest.mark.parametrize("name", PLAYGROUNDS)
+def test_a_korean_page_is_korean_whatever_is_moved(name: str, opened: Callable[..., sync_api.Page]):
+    page, record = opened(f"ko/{name}"), read_run(RUN)
+    tables = [record.rollout(iteration) for iteration in record.rollout_iterations]
+    data = NAMES | {text for rows in tables for text in [*rows["user_prompt"], *rows["enhanced_prompt"]]}
+    data |= {"PPO, GRPO: 0.2, 0.2", "DAPO: 0.2, 0.28"}
+    told = {page.inner_text("#told")}
+    for _ in told_after_each_control(page):
+        told.add(page.inner_text("#told"))
+        assert english(page, data) == []
+    assert len(told) > 3 and all(is_korean(text) for text in told)
+
+
+@pytest.mark.parametrize("wrong", ["values[9]", "`{${place}}`"])
+def test_a_hole_that_is_not_filled_is_noticed(wrong: str, opened: Callable[..., sync_api.Page]):
+    right = 'values[place === "" ? next++ : place]'
+    assert english(opened("ko/advantages", replaced=(right, wrong)), set()) != []
+
+
+def test_english_words_on_a_korean_page_are_noticed(opened: Callable[..., sync_api.Page]):
+    page = opened("ko/advantages")
+    page.evaluate("document.querySelector('caption').textContent = 'Advantages of your group'")
+    assert english(page, set()) == ["Advantages of your group"]
+
+
+def test_a_korean_page_shows_the_pictures(opened: Callable[..., sync_api.Page]):
+    for name in ("ko/groups", "ko/methods"):
+        opened(name).wait_for_function("document.images.length && [...document.images].every(one => one.naturalWidth)")
+
+
 # --- hands ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["advantages", "loss", "groups", "methods"])
+@pytest.mark.parametrize("name", [*PLAYGROUNDS, "ko/advantages", "ko/loss", "ko/groups", "ko/methods"])
 def test_it_is_used_by_keys_alone_on_a_phone_and_tells_what_changed(name: str, opened: Callable[..., sync_api.Page]):
     page = opened(name)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -269,8 +345,9 @@ def test_it_is_used_by_keys_alone_on_a_phone_and_tells_what_changed(name: str, o
     radios = page.locator("input[type=radio]").count()  # one stop for all of them
     disabled = page.locator(":disabled").count()
     assert len(reached - {""}) >= controls - max(0, radios - 1) - disabled
-    control = {"advantages": "#r1", "loss": "#advantage", "groups": "#group", "methods": "#group"}[name]
+    control = {"advantages": "#r1", "loss": "#advantage", "groups": "#group", "methods": "#group"}
+    control = control[name.removeprefix("ko/")]
     page.focus(control)
     told = page.inner_text("#told")
-    page.keyboard.press("Home" if name in ("advantages", "loss") else "ArrowDown")
+    page.keyboard.press("Home" if control in ("#r1", "#advantage") else "ArrowDown")
     sync_api.expect(page.locator("#told")).not_to_have_text(told)

@@ -11,6 +11,8 @@ from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
+from tools.site_words import speaker
+
 LOGGER = logging.getLogger(__name__)
 ALTS = "alts.json"  # beside the sources: page → a picture's file name → its text
 NAMED = re.compile(r"(?<!<msub>)(?<!<msup>)<mi>(log|exp)</mi>(?!<mo[^>]*>&#x00028;)")  # before no parenthesis
@@ -61,14 +63,16 @@ def in_output(node: nodes.Node) -> bool:
 
 
 def set_language(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
-    """Say of a Korean page that it is one."""
-    if "/ko/" in page or page.endswith((".ko", "_ko")):
-        context["language"] = "ko"
+    """Say of a Korean page that it is one: its contents begin with the Korean pages, the theme speaks Korean."""
+    if "ko" in page.split("/") or page.endswith((".ko", "_ko")):
+        context |= {"language": "ko", "gettext": speaker("ko")}
+        first, *parts = re.split(r'(?=<p class="caption")', context["furo_navigation_tree"])
+        context["furo_navigation_tree"] = first + "".join(sorted(parts, key=lambda part: ">한국어<" not in part))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register all of it."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("doctree-read", finish, priority=900)
-    app.connect("html-page-context", set_language)
+    app.connect("html-page-context", set_language, priority=900)  # after the theme, which writes the contents
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -8,23 +8,23 @@ const DEFINITIONS = {
   none: { scale: "none" },
   leave_one_out: { scale: "none", baseline: "leave_one_out" },
 };
-const PRESETS = {
-  "eight rewrites": [0.88, 0.71, 0.63, 0.6, 0.59, 0.41, 0.22, 0.08],
-  "two, far apart": [0.9, 0.1],
-  "two, hardly apart": [0.51, 0.5],
-  "tiny spread": [0.703, 0.702, 0.701, 0.7],
-  "one stands out": [0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3],
-  "all equal": [0.6, 0.6, 0.6, 0.6],
+const PRESETS = { // by the names of their words
+  eight: [0.88, 0.71, 0.63, 0.6, 0.59, 0.41, 0.22, 0.08],
+  far: [0.9, 0.1],
+  near: [0.51, 0.5],
+  tiny: [0.703, 0.702, 0.701, 0.7],
+  outlier: [0.9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3],
+  equal: [0.6, 0.6, 0.6, 0.6],
 };
 const HIGHEST = 2.8; // no advantage of at most 8 rewards in 0 to 1 is larger
 
 const place = document.getElementById("sliders");
-const size = page.slider(place, { id: "size", label: "rewrites, G", value: 8, min: 2, max: 8, step: 1, digits: 0 }, draw);
-const rewards = PRESETS["eight rewrites"].map((value, number) =>
-  page.slider(place, { id: `r${number + 1}`, label: `reward ${number + 1}`, value, min: 0, max: 1, step: 0.001, digits: 3 }, draw),
+const size = page.slider(place, { id: "size", label: page.word("size"), value: 8, min: 2, max: 8, step: 1, digits: 0 }, draw);
+const rewards = PRESETS.eight.map((value, number) =>
+  page.slider(place, { id: `r${number + 1}`, label: page.word("reward", number + 1), value, min: 0, max: 1, step: 0.001, digits: 3 }, draw),
 );
 for (const [name, values] of Object.entries(PRESETS)) {
-  page.button(document.getElementById("presets"), name, () => {
+  page.button(document.getElementById("presets"), page.word(name), () => {
     size.value = values.length;
     values.forEach((value, number) => (rewards[number].value = value));
     draw();
@@ -53,17 +53,14 @@ function strongest(values) {
 
 function reading(own, [group, batch, none]) {
   const apart = Math.max(...own) - Math.min(...own);
-  if (apart === 0) return "All rewards are equal: every advantage is exactly 0, and this group teaches nothing.";
+  if (apart === 0) return page.word("nothing");
   const [divided, plain] = [group, none].map((column) => strongest(column.slice(0, own.length)));
-  let text = `The rewards lie ${apart.toFixed(3)} apart. Divided by their standard deviation, the strongest advantage is `;
-  text += `${page.signed(divided)}; not divided, it is ${page.signed(plain, 4)}.`;
+  const told = [page.word("apart", apart.toFixed(3), page.signed(divided), page.signed(plain, 4))];
   const widest = grpo.groupAdvantages([1, 0], [0, 0])[0].toFixed(2);
-  if (own.length === 2) text += ` With two rewards the gap cancels: rewards 1.000 apart would give ±${widest}.`;
-  else if (apart < 0.02) {
-    text += ` A difference this small may be noise, and the division makes it ${(divided / plain).toFixed(0)} times as large.`;
-  }
-  const second = page.signed(strongest(batch.slice(own.length)));
-  return `${text} Divided by the batch's standard deviation, the second group's strongest advantage is ${second}.`;
+  if (own.length === 2) told.push(page.word("cancels", widest));
+  else if (apart < 0.02) told.push(page.word("noise", (divided / plain).toFixed(0)));
+  told.push(page.word("second", page.signed(strongest(batch.slice(own.length)))));
+  return told.join(" ");
 }
 
 draw();

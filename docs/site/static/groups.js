@@ -1,7 +1,7 @@
 // The groups of a recorded run, one at a time.
 "use strict";
 
-const groups = page.data();
+const groups = page.json("data");
 const [choice, order, scale] = ["group", "order", "scale"].map((id) => document.getElementById(id));
 const HOW = {
   group: { scale: "group" },
@@ -10,7 +10,7 @@ const HOW = {
 };
 
 groups.forEach((group, number) => {
-  choice.append(page.make("option", { value: number }, `iteration ${group.iteration}: ${group.prompt}`));
+  choice.append(page.make("option", { value: number }, page.word("group", group.iteration, group.prompt)));
 });
 for (const control of [choice, order, scale]) control.addEventListener("change", draw);
 for (const [id, step] of [["before", -1], ["after", 1]]) {
@@ -32,20 +32,23 @@ function draw() {
   document.getElementById("cards").replaceChildren(...shown.map(card));
   const [least, most] = [Math.min(...rewards), Math.max(...rewards)].map((value) => value.toFixed(3).replace("-", "−"));
   const different = new Set(samples.map((sample) => sample.text)).size;
-  page.say(
-    `“${prompt}”, iteration ${iteration}: ${different} different rewrites of ${samples.length}, rewards from ${least} to ` +
-      `${most}, standard deviation ${grpo.deviation(rewards).toFixed(3)}.`,
-  );
+  const deviation = grpo.deviation(rewards).toFixed(3);
+  page.say(page.word("told", prompt, iteration, different, samples.length, least, most, deviation));
 }
 
 function card(sample) {
-  const picture = page.make("img", { src: sample.picture, width: 128, height: 128, alt: `drawn from: ${sample.text}` });
+  const picture = page.make("img", {
+    src: page.word("pictures", sample.picture),
+    width: 128,
+    height: 128,
+    alt: page.word("drawn", sample.text),
+  });
   const gold = `${(100 * sample.gold).toFixed(0)}\u00a0%`;
   const numbers = page.make(
     "p",
     { class: "numbers" },
     page.make("strong", { "data-value": sample.shown }, page.signed(sample.shown)),
-    ` advantage · reward ${sample.reward.toFixed(3).replace("-", "−")} · gold ${gold}`,
+    ` ${page.word("numbers", sample.reward.toFixed(3).replace("-", "−"), gold)}`,
   );
   return page.make("li", { class: sample.shown < 0 ? "below" : "above" }, picture, numbers, page.make("p", {}, sample.text));
 }

@@ -108,7 +108,14 @@ const page = {
     document.getElementById("told").textContent = text;
   },
 
-  data() {
-    return JSON.parse(document.getElementById("data").textContent);
+  json(id) {
+    return JSON.parse(document.getElementById(id).textContent);
+  },
+
+  // a text in the page's language, with these values in its holes: {} in their order, {0} and {1} by their places
+  word(name, ...values) {
+    page.words ??= page.json("words");
+    let next = 0;
+    return page.words[name].replace(/\{(\d?)\}/g, (_, place) => values[place === "" ? next++ : place]);
   },
 };

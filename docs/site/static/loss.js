@@ -1,29 +1,29 @@
 // Four tokens' ratios under a clipped loss: what each one's loss and push are.
 "use strict";
 
-const METHODS = {
-  "PPO, GRPO: 0.2, 0.2": { low: 0.2, high: 0.2, level: "token" },
-  "DAPO: 0.2, 0.28": { low: 0.2, high: 0.28, level: "token" },
-  "GSPO: one ratio a rewrite": { low: 0.2, high: 0.2, level: "sequence" },
+const METHODS = { // by the names of their words
+  ppo: { low: 0.2, high: 0.2, level: "token" },
+  dapo: { low: 0.2, high: 0.28, level: "token" },
+  gspo: { low: 0.2, high: 0.2, level: "sequence" },
 };
 const MOST = 3; // of the ratio, and of the curve's axes
 const find = (id) => document.getElementById(id);
 
 const ratios = [1.35, 1.22, 1.05, 0.7].map((value, number) =>
-  page.slider(find("ratios"), { id: `ratio${number + 1}`, label: `ratio of token ${number + 1}`, value, min: 0.01, max: MOST, step: 0.01 }, draw),
+  page.slider(find("ratios"), { id: `ratio${number + 1}`, label: page.word("ratio_of", number + 1), value, min: 0.01, max: MOST, step: 0.01 }, draw),
 );
-const advantage = page.slider(find("bounds"), { id: "advantage", label: "advantage", value: 1, min: -2, max: 2, step: 0.01 }, draw);
-const low = page.slider(find("bounds"), { id: "low", label: "ε low", value: 0.2, min: 0.01, max: 0.9, step: 0.01 }, draw);
-const high = page.slider(find("bounds"), { id: "high", label: "ε high", value: 0.2, min: 0.01, max: 1.5, step: 0.01 }, draw);
+const advantage = page.slider(find("bounds"), { id: "advantage", label: page.word("advantage"), value: 1, min: -2, max: 2, step: 0.01 }, draw);
+const low = page.slider(find("bounds"), { id: "low", label: page.word("low"), value: 0.2, min: 0.01, max: 0.9, step: 0.01 }, draw);
+const high = page.slider(find("bounds"), { id: "high", label: page.word("high"), value: 0.2, min: 0.01, max: 1.5, step: 0.01 }, draw);
 
-for (const [value, label] of [["token", "each token its own ratio"], ["sequence", "one ratio for the rewrite"]]) {
+for (const value of ["token", "sequence"]) {
   const input = page.make("input", { type: "radio", name: "level", id: `level-${value}`, value });
   input.checked = value === "token";
   input.addEventListener("change", draw);
-  find("levels").append(page.make("label", { for: input.id }, input, ` ${label}`));
+  find("levels").append(page.make("label", { for: input.id }, input, ` ${page.word(`by_${value}`)}`));
 }
 for (const [name, settings] of Object.entries(METHODS)) {
-  page.button(find("presets"), name, () => {
+  page.button(find("presets"), page.word(name), () => {
     low.value = settings.low;
     high.value = settings.high;
     find(`level-${settings.level}`).checked = true;
@@ -40,12 +40,12 @@ function draw() {
     return page.make(
       "tr",
       {},
-      page.make("th", { scope: "row" }, `token ${number + 1}`),
+      page.make("th", { scope: "row" }, page.word("token", number + 1)),
       cell(token.ratio, token.ratio.toFixed(2)),
       cell(token.used, token.used.toFixed(3)),
       cell(token.loss, page.signed(token.loss, 3)),
       page.barCell(token.push, 1.5, 3),
-      page.make("td", {}, stopped ? "stops it" : "lets it go on"),
+      page.make("td", {}, page.word(stopped ? "stopped" : "free")),
     );
   });
   document.querySelector("#tokens tbody").replaceChildren(...rows);
@@ -54,12 +54,9 @@ function draw() {
   drawCurve(found.tokens, settings);
   const stopped = found.tokens.filter((token) => token.push === 0).length;
   const towards = advantage.value > 0 ? "more" : "less";
-  page.say(
-    advantage.value === 0
-      ? "The advantage is 0: nothing pushes."
-      : `Advantage ${page.signed(advantage.value)}: the step makes ${4 - stopped} of 4 tokens ${towards} likely; the clip stops ${stopped}.` +
-          (level === "sequence" ? ` The rewrite's ratio is ${found.whole.toFixed(3)}.` : ""),
-  );
+  const told = [page.word(towards, page.signed(advantage.value), 4 - stopped, stopped)];
+  if (level === "sequence") told.push(page.word("whole", found.whole.toFixed(3)));
+  page.say(advantage.value === 0 ? page.word("zero") : told.join(" "));
 }
 
 function cell(value, text) {
@@ -80,9 +77,9 @@ function drawCurve(tokens, { low, high }) {
     parts.push(page.make("circle", { class: token.push === 0 ? "stopped" : "free", cx: x(token.used), cy: y(token.loss), r: 7 }));
     parts.push(page.make("text", { x: x(token.used), y: y(token.loss) - 12, "text-anchor": "middle" }, `${number + 1}`));
   });
-  parts.push(page.make("text", { x: 450, y: 298, "text-anchor": "end" }, "ratio"));
+  parts.push(page.make("text", { x: 450, y: 298, "text-anchor": "end" }, page.word("axis")));
   const title = document.getElementById("curve-text");
-  title.textContent = `Loss over the ratio for advantage ${page.signed(advantage.value)}; the table below has the tokens' numbers.`;
+  title.textContent = page.word("curve", page.signed(advantage.value));
   find("curve").replaceChildren(title, ...parts);
 }
 

@@ -1,19 +1,13 @@
 // One recorded step under five methods, as the kit computed it.
 "use strict";
 
-const { iteration, groups, methods } = page.data();
+const { iteration, groups, methods } = page.json("data");
 const [choice, measure, moment] = ["group", "measure", "moment"].map((id) => document.getElementById(id));
-const ROWS = { baseline: "baseline", divided: "divided by", clip: "ratios that the clip lets go on", averaged: "the loss is the" };
 
 groups.forEach((group, number) => choice.append(page.make("option", { value: number }, group.prompt)));
 for (const control of [choice, measure, moment]) control.addEventListener("change", draw);
 
 const heads = () => methods.map((method) => page.make("th", { scope: "col" }, method.name));
-document.querySelector("#settings thead").append(page.make("tr", {}, page.make("td"), ...heads()));
-for (const [key, name] of Object.entries(ROWS)) {
-  const cells = methods.map((method) => page.make("td", { class: "text" }, method.told[key]));
-  document.querySelector("#settings tbody").append(page.make("tr", {}, page.make("th", { scope: "row" }, name), ...cells));
-}
 
 function valuesOf(method) {
   const now = method.moments[moment.value];
@@ -29,15 +23,15 @@ function draw() {
   const ranked = rows.map((_, number) => number).sort((one, other) => samples[other].reward - samples[one].reward);
   const body = ranked.map((number) => {
     const { picture, text, reward, tokens } = samples[number];
-    const about = `reward ${reward.toFixed(3).replace("-", "−")}, ${tokens} tokens`;
-    const image = page.make("img", { src: picture, width: 48, height: 48, alt: "" });
+    const about = page.word("about", reward.toFixed(3).replace("-", "−"), tokens);
+    const image = page.make("img", { src: page.word("pictures", picture), width: 48, height: 48, alt: "" });
     const words = page.make("span", {}, text, page.make("small", {}, about));
     const head = page.make("th", { scope: "row" }, page.make("div", { class: "sample" }, image, words));
     return page.make("tr", {}, head, ...columns.map((column) => cell(column[rows[number]], most, digits)));
   });
-  document.querySelector("#numbers thead").replaceChildren(page.make("tr", {}, page.make("th", { scope: "col" }, "rewrite"), ...heads()));
+  document.querySelector("#numbers thead").replaceChildren(page.make("tr", {}, page.make("th", { scope: "col" }, page.word("rewrite")), ...heads()));
   document.querySelector("#numbers tbody").replaceChildren(...body);
-  document.querySelector("#numbers caption").textContent = `“${prompt}”, iteration ${iteration}: ${measure.selectedOptions[0].text}`;
+  document.querySelector("#numbers caption").textContent = page.word("shown", prompt, iteration, measure.selectedOptions[0].text);
   page.say(reading(rows, samples));
 }
 
@@ -52,7 +46,7 @@ function reading(rows, samples) {
     const shares = method.moments[moment.value].shares;
     return `${method.name} ${rows.reduce((sum, row) => sum + Math.abs(shares[row]), 0).toFixed(0)}\u00a0%`;
   });
-  return `Pushed up, of these ${samples.length} rewrites: ${up.join(", ")}. Share of the whole step that goes to this prompt: ${share.join(", ")}.`;
+  return page.word("told", samples.length, up.join(", "), share.join(", "));
 }
 
 draw();
