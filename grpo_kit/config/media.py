@@ -35,7 +35,7 @@ class _Playable(Shown):
     """What the three media share: HTML that plays."""
 
     def _repr_html_(self) -> str:
-        return as_html(self)
+        return as_html(self, repr(self))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -50,6 +50,7 @@ def test_a_medium_has_a_kind_a_line_a_page_and_a_thumbnail(kind: str):
     page = as_html(medium, 'a "cat" <b>')
     assert "<script" not in page and "http" not in page and "<b>" not in page
     assert ("<audio controls" in page) == (kind == "sound")
+    assert kind == "image" or f'alt="{medium!r}"' in medium._repr_html_()  # in a notebook, too
     shown = thumbnail(medium)
     assert isinstance(shown, Image.Image) and shown.mode == "RGB"
     assert shown.size == {"image": (24, 16), "video": (149, 16), "sound": (192, 192), "views": (149, 16)}[kind]
