@@ -27,8 +27,8 @@ def test_the_document_has_the_tables_of_the_recorded_study(recorded: eyes.Result
 
 
 def test_each_arm_has_its_seeds_and_its_intervals(recorded: eyes.Results):
-    assert {"redraw", "redraw-grey", "edit", "edit-grey", "refine", "refine-grey"} <= recorded.keys()
-    for arm in ("redraw", "redraw-grey", "edit", "edit-grey", "refine", "refine-grey"):
+    assert list(recorded) == list(eyes.ARMS)
+    for arm in recorded:
         for row, metrics in recorded[arm].items():
             for name, value in metrics.items():
                 assert value["low"] <= value["mean"] <= value["high"], (arm, row, name)
@@ -42,6 +42,16 @@ def test_percentages_in_the_text_stand_in_a_table(recorded: eyes.Results):
     table = "\n".join(eyes.markdown(recorded).values())
     for figure in re.findall(r"(\d+\.\d) %", prose):
         assert re.search(rf"(?<![\d.]){re.escape(figure)} \[", table), figure
+
+
+def test_a_first_turn_that_is_paid_for_its_own_picture_draws_a_better_one(recorded: eyes.Results):
+    """By the intervals over seeds; after looking no credit is better than another, and none keeps "keep it"."""
+    final, *others = (recorded[arm] for arm in ("refine", "refine-difference", "refine-branches"))
+    for other in others:
+        assert other["first picture"]["gold"]["low"] > final["first picture"]["gold"]["high"]
+        assert other["own"]["gold"]["low"] < final["own"]["gold"]["high"]
+        assert other["own"]["gold"]["high"] > final["own"]["gold"]["low"]
+    assert all(arm["own"][f"kept when {what}"]["mean"] == 0 for arm in (final, *others) for what in ("right", "wrong"))
 
 
 def test_notebook_11_cites_the_recorded_study(recorded: eyes.Results):
