@@ -120,6 +120,26 @@ class Environment:
         return done.stdout + done.stderr
 
 
+WORK = """
+import grpo_kit.config
+print(grpo_kit.config.PROJECT_ROOT, grpo_kit.config.working_folder(), sep="\\n")
+from grpo_kit import cli
+
+def command(*given):
+    try:
+        cli.main(list(given))
+    except SystemExit as stop:
+        assert not stop.code, given
+
+command("check")
+{snippet}
+print("reward", reward)
+few = ["training_settings.num_iterations=1", "training_settings.validate_every=9"]
+command("train", "-o", few[0], "-o", few[1], "--name", "mine")
+command("notebooks", "course")
+"""
+
+
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as files:
@@ -130,25 +150,19 @@ def test_the_wheel_works_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None
     shutil.copy(wheel, there.mine)
     there.run("-c", colab.cell_source())  # the first cell of every notebook
     (there.mine / wheel.name).unlink()
-    grpo_kit = ("-m", "grpo_kit.cli")
 
-    where = there.run("-c", "import grpo_kit.config as c; print(c.PROJECT_ROOT, c.working_folder(), sep='\\n')")
-    root, working = map(Path, where.split())
+    said = there.run("-c", WORK.format(snippet=README.split("```python\n")[1].split("```")[0]))
+    root, working = map(Path, said.splitlines()[:2])
     assert root.is_relative_to(tmp_path / "venv") and root.name == "shipped" and working == there.mine
-    assert "PROBLEM" not in there.run(*grpo_kit, "check")
-
-    there.run(*grpo_kit, "run", "--notebooks", "00", "--name", "first")
-    run = there.mine / "reports" / "first"
-    assert (run / "index.html").is_file() and str(root) not in (run / "index.html").read_text(encoding="utf-8")
-    snippet = README.split("```python\n")[1].split("```")[0]
-    assert float(there.run("-c", snippet).split()[-1]) <= 1
-
-    few = ["-o", "training_settings.num_iterations=1", "-o", "training_settings.validate_every=9"]
-    there.run(*grpo_kit, "train", *few, "--name", "mine")
+    assert "PROBLEM" not in said and float(re.search(r"^reward (\S+)$", said, re.MULTILINE)[1]) <= 1
     saved = json.loads((there.mine / "reports" / "mine" / "config.json").read_text(encoding="utf-8"))
     assert saved["model_settings"]["vlm_model"] == "data/shapeworld/policy"
     here = load_config(there.mine / "reports" / "mine")  # the same run, read from this checkout
     assert here.model_settings.vlm_model == str(PROJECT_ROOT / "data/shapeworld/policy")
     laid_out = 2 * len(list((PROJECT_ROOT / "notebooks").glob("*.ipynb")))  # in two languages
-    assert f"{laid_out} notebooks" in there.run(*grpo_kit, "notebooks", "course")
+    assert f"{laid_out} notebooks" in said
+
+    there.run("-m", "grpo_kit.cli", "run", "--notebooks", "00", "--name", "first")
+    run = there.mine / "reports" / "first"
+    assert (run / "index.html").is_file() and str(root) not in (run / "index.html").read_text(encoding="utf-8")
     assert sorted(path.name for path in there.mine.iterdir()) == ["course", "reports"]

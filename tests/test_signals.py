@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jupyter_client.manager import KernelManager
 from support.apart import printed_apart
 from support.broken_twins import broken_versions
 from support.config_files import save_config
@@ -193,12 +194,15 @@ AFTER = "print(len(str(kit.policy.enhance_prompt('a red ball'))), gk.train(kit, 
 
 @pytest.mark.slow
 def test_kernel_that_is_interrupted_goes_on_with_the_same_objects(profile: Path, tmp_path: Path):
-    from jupyter_client.manager import start_new_kernel
-
     whole = r4.command(["train", "--profile", str(profile), "--run-dir", str(tmp_path / "whole")], tmp_path / "w.err")
     assert whole.code == 0
     places = {"folder": str(tmp_path / "run"), "fired": str(tmp_path / "fired")}
-    manager, client = start_new_kernel(kernel_name="python3", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    manager = KernelManager(kernel_name="python3")
+    manager.kernel_spec.metadata["kernel_provisioner"] = {"provisioner_name": "grpo-kit-forked"}
+    manager.start_kernel(env=os.environ | {"OMP_NUM_THREADS": "1"})
+    client = manager.blocking_client()
+    client.start_channels()
+    client.wait_for_ready(timeout=600)
     try:
         code = KERNEL.format(root=str(PROJECT_ROOT), profile=str(profile), **places)
         # without stop_on_error=False the kernel may still be refusing requests when the next one comes

@@ -1,5 +1,7 @@
 """The full-size check: architectures as published, operations counted without weights, and the real form small."""
 
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +21,19 @@ from grpo_kit.models.shared_prefix import continued_groups, run_prompts
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, full_size_flops.Part]:
-    return {part.name: part for part in full_size_flops.count(TINY)}
+def dry_form(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What the dry form writes and prints."""
+    out = tmp_path_factory.mktemp("dry")
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        full_size.main(device=None, dry_run=True, scale="tiny", pairs=2, threads=1, out=out)
+    return out, shown.getvalue()
+
+
+@pytest.fixture(scope="module")
+def parts(dry_form: tuple[Path, str]) -> dict[str, full_size_flops.Part]:
+    """The same, as it was counted."""
+    cases = json.loads((dry_form[0] / "full_size_dry.json").read_text())["cases"]
+    return {case["name"]: full_size_flops.Part(**case) for case in cases}
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +99,10 @@ def test_denoising_grows_with_its_steps_and_nothing_else_does(parts: dict):
     assert factors.pop("images: denoising") == 3 and set(factors.values()) == {1}
 
 
-def test_the_dry_form_prints_and_writes_every_part(tmp_path: Path, capsys: pytest.CaptureFixture):
-    full_size.main(device=None, dry_run=True, scale="tiny", pairs=2, threads=1, out=tmp_path)
-    record, shown = json.loads((tmp_path / "full_size_dry.json").read_text()), capsys.readouterr().out
-    names = [case["name"] for case in record["cases"]]
-    assert len(names) == 8 and all(name in shown for name in names)
-    assert str(tmp_path) not in (tmp_path / "full_size_dry.json").read_text()
+def test_the_dry_form_prints_and_writes_every_part(dry_form: tuple[Path, str], parts: dict):
+    out, shown = dry_form
+    assert len(parts) == 8 and all(name in shown for name in parts)
+    assert str(out) not in (out / "full_size_dry.json").read_text()
 
 
 # --- the real form, small ---------------------------------------------------------------------------------------------

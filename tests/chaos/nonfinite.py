@@ -28,6 +28,7 @@ from tests.chaos import Outcome, fault
 QUICK = {
     "model_settings.device": "cpu",
     "generation_settings.num_inference_steps": 1,
+    "generation_settings.max_new_tokens": 12,
     "evaluation_settings.validation_prompts": 2,
     "evaluation_settings.paraphrases": False,
     "training_settings.num_iterations": 6,

@@ -18,6 +18,7 @@ from grpo_kit.config import PROJECT_ROOT, KitError
 from grpo_kit.course import editions
 from grpo_kit.course.exercise import find_exercise
 from grpo_kit.runs import notebooks as headless
+from grpo_kit.runs.kernels import WarmKernel
 
 NOTEBOOK = "00_start_here.ipynb"
 NBGRADER = {"grade", "grade_id", "locked", "schema_version", "solution", "task"}
@@ -278,9 +279,8 @@ def test_catching_up_defines_what_the_exercise_asks_for(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("edition", ["students", "solutions"])
 def test_the_edition_runs_from_top_to_bottom(tmp_path: Path, edition: str):
     getattr(editions, f"write_{edition}")(tmp_path)
-    papermill.execute_notebook(
-        str(tmp_path / NOTEBOOK), str(tmp_path / "out.ipynb"), kernel_name="python3", cwd=tmp_path
-    )
+    places = (str(tmp_path / NOTEBOOK), str(tmp_path / "out.ipynb"))
+    papermill.execute_notebook(*places, kernel_name="python3", cwd=tmp_path, kernel_manager_class=WarmKernel)
     said = [json.dumps(cell.outputs, ensure_ascii=False) for cell in _tagged(tmp_path / "out.ipynb", "check")]
     expected = "not written yet" if edition == "students" else "✓ 00."
     assert len(said) == 2 and all(expected in text for text in said)

@@ -7,7 +7,7 @@ import torch
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.config.prompts import balanced_batch
-from grpo_kit.course import check
+from grpo_kit.course import check, exercises_07
 from grpo_kit.training.resampling import rollout_seed
 from tests.support.course import solution, stub
 from tools import diagnose_runs
@@ -42,6 +42,25 @@ WRONG = [
     ({"steps": 0}, "the step is missing"),
     ({"steps": 3}, "makes all updates of a rollout: call it once"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def computed_once():
+    """What the check trains itself, right and wrong, comes out the same each time: it is trained once and kept."""
+    kept, trained = {}, exercises_07._as_trained
+
+    def remembered(kit, *iterations, **mistake):
+        key = (iterations, *mistake.items())
+        if key not in kept:
+            rewards = trained(kit, *iterations, **mistake)
+            kept[key] = rewards, {name: value.clone() for name, value in kit.policy.trainable_state().items()}
+        rewards, state = kept[key]
+        kit.policy.load_trainable_state(state)
+        return rewards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exercises_07, "_as_trained", remembered)
+        yield
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -32,7 +32,10 @@ config = load_config({CLASSIC!r}, {{"model_settings.device": "cpu", "generation_
     "generation_settings.num_inference_steps": 2, "generation_settings.height": 16, "generation_settings.width": 16}})
 """
 TRAIN = """
+import pathlib
 import torch
+from support import hub_cache
+hub_cache.fill(pathlib.Path(home))
 from grpo_kit import collect_rollout, grpo_step, load_experiment
 from grpo_kit.preflight.machine import weights_text
 kit = load_experiment(config)
@@ -42,7 +45,7 @@ stats = grpo_step(kit.policy, optimizer, rollout, kit.config)
 loaded = kit.policy.model, kit.generator.pipeline, kit.rewards.parts["clip_similarity"].model
 names = [type(part).__name__ for part in loaded]
 places = [weights_text(getattr(config.model_settings, name)) for name in ("vlm_model", "sd_model", "clip_model")]
-print(json.dumps({"names": names, "rewards": rollout.rewards.tolist(), "places": places, **stats.metrics}))
+loaded = {"names": names, "rewards": rollout.rewards.tolist(), "places": places, **stats.metrics}
 """
 MISSING = """
 from grpo_kit import KitError
@@ -55,17 +58,18 @@ for load in (load_policy, load_generator, load_rewards):
         load(config)
     except KitError as error:
         messages.append(str(error))
-print(json.dumps(messages))
 """
 
 
 def _offline(script: str, home: Path, **more: str) -> dict | list:
     """What a script prints last, in a process of its own that has this cache and no network."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+    path = os.pathsep.join([str(PROJECT_ROOT), str(PROJECT_ROOT / "tests")])
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": path, **more}
     for name in ("HF_HUB_CACHE", "HF_TOKEN", "TRANSFORMERS_CACHE"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-c", LOAD + script],
+        [sys.executable, "-c", script],
         cwd=PROJECT_ROOT,
         env=environment,
         capture_output=True,
@@ -76,10 +80,17 @@ def _offline(script: str, home: Path, **more: str) -> dict | list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What one process says while the cache is empty (`missing`), and of the models that are there then (`loaded`)."""
+    home = tmp_path_factory.mktemp("home")
+    told = "print(json.dumps({'missing': messages, 'loaded': loaded}))"
+    return _offline(f"{LOAD}\nhome = {str(home)!r}\n{MISSING}\n{TRAIN}\n{told}", home)
+
+
 @pytest.mark.slow
-def test_classic_config_loads_by_its_ids_from_the_hub_cache_and_takes_a_step(tmp_path: Path):
-    hub_cache.fill(tmp_path)
-    found = _offline(TRAIN, tmp_path)
+def test_classic_config_loads_by_its_ids_from_the_hub_cache_and_takes_a_step(offline: dict):
+    found = offline["loaded"]
     assert found["names"] == ["GPT2LMHeadModel", "StableDiffusionPipeline", "TransformersClip"]
     assert all(-1 <= reward <= 1 for reward in found["rewards"]) and len(set(found["rewards"])) > 1
     assert found["grad_norm"] > 0 and found["sampling/sampling_logp_difference/max"] < 2e-5
@@ -87,8 +98,8 @@ def test_classic_config_loads_by_its_ids_from_the_hub_cache_and_takes_a_step(tmp
 
 
 @pytest.mark.slow
-def test_each_missing_model_is_one_line_that_says_which_and_how_to_get_it(tmp_path: Path):
-    messages = _offline(MISSING, tmp_path)
+def test_each_missing_model_is_one_line_that_says_which_and_how_to_get_it(offline: dict):
+    messages = offline["missing"]
     assert [message.split(":")[0] for message in messages] == [
         "model_settings.vlm_model",
         "model_settings.sd_model",

@@ -36,8 +36,8 @@ for kind, folder, base in [line.split("|") for line in sys.argv[1:]]:
 
 def _read(packages: tuple[str, ...], folder: Path, cases: list[str]) -> subprocess.CompletedProcess:
     """What versions that stand in a folder of their own read from saved policies."""
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages]
-    if subprocess.run(install, capture_output=True, check=False).returncode:
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
+    if subprocess.run([*install, *packages], capture_output=True, check=False).returncode:
         pytest.skip("no package index can be reached")
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READ, *cases]

@@ -18,13 +18,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 import pytest
+from support.config_files import save_config
 
-from grpo_kit.config import PROJECT_ROOT
+from grpo_kit.config import PROJECT_ROOT, load_config
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -38,17 +40,17 @@ SECONDS = 60  # until a step has to be done; a start of models on a busy machine
 UNSHOWN = re.compile("Error displaying widget|Click to show javascript error")
 HARMLESS = ("favicon", "ResizeObserver loop")  # what the console says of JupyterLab itself
 START = "from grpo_kit import show\nfrom grpo_kit.config import PROJECT_ROOT\nrun = PROJECT_ROOT / 'data' / 'demo_run'"
+WIDGETS = {
+    "explorer": "show.GroupExplorer(run, iteration=20)",
+    "advantages": "show.AdvantagePlayground()",
+    "loss": "show.LossPlayground(run, iteration=20)",
+    "compare": "show.ImageCompare(run)",
+    "reward": "record = show.read_run(run)\ngroup = record.widest_group(1)\n"
+    "images = [record.image(name) for name in group['thumbnail']]\n"
+    "mine = show.BeTheReward(images, group['enhanced_prompt'], group['user_prompt'][0])\nmine",
+}
 CELLS = {
-    "explorer": [START, "show.GroupExplorer(run, iteration=20)"],
-    "advantages": [START, "show.AdvantagePlayground()"],
-    "loss": [START, "show.LossPlayground(run, iteration=20)"],
-    "compare": [START, "show.ImageCompare(run)"],
-    "reward": [
-        START,
-        "record = show.read_run(run)\ngroup = record.widest_group(1)\n"
-        "images = [record.image(name) for name in group['thumbnail']]\n"
-        "mine = show.BeTheReward(images, group['enhanced_prompt'], group['user_prompt'][0])\nmine",
-    ],
+    "widgets": [START, *WIDGETS.values()],
     "broken": ["import ipywidgets\nipywidgets.HTML(_view_module='nowhere')", "1 / 0"],
     "live": [
         START + "\nimport grpo_kit as gk\nfrom IPython.display import display\n"
@@ -61,6 +63,7 @@ CELLS = {
     ],
 }
 NOTEBOOKS = ["05_groups", "06_grpo_loss"]
+FEW = {"generation_settings.num_inference_steps": 1, "generation_settings.rollout_steps": None}
 
 
 # --- the server and the browser -------------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     for name in NOTEBOOKS:
         source = PROJECT_ROOT / "notebooks" / f"{name}.ipynb"
         if source.is_file():
-            shutil.copy(source, root)
+            copy_with_few_steps(source, root)
     write_settings(home)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,6 +112,15 @@ def write_notebook(path: Path, cells: list[str]) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, path)
+
+
+def copy_with_few_steps(source: Path, root: Path) -> None:
+    """Copy a notebook, with pictures of few steps as its default."""
+    profile = save_config(load_config("tiny", FEW), root / "few.json")
+    notebook = nbformat.read(source, as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source = cell.source.replace('"tiny"', f'"{profile}"')
+    nbformat.write(notebook, root / source.name)
 
 
 def write_settings(home: Path) -> None:
@@ -169,9 +181,10 @@ def browser() -> Iterator[sync_api.Browser]:
 
 @dataclass
 class Notebook:
-    """A notebook open in the browser."""
+    """A notebook open in the browser; where `cell` is set, only what that code cell shows is looked at."""
 
     page: sync_api.Page
+    cell: int | None = None
     complaints: list[str] = field(default_factory=list)
     broken: bool = False  # on purpose: the test looks at its errors itself
 
@@ -185,7 +198,12 @@ class Notebook:
 
     def find(self, selector: str, text: str | re.Pattern[str] | None = None) -> sync_api.Locator:
         """Return what a widget shows."""
-        return self.page.locator(f".jp-OutputArea-output {selector}", has_text=text)
+        return self.shown().locator(selector, has_text=text)
+
+    def shown(self) -> sync_api.Locator:
+        """Return the outputs of all cells, or of the one that is looked at."""
+        cells = self.page.locator(".jp-Notebook .jp-CodeCell")
+        return (cells if self.cell is None else cells.nth(self.cell)).locator(".jp-OutputArea-output")
 
     def sees(self, text: str | re.Pattern[str], selector: str = ".widget-html") -> None:
         """Wait until a widget shows a text."""
@@ -209,7 +227,7 @@ class Notebook:
 
     def click(self, name: str) -> None:
         """Click a button of a widget."""
-        self.page.locator(".jp-OutputArea-output").get_by_role("button", name=name, exact=True).first.click()
+        self.shown().get_by_role("button", name=name, exact=True).first.click()
 
     def choose(self, label: str, option: str) -> None:
         """Choose in a dropdown by its label."""
@@ -230,9 +248,9 @@ class Notebook:
         assert not self.complaints, self.complaints
 
 
-@pytest.fixture
-def opened(lab: Lab, browser: sync_api.Browser, request: pytest.FixtureRequest) -> Iterator[Notebook]:
-    """The notebook named by the test's parameter, open, its kernel ready; its complaints are checked at the end."""
+@contextmanager
+def open_notebook(lab: Lab, browser: sync_api.Browser, name: str) -> Iterator[Notebook]:
+    """A notebook, open, its kernel ready."""
     page = browser.new_page(viewport={"width": 1400, "height": 1500}, device_scale_factor=1)
     page.set_default_timeout(1000 * SECONDS)
     sync_api.expect.set_options(timeout=1000 * SECONDS)
@@ -241,13 +259,36 @@ def opened(lab: Lab, browser: sync_api.Browser, request: pytest.FixtureRequest) 
         "console", lambda message: note(notebook, message.type, f"{message.text} {message.location.get('url', '')}")
     )
     page.on("pageerror", lambda error: note(notebook, "error", str(error)))
-    page.goto(lab.page(request.param))
+    page.goto(lab.page(name))
     page.wait_for_function(READY, timeout=3000 * SECONDS)  # a kernel on a busy machine
     yield notebook
-    if not notebook.broken:
-        notebook.check()
-    page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.close()
+
+
+@pytest.fixture
+def opened(lab: Lab, browser: sync_api.Browser, request: pytest.FixtureRequest) -> Iterator[Notebook]:
+    """The notebook named by the test's parameter; its complaints are checked at the end."""
+    with open_notebook(lab, browser, request.param) as notebook:
+        yield notebook
+        if not notebook.broken:
+            notebook.check()
+
+
+@pytest.fixture(scope="module")
+def widgets(lab: Lab, browser: sync_api.Browser) -> Iterator[Notebook]:
+    """A notebook of all widgets, which has run."""
+    with open_notebook(lab, browser, "widgets") as notebook:
+        notebook.run()
+        yield notebook
+
+
+@pytest.fixture
+def widget(widgets: Notebook, request: pytest.FixtureRequest) -> Iterator[Notebook]:
+    """The same, of which only the widget named by the test's parameter is looked at; all complaints are checked."""
+    widgets.cell = 1 + list(WIDGETS).index(request.param)
+    yield widgets
+    widgets.check()
 
 
 ERRORS = """() => window.jupyterapp.shell.currentWidget.context.model.toJSON().cells
@@ -280,6 +321,11 @@ def notebook(name: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("opened", [name], indirect=True, ids=[name])
 
 
+def of_widgets(name: str) -> pytest.MarkDecorator:
+    """Show a test this widget."""
+    return pytest.mark.parametrize("widget", [name], indirect=True, ids=[name])
+
+
 @notebook("broken")
 def test_a_failing_cell_a_widget_without_a_view_and_the_console_are_noticed(opened: Notebook) -> None:
     opened.broken = True
@@ -294,116 +340,111 @@ def test_a_failing_cell_a_widget_without_a_view_and_the_console_are_noticed(open
 # --- the widgets, one by one ----------------------------------------------------------------------------------------
 
 
-@notebook("explorer")
-def test_the_explorer_is_stepped_through(opened: Notebook) -> None:
-    opened.run()
-    opened.sees("iteration 20, 8 rewrites")
-    picture, image = opened.picture(), opened.find("img.widget-image").first
-    opened.keep("explorer")
-    opened.click("KL")
-    picture = opened.changes(picture)
-    opened.find(".widget-accordion").get_by_text("as text", exact=True).click()
-    opened.sees("KL from the reference (k3) of its tokens")
-    opened.click("ratio")
-    picture = opened.changes(picture)
-    opened.sees("ratio, after / before the step of its tokens")  # what was unfolded stays so
-    opened.keep("explorer-ratio")
-    height, before = image.bounding_box()["height"], opened.find(".widget-html").first.inner_text()
-    opened.click("next ›")
-    picture = opened.changes(picture)
-    sync_api.expect(opened.find(".widget-html").first).not_to_have_text(before)
+@of_widgets("explorer")
+def test_the_explorer_is_stepped_through(widget: Notebook) -> None:
+    widget.sees("iteration 20, 8 rewrites")
+    picture, image = widget.picture(), widget.find("img.widget-image").first
+    widget.keep("explorer")
+    widget.click("KL")
+    picture = widget.changes(picture)
+    widget.find(".widget-accordion").get_by_text("as text", exact=True).click()
+    widget.sees("KL from the reference (k3) of its tokens")
+    widget.click("ratio")
+    picture = widget.changes(picture)
+    widget.sees("ratio, after / before the step of its tokens")  # what was unfolded stays so
+    widget.keep("explorer-ratio")
+    height, before = image.bounding_box()["height"], widget.find(".widget-html").first.inner_text()
+    widget.click("next ›")
+    picture = widget.changes(picture)
+    sync_api.expect(widget.find(".widget-html").first).not_to_have_text(before)
     assert image.bounding_box()["height"] == height  # nothing below moves
-    opened.choose("iteration", "120")
-    opened.sees("iteration 120, 8 rewrites")
-    picture = opened.changes(picture)
-    opened.click("as sampled")
-    opened.changes(picture)
-    opened.keep("explorer-120")
+    widget.choose("iteration", "120")
+    widget.sees("iteration 120, 8 rewrites")
+    picture = widget.changes(picture)
+    widget.click("as sampled")
+    widget.changes(picture)
+    widget.keep("explorer-120")
 
 
-@notebook("advantages")
-def test_rewards_are_dragged_and_presets_chosen(opened: Notebook) -> None:
-    opened.run()
-    sync_api.expect(opened.find(".widget-slider.jupyter-widget-vslider, .widget-vslider").first).to_be_visible()
-    opened.sees("The rewards lie 0.600 apart")
-    opened.keep("advantages")
-    before = opened.picture()
-    first = opened.find(".widget-vslider").first
-    opened.press(first, "PageDown", "PageDown")
-    opened.changes(before)
-    opened.sees(f"The rewards lie {float(first.locator('.widget-readout').inner_text()) - 0.2:.3f} apart")
-    before = opened.picture()
-    opened.click("two, hardly apart")
-    opened.sees("With two rewards the gap cancels")
-    before = opened.changes(before)
-    opened.keep("advantages-two")
-    opened.click("tiny spread")
-    opened.sees("may be noise")
-    before = opened.changes(before)
-    opened.keep("advantages-tiny")
-    size = opened.find(".widget-hslider").first
-    opened.press(size, "End")
-    opened.sees("The rewards lie 0.203 apart")
-    opened.changes(before)
-    sync_api.expect(opened.find(".widget-vslider >> visible=true")).to_have_count(8)
-    opened.keep("advantages-eight")
+@of_widgets("advantages")
+def test_rewards_are_dragged_and_presets_chosen(widget: Notebook) -> None:
+    sync_api.expect(widget.find(".widget-slider.jupyter-widget-vslider, .widget-vslider").first).to_be_visible()
+    widget.sees("The rewards lie 0.600 apart")
+    widget.keep("advantages")
+    before = widget.picture()
+    first = widget.find(".widget-vslider").first
+    widget.press(first, "PageDown", "PageDown")
+    widget.changes(before)
+    widget.sees(f"The rewards lie {float(first.locator('.widget-readout').inner_text()) - 0.2:.3f} apart")
+    before = widget.picture()
+    widget.click("two, hardly apart")
+    widget.sees("With two rewards the gap cancels")
+    before = widget.changes(before)
+    widget.keep("advantages-two")
+    widget.click("tiny spread")
+    widget.sees("may be noise")
+    before = widget.changes(before)
+    widget.keep("advantages-tiny")
+    size = widget.find(".widget-hslider").first
+    widget.press(size, "End")
+    widget.sees("The rewards lie 0.203 apart")
+    widget.changes(before)
+    sync_api.expect(widget.find(".widget-vslider >> visible=true")).to_have_count(8)
+    widget.keep("advantages-eight")
 
 
-@notebook("loss")
-def test_the_loss_follows_its_sliders_and_a_recorded_step_its_settings(opened: Notebook) -> None:
-    opened.run()
-    opened.sees("The bound holds")
-    opened.sees("times the recorded one")
-    opened.keep("loss")
-    curves, step = opened.picture(0), opened.picture(1)
-    opened.click("as recorded")
-    opened.sees("that the step was made with")
-    step = opened.changes(step, 1)
-    opened.press(opened.find(".widget-hslider", "ratio").first, "PageDown", "PageDown", "PageDown")
-    curves = opened.changes(curves)
-    opened.choose("loss_type", "sapo")
-    curves = opened.changes(curves)
-    opened.sees("sapo, ratio")
-    opened.click("Dr. GRPO")
-    step = opened.changes(step, 1)
-    opened.sees("times the recorded one")
-    opened.keep("loss-dr-grpo")
-    opened.choose("policy", "after the recorded step")
-    step = opened.changes(step, 1)
-    opened.choose("iteration", "120")
-    opened.changes(step, 1)
+@of_widgets("loss")
+def test_the_loss_follows_its_sliders_and_a_recorded_step_its_settings(widget: Notebook) -> None:
+    widget.sees("The bound holds")
+    widget.sees("times the recorded one")
+    widget.keep("loss")
+    curves, step = widget.picture(0), widget.picture(1)
+    widget.click("as recorded")
+    widget.sees("that the step was made with")
+    step = widget.changes(step, 1)
+    widget.press(widget.find(".widget-hslider", "ratio").first, "PageDown", "PageDown", "PageDown")
+    curves = widget.changes(curves)
+    widget.choose("loss_type", "sapo")
+    curves = widget.changes(curves)
+    widget.sees("sapo, ratio")
+    widget.click("Dr. GRPO")
+    step = widget.changes(step, 1)
+    widget.sees("times the recorded one")
+    widget.keep("loss-dr-grpo")
+    widget.choose("policy", "after the recorded step")
+    step = widget.changes(step, 1)
+    widget.choose("iteration", "120")
+    widget.changes(step, 1)
 
 
-@notebook("compare")
-def test_prompts_are_compared(opened: Notebook) -> None:
-    opened.run()
-    picture = opened.picture()
-    opened.find(".widget-accordion").get_by_text("as text", exact=True).click()
-    opened.sees("trained policy: ")
-    opened.keep("compare")
-    before = opened.find(".widget-html").first.inner_text()
-    opened.click("next ›")
-    opened.changes(picture)
-    sync_api.expect(opened.find(".widget-html").first).not_to_have_text(before)
+@of_widgets("compare")
+def test_prompts_are_compared(widget: Notebook) -> None:
+    picture = widget.picture()
+    widget.find(".widget-accordion").get_by_text("as text", exact=True).click()
+    widget.sees("trained policy: ")
+    widget.keep("compare")
+    before = widget.find(".widget-html").first.inner_text()
+    widget.click("next ›")
+    widget.changes(picture)
+    sync_api.expect(widget.find(".widget-html").first).not_to_have_text(before)
 
 
-@notebook("reward")
-def test_images_are_ranked_by_clicking(opened: Notebook) -> None:
-    opened.run()
-    sync_api.expect(opened.find("img.widget-image")).to_have_count(2)
-    buttons = opened.find(".widget-hbox button")
+@of_widgets("reward")
+def test_images_are_ranked_by_clicking(widget: Notebook) -> None:
+    sync_api.expect(widget.find("img.widget-image")).to_have_count(2)
+    buttons = widget.find(".widget-hbox button")
     sync_api.expect(buttons).to_have_count(8)
     for number in (3, 1, 0, 2):
         buttons.nth(number).click()
-    opened.sees("4 of 8 are ranked")
-    opened.keep("reward-half")
-    opened.click("start again")
-    opened.sees("0 of 8 are ranked")
+    widget.sees("4 of 8 are ranked")
+    widget.keep("reward-half")
+    widget.click("start again")
+    widget.sees("0 of 8 are ranked")
     for number in (7, 6, 5, 4, 3, 2, 1, 0):
         buttons.nth(number).click()
-    opened.sees("All 8 are ranked. Rewards: 0.00, 0.14, 0.29")
+    widget.sees("All 8 are ranked. Rewards: 0.00, 0.14, 0.29")
     sync_api.expect(buttons.nth(7)).to_have_text("1 (best)")
-    opened.keep("reward")
+    widget.keep("reward")
 
 
 @notebook("live")

@@ -7,12 +7,10 @@ test_notebook_parameters.py run them in short.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -25,6 +23,7 @@ from tools import colab
 
 NOTEBOOKS = select_notebooks()
 INDEX = PROJECT_ROOT / "notebooks" / "index.ipynb"
+COMMITTED = {path: path.read_bytes() for path in [INDEX, *NOTEBOOKS]}
 LONG = {"07_train", "08_evaluate", "09_ablations", "11_eyes"}  # minutes with their defaults
 QUICK = {"index", "00_start_here", "06_grpo_loss"}  # a quarter of a minute each
 
@@ -64,34 +63,8 @@ def nbval(paths: list[Path], folder: Path) -> dict[str, str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
-    """The failures of a group of notebooks, which run once."""
-
-    @functools.cache
-    def of(which: str) -> dict[str, str]:
-        paths = [path for path in [INDEX, *NOTEBOOKS] if group(path) == which]
-        return nbval(paths, tmp_path_factory.mktemp(which))
-
-    return of
-
-
-def checked_cells(path: Path) -> int:
-    cells = nbformat.read(path, as_version=4).cells
-    return sum(cell.source.startswith("# NBVAL_CHECK_OUTPUT") for cell in cells if cell.cell_type == "code")
-
-
-@pytest.mark.parametrize("path", map(as_they_take, [INDEX, *NOTEBOOKS]), ids=by_name)
-def test_it_runs_as_committed_and_its_checked_cells_print_the_same(
-    path: Path, failures: Callable[[str], dict[str, str]]
-) -> None:
-    before = path.read_bytes()
-    assert failures(group(path))[path.stem] == ""
-    assert path.read_bytes() == before
-
-
-@pytest.mark.slow
-def test_a_checked_cell_that_prints_something_else_is_caught(tmp_path: Path) -> None:
+def checked_notebooks(folder: Path) -> list[Path]:
+    """A small notebook with a checked cell, `as_it_is`, and its broken twin, `changed`, which should print more."""
     source = nbformat.read(PROJECT_ROOT / "notebooks" / "09_ablations.ipynb", as_version=4)
     cells = [cell for cell in source.cells if cell.cell_type == "code"]
     imports = next(cell for cell in cells if cell.source.startswith("import time")).source
@@ -102,9 +75,33 @@ def test_a_checked_cell_that_prints_something_else_is_caught(tmp_path: Path) -> 
         checked.execution_count = 2
         checked.outputs[0]["text"] += more
         small.cells = [start, checked]
-        nbformat.write(small, tmp_path / f"{name}.ipynb")
-    found = nbval([tmp_path / "as_it_is.ipynb", tmp_path / "changed.ipynb"], tmp_path)
-    assert found["as_it_is"] == "" and "and more" in found["changed"]
+        nbformat.write(small, folder / f"{name}.ipynb")
+    return [folder / "as_it_is.ipynb", folder / "changed.ipynb"]
+
+
+@pytest.fixture(scope="module")
+def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The failures of all notebooks that are asked for, which run once and together: each run loads all libraries."""
+    folder = tmp_path_factory.mktemp("nbval")
+    wanted = [item for item in request.session.items if request.fixturename in item.fixturenames]
+    paths = [item.callspec.params["path"] for item in wanted if hasattr(item, "callspec")]
+    return nbval(paths + (checked_notebooks(folder) if len(wanted) > len(paths) else []), folder)
+
+
+def checked_cells(path: Path) -> int:
+    cells = nbformat.read(path, as_version=4).cells
+    return sum(cell.source.startswith("# NBVAL_CHECK_OUTPUT") for cell in cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("path", map(as_they_take, [INDEX, *NOTEBOOKS]), ids=by_name)
+def test_it_runs_as_committed_and_its_checked_cells_print_the_same(path: Path, failures: dict[str, str]) -> None:
+    assert failures[path.stem] == ""
+    assert path.read_bytes() == COMMITTED[path]
+
+
+@pytest.mark.slow
+def test_a_checked_cell_that_prints_something_else_is_caught(failures: dict[str, str]) -> None:
+    assert failures["as_it_is"] == "" and "and more" in failures["changed"]
 
 
 def test_the_series_has_checked_cells() -> None:

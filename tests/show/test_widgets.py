@@ -32,6 +32,7 @@ from grpo_kit.config import PROJECT_ROOT, KitError, TrainingSettings
 from grpo_kit.experiment import Experiment
 from grpo_kit.grpo import LOSS_TYPES, group_advantages
 from grpo_kit.rollout import collect_rollout
+from grpo_kit.runs.kernels import WarmKernel
 from grpo_kit.show.pages import write_notebook_pages
 from grpo_kit.show.pushes import loss_and_push, recompute
 from grpo_kit.show.style import frame_of, plain_text, signed
@@ -271,7 +272,8 @@ def test_a_headless_run_leaves_a_picture_for_each(synthetic_run: Path, monkeypat
         for text in HEADLESS.format(run=str(synthetic_run), turns=str(with_turns(synthetic_run))).split("---")
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": "/"}}).execute()
+    options = {"resources": {"metadata": {"path": "/"}}, "kernel_manager_class": WarmKernel}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", **options).execute()
     for cell in notebook.cells:
         shown = [output for output in cell.outputs if "data" in output]
         assert len(shown) == 1, cell.source

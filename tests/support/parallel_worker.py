@@ -1,16 +1,13 @@
 """What `test_processes.py` runs in each of several processes; the main one writes what it found as JSON.
 
-python -m accelerate.commands.launch … tests/support/parallel_worker.py SCRATCH some|all|hang
+python -m accelerate.commands.launch … tests/support/parallel_worker.py SCRATCH
 """
 
 import copy
 import dataclasses
 import itertools
 import json
-import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,13 +67,12 @@ class Watched(torch.optim.SGD):
         self.gradients.append(torch.cat([full_tensor(gradient).flatten() for gradient in given]))
 
 
-def cases(everything: bool) -> list[dict[str, object]]:
-    """Training settings: each loss type once, or any two settings together, the sizes of a micro-batch in turn."""
+def cases() -> list[dict[str, object]]:
+    """Training settings: any two together, the sizes of a micro-batch in turn."""
     names = ("loss_type", "scale_rewards", "beta")
     product = [dict(zip(names, values, strict=True)) for values in itertools.product(LOSS_TYPES, SCALES, (0.0, 0.04))]
     pairs = [case for i, case in enumerate(product) if (i // 6 + i % 6 // 2 + i % 2) % 2 == 0]
-    chosen = pairs if everything else [product[6 * i + i % 6] for i in range(len(LOSS_TYPES))]
-    found = [case | {"micro_batch_size": SIZES[(i + i // 3) % 3]} for i, case in enumerate(chosen)]
+    found = [case | {"micro_batch_size": SIZES[(i + i // 3) % 3]} for i, case in enumerate(pairs)]
     return [case | ({"epsilon_high": 5.0} if case["loss_type"] == "cispo" else {}) for case in found]
 
 
@@ -168,10 +164,10 @@ TWIN = {"loss_type": "dapo", "scale_rewards": "batch"}
 Found = tuple[torch.Tensor, torch.Tensor, dict[str, float]]  # advantages, gradient, metrics
 
 
-def steps_of_one(kit: Experiment, rollout: Rollout, processes: Processes, everything: bool) -> dict[str, Found]:
+def steps_of_one(kit: Experiment, rollout: Rollout, processes: Processes) -> dict[str, Found]:
     """What one process finds for each case and its rewards; every process computes some of them, and all get all."""
     own = dataclasses.replace(kit, policy=copy.deepcopy(kit.policy))
-    asked = [(case, "all") for case in (*cases(everything), TWIN)] + [(case, name) for name, case in LOST.items()]
+    asked = [(case, "all") for case in (*cases(), TWIN)] + [(case, name) for name, case in LOST.items()]
     watched = Watched(own.policy)
     shares = processes.gather(
         lambda: {
@@ -183,7 +179,7 @@ def steps_of_one(kit: Experiment, rollout: Rollout, processes: Processes, everyt
 
 
 def compare_steps(
-    kit: Experiment, rollout: Rollout, processes: Processes, everything: bool, expected: dict[str, Found]
+    kit: Experiment, rollout: Rollout, processes: Processes, expected: dict[str, Found]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Steps of all processes against those of one, for each case; and the same for each broken version."""
     several = dataclasses.replace(kit, policy=copy.deepcopy(kit.policy))
@@ -194,7 +190,7 @@ def compare_steps(
         found = gradient(several, drifted(rollout, REWARDS[name]), case, watched, processes)
         return far(found, expected[f"{case}, {name}"])
 
-    steps = {str(case): distance(case) for case in cases(everything)}
+    steps = {str(case): distance(case) for case in cases()}
     steps |= {f"{case}, {name}": distance(case, name) for name, case in LOST.items()}
     twins: dict[str, Callable] = {
         "weights": weights_of_the_local_batch,
@@ -288,17 +284,8 @@ def failures(processes: Processes) -> list[str]:
     return heard
 
 
-def hang(scratch: Path) -> None:
-    """The second process is killed while the first one waits and no signal reaches it, as in a collective on a GPU."""
-    with joined(next(settings()), scratch) as processes:
-        if processes.rank:
-            os.kill(os.getpid(), signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        time.sleep(100)
-
-
-def main(scratch: Path, everything: bool) -> None:
-    """Compare steps in every setting; or in some, rollouts too, and train.
+def main(scratch: Path) -> None:
+    """Compare rollouts, and steps in every setting; then train.
 
     Two iterations go into `from_two`; the run of one process in `from_one` goes on.
     """
@@ -308,24 +295,19 @@ def main(scratch: Path, everything: bool) -> None:
         rollout = collect_groups(kit, kit.train_prompts[:3], 0, processes)
         spread = Processes(processes.accelerator)
         spread.sharded = True
-        found = {} if everything else {"rollouts": compare_rollouts(kit, processes), "processes": processes.count}
-        found |= {} if everything else {"again": compare_groups_drawn_again(kit, processes)}
-        found |= {} if everything else {"turns": compare_turns(kit, processes)}
-        expected = steps_of_one(kit, rollout, processes, everything)
+        found = {"rollouts": compare_rollouts(kit, processes), "processes": processes.count}
+        found |= {"again": compare_groups_drawn_again(kit, processes), "turns": compare_turns(kit, processes)}
+        expected = steps_of_one(kit, rollout, processes)
         for name, workers in {"ddp": processes, "fsdp": spread}.items():
-            steps, broken = compare_steps(kit, rollout, workers, everything, expected)
+            steps, broken = compare_steps(kit, rollout, workers, expected)
             found[name] = {"steps": steps, "broken": broken}
-        if not everything:
-            own = failures(processes)
-            found["heard"] = processes.gather(lambda: own)
-            train(load_experiment(half), scratch / "from_two", progress=False, processes=processes)
-            train(load_experiment(whole), scratch / "from_one", progress=False, processes=spread)
+        own = failures(processes)
+        found["heard"] = processes.gather(lambda: own)
+        train(load_experiment(half), scratch / "from_two", progress=False, processes=processes)
+        train(load_experiment(whole), scratch / "from_one", progress=False, processes=spread)
         if processes.is_main:
             (scratch / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "hang":
-        hang(Path(sys.argv[1]))
-    else:
-        main(Path(sys.argv[1]), sys.argv[2] == "all")
+    main(Path(sys.argv[1]))

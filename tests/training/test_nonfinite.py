@@ -33,9 +33,11 @@ ALWAYS = ("optimizer-momentum",)  # of the spoilt parts; `make chaos` in its sho
 
 @pytest.fixture(scope="module")
 def quick(kit: Experiment) -> Experiment:
-    """The embedded world, drawing in the one step that `QUICK` says."""
+    """The embedded world, drawing in the one step and sampling the few tokens that `QUICK` says."""
     generator = Generator(kit.generator.pipeline, num_inference_steps=1, guidance_scale=1.0, batch_size=24)
-    return dataclasses.replace(kit, generator=generator)
+    policy = copy.deepcopy(kit.policy)
+    policy.max_new_tokens = QUICK["generation_settings.max_new_tokens"]
+    return dataclasses.replace(kit, policy=policy, generator=generator)
 
 
 def _problems(kit: Experiment, name: str, folder: Path) -> list[str]:
