@@ -280,7 +280,8 @@ def test_catching_up_defines_what_the_exercise_asks_for(monkeypatch: pytest.Monk
 def test_the_edition_runs_from_top_to_bottom(tmp_path: Path, edition: str):
     getattr(editions, f"write_{edition}")(tmp_path)
     places = (str(tmp_path / NOTEBOOK), str(tmp_path / "out.ipynb"))
-    papermill.execute_notebook(*places, kernel_name="python3", cwd=tmp_path, kernel_manager_class=WarmKernel)
+    options = {"kernel_manager_class": WarmKernel, "start_timeout": 600}  # the warm process imports all libraries first
+    papermill.execute_notebook(*places, kernel_name="python3", cwd=tmp_path, **options)
     said = [json.dumps(cell.outputs, ensure_ascii=False) for cell in _tagged(tmp_path / "out.ipynb", "check")]
     expected = "not written yet" if edition == "students" else "✓ 00."
     assert len(said) == 2 and all(expected in text for text in said)

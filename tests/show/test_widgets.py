@@ -273,7 +273,7 @@ def test_a_headless_run_leaves_a_picture_for_each(synthetic_run: Path, monkeypat
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
     options = {"resources": {"metadata": {"path": "/"}}, "kernel_manager_class": WarmKernel}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", **options).execute()
+    NotebookClient(notebook, timeout=600, startup_timeout=600, kernel_name="python3", **options).execute()
     for cell in notebook.cells:
         shown = [output for output in cell.outputs if "data" in output]
         assert len(shown) == 1, cell.source
