@@ -50,6 +50,7 @@ def nbval(paths: list[Path], folder: Path) -> dict[str, str]:
     """Run notebooks under nbval, from another folder; the failures of each by its name, "" where there are none."""
     report = folder / "nbval.xml"
     options = ["--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "-q", "-c", os.devnull]
+    options += ["--rootdir", folder.anchor]  # cases are named by their path from there, wherever the notebooks are
     command = [sys.executable, "-m", "pytest", *options, "--nbval-cell-timeout", "900", f"--junitxml={report}"]
     forked = {"JUPYTER_DEFAULT_PROVISIONER_NAME": "grpo-kit-forked"}  # what takes long is imported once
     environment = {**os.environ, **forked, "PYTHONPATH": str(PROJECT_ROOT)}
@@ -57,7 +58,7 @@ def nbval(paths: list[Path], folder: Path) -> dict[str, str]:
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-1000:]
     found = dict.fromkeys((path.stem for path in paths), "did not run")
     for case in ElementTree.parse(report).iter("testcase"):
-        name = next(stem for stem in found if stem in case.get("classname") + case.get("file", ""))
+        name = case.get("classname").removesuffix(".ipynb").rpartition(".")[2]
         troubles = [cell.text or "" for cell in case if cell.tag in ("failure", "error")]
         found[name] = "\n".join([found[name].removeprefix("did not run"), *troubles]).strip()
     return found
