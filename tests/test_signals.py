@@ -143,6 +143,25 @@ def test_what_is_said_after_an_interrupt_has_all_options_and_a_folder(
     assert shlex.split(said) == [*given, *added]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_the_exit_code_is_the_signals_where_a_library_raises_another(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture
+):
+    """As ray.wait does, which raises SystemExit(1) in place of a handler's exception."""
+    with pytest.raises(SystemExit) as stop, interrupts.resumable(["train"]):
+        try:
+            signal.raise_signal(number)
+        finally:
+            raise SystemExit(1)
+    assert stop.value.code == code and "with: grpo-kit train" in capsys.readouterr().err
+
+
+def test_a_command_that_ends_with_a_code_of_its_own_keeps_it(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop, interrupts.resumable(["train"]):
+        raise SystemExit(3)
+    assert stop.value.code == 3 and capsys.readouterr().err == ""
+
+
 def test_handlers_are_as_they_were_afterwards():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(KeyError), interrupts.resumable([]):

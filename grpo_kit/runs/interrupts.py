@@ -29,7 +29,7 @@ def resumable(arguments: Sequence[str], how: str = "it goes on where it stopped"
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # which Windows does not have
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    timers: list[threading.Timer] = []
+    received: dict[int, threading.Timer] = {}  # a signal: what ends the process where unwinding does not
 
     def report() -> None:
         is_one_of_several = os.environ.get("WORLD_SIZE", "") not in ("", "1")  # started by a launcher, which reports
@@ -40,9 +40,9 @@ def resumable(arguments: Sequence[str], how: str = "it goes on where it stopped"
     def unwind(number: int, _: object) -> None:
         for one in numbers:
             signal.signal(one, signal.SIG_IGN)
-        timers.append(threading.Timer(UNWINDING_SECONDS, lambda: (report(), os._exit(128 + number))))
-        timers[0].daemon = True
-        timers[0].start()
+        received[number] = threading.Timer(UNWINDING_SECONDS, lambda: (report(), os._exit(128 + number)))
+        received[number].daemon = True
+        received[number].start()
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     for number in numbers:
@@ -52,10 +52,11 @@ def resumable(arguments: Sequence[str], how: str = "it goes on where it stopped"
         try:
             yield
         finally:  # also where the work ended before Python raised the interrupt
-            for timer in timers:
+            for timer in received.values():
                 timer.cancel()
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
+        code = 128 + min(received) if received else code  # ray.wait raises SystemExit(1) where a signal stops it
         if code not in [128 + number for number in numbers]:
             raise
         report()
