@@ -1,13 +1,13 @@
 """The Korean edition, by PO files: `python -m tools.korean extract | build | check [NAME …]`.
 
-A message is a paragraph of a notebook's markdown cell, of README.md or of a page of the site, a word of such a page,
-or a sentence of an exercise's check; `docs/locale/ko` has a file for each notebook, one for README, one for the site
-and one for the checks.
+A message is a paragraph of a notebook's markdown cell, of README.md, of the workshop's plan or of a page of the site,
+a word of such a page, or a sentence of an exercise's check; `docs/locale/ko` has a file for each notebook, one each for
+README, the plan, the site and the checks.
 
 extract  brings the PO files up to date with the English: what did not change keeps its Korean, what changed a little
          keeps it marked fuzzy, what is gone goes.
-build    writes notebooks/ko, README.ko.md and data/course/ko.json from what is wholly translated (with names: from
-         these in any case); the site's pages are built with the site.
+build    writes notebooks/ko, README.ko.md, and workshop.ko.md and ko.json of data/course from what is wholly translated
+         (with names: from these in any case); the site's pages are built with the site.
 check    says what a translation lost of its English: numbers, code, links, formulas, tags, the shape of the text;
          it fails too while a paragraph has no Korean.
 """
@@ -30,7 +30,7 @@ from tools.site_words import PAGES, site_words
 
 ROOT = Path(__file__).parents[1]
 CATALOGUES = ROOT / "docs" / "locale" / "ko"
-README, COURSE, SITE = "readme", "course", "site"
+README, COURSE, SITE, WORKSHOP = "readme", "course", "site", "workshop"
 LANGUAGES = "**English** · [한국어]({})", "[English]({}) · **한국어**"  # the paragraph that leads to the other one
 GLOSSARY = " · [용어집]({}docs/glossary_ko.md)"  # for the map and README, which lead to docs/
 NO_OUTPUTS = " (그림과 출력은 영어판에 저장되어 있습니다. 여기서는 셀을 실행하면 나타납니다.)"
@@ -53,7 +53,8 @@ _MARKDOWN = MarkdownIt().enable("table")
 def sources() -> dict[str, Path]:
     """Name of a PO file → the English file whose paragraphs it has."""
     notebooks = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-    return notebooks | {README: ROOT / "README.md", COURSE: MODULES, SITE: PAGES}
+    workshop = ROOT / "data" / "course" / "workshop.md"
+    return notebooks | {README: ROOT / "README.md", COURSE: MODULES, SITE: PAGES, WORKSHOP: workshop}
 
 
 def paragraphs(text: str) -> list[str]:
@@ -148,6 +149,8 @@ def built(name: str, catalogue: polib.POFile) -> tuple[Path, str]:
     korean = {entry.msgid: entry.msgstr for entry in catalogue}
     if name == COURSE:
         return ROOT / "data" / "course" / "ko.json", json.dumps(korean, indent=0, ensure_ascii=False) + "\n"
+    if name == WORKSHOP:
+        return path.with_suffix(".ko.md"), translated(path.read_text(encoding="utf-8"), korean, str)
     if name == README:
         text = translated(path.read_text(encoding="utf-8"), korean, _into_ko)
         return ROOT / "README.ko.md", text.replace(

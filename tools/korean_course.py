@@ -12,6 +12,7 @@ FRAMES = (  # a sentence with its misconception, a title with what is said of it
     "{}: right",
     "{}. Is your list from the worst to the best?",
 )
+NOTES = ("Predict, then look:", "Answer:", "Misconceptions that the check names:")  # of the teacher's notes
 ANSWERS = {"beta 0", "random reward", "learning rate too high", "two samples"}  # which learners write, in English
 _OTHERS = re.compile(
     r"exercise: |catch_up: |none of this|stopped with|another mistake|not written yet$|<div|def \{"
@@ -23,6 +24,7 @@ def course_messages() -> Iterator[tuple[str, str]]:
     for path in [MODULES / "exercise.py", *sorted(MODULES.glob("exercises_*.py"))]:
         yield from ((path.name, text) for text in _texts(ast.parse(path.read_text(encoding="utf-8"))) if _is_said(text))
     yield from (("exercise.py", frame) for frame in FRAMES)
+    yield from (("editions.py", text) for text in NOTES)
 
 
 def _texts(tree: ast.Module) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from grpo_kit.config.errors import KitError
 from grpo_kit.config.paths import PROJECT_ROOT
 from grpo_kit.course.exercise import Exercise, find_exercise
+from grpo_kit.course.spoken import spoken
 from grpo_kit.runs.notebooks import lay_out, select_notebooks, series_files
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
@@ -23,7 +24,8 @@ COURSE = PROJECT_ROOT / "data" / "course"
 WORKSHOP = COURSE / "workshop.md"  # the plan of 180 minutes
 _REGION = re.compile(rf"^([ \t]*){BEGIN}\n.*?^[ \t]*{END}$", flags=re.MULTILINE | re.DOTALL)
 _PREDICTION = re.compile(r"^(\w+) = .*?(  #.*)?$", flags=re.MULTILINE)
-_HINTS = re.compile(r"\n*<details>.*?</details>", flags=re.DOTALL)
+_MINUTES = re.compile(r"^\*\*(?:Minutes|소요 시간)\*\*.*$", flags=re.MULTILINE)
+_ASIDE = re.compile(r"\n*<details>[\s\S]*?</details>|^.*\[(?:English|한국어)\]\(.*\n\n", flags=re.MULTILINE)
 
 
 def stub(source: str) -> str:
@@ -67,14 +69,9 @@ def _graded(cell: dict) -> dict:
     if task and kinds:
         cell["metadata"].pop("jupyter", None)
         is_check, name = kinds == {"check"}, f"exercise-{task.name.replace('.', '-')}"
-        cell["metadata"]["nbgrader"] = {
-            "grade": is_check,
-            "grade_id": f"{name}-check" if is_check else name,
-            "locked": is_check,
-            "schema_version": 3,
-            "solution": not is_check,
-            "task": False,
-        } | ({"points": task.difficulty} if is_check else {})
+        form = {"grade": is_check, "locked": is_check, "solution": not is_check, "task": False, "schema_version": 3}
+        own = {"grade_id": f"{name}-check", "points": task.difficulty} if is_check else {"grade_id": name}
+        cell["metadata"]["nbgrader"] = form | own
     return cell
 
 
@@ -88,24 +85,39 @@ def _for_students(cell: dict) -> dict:
     return cell
 
 
+def _lessons() -> Iterator[tuple[str, str, list[dict]]]:
+    """Language, name and cells of each notebook, in English and in Korean; the outputs are those of the English one."""
+    import nbformat
+
+    files = series_files()
+    for path in select_notebooks():
+        names = [name for name in (path.name, f"ko/{path.name}") if name in files]
+        english, *korean = (nbformat.reads(files[name].decode(), as_version=4).cells for name in names)
+        yield "en", path.stem, english
+        for cells in korean:
+            for cell, shown in zip(cells, english, strict=True):
+                cell.update({"outputs": shown.outputs} if "outputs" in shown else {})
+            yield "ko", f"ko/{path.stem}", cells
+
+
 def write_teacher(folder: Path) -> list[Path]:
     """Write the teacher's notes, a page a notebook: its minutes, exercises with answers, and the misconceptions."""
-    files = {"workshop.md": WORKSHOP.read_bytes()}
-    for path in select_notebooks():
-        cells = json.loads(path.read_bytes())["cells"]
+    files = {"workshop.md": WORKSHOP.read_bytes(), "ko/workshop.md": WORKSHOP.with_suffix(".ko.md").read_bytes()}
+    for language, name, cells in _lessons():
         first = "".join(cells[0]["source"])
-        parts = [first.partition("\n")[0], *re.findall(r"^\*\*Minutes\*\*.*$", first, flags=re.MULTILINE)]
+        parts = [first.partition("\n")[0], *_MINUTES.findall(first)]
         for cell in cells:
             text, task, tags = "".join(cell["source"]), _exercise(cell), _tags(cell)
             if "teacher" in tags or (task and cell["cell_type"] == "markdown"):
-                parts.append(_HINTS.sub("", text))
+                parts.append(_ASIDE.sub("", text))
             if "predict" in tags:
-                parts.append(f"Predict, then look:\n\n```python\n{text}\n```")
+                parts.append(f"{spoken('Predict, then look:', language)}\n\n```python\n{text}\n```")
             if task and "solution" in tags:
                 answer = "\n".join(line for line in text.splitlines() if line.strip() not in (BEGIN, END))
-                named = "".join(f"\n* {idea}" for idea in misconceptions(task))
-                parts.append(f"Answer:\n\n```python\n{answer}\n```\n\nMisconceptions that the check names:\n{named}")
-        files[f"{path.stem}.md"] = ("\n\n".join(parts) + "\n").encode()
+                parts.append(f"{spoken('Answer:', language)}\n\n```python\n{answer}\n```")
+                named = "".join(f"\n* {spoken(idea, language)}" for idea in misconceptions(task))
+                parts.append(f"{spoken('Misconceptions that the check names:', language)}\n{named}")
+        files[f"{name}.md"] = ("\n\n".join(parts) + "\n").encode()
     return lay_out(folder, files)
 
 
@@ -135,9 +147,9 @@ def write_slides(folder: Path, libraries: Sequence[Path]) -> list[Path]:
 
     What they need of `libraries`, archives that hold reveal.js and MathJax, is copied beside them: no network is used.
     """
-    import nbformat
     from jinja2 import FileSystemLoader
     from nbconvert import SlidesExporter
+    from nbformat.v4 import new_notebook
 
     try:
         files = {f"js/{name}": content for library in libraries for name, content in _javascript(Path(library))}
@@ -147,13 +159,13 @@ def write_slides(folder: Path, libraries: Sequence[Path]) -> list[Path]:
         text = "found no reveal.js, which is not part of the kit. Get it: pip download --no-deps sphinx-revealjs"
         raise KitError(f"slides: {text} (or npm pack reveal.js), and name that file: --js FILE")
     exporter = SlidesExporter(extra_loaders=[FileSystemLoader(COURSE)], template_file="slides.html.j2")
-    exporter.reveal_url_prefix, exporter.reveal_theme = "js", "white"  # a theme whose fonts are beside it
+    exporter.reveal_theme = "white"  # a theme whose fonts are beside it
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    for path in select_notebooks():
-        notebook = nbformat.read(path, as_version=4)
-        notebook.cells = [slide for cell in notebook.cells if (slide := _slide(cell)) is not None]
-        html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-        files[f"{path.stem}.html"] = html.encode()
+    for language, name, cells in _lessons():
+        exporter.reveal_url_prefix, exporter.language_code = "js" if language == "en" else "../js", language
+        notebook = new_notebook(cells=[slide for cell in cells if (slide := _slide(cell)) is not None])
+        html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": Path(name).name}})
+        files[f"{name}.html"] = html.encode()
     return lay_out(folder, files)
 
 
@@ -162,8 +174,8 @@ def _slide(cell: Any) -> Any:
     from nbformat.v4 import new_markdown_cell
 
     kind = cell.metadata.get("slideshow", {}).get("slide_type", "slide" if "slide" in _tags(cell) else None)
-    if kind is None and cell.cell_type == "markdown" and re.match("#{1,2} |### Exercise", cell.source):
-        kind, cell.source = "slide", _HINTS.sub("", cell.source)
+    if kind is None and cell.cell_type == "markdown" and (_exercise(cell) or re.match("#{1,2} ", cell.source)):
+        kind, cell.source = "slide", _ASIDE.sub("", cell.source)
     pictures = [one["data"]["image/png"] for one in cell.get("outputs", []) if "image/png" in one.get("data", {})]
     if kind is None and pictures:
         kind, picture = "subslide", f"data:image/png;base64,{pictures[0].strip()}"
@@ -180,7 +192,7 @@ def _javascript(library: Path) -> Iterator[tuple[str, bytes]]:
             if found := re.search(r"(?:^|/)((?:dist|plugin/notes)/(?!.*(\.\.|\.map$)).+|tex-svg\.js)$", name):
                 file = archive.open(name) if is_zip else archive.extractfile(name)
                 if file is not None and not name.endswith("/"):
-                    yield found[1], file.read()
+                    yield found[1].replace("dist/plugin/notes.js", "plugin/notes/notes.js"), file.read()  # reveal.js 6
 
 
 def write_wheelhouse(folder: Path, index: str = "") -> None:
@@ -199,6 +211,4 @@ def write_wheelhouse(folder: Path, index: str = "") -> None:
         if code := subprocess.run([*pip, *what], check=False).returncode:
             raise KitError(f"wheelhouse: pip stopped with {code}; its own lines above say why. Run it again to go on")
     if index and sys.platform == "linux" and not [*Path(folder).glob("torch-*+cpu*")]:
-        raise KitError(
-            f"wheelhouse: found no torch for CPUs in {index}. Give torch's own index of those builds, or none"
-        )
+        raise KitError(f"wheelhouse: found no torch for CPUs in {index}. Give torch's index of those builds, or none")

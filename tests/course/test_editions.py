@@ -139,8 +139,23 @@ def test_the_teachers_page_has_minutes_tasks_answers_and_misconceptions(tmp_path
     ):
         assert text in page, text
     assert "Hint 1" not in page and "BEGIN SOLUTION" not in page
-    plan = (tmp_path / "workshop.md").read_text(encoding="utf-8")
-    assert "if you are late, skip" in plan and len(re.findall(r"^\d+\. \*", plan, flags=re.MULTILINE)) == 12
+    for place, heading in (("", "if you are late, skip"), ("ko", "늦어지면 건너뛸 것")):
+        plan = (tmp_path / place / "workshop.md").read_text(encoding="utf-8")
+        assert heading in plan and len(re.findall(r"^\d+\. \*", plan, flags=re.MULTILINE)) == 12
+
+
+def test_the_teachers_pages_in_korean_have_the_same_minutes_and_answers_and_nothing_in_english(tmp_path: Path):
+    editions.write_teacher(tmp_path)
+    names = {path.name for path in tmp_path.glob("*.md")}
+    assert names == {path.name for path in (tmp_path / "ko").glob("*.md")} and len(names) > 10
+    for name in names - {"workshop.md"}:
+        english, korean = ((tmp_path / place / name).read_text(encoding="utf-8") for place in ("", "ko"))
+        code = [re.findall(r"^```python\n.*?^```$", page, flags=re.DOTALL | re.MULTILINE) for page in (english, korean)]
+        assert code[0] == code[1] and korean.count("\n* ") == english.count("\n* ")
+        assert re.search(r"^# .+\n\n\*\*소요 시간\*\*", korean)
+        korean = korean.replace("* two samples\n", "")  # an answer that a learner writes, in English
+        said = re.sub(r"```python\n.*?```|`[^`\n]+`|\$.+?\$", "", korean, flags=re.DOTALL).splitlines()
+        assert not [line for line in said if len(re.findall("[a-z]{2}", line)) > 3 and not re.search("[가-힣]", line)]
 
 
 def test_the_plans_minutes_follow_each_other_up_to_180():
@@ -175,11 +190,11 @@ def test_the_misconceptions_of_a_check_are_found(name: str, sentence: str):
 # --- slides -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def libraries(tmp_path: Path) -> list[Path]:
+@pytest.fixture(params=["plugin/notes/notes.js", "dist/plugin/notes.js"], ids=["reveal.js 5", "reveal.js 6"])
+def libraries(tmp_path: Path, request: pytest.FixtureRequest) -> list[Path]:
     wheel, npm = tmp_path / "a.whl", tmp_path / "mathjax.tgz"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("dist/reveal.js", "dist/reveal.css", "dist/theme/white.css", "plugin/notes/notes.js"):
+        for name in ("dist/reveal.js", "dist/reveal.css", "dist/theme/white.css", request.param):
             archive.writestr(f"some_package/static/{name}", f"/* {name} */")
         archive.writestr("some_package/static/dist/../../../escape.js", "no")
         archive.writestr("some_package-1.dist-info/METADATA", "no")
@@ -198,10 +213,16 @@ def test_slides_need_no_network(tmp_path: Path, libraries: list[Path]):
         f"js/{name}"
         for name in "dist/reveal.js dist/reveal.css dist/theme/white.css plugin/notes/notes.js tex-svg.js".split()
     }
-    page = (folder / "00_start_here.html").read_text(encoding="utf-8")
-    loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=[\"']([^\"']+)", page)
-    assert all(name in names or name.startswith("data:image/png;base64,") for name in loaded) and "@import" not in page
-    assert page.count("<section") > 10 and "Exercise 00.1" in page and "Hint 1" not in page and "BEGIN" not in page
+    for language, place, task, hint in (
+        ("en", "", "Exercise 00.1", "Hint 1"),
+        ("ko", "ko/", "연습문제 00.1", "힌트 1"),
+    ):
+        page = (folder / place / "00_start_here.html").read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=[\"']([^\"']+)", page)
+        files = [name.removeprefix("../" if place else "") for name in loaded if not name.startswith("data:image/png;")]
+        assert set(files) <= names and "js/dist/reveal.js" in files and "@import" not in page
+        assert page.count("<section") > 10 and len(loaded) - len(files) > 3 and f'<html lang="{language}"' in page
+        assert task in page and hint not in page and "BEGIN" not in page and '.ipynb">' not in page[: page.find("<h2")]
 
 
 def test_without_reveal_js_one_line_says_how_to_get_it(tmp_path: Path, libraries: list[Path]):
