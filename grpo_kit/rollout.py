@@ -20,10 +20,9 @@ from grpo_kit.config.quiet import quiet_libraries
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.grpo.advantages import group_advantages, group_spread
 from grpo_kit.grpo.credit import Credit, turn_credits
-from grpo_kit.models import drawing
 from grpo_kit.models.conversation import Conversation, LookAt, require_words
 from grpo_kit.models.decoding import stacked
-from grpo_kit.models.drawing import DrawRequest, DrawResult, Pictures
+from grpo_kit.models.drawing import DrawRequest, DrawResult, Pictures, draw_and_score
 from grpo_kit.models.generator import Generator
 from grpo_kit.models.policy import Completions, Policy, Scores
 from grpo_kit.models.prompt_format import EncodedPrompts
@@ -128,10 +127,9 @@ class Rollout(Samples):
             at = (self.group_ids == group).nonzero().flatten()
             rewards = self.rewards[at].nan_to_num(torch.nan, torch.nan, torch.nan)  # infinite ones are none
             some = [(self.images[row][0], self.enhanced_prompts[row]) for row in at]
-            turn = f", turn {int(group) % self.turns + 1}" if self.turns > 1 else ""
-            parts.append(
-                group_table(self.prompts[group].user_prompt + turn, some, rewards, group_advantages(rewards, 0 * at))
-            )
+            title = self.prompts[group].user_prompt
+            title += f", turn {int(group) % self.turns + 1}" if self.turns > 1 else ""
+            parts.append(group_table(title, some, rewards, group_advantages(rewards, 0 * at)))
         return f"{cell(self)}{''.join(parts)}<div>{len(groups):,} groups, {len(parts)} shown</div>"
 
 
@@ -144,6 +142,7 @@ def collect_rollout(
     seed: int = 0,
     truncation_penalty: float = 0.0,
     credit: Credit = "final",
+    redraw_cost: float = 0.0,
     **options: int | bool | str,
 ) -> Rollout:
     """Sample G rewrites of each prompt, draw M images of each rewrite, score every image against the user's prompt.
@@ -153,20 +152,25 @@ def collect_rollout(
         seed: fixes tokens and latents; the same call gives the same rollout.
         truncation_penalty: taken from the reward of a completion that the length limit ended.
         credit: how the rewards of several turns are shared among them; see `grpo.credit`.
+        redraw_cost: taken from the reward for each answer after the first that is not "keep it".
         options: `images_per_prompt=1`, `share_seeds=True`, `use_image=False`, `overlap=False`, `turns=1`,
             `look_at="own"`, `branches=False`; see `collect_samples`.
     """
     samples = collect_samples(policy, generator, rewards, prompts, num_generations, seed, **options)
-    return with_rewards(samples, rewards, truncation_penalty, credit)
+    return with_rewards(samples, rewards, truncation_penalty, credit, redraw_cost)
 
 
 def with_rewards(
-    samples: Samples, rewards: Rewards, truncation_penalty: float = 0.0, credit: Credit = "final"
+    samples: Samples,
+    rewards: Rewards,
+    truncation_penalty: float = 0.0,
+    credit: Credit = "final",
+    redraw_cost: float = 0.0,
 ) -> Rollout:
     """The rollout of whole groups of samples: their scores as the rewards weigh them, less penalties, and raw."""
     combined = rewards.combined(samples.reward_parts, samples.group_ids)
     if samples.turns > 1:
-        combined = _shared_among_turns(combined, samples, credit)
+        combined = _shared_among_turns(combined, samples, credit, redraw_cost)
     differs = rewards.is_shaped or truncation_penalty or samples.turns > 1
     return Rollout(
         **vars(samples),
@@ -175,12 +179,14 @@ def with_rewards(
     )
 
 
-def _shared_among_turns(rewards: torch.Tensor, samples: Samples, credit: Credit) -> torch.Tensor:
-    """(N,) what each row is given of its episode's rewards.
+def _shared_among_turns(rewards: torch.Tensor, samples: Samples, credit: Credit, redraw_cost: float) -> torch.Tensor:
+    """(N,) what each row is given of its episode's rewards, less what further pictures cost.
 
     In a group with branches one of the first pictures is gone on from, and the others' episodes end with their own.
     """
     grid = rewards.view(len(samples.prompts) // samples.turns, samples.turns, -1)  # prompt, turn, sample
+    redrawn = (~samples.kept & (samples.turn_ids > 0)).view(grid.shape).cumsum(dim=1)
+    grid = grid - redraw_cost * redrawn
     alone, shared = (grid[:, :1], grid[:, 1:]) if samples.branched else (grid[:, :0], grid)
     episodes = shared.transpose(1, 2)
     credits = turn_credits(episodes.flatten(0, 1), credit).view(episodes.shape).transpose(1, 2)
@@ -247,6 +253,7 @@ def collect_samples(
     places = first_prompt + torch.arange(len(prompts)).repeat_interleave(G)
     seeds = latent_seeds(seed, places, G, images_per_prompt, share_seeds)
     request = _unwritten(prompts, pictures, places, seeds)
+    draw = partial(draw_and_score, generator, partial(score, rewards), overlap=overlap)
     clock, done, goes_on = time.perf_counter(), [], list(range(len(places)))
     asked = _begun(generator, prompts, pictures, seed, first_prompt, use_image)
     for turn in range(turns):
@@ -258,7 +265,7 @@ def collect_samples(
         stream = derive_seed(seed, "sampling", *([turn + 1] if turn else []))
         written = policy.sample(encoded, len(places) // len(read), seed=stream, first_prompt=first)
         spent = time.perf_counter() - clock
-        drawn = _drawn(generator, rewards, replace(request, rewrites=written.texts), done[-1:], goes_on, overlap)
+        drawn = _drawn(draw, replace(request, rewrites=written.texts), done[-1:], goes_on)
         done.append(_TurnRows(read, encoded, written, drawn, spent))
         clock = time.perf_counter()
     return _as_samples(done, prompts, request, policy.tokenizer.pad_token_id, first_prompt, branches)
@@ -309,23 +316,18 @@ class _TurnRows:
 
 
 def _drawn(
-    generator: Generator,
-    rewards: Rewards,
-    request: DrawRequest,
-    before: Sequence[_TurnRows],
-    goes_on: Sequence[int],
-    overlap: bool,
+    draw: Callable[[DrawRequest], DrawResult], request: DrawRequest, before: Sequence[_TurnRows], goes_on: Sequence[int]
 ) -> DrawResult:
     """What the rewrites gave; one that keeps its picture, or repeats itself, is neither drawn nor scored again."""
     if not before:
-        return draw_and_score(generator, rewards, request, overlap=overlap)
+        return draw(request)
     last = before[0]
     again = rows_to_draw(request.rewrites, [last.written.texts[row] for row in goes_on])
     images = [last.drawn.images[row] for row in goes_on]
     parts = {name: values[goes_on].clone() for name, values in last.drawn.parts.items()}
     if not again:
         return DrawResult(images, parts, dict.fromkeys(last.drawn.seconds, 0.0))
-    new = draw_and_score(generator, rewards, request.some(again), overlap=overlap)
+    new = draw(request.some(again))
     for row, pictures in zip(again, new.images, strict=True):
         images[row] = pictures
     for name, values in new.parts.items():
@@ -378,13 +380,6 @@ def _as_samples(
         encoded=encoded,
         seconds={name: sum(one[name] for one in seconds) for name in seconds[0]},
     )
-
-
-def draw_and_score(
-    generator: Generator, rewards: Rewards, request: DrawRequest, *, overlap: bool = False
-) -> DrawResult:
-    """What is asked for, drawn and scored; see `models.drawing`."""
-    return drawing.draw_and_score(generator, partial(score, rewards), request, overlap)
 
 
 def score(rewards: Rewards, request: DrawRequest, images: Pictures) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from grpo_kit.models.drawing import DrawRequest, DrawResult
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards import RewardError, Rewards
 from grpo_kit.rewards.loading import load_rewards
-from grpo_kit.rollout import Rollout, collect_rollout, draw_and_score
+from grpo_kit.rollout import Rollout, collect_rollout, score
 from grpo_kit.training.loop import make_optimizer, run_iteration
 
 TEXTS = ["a red circle, sharp", "a blue square", "two green stars, blurry", "a ring", "a cross"]
@@ -55,6 +56,11 @@ def _wanted(groups: int = 4, size: int = 4, images: int = 1) -> DrawRequest:
     rewrites = [TEXTS[(row * row + int(group)) % len(TEXTS)] for row, group in enumerate(ids)]
     seeds = 100 * (ids[:, None] % 2) + torch.arange(images)
     return DrawRequest([TEXTS[int(group) % len(TEXTS)] for group in ids], rewrites, ids, seeds)
+
+
+def draw_and_score(generator: Generator, rewards: Rewards, wanted: DrawRequest, *, overlap: bool = False) -> DrawResult:
+    """What is asked for, drawn and scored as a rollout does it."""
+    return drawing.draw_and_score(generator, partial(score, rewards), wanted, overlap)
 
 
 def _pixels(drawn: DrawResult | Rollout) -> list[list[bytes | None]]:
@@ -333,8 +339,9 @@ INTERRUPTED = """
 import sys, threading
 import torch
 from PIL import Image
-from grpo_kit.models.drawing import DrawRequest
-from grpo_kit.rollout import draw_and_score
+from functools import partial
+from grpo_kit.models.drawing import DrawRequest, draw_and_score
+from grpo_kit.rollout import score
 from grpo_kit.rewards import Rewards
 
 class Draws:
@@ -347,7 +354,7 @@ def hangs(images, prompts, enhanced_prompts):
     threading.Event().wait()
 
 wanted = DrawRequest(["a", "b"], ["a", "b"], torch.arange(2), torch.zeros(2, 1, dtype=torch.int64))
-draw_and_score(Draws(), Rewards({"hangs": hangs}, {"hangs": 1.0}), wanted, overlap=True)
+draw_and_score(Draws(), partial(score, Rewards({"hangs": hangs}, {"hangs": 1.0})), wanted, overlap=True)
 """
 
 

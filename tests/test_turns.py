@@ -356,6 +356,19 @@ def test_a_rollouts_rewards_are_the_credits_of_its_episodes(kit: Experiment, cre
         torch.testing.assert_close(given[:, 1], own[:, 1] - own[:, 0])
 
 
+@pytest.mark.parametrize("kind", [{"turns": 2}, {"turns": 3}, {"turns": 3, "branches": True}])
+def test_each_further_picture_costs_and_keeping_is_free(kit: Experiment, kind: dict[str, object]):
+    """With credit "final" all turns bear the episode's costs; of branches the first turn has none."""
+    policy, T = Says(kit.policy), kind["turns"]
+    free, found = (_collect(kit, policy, **kind, redraw_cost=cost) for cost in (0.0, 0.25))
+    assert found.kept.any() and not found.kept[found.turn_ids > 0].all()
+    asked = (~found.kept.view(3, T, 4)[:, 1:]).sum(dim=1, keepdim=True).expand(3, T, 4).clone()
+    if kind.get("branches"):
+        asked[:, 0] = 0
+    torch.testing.assert_close(found.rewards, free.rewards - 0.25 * asked.flatten())
+    assert torch.equal(found.totals, free.totals)  # what is shown of the rewards is without costs
+
+
 def test_a_text_only_policy_is_refused_before_anything_is_drawn(kit: Experiment, own_policy: Policy):
     own_policy.sees = False
     generator = Counting(kit.generator)

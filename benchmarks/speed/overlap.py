@@ -8,6 +8,7 @@ before.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -16,10 +17,10 @@ import typer
 import grpo_kit as gk
 from benchmarks.speed.measure import alternate, median, paired_ratios
 from grpo_kit.experiment import Experiment
-from grpo_kit.models.drawing import DrawRequest, draw_and_score
+from grpo_kit.models.drawing import DrawRequest, DrawResult, draw_and_score
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards import Rewards
-from grpo_kit.rollout import latent_seeds
+from grpo_kit.rollout import latent_seeds, score
 
 ANSWERS = (0.0, 0.25, 0.5, 1.0, 2.0)  # seconds of a picture's answer, in units of what drawing it takes
 
@@ -34,7 +35,7 @@ def main(
     wanted = wanted_pictures(kit, settings.prompts_per_iteration, settings.group_size)
     count = len(wanted.rewrites)
     kit.generator.batch_size = count // batches
-    drawing = min(draw_and_score(kit.generator, kit.rewards, wanted).seconds["images"] for _ in range(3)) / count
+    drawing = min(drawn(kit.generator, kit.rewards, wanted).seconds["images"] for _ in range(3)) / count
     typer.echo(f"{count} pictures in {batches} batches, {1000 * drawing:.0f} ms each")
     for answer in ANSWERS:
         typer.echo(measured(kit.generator, answering(kit.rewards, answer * drawing), wanted, rounds, batches))
@@ -46,6 +47,11 @@ def wanted_pictures(kit: Experiment, groups: int, size: int) -> DrawRequest:
     ids = torch.arange(groups).repeat_interleave(size)
     rewrites = [f"{text}, sharp" for text in asked[: len(ids)]]
     return DrawRequest([asked[group] for group in ids], rewrites, ids, latent_seeds(0, ids, size, 1, True))
+
+
+def drawn(generator: Generator, rewards: Rewards, wanted: DrawRequest, overlap: bool = False) -> DrawResult:
+    """What is asked for, drawn and scored as a rollout does it."""
+    return draw_and_score(generator, partial(score, rewards), wanted, overlap)
 
 
 def answering(rewards: Rewards, seconds: float) -> Rewards:
@@ -61,12 +67,12 @@ def answering(rewards: Rewards, seconds: float) -> Rewards:
 def measured(generator: Generator, rewards: Rewards, wanted: DrawRequest, rounds: int, batches: int) -> str:
     """One line: the share that scoring takes, the median ratio with its interval of 95 %, and the most possible."""
     sides = {
-        name: lambda _, overlap=overlap: draw_and_score(generator, rewards, wanted, overlap=overlap)
+        name: lambda _, overlap=overlap: drawn(generator, rewards, wanted, overlap)
         for name, overlap in (("plain", False), ("overlapped", True))
     }
     timings = alternate(sides, rounds)
     gain = median(paired_ratios(timings["plain"], timings["overlapped"], "wall"))
-    seconds = draw_and_score(generator, rewards, wanted).seconds
+    seconds = drawn(generator, rewards, wanted).seconds
     together, longer = sum(seconds.values()), max(seconds.values())
     most = together / (together / batches + longer * (batches - 1) / batches)
     share = seconds["rewards"] / seconds["images"]

@@ -283,6 +283,7 @@ class TrainingSettings(Section):
     max_resampling: Whole = Field(0, ge=0, description="times that groups without spread are drawn again (DAPO)")
     mask_truncated_completions: bool = Field(False, description="what the length limit ended carries no loss")
     truncation_penalty: Number = Field(0.0, ge=0, description="taken from the reward of what the length limit ended")
+    redraw_cost: Number = Field(0.0, ge=0, description="taken from the reward for each later turn that keeps nothing")
     max_grad_norm: Number = Field(1.0, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
     micro_batch_size: Count | None = Field(None, description="samples in one backward pass; null: all")

@@ -89,9 +89,8 @@ def with_metrics(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     A part that is the whole reward is not listed a second time.
     """
     parts = {name: name.removeprefix("reward/") for name in rows if name.startswith("reward/")}
-    others = {
-        name: plain for name, plain in parts.items() if plain not in rows and not rows[name].equals(rows["reward"])
-    }
+    parts = {name: plain for name, plain in parts.items() if not rows[name].equals(rows["reward"])}
+    others = {name: plain for name, plain in parts.items() if plain not in rows}
     return rows.rename(columns=others), [name for name in ("reward", "gold") if name in rows] + list(others.values())
 
 

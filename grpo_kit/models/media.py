@@ -55,9 +55,8 @@ def form_of(pipeline: DiffusionPipeline) -> Form:
     kind = type(pipeline)
     form = FORMS.get(kind.__name__, _PICTURES)
     if form is _PICTURES and _OTHERS & _call(pipeline).keys():
-        reason = (
-            "which diffusers no longer maintains" if issubclass(kind, DeprecatedPipelineMixin) else "not known here"
-        )
+        is_old = issubclass(kind, DeprecatedPipelineMixin)
+        reason = "which diffusers no longer maintains" if is_old else "not known here"
         raise ConfigError(
             f"model_settings.sd_model: found a {kind.__name__}, {reason}; allowed: pipelines of pictures, and "
             f"{', '.join(FORMS)}"
@@ -129,10 +128,8 @@ def raw_media(
     medium = form_of(pipeline).medium
     if medium == "views":
         count, side = given["frames"] or VIEWS, given["height"] or _call(pipeline)["frame_size"].default
-        renderer = pipeline.shap_e_renderer
-        return [
-            _rendered(renderer, latent, seed, count, side) for latent, seed in zip(output.images, seeds, strict=True)
-        ]
+        renderer, objects = pipeline.shap_e_renderer, zip(output.images, seeds, strict=True)
+        return [_rendered(renderer, latent, seed, count, side) for latent, seed in objects]
     if medium == "video":
         return list(output.frames)
     return [np.atleast_2d(samples) for samples in output.audios]

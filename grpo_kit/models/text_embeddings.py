@@ -100,9 +100,7 @@ class TextEmbeddings:
             returned = self.pipeline.encode_prompt(texts, **{name: options[name] for name in takes if name in options})
         named = zip(self._names, returned, strict=False)
         columns = {name: values for name, values in named if name.startswith("negative") == guided}
-        return [
-            {name: values[row].to(draws_on, copy=True) for name, values in columns.items()} for row in range(len(texts))
-        ]
+        return [{name: v[row].to(draws_on, copy=True) for name, v in columns.items()} for row in range(len(texts))]
 
     def _hidden_states(self, texts: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """What T5 reads, and its mask: Stable Audio's call projects what it is given, as `encode_prompt` does."""

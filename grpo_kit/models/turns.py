@@ -55,10 +55,8 @@ def what_is_read(asked: list[Conversation], look_at: LookAt, count: int) -> list
 
 def by_prompt(turns: Sequence[Sequence], count: int) -> list:
     """The entries of all turns, those of each of so many prompts together, in the order of the turns."""
-    sizes = [len(turn) // count for turn in turns]
-    return [
-        turn[p * size + k] for p in range(count) for turn, size in zip(turns, sizes, strict=True) for k in range(size)
-    ]
+    sized = [(turn, len(turn) // count) for turn in turns]
+    return [turn[p * size + k] for p in range(count) for turn, size in sized for k in range(size)]
 
 
 def contexts_drawn_again(

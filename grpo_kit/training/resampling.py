@@ -46,7 +46,7 @@ def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
         again = collect_groups(kit, others, rollout_seed(settings.seed, iteration, attempt), processes)
         kit.rewards.load_state_dict(statistics)  # they take in the rollout that is trained on, once
         samples = _with_groups(rollout, again, places, kit.policy.tokenizer.pad_token_id)
-        rollout = with_rewards(samples, kit.rewards, settings.truncation_penalty)
+        rollout = rewarded(kit, samples)
     return rollout
 
 
@@ -107,7 +107,7 @@ def collect_groups(kit: Experiment, prompts: Sequence[Prompt], seed: int, proces
 
     gathered = processes.gather(collect_share)
     if processes.count == 1:
-        return with_rewards(own[0], kit.rewards, settings.truncation_penalty, generation.credit)
+        return rewarded(kit, own[0])
     shares = [share for share in gathered if share is not None]
     pictures = processes.gather_on_main(own[0].images if own else [])
     nothing = [None] * generation.images_per_prompt
@@ -118,7 +118,13 @@ def collect_groups(kit: Experiment, prompts: Sequence[Prompt], seed: int, proces
     ]
     both = joined(shares, kit.policy.tokenizer.pad_token_id)
     both = replace(both, images=list(chain(*images)), seconds=own[0].seconds if own else {})
-    return with_rewards(both, kit.rewards, settings.truncation_penalty, generation.credit)
+    return rewarded(kit, both)
+
+
+def rewarded(kit: Experiment, samples: Samples) -> Rollout:
+    """`with_rewards` as the settings say."""
+    settings, credit = kit.config.training_settings, kit.config.generation_settings.credit
+    return with_rewards(samples, kit.rewards, settings.truncation_penalty, credit, settings.redraw_cost)
 
 
 def _with_groups(samples: Samples, again: Samples, places: Sequence[int], pad_token_id: int) -> Samples:

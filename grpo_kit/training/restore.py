@@ -20,14 +20,14 @@ from grpo_kit.models.conversation import Conversation
 from grpo_kit.models.drawing import DrawRequest
 from grpo_kit.models.turns import contexts_drawn_again, turn_columns
 from grpo_kit.rewards.loading import reward_record
-from grpo_kit.rollout import Rollout, Samples, picture_prompts, with_rewards
+from grpo_kit.rollout import Rollout, Samples, picture_prompts
 from grpo_kit.runs.checkpoint import newest_checkpoint
 from grpo_kit.runs.folder import first_difference
 from grpo_kit.runs.own_rewards import changed_rewards
 from grpo_kit.runs.record import metrics_lines, read_origin, refuse_branch_without_checkpoint
 from grpo_kit.training.difference import Comparison, compare_line
 from grpo_kit.training.loop import log_line, restore, run_iteration
-from grpo_kit.training.resampling import prompts_of, rollout_seed
+from grpo_kit.training.resampling import prompts_of, rewarded, rollout_seed
 
 logger = logging.getLogger(__name__)
 # columns of a kept rollout that a step on it needs
@@ -158,9 +158,7 @@ def recorded_rollout(kit: Experiment, columns: dict[str, list], iteration: int) 
         unmatched=kit.policy.prompt_parts(ids, mask)[1],
         attempts=torch.tensor(list(attempts.values())) if "attempt" in columns else None,
     )
-    samples = _with_contexts(kit, samples, list(attempts.values()), iteration)
-    penalty = kit.config.training_settings.truncation_penalty
-    return with_rewards(samples, kit.rewards, penalty, generation.credit)
+    return rewarded(kit, _with_contexts(kit, samples, list(attempts.values()), iteration))
 
 
 def _with_contexts(kit: Experiment, samples: Samples, attempts: list[int], iteration: int) -> Samples:

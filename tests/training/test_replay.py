@@ -56,6 +56,7 @@ FORMS = {
         "generation_settings.turns": 3,
         "generation_settings.branches": True,
         "generation_settings.credit": "difference",
+        "training_settings.redraw_cost": 0.05,
         "model_settings.use_image": True,
         "model_settings.look_at": "grey",
     },
