@@ -24,6 +24,7 @@ COURSE = PROJECT_ROOT / "data" / "course"
 WORKSHOP = COURSE / "workshop.md"  # the plan of 180 minutes
 _REGION = re.compile(rf"^([ \t]*){BEGIN}\n.*?^[ \t]*{END}$", flags=re.MULTILINE | re.DOTALL)
 _PREDICTION = re.compile(r"^(\w+) = .*?(  #.*)?$", flags=re.MULTILINE)
+_OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./)+((?:docs|reports)/[^)\s]+)\)")  # not beside an edition
 _MINUTES = re.compile(r"^\*\*(?:Minutes|소요 시간)\*\*.*$", flags=re.MULTILINE)
 _ASIDE = re.compile(r"\n*<details>[\s\S]*?</details>|^.*\[(?:English|한국어)\]\(.*\n\n", flags=re.MULTILINE)
 
@@ -66,6 +67,7 @@ def _exercise(cell: Mapping) -> Exercise | None:
 def _graded(cell: dict) -> dict:
     """Give an exercise's code cells what nbgrader reads; the solution is no longer folded."""
     task, kinds = _exercise(cell), {"solution", "check"}.intersection(_tags(cell))
+    cell["source"] = _OUTSIDE.sub(r"\1 (`\2`)", "".join(cell["source"])).splitlines(keepends=True)
     if task and kinds:
         cell["metadata"].pop("jupyter", None)
         is_check, name = kinds == {"check"}, f"exercise-{task.name.replace('.', '-')}"

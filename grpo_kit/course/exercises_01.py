@@ -11,10 +11,11 @@ from grpo_kit.course.exercise import exercise, expect
 @exercise("01.1", "How many pictures for ± 0.05?", minutes=5, difficulty=1)
 def check_pictures_needed(pictures_needed: Callable) -> None:
     """`pictures_needed(deviation, half_width)` for several of both."""
-    for s, h in ((0.21, 0.05), (0.13, 0.03), (0.4, 0.07)):
+    for s, h in ((0.21, 0.05), (0.13, 0.03), (0.4, 0.07), (0.5, 0.25)):
         n = (2 * s / h) ** 2
         wrong = {
             "rounded down: then two standard errors are a little too large": math.floor(n),
+            "one too many where it comes out whole: round up, do not add 1": math.floor(n) + 1,
             "this is not a whole number": n,
             "the square is missing: the error falls with the root of n": math.ceil(2 * s / h),
             "that is for one standard error; asked are two": math.ceil((s / h) ** 2),

@@ -55,13 +55,15 @@ def check_my_reward(my_reward: Callable) -> None:
     values = scores(prompts, rewrites)
     agreement = _agreement(rows.assign(mine=values))
     reads_rewrites = not np.array_equal(values, scores(prompts, rewrites[::-1]))
-    if agreement >= AGREEMENT and not reads_rewrites:
+    order = pd.Series(values, rows.index).rank().corr(rows["reward/clip_similarity"].rank())
+    if agreement >= AGREEMENT and not reads_rewrites and order < 0.99:
         return
     reads_prompts = not np.array_equal(values, scores(prompts[::-1], rewrites))
     wrong = {
         "other rewrites changed the numbers: a policy would be paid for its words": reads_rewrites,
         "all pictures have the same number: there is nothing to compare": np.ptp(values) == 0,
-        "the sign is turned: better pictures must have higher numbers": agreement <= -AGREEMENT / 2,
+        "these are CLIP's numbers: the task is a reward without CLIP": order >= 0.99,
+        "the sign is turned: better pictures must have higher numbers": agreement <= -0.2,
         "another user's prompt gives the same numbers: it never looks at what was asked": not reads_prompts,
         "what else did the user ask for that can be seen in the pixels?": True,
     }

@@ -27,9 +27,12 @@ def check_advantages(advantages: Callable[[np.ndarray, np.ndarray], np.ndarray])
         right, scored = _by_group(rewards, ids), ~np.isnan(rewards)
         alone = scored & (np.array([scored[ids == group].sum() for group in ids]) == 1)
         with_zeros = _by_group(np.nan_to_num(rewards), ids)
+        touched = np.isin(ids, ids[~scored])  # rows of groups in which a score is missing
         wrong = {
             "the standard deviation divides by n, not by n - 1: ddof=1": _by_group(rewards, ids, ddof=0),
             "NaN was counted as a reward of 0: leave it out of mean and deviation": with_zeros,
+            "one NaN makes the whole group's mean NaN: take the mean of the scored rows": np.where(touched, NAN, right),
+            "rows came back group by group: each belongs in its own place": right[np.argsort(ids, kind="stable")],
             "the mean is that of the whole batch, not of the group": _by_group(rewards, 0 * ids),
             "rewards are not divided by the group's standard deviation": _by_group(rewards, ids, scaled=False),
             "a row without a score must get 0, not NaN": np.where(scored, right, NAN),

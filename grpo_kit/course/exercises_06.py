@@ -28,7 +28,8 @@ def check_push(push: Callable[[float, float, float], float]) -> None:
     drawn = zip(np.exp(rng.uniform(-1, 1, 30)), rng.normal(size=30), rng.choice([0.1, 0.3], 30), strict=True)
     shown = [(1.0, 1.0, 0.2), (1.5, 1.0, 0.2), (0.5, -1.0, 0.2), (0.5, 1.0, 0.2), (1.5, -1.0, 0.2)]
     for ratio, advantage, epsilon in [*shown, *drawn]:
-        up, down = (_clipped_loss(ratio * np.exp(step), advantage, epsilon) for step in (1e-5, -1e-5))
+        near = ratio * np.exp([1e-5, -1e-5])
+        up, down = -np.minimum(near * advantage, near.clip(1 - epsilon, 1 + epsilon) * advantage)
         right = (up - down) / 2e-5
         whole = -ratio * advantage
         on_both_sides = 0.0 if abs(ratio - 1) > epsilon else whole
@@ -40,10 +41,6 @@ def check_push(push: Callable[[float, float, float], float]) -> None:
         }
         given = f"ratio {ratio:.2f}, A = {advantage:+.2f}, epsilon {epsilon}"
         expect(push(ratio, advantage, epsilon), right, given, wrong=wrong, tolerance=1e-5)
-
-
-def _clipped_loss(ratio: float, advantage: float, epsilon: float) -> float:
-    return -min(ratio * advantage, np.clip(ratio, 1 - epsilon, 1 + epsilon) * advantage)
 
 
 @exercise("06.2", "Six settings: which losses are 0?", minutes=5, difficulty=2)

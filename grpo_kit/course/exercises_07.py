@@ -51,7 +51,8 @@ def check_loop(my_loop: Callable[[Experiment, int, int], list[float]]) -> None:
         "the iterations are counted from 0: begin with `first`, or a run that goes on repeats itself": run(
             first=0, last=2
         ),
-        "the rollout's seed is the same in each iteration: it must depend on the iteration": run(fresh_seeds=False),
+        "the rollout's seed is the same in each iteration: it must depend on the iteration": run(seeds="one"),
+        "the rollout's seed is `rollout_seed(settings.seed, iteration)`, not a sum": run(seeds="sum"),
         "the prompts are the same in each iteration: they depend on the iteration": run(fresh_prompts=False),
         "nothing is learned between the iterations: the step is missing": run(step=0),
         "gk.grpo_step makes all updates of a rollout: call it once": run(step=3),
@@ -63,9 +64,9 @@ def check_loop(my_loop: Callable[[Experiment, int, int], list[float]]) -> None:
 
 
 def _as_trained(
-    kit: Experiment, first: int, last: int, fresh_seeds: bool = True, fresh_prompts: bool = True, step: int = 1
+    kit: Experiment, first: int, last: int, seeds: str = "own", fresh_prompts: bool = True, step: int = 1
 ) -> list[float]:
-    """What `gk.train` computes in these iterations; or with one seed, the same prompts, more steps or none."""
+    """What `gk.train` computes in these iterations; or with other seeds, the same prompts, more steps or none."""
     from grpo_kit.config.prompts import balanced_batch
     from grpo_kit.rollout import collect_rollout
     from grpo_kit.training.loop import make_optimizer
@@ -76,7 +77,8 @@ def _as_trained(
     for iteration in range(first, last + 1):
         number = iteration if fresh_prompts else 0
         prompts = balanced_batch(kit.train_prompts, settings.prompts_per_iteration, settings.seed, number)
-        seed = rollout_seed(settings.seed, iteration) if fresh_seeds else settings.seed
+        own, one = rollout_seed(settings.seed, iteration), settings.seed
+        seed = {"own": own, "one": one, "sum": one + iteration}[seeds]
         rollout = collect_rollout(kit.policy, kit.generator, kit.rewards, prompts, settings.group_size, seed)
         for _ in range(step):
             grpo_step(kit.policy, optimizer, rollout, kit.config)

@@ -14,27 +14,11 @@ from grpo_kit.config.prompts import Prompt
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.cells import Cell, Images, cells_of, drawn_again, next_turn, scores_of
 from grpo_kit.evaluation.intervals import interval
+from grpo_kit.evaluation.table import BEST_OF, BLIND, FIRST, LOOKS, ORACLE
 from grpo_kit.evaluation.writers import Writer, requests_of, writer
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.conversation import is_kept
 from grpo_kit.models.painters import as_read, painter_of
-
-LOOKS = ("own", "other", "grey", "words", "nothing")  # what the policy sees before it writes again
-BEST_OF = "best of 2"  # by the reward, of the first picture and a second sample's that saw nothing
-ARMS = (*LOOKS, BEST_OF)
-FIRST, ORACLE, BLIND = "first picture", "oracle", "best blind"
-LIMITS = (BLIND, ORACLE)  # what the world allows who does not look, and who does
-ARM_NAMES = {  # what people call them, in the order of a figure
-    FIRST: FIRST,
-    "own": "its own picture",
-    "other": "another prompt's picture",
-    "grey": "a grey picture",
-    "words": "the check's words",
-    "nothing": "a second try, blind",
-    BEST_OF: "best of 2 by the reward",
-    BLIND: "best blind prompt",
-    ORACLE: "best prompt for the painter",
-}
 
 
 def compare_looks(

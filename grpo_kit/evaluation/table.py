@@ -10,6 +10,22 @@ Interval = Mapping[str, float]  # mean, low, high
 MAIN = ("reward", "gold")
 VARIANT_NAMES = dict(zip(VARIANTS, ("raw prompt", "initial policy", "trained policy", "oracle rewrite"), strict=True))
 
+LOOKS = ("own", "other", "grey", "words", "nothing")  # what the policy sees before it writes again
+BEST_OF = "best of 2"  # by the reward, of the first picture and a second sample's that saw nothing
+FIRST, ORACLE, BLIND = "first picture", "oracle", "best blind"
+LIMITS = (BLIND, ORACLE)  # what the world allows who does not look, and who does
+ARM_NAMES = {  # what people call them, in the order of a figure
+    FIRST: FIRST,
+    "own": "its own picture",
+    "other": "another prompt's picture",
+    "grey": "a grey picture",
+    "words": "the check's words",
+    "nothing": "a second try, blind",
+    BEST_OF: "best of 2 by the reward",
+    BLIND: "best blind prompt",
+    ORACLE: "best prompt for the painter",
+}
+
 METRIC_NAMES = {
     "gold": "gold check",
     "right": "everything right",

@@ -135,7 +135,8 @@ class PromptFormat:
     def _encoded_alike(self, asked: list[Conversation]) -> EncodedPrompts:
         """Conversations that have none or one picture each, or a single one with any number."""
         texts = [self.format_prompt(one) for one in asked]
-        images = [[self._sized(image) for image in one.pictures] for one in asked] if asked[0].pictures else None
+        bounds, sees = (self.min_pixels, self.max_pixels), bool(asked[0].pictures)
+        images = [[within_pixels(one, *bounds) for one in each.pictures] for each in asked] if sees else None
         inputs = self._processed(texts, images)
         uneven = [name for name, value in inputs.items() if len(value) != len(texts)]
         if uneven == ["pixel_values"] and "image_grid_thw" in inputs:  # Qwen-VL: all pictures' patches below each other
@@ -146,9 +147,6 @@ class PromptFormat:
             alone = [self._processed([text], images and [images[place]]) for place, text in enumerate(texts) if uneven]
             rows = {name: [len(one[name]) for one in alone] for name in uneven}
         return EncodedPrompts(asked, inputs, rows)
-
-    def _sized(self, image: Image.Image) -> Image.Image:
-        return within_pixels(image, self.min_pixels, self.max_pixels)
 
     @quiet_libraries()
     def _processed(self, texts: Sequence[str], images: Sequence[list[Image.Image]] | None) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from grpo_kit.config import KitError
-from grpo_kit.evaluation import looking, table
+from grpo_kit.evaluation import table
 from grpo_kit.evaluation.table import Interval, format_metric, metric_name, number_text
 from grpo_kit.show import style
 
@@ -111,16 +111,16 @@ def looks_plot(results: Mapping) -> style.Drawing:
     measured = [m for m in ("gold", "right", "reward") if any(m in values for values in looks.values())]
     if not measured:
         raise KitError("looks_plot: found no looks. Evaluate a policy with generation_settings.turns of 2 or more.")
-    arms = [arm for arm in looking.ARM_NAMES if arm in looks]
+    arms = [arm for arm in table.ARM_NAMES if arm in looks]
     figure = style.new_figure(4.4 * len(measured), 1.2 + 0.42 * len(arms))
     for axes, metric in zip(style.panel_grid(figure, len(measured), sharey=True), measured, strict=True):
         for y, arm in enumerate(arms):
-            variant = "oracle" if arm in looking.LIMITS else "trained" if arm == "own" else "initial"
+            variant = "oracle" if arm in table.LIMITS else "trained" if arm == "own" else "initial"
             value = looks[arm].get(metric)
             text = format_metric(metric, value["mean"]) if value else ""
             draw_interval(axes, y, value, **style.variant_look(variant), text=text)
         axes.set_title(metric_name(metric))
-        name_rows(axes, [looking.ARM_NAMES[arm] for arm in arms], metric=metric)
+        name_rows(axes, [table.ARM_NAMES[arm] for arm in arms], metric=metric)
     return figure
 
 

@@ -101,7 +101,9 @@ def test_what_is_kept_is_counted_by_whether_the_first_picture_was_right(tmp_path
 
 def test_an_arm_changes_what_its_name_says():
     assert eyes.configured("redraw-grey", 3).model_settings.look_at == "grey"
-    assert eyes.configured("refine-branches", 0).generation_settings.branches
+    branches, cost = (eyes.configured(arm, 0) for arm in ("refine-branches", "refine-cost0.05"))
+    assert branches.generation_settings.branches and cost.generation_settings.branches
+    assert (branches.training_settings.redraw_cost, cost.training_settings.redraw_cost) == (0, 0.05)
     assert eyes.configured("refine-difference", 0).generation_settings.credit == "difference"
     plain = eyes.configured("edit", 2, 7)
     assert (plain.training_settings.seed, plain.training_settings.num_iterations) == (2, 7)

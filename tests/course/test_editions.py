@@ -6,6 +6,7 @@ import json
 import re
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,16 @@ def test_a_learner_gets_every_file_of_the_series_without_solutions_and_outputs(s
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in _cells(path))
         for cell in _tagged(path, "solution"):
             assert cell.source.count("raise NotImplementedError()") >= 1 and "source_hidden" not in str(cell.metadata)
+
+
+@pytest.mark.parametrize("write", [editions.write_students, editions.write_solutions])
+def test_no_link_leads_out_of_an_edition(write: Callable, tmp_path: Path):
+    write(tmp_path)
+    for path in tmp_path.rglob("*.ipynb"):
+        text = "\n".join(cell.source for cell in _cells(path) if cell.cell_type == "markdown")
+        for link in re.findall(r"\]\(([^)\s#]+)", text):
+            assert ":" in link or (path.parent / link).exists(), (path.name, link)
+    assert "references (`docs/notation.md`)" in _cells(tmp_path / "index.ipynb")[0].source
 
 
 def test_only_outputs_solutions_predictions_and_metadata_differ(student: Path):
@@ -164,14 +175,31 @@ def test_the_plans_minutes_follow_each_other_up_to_180():
     assert all(before[1] == after[0] for before, after in itertools.pairwise(rows))
 
 
-def test_the_exercises_of_the_plan_fit_into_their_rows():
-    rows = re.findall(r"^\| (\d+)–(\d+) \|(.+)", editions.WORKSHOP.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    named = []
-    for start, end, text in rows:
+def words_of_sections(number: str) -> dict[str, int]:
+    """Section of a notebook → the words of its text, without exercises."""
+    (path,) = (PROJECT_ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    texts = [cell for cell in _cells(path) if cell.cell_type == "markdown" and "exercise:" not in str(cell.metadata)]
+    text = "\n\n".join(cell.source for cell in texts)
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    return {part.partition("\n")[0]: len(part.split()) for part in parts}
+
+
+def test_the_exercises_and_the_text_of_the_plan_fit_into_their_rows():
+    """At 200 words a minute, with at least half a minute left for what runs."""
+    plan = editions.WORKSHOP.read_text(encoding="utf-8")
+    read = re.findall(r"^\* (\d+)–\d+, (\w+): (.+?)\.$", plan, flags=re.MULTILINE | re.DOTALL)
+    named, sections = [], {start: (number, text) for start, number, text in read}
+    for start, end, text in re.findall(r"^\| (\d+)–(\d+) \|(.+)", plan, flags=re.MULTILINE):
         does = re.findall(r"\d\db?\.\d", text.split("|")[2])
-        assert sum(find_exercise(name).minutes for name in does) <= int(end) - int(start), text
+        minutes = sum(find_exercise(name).minutes for name in does)
+        if start in sections:
+            number, titles = sections.pop(start)
+            assert f"| {number} |" in text
+            words = words_of_sections(number)
+            minutes += sum(words[" ".join(title.split())] for title in re.findall('"([^"]+)"', titles)) / 200 + 0.5
+        assert minutes <= int(end) - int(start), (text, minutes)
         named += does
-    assert len(named) == len(set(named)) == 11
+    assert not sections and len(named) == len(set(named)) == 10
 
 
 @pytest.mark.parametrize(
@@ -289,7 +317,8 @@ def test_catching_up_defines_what_the_exercise_asks_for(monkeypatch: pytest.Monk
     shell = InteractiveShell()
     monkeypatch.setattr("IPython.get_ipython", lambda: shell)
     course.catch_up("00.1")
-    assert "def advantages_of(rewards):" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "def advantages_of(rewards):" in said and "SOLUTION" not in said
     assert course.check("00.1", shell.user_ns["advantages_of"]).passed
 
 

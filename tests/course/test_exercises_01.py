@@ -22,6 +22,7 @@ def test_the_solution_passes_and_the_stub_does_not(name: str, what: str) -> None
     ("wrong", "idea"),
     [
         (lambda s, h: int((2 * s / h) ** 2), "rounded down"),
+        (lambda s, h: int((2 * s / h) ** 2) + 1, "one too many where it comes out whole"),
         (lambda s, h: math.ceil(2 * s / h), "the square is missing"),
         (lambda s, h: math.ceil((s / h) ** 2), "that is for one standard error"),
         (lambda s, h: (2 * s / h) ** 2, "not a whole number"),

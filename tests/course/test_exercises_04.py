@@ -6,9 +6,11 @@ import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
+from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.course.exercise import check
 from tests.support.course import solution, stub
 
@@ -62,9 +64,16 @@ def turned(images: Sequence[Image.Image], prompts: Texts, rewrites: Texts) -> li
     return [-score for score in solution("04.2")["my_reward"](images, prompts, rewrites)]
 
 
+def as_recorded(images: Sequence[Image.Image], prompts: Texts, rewrites: Texts) -> list[float]:
+    """The scores that the run's own reward, CLIP, gave to these pictures."""
+    rows = pd.read_parquet(PROJECT_ROOT / "data/demo_run/evaluation/rows.parquet").dropna(subset=["thumbnail"])
+    return (2 * rows["reward/clip_similarity"] - 1).tolist()
+
+
 @pytest.mark.parametrize(
     ("wrong", "idea"),
     [
+        (as_recorded, "these are CLIP's numbers"),
         (file_size, "it never looks at what was asked"),
         (good_words, "a policy would be paid for its words"),
         (turned, "the sign is turned"),

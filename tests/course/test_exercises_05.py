@@ -33,6 +33,17 @@ def parts(table, *, taken=True, all_cells=False, ddof=1, turned=False):
     return (found[1], found[0], found[2]) if turned else found
 
 
+def by_group(rewards, ids, right=None):
+    """The advantages of one group after the other."""
+    return np.concatenate([advantages(rewards, ids)[ids == group] for group in np.unique(ids)])
+
+
+def nan_spreads(rewards, ids):
+    """A group's mean and deviation of all its rows, a missing score among them."""
+    missing = np.isin(ids, ids[np.isnan(rewards)])
+    return np.where(missing, np.nan, advantages(rewards, ids))
+
+
 WRONG = [
     ("05.1", {"ddof": 0}, "divides by n, not by n - 1"),
     ("05.1", {"zeros": True}, "NaN was counted as a reward of 0"),
@@ -45,6 +56,15 @@ WRONG = [
     ("05.2", {"ddof": 0}, "variances of means take ddof=1"),
     ("05.2", {"turned": True}, "the order is turned"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "idea"),
+    [(by_group, "each belongs in its own place"), (nan_spreads, "one NaN makes the whole group's mean NaN")],
+)
+def test_rows_and_missing_scores_that_went_astray_are_told(wrong, idea):
+    found = check("05.1", wrong)
+    assert not found.passed and idea in found.message, found
 
 
 @pytest.mark.parametrize("name", ANSWERS)

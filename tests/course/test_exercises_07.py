@@ -38,6 +38,7 @@ WRONG = [
     ({"from_0": True}, "counted from 0"),
     ({"end": 0}, "the last iteration is missing"),
     ({"seed_of": lambda seed, _: seed}, "the rollout's seed is the same"),
+    ({"seed_of": lambda seed, iteration: seed + iteration}, "not a sum"),
     ({"prompts_of": lambda _: 0}, "the prompts are the same"),
     ({"steps": 0}, "the step is missing"),
     ({"steps": 3}, "makes all updates of a rollout: call it once"),

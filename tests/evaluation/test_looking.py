@@ -8,7 +8,8 @@ import pytest
 
 from grpo_kit.config import KitError, load_config
 from grpo_kit.evaluation.evaluate import evaluate
-from grpo_kit.evaluation.looking import ARM_NAMES, ARMS, BEST_OF, BLIND, FIRST, ORACLE, compare_looks, summarize_looks
+from grpo_kit.evaluation.looking import compare_looks, summarize_looks
+from grpo_kit.evaluation.table import ARM_NAMES, BEST_OF, BLIND, FIRST, LOOKS, ORACLE
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.painters import as_read, painter_of
 from grpo_kit.show.intervals import looks_plot
@@ -31,7 +32,7 @@ def rows(painted: Experiment) -> pd.DataFrame:
 
 
 def test_every_arm_has_the_same_prompts_latents_and_painters(rows: pd.DataFrame):
-    assert list(dict.fromkeys(rows["arm"])) == [FIRST, *ARMS, ORACLE, BLIND] and set(ARM_NAMES) == set(rows["arm"])
+    assert list(dict.fromkeys(rows["arm"])) == [FIRST, *LOOKS, BEST_OF, ORACLE, BLIND] and set(ARM_NAMES) == set(rows["arm"])
     cells = {arm: part[["prompt_id", "seed", "painter"]].to_numpy().tolist() for arm, part in rows.groupby("arm")}
     assert all(len(found) == 12 and sorted(found) == sorted(cells[FIRST]) for found in cells.values())
     assert set(rows["painter"]) == {0, 1}
