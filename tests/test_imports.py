@@ -36,6 +36,13 @@ def test_settings_and_prompts_load_no_torch():
     assert _run(f"{use}; print('torch' in sys.modules)") == "False"
 
 
+def test_figures_and_the_report_load_no_models():
+    """A first figure of plain numbers once waited 12 s for them; the widgets are others."""
+    used = "[getattr(show, name) for name, home in show._HOME.items() if not home.startswith('widgets')]"
+    loaded = "print([n for n in ('torch', 'transformers', 'diffusers') if n in sys.modules])"
+    assert _run(f"import sys; from grpo_kit import show; {used}; {loaded}") == "[]"
+
+
 def test_command_line_help_loads_neither_torch_nor_pydantic():
     code = (
         "import sys, grpo_kit.cli\n"

@@ -146,7 +146,7 @@ def catch_up(name: str) -> None:
     for path in sorted((PROJECT_ROOT / "notebooks").glob(f"{name.partition('.')[0]}_*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if {f"exercise:{name}", "solution"} <= set(cell["metadata"].get("tags", [])):
-                code = "".join(line for line in cell["source"] if " SOLUTION" not in line)  # its marks
+                code = "".join(line for line in "".join(cell["source"]).splitlines(True) if " SOLUTION" not in line)
                 print(code)
                 notebook.run_cell(code)
 
