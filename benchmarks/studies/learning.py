@@ -61,7 +61,8 @@ def measure(run_dir: Path, profile: str, seed: int, random_rewards: bool) -> Non
     gk.train(with_random_rewards(kit) if random_rewards else kit, run_dir)
     judged = kit if random_rewards else gk.load_experiment(config, trained=run_dir / "best")
     result = gk.evaluate(judged, compare=COMPARE, run_dir=None if random_rewards else run_dir)
-    RunFolder(run_dir).write_json("final_results.json", result.results)
+    if random_rewards:  # the others' was written by the evaluation
+        RunFolder(run_dir).write_json("final_results.json", result.results)
 
 
 def with_random_rewards(kit: Experiment) -> Experiment:
