@@ -22,7 +22,8 @@ import grpo_kit as gk
 from benchmarks.studies.budget import measure_missing
 from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.evaluation.intervals import t_interval
-from grpo_kit.evaluation.looking import ARM_NAMES, compare_looks
+from grpo_kit.evaluation.looking import compare_looks
+from grpo_kit.evaluation.table import ARM_NAMES
 from grpo_kit.evaluation.writers import writer
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.conversation import Conversation
@@ -32,7 +33,9 @@ from grpo_kit.show.style import Drawing
 GREY = "grey"
 METRICS = ("gold", "right", "reward")
 VARIANTS = ("raw", "initial", "trained", "oracle")
-ARMS = ("redraw", "redraw-grey", "edit", "edit-grey", "refine", "refine-grey", "refine-difference", "refine-branches")
+COSTS = ("refine-cost0.05", "refine-cost0.1")  # branches, and what a further picture costs
+CREDITS = ("refine", "refine-difference", "refine-branches", *COSTS)  # ways to reward two turns
+ARMS = ("redraw", "redraw-grey", "edit", "edit-grey", CREDITS[0], "refine-grey", *CREDITS[1:])
 Results = dict[str, dict[str, dict[str, dict[str, float]]]]
 ITERATIONS = {"redraw": 60, "edit": 60, "refine": 80}
 
@@ -67,8 +70,9 @@ def configured(arm: str, seed: int, iterations: int | None = None) -> Config:
     changes |= {"evaluation_settings.paraphrases": False}
     if change == GREY:
         changes["model_settings.look_at"] = GREY
-    elif change == "branches":
+    elif change.startswith(("branches", "cost")):
         changes["generation_settings.branches"] = True
+        changes["training_settings.redraw_cost"] = float(change.removeprefix("branches").removeprefix("cost") or 0)
     elif change:
         changes["generation_settings.credit"] = change
     return gk.load_config(f"tiny_{task}", changes)
@@ -161,7 +165,7 @@ def markdown(found: Results) -> dict[str, str]:
         if looks
     ]
     tables["looks"] = [head, *rows]
-    credit = [arm for arm in ("refine", "refine-difference", "refine-branches") if arm in found]
+    credit = [arm for arm in CREDITS if arm in found]
     names = ("kept when right", "kept when wrong")
     kept = {
         arm: [_text(found[arm]["own"][name]) if name in found[arm]["own"] else "–" for name in names] for arm in credit

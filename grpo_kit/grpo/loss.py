@@ -116,9 +116,7 @@ def grpo_loss(
     return LossOutput((torch.where(mask, per_token, 0.0) * weights).sum(), metrics)
 
 
-def _check_settings(
-    loss_type: str, beta: float, ref_logprobs: torch.Tensor | None, constants: dict[str, float]
-) -> None:
+def _check_settings(loss_type: str, beta: float, ref_logprobs: torch.Tensor | None, constants: dict) -> None:
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type: found {loss_type!r}, allowed: {', '.join(LOSS_TYPES)}")
     if constants and loss_type not in ("sapo", "vespo"):

@@ -228,7 +228,7 @@ def continued_groups(
 
     def next_logits(ids: torch.Tensor, step: int) -> torch.Tensor:
         taken = (step + 1) * G
-        sees = own[:, :taken] if decoding == "plain" else own & (places < taken)  # a static cache is seen as a whole
+        sees = own[:, :taken] if decoding == "plain" else _seen(own, places, taken)
         steps = torch.full((P, G), step, device=device)
         return prefix.extend(run, ids.reshape(P, G), steps, sees.expand(P, -1, -1), held).flatten(0, 1)
 
@@ -242,6 +242,11 @@ def require_decoding(decoding: Decoding, not_shared: str | None) -> None:
             f"{_SETTING}: found {decoding!r}, but this policy's completions cannot share a prompt: {not_shared}; "
             "set 'plain'"
         )
+
+
+def _seen(own: torch.Tensor, places: torch.Tensor, taken: int) -> torch.Tensor:
+    """(G, room) bool: a completion's own places that hold a token; a static cache is attended to as a whole."""
+    return own & (places < taken)
 
 
 def _static(model: torch.nn.Module, prefix: Prefix, room: int) -> Cache:

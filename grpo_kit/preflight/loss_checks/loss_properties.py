@@ -319,9 +319,7 @@ def _kl_gradient(subject: Subject, case: Enumerable, settings: dict[str, object]
     return case.gradient(by_row)
 
 
-def _which_kl(
-    subject: Subject, case: Enumerable, settings: dict[str, object], stated: str = "", weighted: bool = False
-) -> str:
+def _which_kl(subject: Subject, case: Enumerable, settings: dict, stated: str = "", weighted: bool = False) -> str:
     """Of which KL the term's mean gradient is, up to a factor; an AssertionError where it is of none."""
     found, reverse = _kl_gradient(subject, case, settings), case.kl_gradient(forward=False)
     term = f"{stated}: the KL term's mean gradient" if stated else "the KL term's mean gradient"

@@ -126,9 +126,7 @@ class _EnoughSampled(Exception):
     """Ends the sampling."""
 
 
-def _update(
-    policy: Policy, optimizer: torch.optim.Optimizer, config: Config, rows: int, there: list[torch.Tensor]
-) -> Cost:
+def _update(policy: Policy, optimizer: torch.optim.Optimizer, config: Config, rows: int, there: list) -> Cost:
     """The step on a rollout. Of many micro-batches two or three are run: each later one needs and costs the same."""
     size = min(config.training_settings.micro_batch_size or rows, rows)
     run = min(max(2 * size, 3), rows)  # a row alone has no advantage, and nothing would be updated
