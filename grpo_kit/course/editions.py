@@ -50,6 +50,8 @@ def _notebooks(edit: Callable[[dict], dict]) -> dict[str, bytes]:
     for name in [name for name in files if name.endswith(".ipynb")]:
         notebook = json.loads(files[name])
         kept = [cell for cell in notebook["cells"] if "teacher" not in _tags(cell)]
+        for cell in (one for one in kept if one["cell_type"] == "markdown"):
+            cell["source"] = _OUTSIDE.sub(r"\1 (`\2`)", "".join(cell["source"])).splitlines(keepends=True)
         notebook["cells"] = [edit(cell) for cell in kept]
         files[name] = (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
     return files
@@ -67,7 +69,6 @@ def _exercise(cell: Mapping) -> Exercise | None:
 def _graded(cell: dict) -> dict:
     """Give an exercise's code cells what nbgrader reads; the solution is no longer folded."""
     task, kinds = _exercise(cell), {"solution", "check"}.intersection(_tags(cell))
-    cell["source"] = _OUTSIDE.sub(r"\1 (`\2`)", "".join(cell["source"])).splitlines(keepends=True)
     if task and kinds:
         cell["metadata"].pop("jupyter", None)
         is_check, name = kinds == {"check"}, f"exercise-{task.name.replace('.', '-')}"

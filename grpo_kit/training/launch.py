@@ -54,7 +54,7 @@ def joined(config: Config, run_dir: Path) -> Iterator[Processes]:
     settings = config.model_settings
     for setting in ("device", "generator_device", "reward_device"):
         if (named := getattr(settings, setting) or "").startswith("cuda:"):
-            raise ProcessError(f"model_settings.{setting}: found {named}, which processes cannot share. Set auto")
+            raise ProcessError(f"model_settings.{setting}: found {named}, several processes cannot share it. Set auto")
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a vision tower
     handlers = [InitProcessGroupKwargs(timeout=_LONGEST_COLLECTIVE), unused]

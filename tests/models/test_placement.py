@@ -72,7 +72,7 @@ def test_several_processes_cannot_share_one_numbered_device(
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     config = load_config("tiny", CPU | {f"model_settings.{setting}": "cuda:1"})
-    with pytest.raises(ProcessError, match=f"model_settings.{setting}: found cuda:1, which processes"):
+    with pytest.raises(ProcessError, match=f"model_settings.{setting}: found cuda:1, several processes cannot"):
         launch.joined(config, tmp_path).__enter__()
 
 
