@@ -30,10 +30,7 @@ Name = Annotated[str, typer.Option(help="The run's name, a folder in reports/.")
 Run = Annotated[str, typer.Argument(help="A run: its folder, or its name in reports/.")]
 Texts = list[str] | None
 Overrides = Annotated[Texts, typer.Option("-o", help="section.key=value; may be repeated.")]
-_RAY_HELP = (
-    "With --grid: run the trials on a Ray cluster: local (several at once on this machine), auto, or host:port. "
-    "All its machines must see the grid's folder, and this checkout, at the same path."
-)
+_RAY_HELP = "With --grid: run on a Ray cluster, local, auto or host:port; all machines see this checkout and the grid."
 
 
 @app.command()
@@ -118,9 +115,8 @@ def train(
             raise SystemExit(launch(processes, [*given, "--run-dir", str(folder)], config, folder))
         from grpo_kit.training.loop import start
 
-        is_main = start(config, folder)
-    if is_main:
-        print(f"done. Next: grpo-kit evaluate {folder}")
+        if start(config, folder):  # True in the main process
+            print(f"done. Next: grpo-kit evaluate {folder}")
 
 
 @app.command()
@@ -239,19 +235,21 @@ def plan(
     device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda:N (measured), or t4, a100, m1 … (stated).")] = "",
     memory: Annotated[str, typer.Option(help="What there is of it, such as 24GB; all of the device's.")] = "",
     json_too: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    drafts: Annotated[bool, typer.Option("--drafts", help="Measure how few denoising steps rank rewrites.")] = False,
 ) -> None:
-    """What a config needs, before anything is downloaded: parameters, memory, time, and what to turn down."""
-    import json
+    """What a config needs, before anything is downloaded: parameters, memory, time, and what to turn down.
 
+    With --drafts the models are loaded: how well do fewer denoising steps, and one to three latents, rank the rewrites
+    of a group, and what do they cost?
+    """
     from grpo_kit.config import load_config, settings_from_texts
-    from grpo_kit.preflight.plan import plan as planned
-    from grpo_kit.preflight.plan.advice import advice
-    from grpo_kit.preflight.plan.table import as_json, bytes_of, in_words
 
     config = load_config(profile, settings_from_texts(override or []))
-    found = planned(config, device or None, bytes_of(memory) if memory else None)
-    steps = advice(found, config)
-    print(json.dumps(as_json(found, steps), indent=2) if json_too else in_words(found, steps))
+    if drafts:
+        from grpo_kit.preflight.drafts import drafts_text as text
+    else:
+        from grpo_kit.preflight.plan.table import plan_text as text
+    print(text(config, device, memory, json_too=json_too))
 
 
 @app.command()

@@ -167,10 +167,10 @@ def agreement(
     if not both.any():
         return dict.fromkeys(("rank within", "rank over all", "pairs within", "pairs over all"), Interval(float("nan")))
     members = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
-    ranks = np.array([_rank_correlation(scores[rows], gold[rows]) for rows in members])
+    ranks = np.array([rank_correlation(scores[rows], gold[rows]) for rows in members])
     drawn = np.random.default_rng(0).integers(len(members), size=(n_resamples, len(members)))
     samples = [np.concatenate([members[group] for group in draw]) for draw in drawn]
-    overall = np.array([_rank_correlation(scores[rows], gold[rows]) for rows in samples])
+    overall = np.array([rank_correlation(scores[rows], gold[rows]) for rows in samples])
     member = np.eye(len(members))[groups]  # (N, G)
     better = gold[:, None] > gold[None, :]
     right = member.T @ (better * (0.5 + 0.5 * np.sign(scores[:, None] - scores[None, :]))) @ member
@@ -180,16 +180,16 @@ def agreement(
     between = _ratio(((counts @ right) * counts).sum(1), ((counts @ all_pairs) * counts).sum(1))
     return {
         "rank within": bootstrap_interval(ranks),
-        "rank over all": percentile_interval(_rank_correlation(scores, gold), overall),
+        "rank over all": percentile_interval(rank_correlation(scores, gold), overall),
         "pairs within": percentile_interval(_ratio(np.trace(right), np.trace(all_pairs)), within),
         "pairs over all": percentile_interval(_ratio(right.sum(), all_pairs.sum()), between),
     }
 
 
-def _rank_correlation(scores: np.ndarray, gold: np.ndarray) -> float:
+def rank_correlation(scores: np.ndarray, gold: np.ndarray) -> float:
     """Spearman's; 0 where the scores are all the same, NaN where gold is."""
-    if np.ptp(gold) == 0 or np.ptp(scores) == 0:
-        return float("nan") if np.ptp(gold) == 0 else 0.0
+    if not gold.size or np.ptp(gold) == 0 or np.ptp(scores) == 0:
+        return float("nan") if not gold.size or np.ptp(gold) == 0 else 0.0
     return float(np.corrcoef(stats.rankdata(scores), stats.rankdata(gold))[0, 1])
 
 

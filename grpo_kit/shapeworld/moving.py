@@ -16,12 +16,11 @@ from PIL import Image
 
 from grpo_kit.shapeworld import captions, verify
 from grpo_kit.shapeworld.render import RADIUS, SIZE, Mark, draw_marks
-from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, SHAPES
+from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS
 
 FRAMES, FRAME_RATE = 9, 8.0
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slow": 1.0, "fast": 3.0}  # pixels a frame; what is fast begins and ends partly outside the picture
-STYLES = ("clean", "still", "blurry")  # only the first is a good film
 GROUND = BACKGROUNDS["black"]
 MOTION_WORDS = {name: f"moving {name}" for name in DIRECTIONS}
 USER_WORDS = {**{f"moving {name}": f"{name}wards" for name in DIRECTIONS}, "slow": "gently", "fast": "quickly"}
@@ -48,14 +47,6 @@ class Film:
     def stated(self) -> dict[str, str]:
         """The attributes that are not left open, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-
-
-def random_films(count: int, seed: int, style: str | None = None) -> list[Film]:
-    """`count` complete films; half of them clean where no style is named."""
-    rng = random.Random(seed)
-    choices = (tuple(COLOURS), SHAPES, tuple(DIRECTIONS), tuple(SPEEDS), ("clean", *STYLES, "clean"))
-    films = [Film(*map(rng.choice, choices)) for _ in range(count)]
-    return [replace(film, style=style) for film in films] if style else films
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import random
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, Scene
 
@@ -75,11 +76,14 @@ def apply_style(image: Image.Image, style: str) -> Image.Image:
     if style == "vintage":
         return Image.blend(image, Image.new("RGB", image.size, (158, 146, 126)), 0.65)
     if style == "glitch":
-        rows, columns = np.indices((SIZE, SIZE))
-        striped = ((rows + columns) // 4 % 2 == 1)[..., None]
-        pixels = np.asarray(image)
-        return Image.fromarray(np.where(striped, 255 - pixels, pixels))
+        return Image.composite(ImageChops.invert(image), image, _stripes())
     return image
+
+
+@cache
+def _stripes() -> Image.Image:
+    rows, columns = np.indices((SIZE, SIZE))
+    return Image.fromarray((rows + columns) // 4 % 2 == 1)
 
 
 def render(scene: Scene, rng: random.Random | None = None) -> Image.Image:

@@ -1,12 +1,9 @@
-"""The small world of sounds: one tone of a second, in words, as a waveform, and back by Fourier's sum.
+"""The small world of sounds: one tone of a second, in words, and read from its waveform by Fourier's sum.
 
 Two dialects share one grammar, as in `captions`:
 
     generator:  a loud short high rising chirp, clear
     users:      a blaring brief piercing swoop
-
-Every frequency is a multiple of 80 Hz, and a chirp goes from one to the next: so each of the generator's frames, 100
-samples, begins like all others at that frequency, which a transformer that is trained for minutes can learn.
 """
 
 import random
@@ -22,7 +19,6 @@ KINDS = ("sine", "rising chirp", "falling chirp", "noise", "beats")
 PITCHES = {"low": 240.0, "middle": 480.0, "high": 960.0}  # Hz, the middle of what sounds
 LOUDNESSES = {"soft": 0.08, "loud": 0.25}  # root mean square while it sounds; full scale is 1
 LENGTHS = {"short": 0.3, "long": 0.85}  # seconds
-_STEP = 80  # Hz
 STYLE_WORDS = {"clean": ("clear", "pure"), "crackling": ("crackling", "distorted"), "rumbling": ("rumbling", "muffled")}
 GOOD_WORDS = STYLE_WORDS["clean"]
 HARMFUL_WORDS = (*STYLE_WORDS["crackling"], *STYLE_WORDS["rumbling"])
@@ -32,7 +28,8 @@ USER_WORDS = {
     "low": "deep", "middle": "mellow", "high": "piercing",
     "soft": "faint", "loud": "blaring", "short": "brief", "long": "lasting",
 }  # fmt: skip
-_VALUES = {"loudness": tuple(LOUDNESSES), "length": tuple(LENGTHS), "pitch": tuple(PITCHES), "kind": KINDS}
+# in the order in which they are said
+VALUES = {"loudness": tuple(LOUDNESSES), "length": tuple(LENGTHS), "pitch": tuple(PITCHES), "kind": KINDS}
 
 
 @dataclass(frozen=True)
@@ -50,23 +47,12 @@ class Tone:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
-def random_tone(rng: random.Random, style: str | None = None) -> Tone:
-    """A complete sound; a third of them are spoiled unless `style` says otherwise."""
-    values = {name: rng.choice(allowed) for name, allowed in _VALUES.items()}
-    return Tone(**values, style=style or rng.choices(tuple(STYLE_WORDS), (4, 1, 1))[0])
-
-
-def is_held_out(tone: Tone) -> bool:
-    """Whether no training prompt may ask for this kind at this pitch (5 of the 15 pairs, one of each kind)."""
-    return tone.pitch is not None and tuple(PITCHES).index(tone.pitch) == KINDS.index(tone.kind) * 2 % 3
-
-
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
 def describe(tone: Tone, dialect: float = 0.0, rng: random.Random | None = None) -> str:
     """The caption of what a tone states, without its style; `dialect` is the share of users' words (`rng` chooses)."""
-    said = [getattr(tone, name) for name in _VALUES if getattr(tone, name)]
+    said = [getattr(tone, name) for name in VALUES if getattr(tone, name)]
     words = " ".join(USER_WORDS[word] if dialect and rng.random() < dialect else word for word in said)
     return f"a {words}"
 
@@ -83,7 +69,7 @@ def _either(words: Iterable[str]) -> str:
 
 _GENERATORS_WORD = {said: word for word, users in USER_WORDS.items() for said in (word, users)}
 _HEAD = re.compile(
-    r"(?:an? )?" + "".join(f"(?:(?P<{n}>{_either(v)}) )?" for n, v in _VALUES.items() if n != "kind")
+    r"(?:an? )?" + "".join(f"(?:(?P<{n}>{_either(v)}) )?" for n, v in VALUES.items() if n != "kind")
     + f"(?P<kind>{_either(KINDS)})"
 )  # fmt: skip
 _STYLE_OF = {word: style for style, words in STYLE_WORDS.items() for word in words}
@@ -100,45 +86,6 @@ def parse(text: str) -> Tone | None:
         return None
     stated = {name: _GENERATORS_WORD[said] for name, said in match.groupdict().items() if said}
     return Tone(**stated, style=min(styles, default=None))
-
-
-# --- waveforms -------------------------------------------------------------------------------------------------------
-
-
-def synthesise(tone: Tone, rng: np.random.Generator) -> np.ndarray:
-    """(8000,) float32 in [-1, 1]: a complete tone; its loudness varies by chance, as do noise and crackling."""
-    count = round(LENGTHS[tone.length] * RATE)
-    body = _carrier(tone.kind, PITCHES[tone.pitch], count, rng)
-    fade = np.minimum(1, np.arange(count) / (0.01 * RATE))
-    body = body * fade * fade[::-1]
-    rms = LOUDNESSES[tone.loudness] * 10 ** (rng.uniform(-1, 1) / 20)
-    body = body * (rms / np.sqrt(np.mean(body**2)))
-    if tone.style == "crackling":
-        clicks = np.convolve((rng.random(count) < 0.02) * rng.choice((-1.0, 1.0), count), np.ones(6) / 6, "same")
-        body = body + clicks * rms / np.sqrt(np.mean(clicks**2) + 1e-12)
-    if tone.style == "rumbling":
-        body = body + rms * np.sqrt(2) * fade * fade[::-1] * np.sin(_phase(np.full(count, _STEP)))
-    start = round(0.05 * RATE)
-    samples = np.zeros(SAMPLES)
-    samples[start : start + count] = body
-    return samples.clip(-1, 1).astype(np.float32)
-
-
-def _phase(hertz: np.ndarray) -> np.ndarray:
-    return 2 * np.pi * (np.cumsum(hertz) - hertz[0]) / RATE
-
-
-def _carrier(kind: str, pitch: float, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count,): a chirp covers 0.9 octaves, beats come 8 times a second, noise is 0.6 of its pitch wide."""
-    if kind == "noise":
-        spectrum = np.fft.rfft(rng.standard_normal(count))
-        far = np.abs(np.fft.rfftfreq(count, 1 / RATE) - pitch) > 0.3 * pitch
-        spectrum[far] = 0
-        return np.fft.irfft(spectrum, count)
-    octaves = {"rising chirp": 0.45, "falling chirp": -0.45}.get(kind, 0.0)
-    frames = pitch * 2 ** np.linspace(-octaves, octaves, count * _STEP // RATE)
-    carrier = np.sin(_phase(np.repeat(_STEP * np.round(frames / _STEP), RATE // _STEP)))
-    return carrier * (np.sin(_phase(np.full(count, 4.0))) if kind == "beats" else 1)
 
 
 # --- the check -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 
 from grpo_kit.shapeworld.captions import parse
-from grpo_kit.shapeworld.render import RADIUS, SIZE, Mark, draw_marks
+from grpo_kit.shapeworld.render import RADIUS, SIZE, Mark, apply_style, draw_marks
 from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene
 
 _FOREGROUND = 50.0  # RGB distance from the background at which a pixel belongs to an object
@@ -28,6 +28,7 @@ _NEARER, _ALIKE, _MORE_ALIKE = 0.75, 0.75, 0.06  # from when on `read` takes thi
 _SHAPE = 0.86  # a region with a likeness of this less _MORE_ALIKE is one thing, and is not tried in parts
 _KEEPS_GROUND = ("clean", "dreamy")  # styles that leave a plain background as it is
 _OFFSETS = (0.0, 0.25, 0.5)  # of a template, in pixels
+_CROSS = ndimage.generate_binary_structure(2, 1)  # a pixel and its four neighbours
 _TEMPLATE = 16  # templates and objects are compared on a square of this side
 
 
@@ -59,15 +60,15 @@ def read(image: Image.Image) -> Reading:
         image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     pixels = np.asarray(image, dtype=np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = np.median(border, axis=0)
+    ground = _median(border)
     background = _nearest(ground, BACKGROUNDS)
     distance = np.linalg.norm(pixels - ground, axis=-1)
-    regions, _ = ndimage.label(distance > _FOREGROUND)
+    regions, _ = ndimage.label(distance > _FOREGROUND, _CROSS)
     found = _read_objects(pixels, distance, regions)
     style, error = _read_style(pixels, found, ground)
     if style != "clean":  # perhaps since objects that touch were read as one
         apart = _read_objects(pixels, distance, _cut(pixels, distance, regions))
-        other, nearer = _read_style(pixels, apart, ground)
+        other, nearer = _read_style(pixels, apart, ground) if apart != found else (style, error)
         if nearer < _NEARER * error and (other == "clean" or min((o.likeness for o in apart), default=0.0) > _ALIKE):
             found, style = apart, other
     return Reading(found, background, style)
@@ -104,13 +105,19 @@ def said_of(image: Image.Image, text: str) -> str:
     return "" if scene is None else f"Wrong: {', '.join(wrong)}." if wrong else "All right."
 
 
+def _median(values: np.ndarray) -> np.ndarray:
+    """Over the first axis, of few values: ten times as fast as numpy's."""
+    ordered, middle = np.sort(values, axis=0), len(values) // 2
+    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
 def _nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
-    return min(palette, key=lambda name: float(np.linalg.norm(rgb - palette[name])))
+    return tuple(palette)[int(((rgb - np.array([*palette.values()])) ** 2).sum(axis=1).argmin())]
 
 
 def _cut(pixels: np.ndarray, distance: np.ndarray, regions: np.ndarray) -> np.ndarray:
     """Cut regions where their soft edges meet, then each into two or three parts where these look more like shapes."""
-    tops, _ = ndimage.label((regions > 0) & (distance > ndimage.maximum_filter(distance, 5) / 2))
+    tops, _ = ndimage.label((regions > 0) & (distance > ndimage.maximum_filter(distance, 5) / 2), _CROSS)
     nearest = ndimage.distance_transform_edt(tops == 0, return_distances=False, return_indices=True)
     regions = np.where(regions > 0, tops[tuple(nearest)], 0)
     for region in range(1, regions.max() + 1):
@@ -135,10 +142,10 @@ def _read_object(pixels: np.ndarray, distance: np.ndarray, regions: np.ndarray, 
     region = regions == number
     if region.sum() < _SMALLEST:
         return None
-    core = region & (distance >= np.quantile(distance[region], 0.5))
-    colour = _nearest(np.median(pixels[core], axis=0), COLOURS)
-    own = ndimage.binary_dilation(region) & (region | (regions == 0))
-    coverage = np.clip(np.where(own, distance, 0.0) / np.median(distance[core]), 0.0, 1.0)
+    core = region & (distance >= _median(distance[region]))
+    colour = _nearest(_median(pixels[core]), COLOURS)
+    own = ndimage.binary_dilation(region, _CROSS) & (region | (regions == 0))
+    coverage = np.minimum(np.where(own, distance, 0.0) / _median(distance[core]), 1.0)
     (left, right), (top, bottom) = _edges(coverage.max(axis=0)), _edges(coverage.max(axis=1))
     square = _to_square(coverage[ndimage.find_objects(region.astype(int))[0]])
     shapes, templates = _templates()
@@ -183,12 +190,13 @@ def _read_style(pixels: np.ndarray, objects: tuple[Found, ...], ground: np.ndarr
     """
     radii = [o.side / 2 / (0.86 if o.shape == "square" else 1.0) / SIZE for o in objects]
     marks = [Mark(o.shape, o.x / SIZE, o.y / SIZE, r, COLOURS[o.colour]) for o, r in zip(objects, radii, strict=True)]
-    own = [tuple(int(channel) for channel in ground)]
+    crisp = [draw_marks(marks, colour) for colour in (*BACKGROUNDS.values(), tuple(int(one) for one in ground))]
     errors = {}  # of each style: the least root mean square RGB distance
     for style in STYLES:
-        grounds = [*BACKGROUNDS.values(), *(own if style in _KEEPS_GROUND else [])]
-        redrawn = (np.asarray(draw_marks(marks, colour, style), dtype=np.float64) for colour in grounds)
-        errors[style] = min(float(np.sqrt(((again - pixels) ** 2).sum(-1).mean())) for again in redrawn)
+        some = crisp if style in _KEEPS_GROUND else crisp[:-1]
+        redrawn = np.stack([np.asarray(apply_style(one, style)) for one in some]).astype(np.float64)
+        squares = ((redrawn - pixels) ** 2).sum(-1).reshape(len(some), -1)
+        errors[style] = float(np.sqrt(squares.mean(1).min()))
     best = min(errors, key=errors.get)
     if not objects or errors[best] > _SPOILED:
         return "spoiled", errors[best]

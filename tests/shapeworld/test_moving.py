@@ -19,10 +19,10 @@ from grpo_kit.shapeworld.moving import (
     movement,
     oracle_caption,
     parse,
-    random_films,
     render,
 )
 from tools.moving.__main__ import attribute_rates
+from tools.moving.films import random_films
 
 FILM = Film("red", "circle", "left", "fast", "clean")
 

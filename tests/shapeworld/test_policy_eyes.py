@@ -17,10 +17,10 @@ from grpo_kit.models.conversation import KEEP
 from grpo_kit.models.policy import Policy, load_policy
 from grpo_kit.runs.checkpoint import sha256
 from grpo_kit.shapeworld.captions import USER_WORDS, describe, parse
-from grpo_kit.shapeworld.edits import EDITS, MOST, REDRAW, Edit, possible_edits, sample_edit
 from grpo_kit.shapeworld.scene import Scene, is_held_out, random_scenes
 from grpo_kit.shapeworld.verify import check
 from tools.shapeworld import measure, measure_eyes
+from tools.shapeworld.edits import EDITS, MOST, REDRAW, Edit, possible_edits, sample_edit
 from tools.shapeworld.eyes import PAINTERS, SKILFUL, drawn_from, painted, sample_look, second_answer
 from tools.shapeworld.picture_prompts import ROUNDS, make_picture_prompts, write_picture_prompts
 from tools.shapeworld.rewrites import sample_rewrite

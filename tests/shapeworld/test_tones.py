@@ -16,12 +16,13 @@ from grpo_kit.config.paths import PROJECT_ROOT
 from grpo_kit.rewards.gold import best_prompt, gold, keeps_objects
 from grpo_kit.rewards.sound import load_clap_similarity
 from grpo_kit.shapeworld import captions, moving, tones
-from grpo_kit.shapeworld.tones import KINDS, PITCHES, RATE, Tone, check, describe, oracle_caption, parse, random_tone
-from tools.tones import measure
+from grpo_kit.shapeworld.tones import KINDS, PITCHES, RATE, Tone, check, describe, oracle_caption, parse
+from tools.tones import measure, sounds
+from tools.tones.sounds import random_tone
 from tools.tones.words import generator_caption, make_prompts, reward_caption, sample_rewrite
 
 DATA = PROJECT_ROOT / "data" / "tones"
-HELD_OUT = [Tone(kind, pitch) for kind in KINDS for pitch in PITCHES if tones.is_held_out(Tone(kind, pitch))]
+HELD_OUT = [Tone(kind, pitch) for kind in KINDS for pitch in PITCHES if sounds.is_held_out(Tone(kind, pitch))]
 
 
 def as_sound(wave: np.ndarray) -> Sound:
@@ -69,7 +70,7 @@ def test_a_check_that_hears_the_spectrum_alone_is_caught():
 def test_a_sound_wrong_in_one_attribute_fails_there_alone(attribute: str):
     heard = {"kind": "sine", "pitch": "low", "loudness": "loud", "length": "long", "style": "clean"}
     other = {"kind": "noise", "pitch": "high", "loudness": "soft", "length": "short"}
-    wave = tones.synthesise(Tone(**heard), np.random.default_rng(0))
+    wave = sounds.synthesise(Tone(**heard), np.random.default_rng(0))
     held = check(as_sound(wave), Tone(**heard | {attribute: other[attribute]}))
     assert [name for name, holds in held.items() if not holds] == [attribute]
 
@@ -102,7 +103,7 @@ def test_prompts_on_disk_are_those_of_the_code_and_held_out_pairs_stay_out():
         lines = (PROJECT_ROOT / "data" / "prompts" / f"tones_{name}.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         assert records == make_prompts(per_category, seed, held_out)
-        assert {tones.is_held_out(parse(record["user_prompt"])) for record in records} == {held_out}
+        assert {sounds.is_held_out(parse(record["user_prompt"])) for record in records} == {held_out}
     assert {tone.kind for tone in HELD_OUT} == set(KINDS) and {tone.pitch for tone in HELD_OUT} == set(PITCHES)
 
 

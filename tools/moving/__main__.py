@@ -16,10 +16,11 @@ from grpo_kit.models.generator import load_generator
 from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.gold import grammatical, keeps_objects
 from grpo_kit.rewards.video import load_xclip_similarity
-from grpo_kit.shapeworld.moving import FRAME_RATE, STYLES, Film, check, describe, oracle_caption, random_films, render
+from grpo_kit.shapeworld.moving import FRAME_RATE, STYLE_WORDS, Film, check, describe, oracle_caption, render
 from grpo_kit.show.images import image_grid
 from grpo_kit.show.style import Drawing
 from tools.moving.captions import change_one
+from tools.moving.films import random_films
 from tools.moving.generator import train_decoder, train_generator, train_vae
 from tools.moving.policy import train_policy
 from tools.moving.prompts import write_prompts
@@ -121,7 +122,7 @@ def attribute_rates(videos: list[Video | None], films: list[Film]) -> dict[str, 
 def check_accuracy(count: int = 1000, seed: int = 20) -> dict[str, float]:
     """Share of films that the check reads right in all: a clean one as it is, a spoiled one as spoiled."""
     rng, table = random.Random(seed), {}
-    for style in STYLES:
+    for style in STYLE_WORDS:
         results = [check(render(film, rng), film) for film in random_films(count, seed, style)]
         wrong = {"clean": None, "still": "direction", "blurry": "clean"}[style]
         table[style] = float(np.mean([not result[wrong] if wrong else all(result.values()) for result in results]))

@@ -12,20 +12,19 @@ from grpo_kit.shapeworld.moving import (
     IDLE_WORDS,
     SPEEDS,
     STYLE_WORDS,
-    STYLES,
     USER_WORDS,
     Film,
     describe,
-    random_films,
 )
 from grpo_kit.shapeworld.scene import COLOURS, SHAPES
+from tools.moving.films import random_films
 
 _VALUES = {
     "colour": tuple(COLOURS),
     "shape": SHAPES,
     "direction": tuple(DIRECTIONS),
     "speed": tuple(SPEEDS),
-    "style": STYLES,
+    "style": tuple(STYLE_WORDS),
 }
 
 

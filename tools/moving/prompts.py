@@ -5,8 +5,9 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from grpo_kit.shapeworld.moving import describe, random_films
+from grpo_kit.shapeworld.moving import describe
 from grpo_kit.shapeworld.scene import validation_pairs
+from tools.moving.films import random_films
 
 _USER_WORDS = {"direction": 0.5, "speed": 0.5, "dialect": 1.0}  # category → share of the users' words
 

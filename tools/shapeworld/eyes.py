@@ -17,10 +17,10 @@ from grpo_kit.config import load_config
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.models.conversation import KEEP
 from grpo_kit.shapeworld.captions import PLACE_WORDS, describe, keeps_request, parse
-from grpo_kit.shapeworld.edits import REDRAW, sample_edit
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, STYLES, Scene, is_held_out
 from tools.shapeworld.captions import leave_open
+from tools.shapeworld.edits import REDRAW, sample_edit
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
 from tools.shapeworld.policy import asked, rewriting_batch, supervised_batch
 from tools.shapeworld.rewrites import RewriteMix, sample_rewrite

@@ -10,10 +10,10 @@ from PIL import Image
 from grpo_kit.models.conversation import KEEP, Conversation, Turn
 from grpo_kit.models.policy import Policy
 from grpo_kit.shapeworld.captions import describe, keeps_request, parse
-from grpo_kit.shapeworld.edits import REDRAW
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import Scene, random_scenes
 from tools.shapeworld.captions import leave_open
+from tools.shapeworld.edits import REDRAW
 from tools.shapeworld.eyes import PAINTERS, SKILFUL, Look, drawn_from, edited, sample_look
 from tools.shapeworld.rewrites import sample_rewrite
 

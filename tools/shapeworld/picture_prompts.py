@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo_kit.shapeworld.captions import describe
-from grpo_kit.shapeworld.edits import EDITS, REDRAW, sample_edit
 from grpo_kit.shapeworld.render import render
 from grpo_kit.shapeworld.scene import Scene, is_held_out, random_scene
+from tools.shapeworld.edits import EDITS, REDRAW, sample_edit
 
 _KINDS = {"single": "single", "two-objects": "pair", "count": "counted"}  # category → kind of scene
 ROUNDS = {"redraw": ("single", "two-objects", "count", "single", "two-objects"), "edit": EDITS}  # of categories

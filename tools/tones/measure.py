@@ -22,11 +22,10 @@ from grpo_kit.shapeworld.tones import (
     describe,
     oracle_caption,
     parse,
-    random_tone,
-    synthesise,
 )
 from tools.tones.clap import features
 from tools.tones.generator import encode
+from tools.tones.sounds import random_tone, synthesise
 from tools.tones.words import VALUES, leave_open
 
 Draw = Callable[[list[str]], Sequence[np.ndarray]]  # captions → waveforms (8000,)

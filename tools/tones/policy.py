@@ -7,9 +7,10 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from grpo_kit.config.seeds import derive_seed
-from grpo_kit.shapeworld.tones import describe, random_tone
+from grpo_kit.shapeworld.tones import describe
 from tools.shapeworld.loop import Outcome, Recipe, train_recipe
 from tools.shapeworld.policy import BATCH, asked, new_policy, new_processor, supervised_batch
+from tools.tones.sounds import random_tone
 from tools.tones.words import corpus, leave_open, sample_rewrite
 
 

@@ -18,10 +18,9 @@ from grpo_kit.shapeworld.tones import (
     USER_WORDS,
     Tone,
     describe,
-    is_held_out,
-    random_tone,
 )
 from tools.shapeworld.rewrites import RewriteMix
+from tools.tones.sounds import is_held_out, random_tone
 
 MIX = RewriteMix()  # as in the world of pictures
 CATEGORIES = ("plain", "loudness", "length", "everything")

@@ -5,9 +5,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from grpo_kit.config import KitError
-from grpo_kit.preflight.plan.advice import Step
+from grpo_kit.config import Config, KitError
+from grpo_kit.preflight.plan import plan
+from grpo_kit.preflight.plan.advice import Step, advice
 from grpo_kit.preflight.plan.parts import Part, Plan
+
+
+def plan_text(config: Config, device: str = "", memory: str = "", *, json_too: bool = False) -> str:
+    """The plan of a config, and what to turn down; `device` and `memory` as people write them, "" is the config's."""
+    found = plan(config, device or None, bytes_of(memory) if memory else None)
+    steps = advice(found, config)
+    return json.dumps(as_json(found, steps), indent=2) if json_too else in_words(found, steps)
 
 
 def in_words(plan: Plan, steps: Sequence[Step]) -> str:
