@@ -29,6 +29,8 @@ WORKLOADS = {
     "W5": "growth:growth",
     "W6": "long_run:long_run",
     "W8": "imports:imports",
+    "W9": "two_processes:two_processes",
+    "W10": "checkpoints:checkpoints",
     "W12": "duplicates:duplicates",
     "W13": "busy:busy",
 }

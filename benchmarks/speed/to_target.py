@@ -1,8 +1,8 @@
 """How long `tiny` trains until its held-out check reaches 90 %: as the profile draws, and with all denoising steps.
 
-Every second iteration the policy's likeliest rewrites of all held-out prompts are drawn with all steps, from two
-latents each; that is not counted. A run has reached the target at the first of two such looks in a row that both find
-it, and ends there. Each run's looks are kept in reports/to_target, so that a stopped measurement goes on.
+Every fourth iteration the policy's likeliest rewrites of 48 held-out prompts are drawn with all steps, the same for all
+runs; that is not counted. A run has reached the target at the first of two such looks in a row that both find it, and
+ends there. Each run's looks are kept in reports/to_target, so that a stopped measurement goes on.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,11 @@ from benchmarks.speed.measure import timed
 from benchmarks.speed.results import BenchmarkError, Figure, Result, Settings
 from benchmarks.studies.budget import keep
 from grpo_kit.config import PROJECT_ROOT
+from grpo_kit.config.prompts import balanced_batch
 from grpo_kit.evaluation.intervals import Interval, t_interval
 from grpo_kit.training.loop import make_optimizer, run_iteration
 
-TARGET, EVERY, LATENTS, SEEDS = 0.9, 2, 2, 10
+TARGET, EVERY, PROMPTS, SEEDS = 0.9, 4, 48, 10
 SIDES = {"all steps": {"generation_settings.rollout_steps": None}, "as the profile": {}}
 OUT = PROJECT_ROOT / "reports" / "to_target"
 COLUMNS = ["iterations", "cpu_seconds"]
@@ -60,10 +61,11 @@ def looks_of(changes: Mapping[str, object], seed: int) -> pd.DataFrame:
     config = gk.load_config("tiny", {"training_settings.seed": seed, **changes})
     kit = gk.load_experiment(config)
     optimizer, spent, rows = make_optimizer(kit, config), 0.0, []
+    judged = balanced_batch(kit.val_prompts, PROMPTS, 0, 0)
     for iteration in range(1, config.training_settings.num_iterations + 1):
         spent += timed(lambda iteration=iteration: run_iteration(kit, optimizer, iteration)).cpu
         if iteration % EVERY == 0:
-            found = gk.evaluate(kit, kit.val_prompts, ("trained",), seeds_per_prompt=LATENTS, paraphrases=False)
+            found = gk.evaluate(kit, judged, ("trained",), seeds_per_prompt=1, paraphrases=False)
             rows.append({"iterations": iteration, "cpu_seconds": spent, "check": found.rows["gold"].mean()})
         if len(rows) > 1 and min(row["check"] for row in rows[-2:]) >= TARGET:
             break

@@ -85,7 +85,9 @@ def in_words(table: pd.DataFrame, config: Config) -> str:
     generation = config.generation_settings
     full, count = generation.num_inference_steps, generation.images_per_prompt
     steps = min(generation.rollout_steps or full, full)
-    lines = ["steps  latents  rank agreement       s a rewrite"]
+    group = f"{PROMPTS} prompts, {config.training_settings.group_size} rewrites each"
+    lines = [f"{group}, judged by {_DRAWN} other latents with all {full} steps", ""]
+    lines += ["steps  latents  rank agreement       s a rewrite"]
     for row in table.itertuples():
         agreement = f"{row.agreement:.2f} [{row.low:.2f}, {row.high:.2f}]"
         lines.append(f"{row.steps:>5}  {row.latents:>7}  {agreement:<19}  {row.seconds:>11.3g}")

@@ -86,7 +86,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as done:
         cli.main(["plan", "--profile", "tiny", "--drafts", "-o", "training_settings.group_size=4"])
     lines = capsys.readouterr().out.splitlines()
-    assert not done.value.code and lines[0].startswith("steps  latents  rank agreement") and len(lines) == 15
+    assert not done.value.code and lines[0] == "2 prompts, 4 rewrites each, judged by 6 other latents with all 8 steps"
+    assert lines[2].startswith("steps  latents  rank agreement") and len(lines) == 17
     with pytest.raises(SystemExit):
         cli.main(["plan", "--profile", "tiny", "--drafts", "--device", "t4"])
     assert "--drafts: found with --device" in capsys.readouterr().err

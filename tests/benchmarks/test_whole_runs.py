@@ -1,0 +1,37 @@
+"""W9 and W10: what a commit takes of an iteration, and one run by two processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.speed import checkpoints, two_processes
+from benchmarks.speed.results import BenchmarkError, Settings
+
+
+def test_a_commit_is_timed_apart_from_its_iteration():
+    found = checkpoints.checkpoints(Settings(pairs=1))
+    rows = found.cases[0]["raw"]
+    assert len(rows) == 4 + checkpoints.SKIPPED + 1  # and the last one, at the end of the run
+    assert all(0 < row["commit"] < row["iteration"] for row in rows[:-1])
+    assert 0 < found.figures[0].value < 100 and found.figures[0].must == 3
+
+
+def recorded(run: Path, seconds: float, reward: float) -> None:
+    run.mkdir(parents=True)
+    lines = [{"iteration": n, "reward": reward, "time/images": seconds, "time/rest": 0.5} for n in range(1, 11)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("reward", [0.5, 0.6])
+def test_efficiency_counts_only_where_both_do_the_same(monkeypatch: pytest.MonkeyPatch, reward: float):
+    monkeypatch.setattr(
+        two_processes,
+        "_train",
+        lambda run, count: recorded(run, 3.5 if count == 1 else 1.7, 0.5 if count == 1 else reward),
+    )
+    if reward == 0.5:
+        assert two_processes.two_processes(Settings(quick=True)).figures[0].value == pytest.approx(4 / 4.4)
+    else:
+        with pytest.raises(BenchmarkError, match="metrics of the first iteration"):
+            two_processes.two_processes(Settings(quick=True))
