@@ -54,6 +54,9 @@ def main(
 
     with kit.generator.steps(steps):
         drawn = measured(kit, draw, pictures, rounds)
+    model = kit.generator.pipeline.transformer.config
+    seen, read = (model.sample_size // model.patch_size) ** 2, kit.generator.pipeline.tokenizer.model_max_length
+    drawn["text's share of the transformer's tokens"] = read / (read + seen)
     record = {"steps": steps, "pictures": pictures, **drawn, "iteration": iteration_shares(kit)}
     record["an iteration would be faster by"] = gains(record)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +146,8 @@ def gains(record: dict) -> dict[str, float]:
     spent, best, share = record["ms a picture"], record["at the best speed"], record["iteration"]["images"]
     whole = sum(spent.values())
     saved = {part: spent[part] for part in PARTS}
+    saved["all text tokens"] = spent["text encoders"]
+    saved["all text tokens"] += record["text's share of the transformer's tokens"] * spent["transformer"]
     saved["half the steps"] = spent["transformer"] / 2
     saved["all at the best speed"] = whole - sum(best.values())
     return {name: 1 / (1 - share * value / whole) for name, value in saved.items()}
