@@ -52,12 +52,11 @@ def _lines(run: Path) -> list[dict[str, float]]:
 
 def _iteration(run: Path) -> float:
     """Median seconds of an iteration of a run."""
-    spent = [sum(value for name, value in line.items() if name.startswith("time/")) for line in _lines(run)]
-    return statistics.median(spent[SKIPPED:])
+    return statistics.median(line["step_time"] for line in _lines(run)[SKIPPED:])
 
 
 def _apart(one: Path, two: Path) -> float:
     """The largest relative difference of what both say of the first iteration: rewards, loss, gradient, KL."""
     first, second = (_lines(run)[0] for run in (one, two))
-    names = [name for name in first if not name.startswith(("time/", "sampling/"))]
+    names = [name for name in first if not name.startswith(("time/", "sampling/", "step_time"))]
     return max(abs(first[name] - second[name]) / max(abs(first[name]), 1e-3) for name in names)

@@ -19,19 +19,16 @@ def test_a_commit_is_timed_apart_from_its_iteration():
 
 def recorded(run: Path, seconds: float, reward: float) -> None:
     run.mkdir(parents=True)
-    lines = [{"iteration": n, "reward": reward, "time/images": seconds, "time/rest": 0.5} for n in range(1, 11)]
+    lines = [{"iteration": n, "reward": reward, "step_time": seconds} for n in range(1, 11)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.mark.parametrize("reward", [0.5, 0.6])
 def test_efficiency_counts_only_where_both_do_the_same(monkeypatch: pytest.MonkeyPatch, reward: float):
-    monkeypatch.setattr(
-        two_processes,
-        "_train",
-        lambda run, count: recorded(run, 3.5 if count == 1 else 1.7, 0.5 if count == 1 else reward),
-    )
+    found = {1: (3.6, 0.5), 2: (2.0, reward)}  # processes → seconds of an iteration, mean reward
+    monkeypatch.setattr(two_processes, "_train", lambda run, count: recorded(run, *found[count]))
     if reward == 0.5:
-        assert two_processes.two_processes(Settings(quick=True)).figures[0].value == pytest.approx(4 / 4.4)
+        assert two_processes.two_processes(Settings(quick=True)).figures[0].value == pytest.approx(0.9)
     else:
         with pytest.raises(BenchmarkError, match="metrics of the first iteration"):
             two_processes.two_processes(Settings(quick=True))
