@@ -57,11 +57,7 @@ def request_of(cells: Sequence[Cell], texts: Sequence[str]) -> DrawRequest:
 
 
 def next_turn(
-    cells: Sequence[Cell],
-    asked: Sequence[Conversation],
-    texts: Sequence[str],
-    images: Images,
-    look_at: LookAt,
+    cells: Sequence[Cell], asked: Sequence[Conversation], texts: Sequence[str], images: Images, look_at: LookAt
 ) -> list[Conversation]:
     """The conversations with what was written and the picture that it gave."""
     return with_turn(asked, texts, [[one] for one in images], range(len(cells)), request_of(cells, texts), look_at)

@@ -5,11 +5,13 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
 
 from grpo_kit.config import Config, KitError, one_line
 from grpo_kit.config.hardware import library_versions
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
-_TEMPLATE = Path(__file__).with_name("card.md.j2")
 _RESULTS, _TRAINING = "## Results", "## Training"
 _SIGNIFICANT = ("learning_rate", "num_iterations", "prompts_per_iteration", "group_size", "loss_type", "beta", "seed")
 _NAMES = {"raw": "the user's own prompt", "initial": "before training", "trained": "this policy", "oracle": "oracle"}
@@ -58,11 +59,7 @@ def save_with_card(
 
 
 def model_card(
-    policy: "Policy",
-    config: Config,
-    iteration: int,
-    num_prompts: int | None = None,
-    rewards: Entries | None = None,
+    policy: "Policy", config: Config, iteration: int, num_prompts: int | None = None, rewards: Entries | None = None
 ) -> str:
     """The card's text; the arguments are those of `save_with_card`.
 
@@ -72,15 +69,16 @@ def model_card(
     settings, data = config.model_settings, config.to_dict()
     base, adapter = base_and_adapter(settings, fetch=False)
     is_local = Path(base).is_absolute()
-    card = ModelCard.from_template(
-        ModelCardData(
-            base_model=None if is_local else base,  # the hub refuses a name that it does not have
-            library_name="peft" if settings.lora else "transformers",
-            pipeline_tag="image-text-to-text" if policy.sees else "text-generation",
-            tags=["grpo", "prompt-enhancement", "text-to-image"],
-            iteration=iteration,
-        ),
-        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+    head = ModelCardData(
+        base_model=None if is_local else base,  # the hub refuses a name that it does not have
+        library_name="peft" if settings.lora else "transformers",
+        pipeline_tag="image-text-to-text" if policy.sees else "text-generation",
+        tags=["grpo", "prompt-enhancement", "text-to-image"],
+        iteration=iteration,
+    )
+    text = _template().render(
+        card_data=head.to_yaml(),
+        iteration=iteration,
         policy=policy,
         oldest="5.6" if policy.model.config.model_type.startswith("llava") else "5.0",  # its vision tower's names
         dtype=str(policy.model.dtype).removeprefix("torch."),
@@ -100,7 +98,12 @@ def model_card(
         versions=library_versions(),
         repr=repr,
     )
-    return card.content + "\n"
+    return ModelCard(text).content + "\n"
+
+
+@cache
+def _template() -> Template:
+    return Template(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
 
 
 def _named(settings: Mapping) -> Entries:

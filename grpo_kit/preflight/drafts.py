@@ -71,9 +71,7 @@ def _agreement(rewards: np.ndarray, judge: np.ndarray, count: int) -> np.ndarray
 def drafts_text(config: Config, device: str = "", memory: str = "", *, json_too: bool = False) -> str:
     """The table of a config's models; a `KitError` for a `device` and `memory` that are not this machine's."""
     if device or memory:
-        raise KitError(
-            "--drafts: found with --device or --memory, allowed: this machine's, as model_settings.device says"
-        )
+        raise KitError("--drafts: found with --device or --memory, allowed: neither, since it measures this machine")
     table = rank_agreement(load_experiment(config))
     if table["agreement"].isna().all():
         raise KitError("rank agreement: found no group whose rewards differ, so nothing to rank. Weigh other rewards")
@@ -86,8 +84,8 @@ def in_words(table: pd.DataFrame, config: Config) -> str:
     full, count = generation.num_inference_steps, generation.images_per_prompt
     steps = min(generation.rollout_steps or full, full)
     group = f"{PROMPTS} prompts, {config.training_settings.group_size} rewrites each"
-    lines = [f"{group}, judged by {_DRAWN} other latents with all {full} steps", ""]
-    lines += ["steps  latents  rank agreement       s a rewrite"]
+    title = f"{group}, judged by {_DRAWN} other latents with all {full} steps"
+    lines = [title, "", "steps  latents  rank agreement       s a rewrite"]
     for row in table.itertuples():
         agreement = f"{row.agreement:.2f} [{row.low:.2f}, {row.high:.2f}]"
         lines.append(f"{row.steps:>5}  {row.latents:>7}  {agreement:<19}  {row.seconds:>11.3g}")
