@@ -1,9 +1,13 @@
 """How much longer an iteration of the embedded world takes while other programs use the machine.
 
 A learner's laptop has a browser and a call beside the lesson. Rounds of quiet and of busy iterations alternate; torch
-may use all cores, as a user's torch does. Busy: one and two plain Python loops, and a torch process with two threads.
+may use all cores, as a user's torch does. Busy: one and two plain Python loops, and a torch process with two threads;
+where there is Chromium, a page with an animation.
 """
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,11 +25,18 @@ from grpo_kit.training.loop import run_iteration
 
 LOOP = "while True: pass"
 MATRICES = "import torch\ntorch.set_num_threads(2)\na = torch.randn(400, 400)\nwhile True: (a @ a).relu()"
+ANIMATION = """import shutil, subprocess
+page = "<style>@keyframes turn{to{transform:rotate(1turn)}}div{width:40vw;height:40vw;filter:blur(4px);"
+page += "animation:turn 1s linear infinite;background:conic-gradient(red,gold,blue)}</style>" + "<div></div>" * 6
+chromium = [shutil.which("chromium"), "--headless=new", "--no-sandbox", "--remote-debugging-port=0"]
+subprocess.run([*chromium, "data:text/html," + page])"""
 BESIDE = {  # what computes beside it, and the goals as multiples of the quiet machine's time: must and aim
     "one loop": ([LOOP], 1.6, 1.4),
     "two loops": ([LOOP, LOOP], 2.5, 2.0),
     "a torch process with two threads": ([MATRICES], 3.0, 2.5),
 }
+if shutil.which("chromium"):
+    BESIDE["a page with animation in Chromium"] = ([ANIMATION], None, None)
 SETTLED = 3.0  # seconds until a program beside it computes
 
 
@@ -51,11 +62,12 @@ def busy(settings: Settings) -> Result:
 @contextmanager
 def running(programs: list[str]) -> Iterator[None]:
     """Some Python programs run in the meantime."""
-    started = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
+    options = {"start_new_session": True, "stderr": subprocess.DEVNULL}
+    started = [subprocess.Popen([sys.executable, "-c", program], **options) for program in programs]
     try:
         time.sleep(SETTLED)
         yield
     finally:
         for process in started:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # a browser's own processes too
             process.wait()
