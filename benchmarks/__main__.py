@@ -5,12 +5,10 @@ when the code or the settings have changed, or with --again. Exit code 1 tells t
 above all that its sides do not do the same work.
 """
 
-import hashlib
 import importlib
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +16,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from benchmarks.speed.results import BenchmarkError, Settings, figures_of, read, write
+from benchmarks.speed.results import BenchmarkError, Settings, figures_of, fingerprint, read, write
 from grpo_kit.config import PROJECT_ROOT, KitError
 
 WORKLOADS = {
@@ -101,15 +99,6 @@ def measure_here(name: str, settings: Settings, out: Path) -> None:
     if result.id != name:
         raise BenchmarkError(f"workload: found a result of {result.id}, needed one of {name}")
     write(result, out / f"{name}.json", fingerprint(settings))
-
-
-def fingerprint(settings: Settings) -> dict[str, object]:
-    """The settings and a digest of the code: records with another one are measured again."""
-    digest = hashlib.blake2b(digest_size=8)
-    for folder in ("grpo_kit", "benchmarks"):
-        for path in sorted((PROJECT_ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return asdict(settings) | {"code": digest.hexdigest()}
 
 
 def _missed(path: Path) -> bool:

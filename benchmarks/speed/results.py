@@ -1,5 +1,6 @@
 """What a workload hands over: figures with their goals, the gates they had to pass, and everything measured."""
 
+import hashlib
 import json
 import os
 import platform
@@ -8,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from grpo_kit.config import KitError
+from grpo_kit.config import PROJECT_ROOT, KitError
 from grpo_kit.config.hardware import library_versions
 
 
@@ -114,6 +115,15 @@ def read(path: Path) -> dict:
 def figures_of(record: dict) -> list[Figure]:
     """The figures of a record."""
     return [Figure(**figure) for figure in record["figures"]]
+
+
+def fingerprint(settings: Settings) -> dict[str, object]:
+    """The settings and a digest of the code: records with another one are measured again."""
+    digest = hashlib.blake2b(digest_size=8)
+    for folder in ("grpo_kit", "benchmarks"):
+        for path in sorted((PROJECT_ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return asdict(settings) | {"code": digest.hexdigest()}
 
 
 def machine() -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 Every fourth iteration the policy's likeliest rewrites of 48 held-out prompts are drawn with all steps, the same for all
 runs; that is not counted. A run has reached the target at the first of two such looks in a row that both find it, and
-ends there. Each run's looks are kept in reports/to_target, so that a stopped measurement goes on.
+ends there. Each run's looks are kept in a folder of this code's in reports/to_target: what was stopped goes on.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import grpo_kit as gk
 from benchmarks.speed.measure import timed
-from benchmarks.speed.results import BenchmarkError, Figure, Result, Settings
+from benchmarks.speed.results import BenchmarkError, Figure, Result, Settings, fingerprint
 from benchmarks.studies.budget import keep
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.config.prompts import balanced_batch
@@ -29,6 +29,7 @@ COLUMNS = ["iterations", "cpu_seconds"]
 
 def to_target(settings: Settings, out: Path = OUT) -> Result:
     """CPU-seconds to the target by those with all steps, paired by training seed."""
+    out = out / str(fingerprint(settings)["code"])
     runs = [(seed, side) for seed in range(2 if settings.quick else SEEDS) for side in SIDES]
     for seed, side in tqdm(runs, desc="runs"):
         place = out / f"{side}_{seed}.parquet"
