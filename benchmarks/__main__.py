@@ -33,7 +33,7 @@ WORKLOADS = {
     "W13": "busy:busy",
 }
 LONG = {"W7": "series:series", "W14": "set_up:set_up", "W15": "to_target:to_target"}  # only where they are named
-WHICH = f"which of {', '.join(WORKLOADS)}; all of them. {' and '.join(LONG)} only where they are named"
+WHICH = f"which of {', '.join(WORKLOADS)}; all of them. {', '.join(LONG)} only where they are named"
 QUICK_PAIRS = 2
 QUIET = {  # no network, and none of the libraries' warnings and bars between the lines of ours
     "HF_HUB_OFFLINE": "1",

@@ -23,6 +23,12 @@ from benchmarks.speed.whole_iteration import configured
 from grpo_kit.experiment import load_experiment
 from grpo_kit.training.loop import run_iteration
 
+ENDS_WITH_US = """import os, signal, sys, threading
+def wait():
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=wait, daemon=True).start()
+"""  # also where this process is killed: then nothing is left that computes
 LOOP = "while True: pass"
 MATRICES = "import torch\ntorch.set_num_threads(2)\na = torch.randn(400, 400)\nwhile True: (a @ a).relu()"
 ANIMATION = """import shutil, subprocess
@@ -62,8 +68,8 @@ def busy(settings: Settings) -> Result:
 @contextmanager
 def running(programs: list[str]) -> Iterator[None]:
     """Some Python programs run in the meantime."""
-    options = {"start_new_session": True, "stderr": subprocess.DEVNULL}
-    started = [subprocess.Popen([sys.executable, "-c", program], **options) for program in programs]
+    options = {"start_new_session": True, "stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    started = [subprocess.Popen([sys.executable, "-c", ENDS_WITH_US + program], **options) for program in programs]
     try:
         time.sleep(SETTLED)
         yield
