@@ -82,16 +82,14 @@ def save_checkpoint(
         _drop(place)  # it was found damaged, and is computed again
     replace(aside, place)
     flush(folder)
-    keep_newest(folder, keep, iteration)
+    keep_newest(folder, keep - 1, iteration - 1)  # beside this one, whose files were just hashed
     return place
 
 
 def keep_newest(folder: Path, keep: int, iteration: int) -> None:
     """Drop what is older than the newest `keep` sound checkpoints up to an iteration; later ones were found damaged."""
     sound = 0
-    for number, place in reversed(checkpoints_of(folder).items()):
-        if number > iteration:
-            continue
+    for place in [place for number, place in reversed(checkpoints_of(folder).items()) if number <= iteration]:
         if sound >= keep:
             try:
                 _drop(place)
@@ -140,8 +138,7 @@ def load_latest(folder: Path, settings: Mapping[str, object] | None = None) -> C
     for reason in skipped:
         logger.warning("skipped: %s", reason)
     if checkpoint is None and skipped:
-        advice = "Restore one from a copy, or choose a new folder"
-        raise CheckpointError(f"{skipped[0]}; none of {len(skipped)} verifies. {advice}")
+        raise CheckpointError(f"{skipped[0]}; none of {len(skipped)} verifies. Restore a copy, or choose a new folder")
     return checkpoint
 
 
