@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import filterfalse
 from pathlib import Path
 
 _FOR_FSYNC = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what is open for writing
@@ -50,12 +48,10 @@ def replace(source: Path, target: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flush every file of a folder, several at once, and every folder in it after what it holds."""
-    paths = sorted(folder.rglob("*"), reverse=True)
-    with ThreadPoolExecutor(8) as pool:  # a disk takes several files in the time of one
-        list(pool.map(flush, filterfalse(Path.is_dir, paths)))
-    for place in (*filter(Path.is_dir, paths), folder):
-        flush(place)
+    """Flush every file of a folder, and every folder in it after what it holds."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush(path)
+    flush(folder)
 
 
 def replace_file(place: Path, content: bytes) -> None:
