@@ -5,6 +5,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 from benchmarks.speed import busy
 from grpo_kit.config import PROJECT_ROOT
@@ -30,6 +31,7 @@ def test_programs_end_with_the_block(monkeypatch):
     assert gone(loops)
 
 
+@pytest.mark.slow
 def test_programs_end_where_the_measurement_is_killed():
     measuring = subprocess.Popen([sys.executable, "-c", CODE], cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
     assert measuring.stdout.readline() == "running\n"

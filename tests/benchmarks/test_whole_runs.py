@@ -9,6 +9,7 @@ from benchmarks.speed import checkpoints, two_processes
 from benchmarks.speed.results import BenchmarkError, Settings
 
 
+@pytest.mark.slow
 def test_a_commit_is_timed_apart_from_its_iteration():
     found = checkpoints.checkpoints(Settings(pairs=1))
     rows = found.cases[0]["raw"]

@@ -120,6 +120,7 @@ def answers(saved: dict[str, Saved]) -> dict[str, list[str]]:
     return dict(zip(asked, _without_the_kit(list(asked.values())), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_the_cards_code_gives_the_kits_rewrites_without_the_kit(
     saved: dict[str, Saved], answers: dict[str, list[str]], form: str

@@ -126,6 +126,7 @@ def _resampled(policy: Policy, decoding: str) -> Completions:
     return policy.sample([*PROMPTS[1:], "a very long request " * 4, "a star"], G + 2, seed=5)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_policys_own_after_training_and_the_references_where_asked(
     own_policy: Policy, monkeypatch: pytest.MonkeyPatch
 ):

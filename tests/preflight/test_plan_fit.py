@@ -114,6 +114,7 @@ def _with_memory(found: Plan, memory: float) -> Plan:
     return replace(found, speed=replace(found.speed, memory=memory, taken=0.0))
 
 
+@pytest.mark.slow
 def test_advice_saves_step_by_step_until_the_plan_fits():
     size = {"generation_settings__height": 64, "generation_settings__width": 64}
     config = small_config(training_settings__group_size=16, **size)

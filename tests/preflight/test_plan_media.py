@@ -46,7 +46,16 @@ def _planned(part: Part) -> float:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*MEDIA_FAMILIES, *FAMILIES], ids=lambda family: family.name)
+SLOW = ("AudioLDM 2", "SDXL")  # as many seconds as the others together
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[pytest.mark.slow] * (family.name in SLOW), id=family.name)
+        for family in (*MEDIA_FAMILIES, *FAMILIES)
+    ],
+)
 def test_a_generator_of_each_family_is_planned_with_its_operations_parameters_and_memory(
     family: Family | MediaFamily, tmp_path: Path
 ):

@@ -187,6 +187,7 @@ def test_every_image_of_a_run_shows_without_a_network(finished: tuple[Path, str]
         assert images > 0 and not wrong, (page.name, wrong)
 
 
+@pytest.mark.slow
 def test_every_image_of_the_reference_report_shows_without_a_network(browser: object) -> None:
     for page in reference_pages():
         images, wrong = look_at(browser, page)
@@ -202,6 +203,7 @@ def test_the_browser_notices_a_broken_image_a_request_and_a_script(browser: obje
     assert sum("is not shown" in text for text in wrong) == 2
 
 
+@pytest.mark.slow
 def test_hostile_texts_do_nothing_in_a_browser(
     browser: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

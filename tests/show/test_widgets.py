@@ -124,6 +124,7 @@ def twin_of(widget: PictureBox) -> tuple[str, bytes]:
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_widget_has_a_live_view_and_a_small_picture(synthetic_run: Path) -> None:
     for name, widget in make_all(synthetic_run).items():
         bundle, metadata = widget._repr_mimebundle_()

@@ -71,6 +71,7 @@ def test_where_there_are_no_other_prompts_the_seeds_are_others(kit: Experiment):
     assert found.enhanced_prompts != first.enhanced_prompts and not torch.equal(found.image_seeds, first.image_seeds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_run_with_groups_drawn_again_goes_on_and_is_replayed_bit_for_bit(kit: Experiment, tmp_path: Path, seen: bool):
     changes = {"prompts_per_iteration": 3, "group_size": 2, "max_resampling": 2, "num_iterations": 2}
