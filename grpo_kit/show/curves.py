@@ -95,8 +95,8 @@ def training_curves(
     """Draw what training logged: each iteration faint, a moving average strong, held-out validations as points.
 
     Metrics, validations and sentinel are what the files of a run hold; `panels` are columns of metrics.jsonl, of which
-    those that were not logged are left out (none at all is a `KitError`). The score that the sentinel judges by is
-    drawn too, and a divergence is marked by a line in every panel.
+    those that were not logged are left out (none at all is a `KitError`). The score that shows reward hacking is drawn
+    too, and a divergence is marked by a line in every panel.
     """
     judged = f"rewards/{(sentinel or {}).get('held_out')}/mean"
     wanted = dict.fromkeys((*panels[:1], judged, *panels[1:]) if judged not in panels else panels)

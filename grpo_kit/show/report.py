@@ -67,7 +67,7 @@ def _warning(record: RunRecord) -> str:
     """Return a caution where training or the evaluation gives reason to doubt the reward; else an empty text."""
     differences, divergence = record.results.get("differences", {}), record.sentinel.get("divergence")
     if divergence:
-        return f"The sentinel, {divergence['text']}. Look at the gallery before you believe the reward."
+        return f"The check for reward hacking, {divergence['text']}. Look at the gallery before you believe the reward."
     change = differences.get("trained-raw", {})
     if [summary.direction(change.get(m)) for m in ("reward", "gold")] == [summary.RISES, summary.FALLS]:
         return "The reward and the gold check part ways: look at the gallery before you believe the reward."

@@ -78,7 +78,7 @@ def _reward_hacking_sentence(sentinel: Mapping) -> str:
     found = f"the reward rose while the score held out ({metric_name(held_out)}) fell"
     if change := sentinel["divergence"]:
         return f"From iteration {change['since']} to {change['iteration']} {found}: the policy games its reward."
-    return f"In none of {looks} validations did the sentinel find that {found}."
+    return f"In none of {looks} validations was it found that {found}."
 
 
 def _change(metric: str, value: Interval) -> str:

@@ -104,6 +104,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_rewards_that_rank_nothing_are_an_error(monkeypatch: pytest.MonkeyPatch, kit: Experiment):
     own = replace(kit, rewards=Rewards({"own": always_same}, {"own": 1.0}))
     monkeypatch.setattr(drafts, "PROMPTS", 2)
-    monkeypatch.setattr(drafts, "load_experiment", lambda config: own)
+    monkeypatch.setattr(drafts, "load_experiment", lambda config: replace(own, config=config))
     with pytest.raises(drafts.KitError, match="found no group whose rewards differ"):
-        drafts.drafts_text(kit.config)
+        drafts.drafts_text(load_config("tiny", {"training_settings.group_size": 2}))

@@ -193,7 +193,7 @@ def test_the_page_says_what_was_found(whole: Path, tmp_path: Path):
     quiet = _report(folder) | {"divergence": None}
     (folder / "sentinel.json").write_text(json.dumps(quiet))
     page = write_report(folder).read_text()
-    assert "gaming the reward" not in page and "In none of 4 validations did the sentinel find that" in page
+    assert "gaming the reward" not in page and "In none of 4 validations was it found that" in page
     (folder / "sentinel.json").unlink()  # a run of before it was checked
     assert "sentinel" not in write_report(folder).read_text()
 
