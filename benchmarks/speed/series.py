@@ -14,12 +14,11 @@ from datetime import datetime
 from pathlib import Path
 
 from benchmarks.speed import measure
-from benchmarks.speed.busy import running
+from benchmarks.speed.busy import LOOP, running
 from benchmarks.speed.results import Figure, Result, Settings
 from grpo_kit.config import PROJECT_ROOT
 
 EARLIER = "063f904"  # the last commit before kernels were forked and pictures shared by threads
-BESIDE = ["while True: pass"] * 2
 
 
 def series(settings: Settings) -> Result:
@@ -33,7 +32,7 @@ def series(settings: Settings) -> Result:
         }
         timings = measure.alternate(sides, rounds, warm_up=0, label="series")
         shares = [1 - _in_cells(run) / seconds.wall for run, seconds in zip(runs, timings["now"], strict=True)]
-        with running(BESIDE):
+        with running([LOOP, LOOP]):
             beside = measure.timed(lambda: _execute(PROJECT_ROOT, Path(folder) / "beside"))
     found = measure.median(measure.paired_ratios(timings["now"], timings[EARLIER], "wall"))
     quiet = measure.median([seconds.wall for seconds in timings["now"]])

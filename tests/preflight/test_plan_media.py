@@ -46,7 +46,7 @@ def _planned(part: Part) -> float:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-SLOW = ("AudioLDM 2", "SDXL")  # as many seconds as the others together
+SLOW = ("AudioLDM 2", "SDXL")  # those that take longest
 
 
 @pytest.mark.parametrize(
