@@ -1,4 +1,4 @@
-"""Notebooks run with other parameters than their own, as papermill gives them, on a short profile with few steps.
+"""Notebooks run with other parameters than their own, as papermill gives them: few steps, small pictures, a short profile.
 
 A file of its own, so that another worker runs it while test_notebooks.py runs them as they are committed.
 """
@@ -16,10 +16,11 @@ from grpo_kit.runs.notebooks import OWN_PROFILE, execute, plan, select_notebooks
 NOTEBOOKS = select_notebooks()
 TRAIN = {"07_train", "08_evaluate", "09_ablations"}  # test_series.py runs them in short
 PLANS = "10_scale_up"  # plans with any parameters for minutes
-FEW = {"generation_settings.num_inference_steps": 4, "generation_settings.rollout_steps": 2}
+FEW = {"generation_settings.num_inference_steps": 2, "generation_settings.rollout_steps": 1}
+FEW |= {"generation_settings.height": 32, "generation_settings.width": 32}
 # Each set is given to the notebooks that have such a parameter.
 SMALL = {"seed": "1", "group_size": "4", "num_iterations": "2", "judged_prompts": "4"}
-SMALL |= {"prompts_per_category": "3", "pictures_per_prompt": "3", "num_prompts": "12"}
+SMALL |= {"prompts_per_category": "3", "pictures_per_prompt": "3", "num_prompts": "6"}
 OTHER = {"seed": "2", "group_size": "6", "num_iterations": "3", "trial_iterations": "2", "seeds_per_prompt": "1"}
 
 

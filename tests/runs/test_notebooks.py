@@ -1,8 +1,8 @@
 """Every notebook runs as it is committed, and what its checked cells print stays the same.
 
-The quick ones run in every test run, under nbval with their defaults; the others are slow. Those that train for
-minutes are long with their defaults: `make test-slow ARGS="-m long"`; test_series.py and, of 11,
-test_notebook_parameters.py run them in short.
+The quick ones run in every test run, under nbval with their defaults; the others are slow. Those that draw or train
+for a minute or longer are long with their defaults: `make test-slow ARGS="-m long"`; test_series.py and, of 03, 11 and
+12, test_notebook_parameters.py run them in short.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tools import colab
 NOTEBOOKS = select_notebooks()
 INDEX = PROJECT_ROOT / "notebooks" / "index.ipynb"
 COMMITTED = {path: path.read_bytes() for path in [INDEX, *NOTEBOOKS]}
-LONG = {"07_train", "08_evaluate", "09_ablations", "11_eyes"}  # minutes with their defaults
+LONG = {"03_generator", "07_train", "08_evaluate", "09_ablations", "11_eyes", "12_other_media"}  # with their defaults
 QUICK = {"index", "00_start_here", "06_grpo_loss"}  # a quarter of a minute each
 
 

@@ -43,7 +43,7 @@ def finished(before: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     """A short run of the notebooks that train, evaluate and compare, from elsewhere: its folder and what it printed."""
     place = tmp_path_factory.mktemp("elsewhere")
     run = place / "run"
-    short = {"num_iterations": 4, "seeds_per_prompt": 1, "trial_iterations": 2, "trial_seeds": 2}
+    short = {"num_iterations": 4, "seeds_per_prompt": 1, "trial_iterations": 2, "trial_seeds": 1}
     parameters = [part for name, value in short.items() for part in ("-p", f"{name}={value}")]
     chosen = ["--profile", "workshop", "--notebooks", "00,07,08,09", "--run-dir", str(run)]
     command = [sys.executable, "-m", "grpo_kit.cli", "run", *chosen, *parameters]
