@@ -1,4 +1,4 @@
-"""Notebooks run with other parameters than their own, as papermill gives them: few steps, small pictures, a short profile.
+"""Notebooks run with other parameters than their own, as papermill gives them, with few steps and small pictures.
 
 A file of its own, so that another worker runs it while test_notebooks.py runs them as they are committed.
 """
