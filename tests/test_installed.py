@@ -134,8 +134,8 @@ def command(*given):
 command("check")
 {snippet}
 print("reward", reward)
-few = ["training_settings.num_iterations=1", "training_settings.validate_every=9"]
-command("train", "-o", few[0], "-o", few[1], "--name", "mine")
+few = "training_settings.num_iterations=1 training_settings.group_size=2 evaluation_settings.validation_prompts=2"
+command("train", "--name", "mine", *(part for text in few.split() for part in ("-o", text)))
 command("notebooks", "course")
 """
 

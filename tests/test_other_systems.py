@@ -2,16 +2,17 @@
 
 import ast
 import errno
+import importlib
 import io
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
-from support.windows import MISSING_MODULES
+from support.forked import Forked
+from support.windows import MISSING_MODULES, pretend
 
 from grpo_kit.config import PROJECT_ROOT, KitError, load_config
 from grpo_kit.runs import checkpoint, durable, interrupts, surroundings
@@ -20,46 +21,49 @@ from grpo_kit.show import comparison
 
 pytestmark = pytest.mark.field("F5")
 
-COMMANDS = """
-import sys
-from support.windows import pretend
-happened = pretend()
-from grpo_kit import cli
+FEW = {
+    "train": "training_settings.num_iterations=1 training_settings.save_every=1 "
+    "training_settings.prompts_per_iteration=2 training_settings.group_size=2 evaluation_settings.validation_prompts=2",
+    "evaluate": "evaluation_settings.num_prompts=2 evaluation_settings.seeds_per_prompt=1 "
+    "evaluation_settings.n_resamples=100",
+}
 
-def command(*given):
-    try:
-        cli.main(list(given))
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    assert code == {code}.get(given[0], 0), (given, code)
 
-run, demo = {run!r}, {demo!r}
-few = "training_settings.num_iterations=1 training_settings.save_every=1 training_settings.prompts_per_iteration=2"
-command("train", "--run-dir", run, *(part for text in few.split() for part in ("-o", text)))
-few = "evaluation_settings.num_prompts=2 evaluation_settings.seeds_per_prompt=1 evaluation_settings.n_resamples=100"
-command("evaluate", run, *(part for text in few.split() for part in ("-o", text)))
-for encoding in ("cp1252", "cp949"):
-    sys.stdout.reconfigure(encoding=encoding, errors="strict")
-    command("report", run)
-    command("compare", run, demo, "--html", run + "/compare.html")
-    command("doctor", "grpo_kit.preflight.loss_checks.examples:classic_loss")
-    command("plan", "--profile", "🦔→.json")
-sys.stdout.flush()
-print(happened["folder"] > 0, happened["in use"] > 3)
-"""
+def every_command(run: str, demo: str) -> None:
+    """The kit, imported once more where all is as on Windows, and its commands on three kinds of terminals."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "grpo_kit"]:
+        del sys.modules[name]
+    happened = pretend()
+    sys.stdout.reconfigure(encoding="cp1252", errors="strict")
+    sys.stderr.reconfigure(encoding="cp1252", errors="backslashreplace")
+    cli = importlib.import_module("grpo_kit.cli")
+
+    def command(*given: str, code: int = 0) -> None:
+        options = [part for text in FEW.get(given[0], "").split() for part in ("-o", text)]
+        try:
+            cli.main([*given, *options])
+            found = 0
+        except SystemExit as stop:
+            found = stop.code or 0
+        assert found == code, (given, found)
+
+    command("train", "--run-dir", run)
+    command("evaluate", run)
+    for encoding in ("cp1252", "cp949"):
+        sys.stdout.reconfigure(encoding=encoding, errors="strict")
+        command("report", run)
+        command("compare", run, demo, "--html", run + "/compare.html")
+        command("doctor", "grpo_kit.preflight.loss_checks.examples:classic_loss", code=1)
+        command("plan", "--profile", "🦔→.json", code=2)
+    print(happened["folder"] > 0, happened["in use"] > 3)
 
 
 @pytest.mark.slow
 def test_every_command_works_without_what_windows_lacks_on_terminals_of_few_letters(tmp_path: Path) -> None:
-    demo, codes = str(PROJECT_ROOT / "data" / "demo_run"), {"doctor": 1, "plan": 2}
-    code = COMMANDS.format(run=str(tmp_path / "run"), demo=demo, code=codes)
-    path = os.pathsep.join(map(str, (PROJECT_ROOT / "tests", PROJECT_ROOT)))
-    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": path}
-    given = [sys.executable, "-c", code]
-    done = subprocess.run(given, env=environment, capture_output=True, encoding="latin-1", check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert done.stdout.splitlines()[-1] == "True True"
+    run, demo = str(tmp_path / "run"), str(PROJECT_ROOT / "data" / "demo_run")
+    process = Forked(lambda: every_command(run, demo), tmp_path / "said", PYTHONIOENCODING="cp1252")
+    assert process.wait() == 0, process.said[-4000:]
+    assert process.said.splitlines()[-1] == "True True"
     assert (tmp_path / "run" / "checkpoints" / "iter_000001" / "manifest.json").is_file()
 
 

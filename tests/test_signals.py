@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from jupyter_client.manager import KernelManager
-from support.apart import printed_apart
 from support.broken_twins import broken_versions
 from support.config_files import save_config
+from support.forked import Forked
 from support.wandb_files import parts, records
 
 from grpo_kit import cli
@@ -354,17 +354,18 @@ def generator_holds(folder: RunFolder, stack: ExitStack) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("hold", "broken"), [("RunFolder.hold", False), ("generator_holds", True)])
-def test_folder_is_free_wherever_taking_it_is_interrupted(hold: str, broken: bool, tmp_path: Path):
+@pytest.mark.parametrize(("hold", "broken"), [(RunFolder.hold, False), (generator_holds, True)])
+def test_folder_is_free_wherever_taking_it_is_interrupted(hold: Callable, broken: bool, tmp_path: Path):
     # a process of its own: an interrupt inside the logging library leaves that library's lock held
-    code = f"import test_signals as test; print(*test.held_after_interrupts(test.{hold}, {str(tmp_path)!r}))"
-    held = printed_apart(__file__, code)
+    process = Forked(lambda: print(*held_after_interrupts(hold, tmp_path / "run")), tmp_path / "said")
+    assert process.wait() == 0, process.said
+    held = process.said.splitlines()[-1].split()
     assert len(held) > 500 and ("True" in held) == broken
 
 
-def held_after_interrupts(hold: Callable[[RunFolder, ExitStack], None], place: str) -> list[bool]:
+def held_after_interrupts(hold: Callable[[RunFolder, ExitStack], None], place: Path) -> list[bool]:
     """Whether a folder is still held after its taking was interrupted, for each function call of that."""
-    folder, came, held = RunFolder(Path(place)), True, []
+    folder, came, held = RunFolder(place), True, []
     with ExitStack() as stack:
         hold(folder, stack)  # the libraries keep what they work out the first time
     while came:

@@ -58,7 +58,7 @@ def crashes(short: bool) -> Outcome:
     choose = two_of if short else list
     with scratch() as place:
         first, resumed = first_kit(), resumed_kit()
-        stride = 8 if short else 1
+        stride = 16 if short else 1
         outcome = every_crash(first, place / "first", None, choose, stride)
         return outcome + every_crash(resumed, place / "resumed", cut_short(resumed, place / "begun"), choose, stride)
 

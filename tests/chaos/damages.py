@@ -18,7 +18,7 @@ from tests.chaos import Outcome, fault
 from tests.chaos.experiment import experiment, quick_config, reference, run_through, scratch
 from tests.chaos.kills import through
 
-NEWEST, OLDER = "iter_000004", "iter_000003"
+NEWEST, OLDER = "iter_000002", "iter_000001"
 _ACTED_OUT = 30  # every so many damages, the run is continued and compared
 
 
@@ -37,9 +37,9 @@ def damages(short: bool) -> Outcome:
 
 def runs(place: Path) -> tuple[Path, Path, dict[str, str]]:
     """A run that keeps three checkpoints, one from another seed, and what the first one left."""
-    kit = experiment(num_iterations=4, keep_checkpoints=3)
+    kit = experiment(num_iterations=2, keep_checkpoints=3)
     expected = reference(kit, place / "run")
-    reference(experiment(num_iterations=4, keep_checkpoints=3, seed=1), place / "other")
+    reference(experiment(num_iterations=2, keep_checkpoints=3, seed=1), place / "other")
     return place / "run", place / "other", expected
 
 
@@ -55,12 +55,12 @@ def one_damage(
         found = load_latest(folder / "checkpoints", decisive_settings(quick_config().to_dict()))
     what = f"{damage.__name__}, {file}"
     outcome = Outcome(1)
-    if found is None or found.iteration != 3 or not any(NEWEST in line for line in told):
+    if found is None or found.iteration != 1 or not any(NEWEST in line for line in told):
         outcome += Outcome(
             0, lost=1, remarks=(f"{what}: {'nothing' if found is None else found.iteration} was loaded",)
         )
     if expected is not None:
-        ended = run_through(experiment(num_iterations=4, keep_checkpoints=3), folder)
+        ended = run_through(experiment(num_iterations=2, keep_checkpoints=3), folder)
         outcome += through(folder, ended.code, ended.text, expected)
     shutil.rmtree(folder)
     return outcome

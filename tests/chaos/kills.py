@@ -20,15 +20,15 @@ _LONGEST = 0.4  # of an uninterrupted run's seconds: the longest that a part of 
 def kills(short: bool) -> Outcome:
     """Kill children of this process, 200 of them, and the real command, three times; saving every iteration.
 
-    In the short form ten of the children: to start the command takes longer than all of them.
+    In the short form five of the children: to start the command takes longer than all of them.
     """
-    kit = experiment(num_iterations=3 if short else 6)
+    kit = experiment(num_iterations=2 if short else 6)
     with scratch() as place:
         started = time.monotonic()
         expected = reference(kit, place / "reference")
         longest = _LONGEST * (time.monotonic() - started)
         outcome, rng, number = Outcome(0), random.Random(0), 0
-        times = 10 if short else 200
+        times = 5 if short else 200
         while outcome.tried < times:
             number += 1
             left = times - outcome.tried

@@ -32,7 +32,7 @@ def refusals(short: bool) -> Outcome:
     rng = random.Random(0)
     with scratch() as place:
         place.chmod(0o755)  # who has given up root must still be able to read
-        kit = experiment(num_iterations=3, prompts_per_iteration=1, validate_every=1)
+        kit = experiment(num_iterations=2 if short else 3, prompts_per_iteration=1, validate_every=1)
         expected = reference(kit, place / "reference")
         begun = cut_short(kit, place / "begun")
         outcome = Outcome(0)

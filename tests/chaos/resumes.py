@@ -8,7 +8,6 @@ from tests.chaos import Outcome, fault
 from tests.chaos.experiment import experiment, reference, run_through, scratch
 from tests.chaos.kills import through
 
-ITERATIONS = 3
 UPDATES, MICRO_BATCHES, BETAS = (1, 2), (None, 2), (0.0, 0.04)
 
 
@@ -20,13 +19,13 @@ def resumes(short: bool) -> Outcome:
         settings = [(2, 2, 0.04)] if short else list(itertools.product(UPDATES, MICRO_BATCHES, BETAS))
         for number, (updates, micro_batch, beta) in enumerate(settings):
             chosen = {"updates_per_rollout": updates, "micro_batch_size": micro_batch, "beta": beta}
-            outcome += resumed_everywhere(place / str(number), range(1, 2) if short else range(ITERATIONS), chosen)
+            outcome += resumed_everywhere(place / str(number), range(1, 2) if short else range(3), chosen)
     return outcome
 
 
 def resumed_everywhere(place: Path, iterations: range, settings: dict[str, object]) -> Outcome:
-    """Go on from each of these iterations of one run, and compare."""
-    kit = experiment(num_iterations=ITERATIONS, keep_checkpoints=ITERATIONS + 1, **settings)
+    """Go on from each of these iterations of one run, which ends after the last of them, and compare."""
+    kit = experiment(num_iterations=iterations.stop, keep_checkpoints=iterations.stop + 1, **settings)
     place.mkdir()
     expected = reference(kit, place / "whole")
     outcome = Outcome(0)

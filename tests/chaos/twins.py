@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from tests.chaos import Outcome
 from tests.chaos.crashes import Kind, every_crash, first_kit, killed, power_cut_empty, power_cut_half, torn
-from tests.chaos.damages import flipped, one_damage, runs
+from tests.chaos.damages import flipped, one_damage
 from tests.chaos.experiment import experiment, reference, scratch
 from tests.chaos.refusals import refused_operation
 from tests.chaos.resumes import resumed_everywhere
@@ -71,7 +71,7 @@ def _crash(place: Path, kind: Kind, which: slice) -> Outcome:
     def choose(states: Iterable[str]) -> list[str]:
         return [state for state in states if state.endswith(kind.__name__)][which]
 
-    return every_crash(first_kit(), place / "run", None, choose, kinds=(killed, kind))
+    return every_crash(first_kit(), place / "run", None, choose, stride=8, kinds=(killed, kind))
 
 
 def refused(place: Path) -> Outcome:
@@ -83,8 +83,8 @@ def refused(place: Path) -> Outcome:
 
 def one_flip(place: Path) -> Outcome:
     """One bit of a checkpoint is another."""
-    run, other, _ = runs(place)
-    return one_damage(run, other, place / "damaged", flipped, random.Random(0), None)
+    reference(experiment(num_iterations=2, keep_checkpoints=3), place / "run")
+    return one_damage(place / "run", place / "no other", place / "damaged", flipped, random.Random(0), None)
 
 
 def two_writers(place: Path) -> Outcome:

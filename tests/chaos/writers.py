@@ -17,7 +17,7 @@ _TOLD = "another process writes into it"
 @fault("R17", "two runs in one folder")
 def writers(short: bool) -> Outcome:
     """Pairs that start together, pairs of which one is under way, a killed process's lock, the real command."""
-    kit = experiment(num_iterations=3)
+    kit = experiment(num_iterations=2)
     longer = experiment(num_iterations=9)  # the same run for the folder, but with another config.json
     with scratch() as place:
         expected = reference(kit, place / "reference")

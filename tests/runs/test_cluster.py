@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import nbformat
@@ -97,23 +97,48 @@ def left_behind(folder: Path) -> dict[str, object]:
 # --- what comes back --------------------------------------------------------------------------------------------------
 
 
+def stop_in_the_middle(
+    process: subprocess.Popen,
+    run: Path,
+    number: signal.Signals,
+    send: Callable[[int, int], None] = os.killpg,
+    done: Sequence[str] = ("well",),
+) -> tuple[int, str, str]:
+    """Signal the group when these trials are done and another runs; the command's exit code and what it said."""
+    pid = wait_for_number(run / "case=waits" / "pid")
+    deadline = time.monotonic() + 600
+    while not all((run / f"case={case}" / "index.html").exists() for case in done) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    send(process.pid, number)
+    out, error = process.communicate(timeout=600)
+    assert not alive(pid)
+    return process.returncode, out, error
+
+
 @pytest.mark.slow
-def test_a_grid_brings_the_same_as_without_ray_and_a_failed_trial_leaves_the_others_alone(
+def test_a_grid_brings_the_same_as_without_ray_and_after_ctrl_c_the_same_command_goes_on(
     cluster: str, series: Path, tmp_path: Path
 ):
-    (tmp_path / "g.yaml").write_text("case: [well, bad]\nseeds: [1, 2]")
-    process = start(series, tmp_path / "ray", cluster)
-    in_turn = planned(tmp_path / "turn", case=["well", "bad"], seeds=[1, 2])
-    here = {trial.name: run_trial(trial).error for trial in in_turn}
-    out, error = process.communicate(timeout=600)
-    assert process.returncode == 1 and "2 of 4 trials failed" in error and "started again" not in error
-    assert {f"[{number}/4] " in out for number in (1, 2, 3, 4)} == {True} and "comparison: " in out
+    """A failed trial leaves the others alone; what is done when Ctrl-C comes is kept."""
+    (tmp_path / "g.yaml").write_text("case: [well, waits, bad]")
+    run = tmp_path / "run"
+    first = start(series, run, cluster)
+    here = {trial.name: run_trial(trial).error for trial in planned(tmp_path / "turn", case=["well", "bad"])}
+    code, out, error = stop_in_the_middle(first, run, signal.SIGINT, done=("well", "bad"))
+    assert code == 130 and re.search(r"\[\d/3\] case=well, \d", out) and f"--ray {cluster}" in error
     for name, said in here.items():
         assert (said is not None) == ("bad" in name) and (said is None or f"{name} failed: {said} (as far" in error)
-        assert left_behind(tmp_path / "ray" / name) == left_behind(tmp_path / "turn" / name)
-        assert len(lines(tmp_path / "ray" / name)) == 1 and (tmp_path / "ray" / name / "index.html").is_file()
-    workers = {lines(tmp_path / "ray" / name)[0][3] for name in here}
-    assert len(workers) == 2 and process.pid not in workers
+        assert left_behind(run / name) == left_behind(tmp_path / "turn" / name) and len(lines(run / name)) == 1
+    workers = {lines(run / f"case={case}")[0][3] for case in ("well", "waits", "bad")}
+    assert len(workers) == 2 and first.pid not in workers
+
+    second = start(series, run, cluster)
+    out, error = second.communicate(timeout=600)
+    assert second.returncode == 1 and "1 of 3 trials failed" in error and "Traceback" not in error
+    assert "[1/3] case=well, finished before" in out and re.search(r"\[[23]/3\] case=waits", out)
+    assert {f"[{number}/3] " in out for number in (1, 2, 3)} == {True} and "comparison: " in out
+    assert [len(lines(run / f"case={case}")) for case in ("well", "waits", "bad")] == [1, 2, 2]
+    assert "started again" not in error and left_behind(run / "case=waits")["result"]
 
 
 @pytest.mark.slow
@@ -234,33 +259,6 @@ def test_without_ray_a_line_says_how_to_install_it(
     (tmp_path / "g.yaml").write_text("seeds: [0]")
     assert command("--grid", str(tmp_path / "g.yaml"), "--run-dir", str(tmp_path / "run"), "--ray", "local") == 2
     assert re.search(r"Ray is not installed\. Install it: pip install 'ray>=", capsys.readouterr().err)
-
-
-def stop_in_the_middle(
-    process: subprocess.Popen, run: Path, number: signal.Signals, send: Callable[[int, int], None] = os.killpg
-) -> tuple[int, str, str]:
-    """Signal the group when a trial is done and another runs; the command's exit code and what it said."""
-    pid = wait_for_number(run / "case=waits" / "pid")
-    deadline = time.monotonic() + 600
-    while not (run / "case=well" / "index.html").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    send(process.pid, number)
-    out, error = process.communicate(timeout=600)
-    assert not alive(pid)
-    return process.returncode, out, error
-
-
-@pytest.mark.slow
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(cluster: str, series: Path, tmp_path: Path):
-    (tmp_path / "g.yaml").write_text("case: [well, waits]")
-    run = tmp_path / "run"
-    code, out, error = stop_in_the_middle(start(series, run, cluster), run, signal.SIGINT)
-    assert code == 130 and re.search(r"\[1/2\] case=well, \d", out) and f"--ray {cluster}" in error
-    second = start(series, run, cluster)
-    out, error = second.communicate(timeout=600)
-    assert second.returncode == 0 and "[1/2] case=well, finished before" in out and "[2/2] case=waits" in out
-    assert error == "" and "comparison: " in out
-    assert len(lines(run / "case=well")) == 1 and len(lines(run / "case=waits")) == 2
 
 
 def of_ray() -> set[int]:

@@ -4,12 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from support.forked import Forked
 
+from grpo_kit.cli import main
 from grpo_kit.config import PROJECT_ROOT, KitError
 from grpo_kit.runs.surroundings import prepare, world_size
+from grpo_kit.training import launch
 
 pytestmark = pytest.mark.field("F20")
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -27,19 +31,16 @@ LEFT_BEHIND = {
 }
 
 
-def command(folder: Path, *given: str, code: str = "", **variables: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)} | variables
-    text = f"{code}\nimport sys\nfrom grpo_kit.cli import main\nmain(sys.argv[1:])"
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", text, *given], cwd=folder, env=environment, **pipes)
+FEW = "training_settings.num_iterations=1 training_settings.group_size=2 evaluation_settings.validation_prompts=2"
 
 
 @pytest.mark.slow
 def test_commands_work_among_empty_and_foreign_variables(tmp_path: Path) -> None:
-    few = ["-o", "training_settings.num_iterations=1", "-o", "tracking_settings.wandb=offline"]
-    done = command(tmp_path, "train", "--run-dir", "run", *few, **LEFT_BEHIND)
-    errors = done.communicate()[1]
-    assert done.returncode == 0, errors
+    options = [part for text in f"{FEW} tracking_settings.wandb=offline".split() for part in ("-o", text)]
+    given = [sys.executable, "-m", "grpo_kit.cli", "train", "--run-dir", "run", *options]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)} | LEFT_BEHIND  # libraries read some when imported
+    done = subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # HF_HOME="" would make a folder hub/ here
 
 
@@ -85,10 +86,10 @@ def test_the_processes_are_those_of_a_launcher_that_is_there(
 
 @pytest.mark.slow
 def test_training_with_what_another_launcher_left_is_one_line(tmp_path: Path) -> None:
-    done = command(tmp_path, "train", "--run-dir", "run", WORLD_SIZE="4", RANK="0")
-    errors = done.communicate()[1]
-    assert done.returncode == 2 and errors.startswith("grpo-kit: WORLD_SIZE: found 4 without"), errors
-    assert len(errors.splitlines()) == 1
+    run, variables = str(tmp_path / "run"), {"WORLD_SIZE": "4", "RANK": "0"}
+    done = Forked(lambda: main(["train", "--run-dir", run]), tmp_path / "said", **variables)
+    assert done.wait() == 2 and done.said.startswith("grpo-kit: WORLD_SIZE: found 4 without"), done.said
+    assert len(done.said.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -96,11 +97,18 @@ def test_a_process_that_waits_for_others_says_so(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "from grpo_kit.training import launch\nlaunch._TELL_AFTER = 0.2"
-    variables = {"WORLD_SIZE": "2", "MASTER_PORT": str(port), **LAUNCHER}
-    with command(tmp_path, "train", "--run-dir", "run", code=code, **variables) as waiting:
-        try:
-            said = next(line for line in waiting.stderr if line.startswith("grpo-kit:"))
-            assert said.startswith(f"grpo-kit: process 0 of 2 waits for the others at 127.0.0.1:{port}. If nothing")
-        finally:
-            waiting.kill()
+
+    def train() -> None:
+        launch._TELL_AFTER = 0.2
+        main(["train", "--run-dir", str(tmp_path / "run")])
+
+    waiting = Forked(train, tmp_path / "said", **{"WORLD_SIZE": "2", "MASTER_PORT": str(port), **LAUNCHER})
+    try:
+        until = time.monotonic() + 600
+        while "grpo-kit:" not in waiting.said and time.monotonic() < until:
+            time.sleep(0.1)
+        expected = f"grpo-kit: process 0 of 2 waits for the others at 127.0.0.1:{port}. If nothing"
+        assert any(line.startswith(expected) for line in waiting.said.splitlines()), waiting.said
+    finally:
+        waiting.kill()
+        waiting.wait()

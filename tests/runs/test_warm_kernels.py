@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 
+from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.runs import kernels, warm_process
 from grpo_kit.runs.notebooks import Planned, execute
 
@@ -120,16 +122,26 @@ def test_where_the_warm_process_dies_kernels_are_started_anew_and_later_ones_for
 
     broken = tmp_path / "broken.py"
     broken.write_text("import sys; sys.stdin.readline()")
-    kernels._warm_process.cache_clear()
+    monkeypatch.setattr(kernels, "_warm_process", cache(kernels._warm_process.__wrapped__))
     with monkeypatch.context() as patched:
         patched.setattr(kernels.warm_process, "__file__", str(broken))
-        assert not {"broken.py", "warm_process.py"} & {Path(word).name for word in asyncio.run(parent()).split()}
-    assert "warm_process.py" in asyncio.run(parent())
+        assert not {"broken.py", "quick.py"} & {Path(word).name for word in asyncio.run(parent()).split()}
+    monkeypatch.setattr(kernels.warm_process, "__file__", str(quick(tmp_path)))
+    assert "quick.py" in asyncio.run(parent())
+
+
+def quick(folder: Path) -> Path:
+    """The warm process, which here has not imported what takes long."""
+    script = folder / "quick.py"
+    lines = f"import sys; sys.path.insert(0, {str(PROJECT_ROOT)!r})", "from grpo_kit.runs import warm_process as warm"
+    script.write_text("\n".join([*lines, "warm.IMPORTED = ()", "warm.serve()"]))
+    return script
 
 
 STARTER = """
 import asyncio, sys, time
 from grpo_kit.runs import kernels
+kernels.warm_process.__file__ = sys.argv[1]
 async def main():
     manager = kernels.WarmKernel()
     await manager.start_kernel()
@@ -140,8 +152,9 @@ time.sleep(3600)
 
 
 @pytest.mark.slow
-def test_kernel_and_warm_process_end_with_who_started_them_even_by_a_kill() -> None:
-    starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True)
+def test_kernel_and_warm_process_end_with_who_started_them_even_by_a_kill(tmp_path: Path) -> None:
+    given = [sys.executable, "-c", STARTER, str(quick(tmp_path))]
+    starter = subprocess.Popen(given, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
     kernel = psutil.Process(int(starter.stdout.readline()))
     warm = kernel.parent()
     starter.send_signal(signal.SIGKILL)

@@ -7,17 +7,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 import torch
-from support.parallel_worker import SETTINGS, settings
+from accelerate.commands.launch import launch_command, launch_command_parser
+from support.forked import Forked
+from support.parallel_worker import SETTINGS, cases, settings
 
 from grpo_kit.cli import main
 from grpo_kit.config import PROJECT_ROOT, Config, load_config
@@ -29,16 +29,24 @@ from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_
 
 TOLERANCE = 1e-6
 SUPPORT = PROJECT_ROOT / "tests" / "support"
-ACCELERATE = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
-    *("--num_processes=2", "--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"),
-]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{PROJECT_ROOT}{os.pathsep}{PROJECT_ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+TWO = ("--num_processes=2", "--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no")
+ENVIRONMENT = {"PYTHONPATH": f"{PROJECT_ROOT}{os.pathsep}{PROJECT_ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
-def _work(scratch: Path, worker: str = "parallel_worker.py") -> subprocess.CompletedProcess:
-    command = [*ACCELERATE, str(SUPPORT / worker), str(scratch)]
-    return subprocess.run(command, env=ENVIRONMENT, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+def _accelerate(*program: str) -> None:
+    """`accelerate launch` of a program in two processes."""
+    launch_command(launch_command_parser().parse_args(["--multi_gpu", *TWO, *program]))
+
+
+def _started(launcher: Callable[[], None], log: Path) -> Forked:
+    """A launcher, which starts its processes anew."""
+    return Forked(launcher, log, **ENVIRONMENT)
+
+
+def _work(scratch: Path, worker: str = "parallel_worker.py") -> Forked:
+    process = _started(lambda: _accelerate(str(SUPPORT / worker), str(scratch)), scratch / "log")
+    process.wait()
+    return process
 
 
 def _train(folder: Path, config: Config) -> None:
@@ -54,7 +62,7 @@ def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     shutil.copytree(scratch / "from_one", scratch / "one")
     _train(scratch / "one", whole)
     done = _work(scratch)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.said[-3000:]
     _train(scratch / "from_two", whole)
     return scratch, json.loads((scratch / "found.json").read_text())
 
@@ -76,7 +84,8 @@ def test_two_processes_find_the_advantages_gradient_and_metrics_of_one_with_any_
     worked: tuple[Path, dict], kind: str
 ):
     found = worked[1]
-    assert found["processes"] == 2 and len(found[kind]["steps"]) == 8 * 3 + 2
+    assert found["processes"] == 2 and len(found[kind]["steps"]) == 8 * 3 // 2 + 2
+    assert {str(case) for case in cases()} <= found["ddp"]["steps"].keys() | found["fsdp"]["steps"].keys()
     _assert_equal(found[kind]["steps"])
 
 
@@ -187,20 +196,18 @@ def _options(run: Path) -> list[str]:
 
 
 @pytest.fixture
-def started(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen, Path]]:
+def started(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Forked, Path]]:
     """A run of two processes that has committed an iteration, and its folder; by `--launch` or by accelerate."""
+    run = tmp_path / "run"
+    options = [value.replace("False", "false") for value in _options(run)]
     starts = {
-        "launch": [sys.executable, "-m", "grpo_kit.cli", "train", "--launch", "2"],
-        "accelerate": [*ACCELERATE, "-m", "grpo_kit.cli", "train"],
+        "launch": lambda: main(["train", "--launch", "2", *options]),
+        "accelerate": lambda: _accelerate("-m", "grpo_kit.cli", "train", *options),
     }
-    run, log = tmp_path / "run", (tmp_path / "log").open("w+")
-    command = starts[request.param] + [value.replace("False", "false") for value in _options(run)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=PROJECT_ROOT, stdout=log, stderr=log, start_new_session=True, text=True
-    )
+    process = _started(starts[request.param], tmp_path / "log")
     until = time.monotonic() + 600
     while last_commit(run) in (None, 0):
-        assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
+        assert process.poll() is None and time.monotonic() < until, process.said[-3000:]
         time.sleep(0.2)
     yield process, run
     for left in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
@@ -208,13 +215,13 @@ def started(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[su
     process.kill()
 
 
-def _workers(process: subprocess.Popen) -> dict[int, psutil.Process]:
+def _workers(process: Forked) -> dict[int, psutil.Process]:
     found = psutil.Process(process.pid).children(recursive=True)
     ranks = {int(child.environ().get("RANK", -1)): child for child in found if "grpo_kit.cli" in child.cmdline()}
     return {rank: child for rank, child in ranks.items() if rank >= 0}
 
 
-def _ends(process: subprocess.Popen, workers: dict[int, psutil.Process]) -> None:
+def _ends(process: Forked, workers: dict[int, psutil.Process]) -> None:
     process.wait(timeout=WAIT)
     assert not psutil.wait_procs(workers.values(), timeout=WAIT)[1]
 
@@ -232,15 +239,13 @@ WAIT = 600  # seconds: a third of what the library waits for a process, long eno
     ("started", "rank"),
     [
         pytest.param("launch", 0, marks=SLOW),
-        pytest.param("accelerate", 1, marks=SLOW),
+        pytest.param("accelerate", 1, marks=LONG),  # as the process that hangs, below, in a real run
         pytest.param("launch", 1, marks=LONG),  # these two: what the others show, the other way round
         pytest.param("accelerate", 0, marks=LONG),
     ],
     indirect=["started"],
 )
-def test_where_one_process_is_killed_the_other_ends_and_one_line_says_so(
-    started: tuple[subprocess.Popen, Path], rank: int
-):
+def test_where_one_process_is_killed_the_other_ends_and_one_line_says_so(started: tuple[Forked, Path], rank: int):
     process, run = started
     workers = _workers(process)
     assert workers.keys() == {0, 1}
@@ -261,7 +266,7 @@ def test_where_one_process_is_killed_the_other_ends_and_one_line_says_so(
 @SLOW
 @pytest.mark.parametrize("started", ["launch"], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
-def test_a_stopped_launch_stops_all_and_says_how_to_go_on(started: tuple[subprocess.Popen, Path], number: int):
+def test_a_stopped_launch_stops_all_and_says_how_to_go_on(started: tuple[Forked, Path], number: int):
     process, run = started
     workers = _workers(process)
     process.send_signal(number)
@@ -276,4 +281,4 @@ def test_a_process_that_hangs_in_a_collective_ends_too(tmp_path: Path):
     started = time.monotonic()
     done = _work(tmp_path, "hanging_worker.py")
     assert done.returncode != 0 and time.monotonic() - started < WAIT
-    assert "grpo-kit: process 1 of 2 ended early; nothing is committed yet" in done.stderr
+    assert "grpo-kit: process 1 of 2 ended early; nothing is committed yet" in done.said
