@@ -127,7 +127,7 @@ def test_a_grid_brings_the_same_as_without_ray_and_after_ctrl_c_the_same_command
     code, out, error = stop_in_the_middle(first, run, signal.SIGINT, done=("well", "bad"))
     assert code == 130 and re.search(r"\[\d/3\] case=well, \d", out) and f"--ray {cluster}" in error
     for name, said in here.items():
-        assert (said is not None) == ("bad" in name) and (said is None or f"{name} failed: {said} (as far" in error)
+        assert (said is not None) == ("bad" in name) and (said is None or f" failed: {said}\n" in error)
         assert left_behind(run / name) == left_behind(tmp_path / "turn" / name) and len(lines(run / name)) == 1
     workers = {lines(run / f"case={case}")[0][3] for case in ("well", "waits", "bad")}
     assert len(workers) == 2 and first.pid not in workers
@@ -135,6 +135,7 @@ def test_a_grid_brings_the_same_as_without_ray_and_after_ctrl_c_the_same_command
     second = start(series, run, cluster)
     out, error = second.communicate(timeout=600)
     assert second.returncode == 1 and "1 of 3 trials failed" in error and "Traceback" not in error
+    assert f"case=bad failed: {here['case=bad']} (as far" in error
     assert "[1/3] case=well, finished before" in out and re.search(r"\[[23]/3\] case=waits", out)
     assert {f"[{number}/3] " in out for number in (1, 2, 3)} == {True} and "comparison: " in out
     assert [len(lines(run / f"case={case}")) for case in ("well", "waits", "bad")] == [1, 2, 2]

@@ -33,11 +33,11 @@ from grpo_kit.training.step import grpo_step
 
 SETTINGS = {
     "model_settings.device": "cpu",
-    "training_settings.num_iterations": 4,
+    "training_settings.num_iterations": 2,
     "training_settings.prompts_per_iteration": 3,  # two groups for one process, one for the other
     "training_settings.group_size": 4,
     "training_settings.validate_every": 1,
-    "training_settings.save_every": 2,
+    "training_settings.save_every": 1,
     "generation_settings.num_inference_steps": 1,
     "evaluation_settings.validation_prompts": 1,
     "evaluation_settings.paraphrases": False,
@@ -49,8 +49,8 @@ SCALES, SIZES = ("group", "batch", "none"), (None, 5, 1)
 
 
 def settings() -> tuple[Config, Config]:
-    """Of a run that ends after two iterations, and of the same one that goes on."""
-    return (load_config("tiny", SETTINGS | {"training_settings.num_iterations": number}) for number in (2, 4))
+    """Of a run that ends after one iteration, and of the same one that goes on."""
+    return (load_config("tiny", SETTINGS | {"training_settings.num_iterations": number}) for number in (1, 2))
 
 
 class Watched(torch.optim.SGD):
@@ -295,7 +295,7 @@ def failures(processes: Processes) -> list[str]:
 def main(scratch: Path) -> None:
     """Compare rollouts, and steps in every setting; then train.
 
-    Two iterations go into `from_two`; the run of one process in `from_one` goes on.
+    One iteration goes into `from_two`; the run of one process in `from_one` goes on.
     """
     half, whole = settings()
     with joined(half, scratch / "from_two") as processes:

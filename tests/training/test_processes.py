@@ -129,7 +129,7 @@ def test_two_processes_find_the_rollout_and_the_metrics_of_one_in_two_turns(work
 def _weights(folder: Path) -> torch.Tensor:
     """Of the newest checkpoint."""
     kit = load_experiment(load_config("tiny", SETTINGS))
-    assert resume(kit, make_optimizer(kit, kit.config), RunFolder(folder)) == 4
+    assert resume(kit, make_optimizer(kit, kit.config), RunFolder(folder)) == 2
     return torch.cat([p.detach().flatten() for p in kit.policy.trainable_parameters()])
 
 
@@ -137,7 +137,7 @@ def _weights(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("other", ["from_one", "from_two"])
 def test_a_run_goes_on_with_another_number_of_processes(worked: tuple[Path, dict], other: str):
     scratch, _ = worked
-    for number in range(1, 5):
+    for number in (1, 2):
         one, found = (
             pd.read_parquet(scratch / run / "rollouts" / f"iter_{number:06d}.parquet") for run in ("one", other)
         )
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_another_number_of_processes(worked: tuple[Path, dict
     trained = _weights(scratch / "one")
     assert float((trained - torch.cat([p.detach().flatten() for p in first])).abs().max()) > 5e-4
     assert float((_weights(scratch / other) - trained).abs().max()) < 5e-5
-    assert len(RunFolder(scratch / other).metrics()) == 4 and len(RunFolder(scratch / other).validations()) == 5
+    assert len(RunFolder(scratch / other).metrics()) == 2 and len(RunFolder(scratch / other).validations()) == 3
 
 
 # --- who has what -----------------------------------------------------------------------------------------------------
