@@ -141,7 +141,6 @@ def quick(folder: Path) -> Path:
 STARTER = """
 import asyncio, sys, time
 from grpo_kit.runs import kernels
-kernels.warm_process.__file__ = sys.argv[1]
 async def main():
     manager = kernels.WarmKernel()
     await manager.start_kernel()
@@ -152,9 +151,8 @@ time.sleep(3600)
 
 
 @pytest.mark.slow
-def test_kernel_and_warm_process_end_with_who_started_them_even_by_a_kill(tmp_path: Path) -> None:
-    given = [sys.executable, "-c", STARTER, str(quick(tmp_path))]
-    starter = subprocess.Popen(given, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
+def test_kernel_and_warm_process_end_with_who_started_them_even_by_a_kill() -> None:
+    starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True)
     kernel = psutil.Process(int(starter.stdout.readline()))
     warm = kernel.parent()
     starter.send_signal(signal.SIGKILL)
