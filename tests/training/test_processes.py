@@ -213,6 +213,7 @@ def started(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Fo
     for left in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
         left.kill()
     process.kill()
+    process.wait()
 
 
 def _workers(process: Forked) -> dict[int, psutil.Process]:
