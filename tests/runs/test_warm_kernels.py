@@ -128,6 +128,7 @@ def test_where_the_warm_process_dies_kernels_are_started_anew_and_later_ones_for
         assert not {"broken.py", "quick.py"} & {Path(word).name for word in asyncio.run(parent()).split()}
     monkeypatch.setattr(kernels.warm_process, "__file__", str(quick(tmp_path)))
     assert "quick.py" in asyncio.run(parent())
+    kernels._warm_process().communicate()  # it ends with its standard input
 
 
 def quick(folder: Path) -> Path:
