@@ -8,7 +8,8 @@ import itertools
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from nbconvert import HTMLExporter
 from PIL import Image
 from support.abuse import Count
 from support.hostile import active_nodes, hostile_texts
+from support.quick_runs import fresh
 from support.synthetic_run import PROMPTS, write_rollout, write_synthetic_run
 
 from grpo_kit import show
@@ -32,14 +34,15 @@ from grpo_kit.config import PROJECT_ROOT, KitError, TrainingSettings
 from grpo_kit.experiment import Experiment
 from grpo_kit.grpo import LOSS_TYPES, group_advantages
 from grpo_kit.rollout import collect_rollout
-from grpo_kit.runs.kernels import WarmKernel
+from grpo_kit.runs.kernels import OwnKernel
 from grpo_kit.show.pages import write_notebook_pages
 from grpo_kit.show.pushes import loss_and_push, recompute
-from grpo_kit.show.style import frame_of, plain_text, signed
+from grpo_kit.show.style import Drawing, frame_of, plain_text, signed
 from grpo_kit.show.widgets import advantage_playground, live_training, picture_box
 from grpo_kit.show.widgets.episode import changed_words
 from grpo_kit.show.widgets.picture_box import BUDGET, PictureBox, encode, escape
 from grpo_kit.show.widgets.tokens import Token, tinted, token_values
+from grpo_kit.training.loop import train
 
 DEMO = PROJECT_ROOT / "data" / "demo_run"
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -56,17 +59,50 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (32, 32), (40 * (i % 6), 90, 200 - 30 * (i % 5))) for i in range(count)]
 
 
-def make_all(run: Path) -> dict[str, PictureBox]:
-    """Return one of each widget over a run."""
-    return {
-        "GroupExplorer": show.GroupExplorer(run),
-        "EpisodeExplorer": show.EpisodeExplorer(with_turns(run)),
-        "AdvantagePlayground": show.AdvantagePlayground(),
-        "LossPlayground": show.LossPlayground(run),
-        "LiveTraining": show.LiveTraining(run),
-        "ImageCompare": show.ImageCompare(run),
-        "BeTheReward": show.BeTheReward(pictures(4), list("abcd"), "a prompt"),
-    }
+@dataclass(frozen=True)
+class Shown:
+    """A widget, the forms in which a notebook shows it, and what it says of them."""
+
+    widget: PictureBox
+    forms: dict[str, object]
+    metadata: dict[str, dict[str, str]]
+
+    @property
+    def kind(self) -> str:
+        """The kind of its picture."""
+        return "image/png" if "image/png" in self.forms else "image/jpeg"
+
+    @property
+    def picture(self) -> bytes:
+        """Its static picture."""
+        return base64.b64decode(self.forms[self.kind])
+
+
+def as_shown(widget: PictureBox) -> Shown:
+    """Return what a notebook shows of a widget."""
+    return Shown(widget, *widget._repr_mimebundle_())
+
+
+@pytest.fixture(scope="module")
+def each(synthetic_run_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Shown]:
+    """One of each widget over a run; do not change them."""
+    run = Path(shutil.copytree(synthetic_run_template, tmp_path_factory.mktemp("each") / "run"))
+    widgets = [
+        show.GroupExplorer(run),
+        show.EpisodeExplorer(with_turns(run)),
+        show.AdvantagePlayground(),
+        show.LossPlayground(run),
+        show.LiveTraining(run),
+        show.ImageCompare(run),
+        show.BeTheReward(pictures(4), list("abcd"), "a prompt"),
+    ]
+    return {type(widget).__name__: as_shown(widget) for widget in widgets}
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but no picture of them, for tests that look at figures and words alone."""
+    monkeypatch.setattr(Drawing, "to_png", lambda figure, dpi=100: b"")
 
 
 def with_turns(run: Path, turns: int = 2, **settings: object) -> Path:
@@ -114,33 +150,24 @@ def shown_images(widget: PictureBox) -> int:
     return sum(len(axes.images) for figure in widget.figures() for axes in figure.axes)
 
 
-def twin_of(widget: PictureBox) -> tuple[str, bytes]:
-    """Return the kind and the bytes of a widget's picture."""
-    bundle, _ = widget._repr_mimebundle_()
-    kind = "image/png" if "image/png" in bundle else "image/jpeg"
-    return kind, base64.b64decode(bundle[kind])
-
-
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_every_widget_has_a_live_view_and_a_small_picture(synthetic_run: Path) -> None:
-    for name, widget in make_all(synthetic_run).items():
-        bundle, metadata = widget._repr_mimebundle_()
-        kind, content = twin_of(widget)
-        assert VIEW in bundle and len(bundle[kind]) < 150_000, name
-        with Image.open(io.BytesIO(content)) as picture:
+def test_every_widget_has_a_live_view_and_a_small_picture(each: dict[str, Shown]) -> None:
+    for name, one in each.items():
+        assert VIEW in one.forms and len(one.forms[one.kind]) < 150_000, name
+        with Image.open(io.BytesIO(one.picture)) as picture:
             assert picture.width > 600 and np.asarray(picture.convert("L")).std() > 5, name
-        assert len(bundle["text/plain"]) > 20 and "<" not in bundle["text/plain"], name
-        alt = metadata[kind]["alt"]
-        assert alt.startswith(plain_text(widget.reading()[0])) and len(alt) <= 2000, name
+        assert len(one.forms["text/plain"]) > 20 and "<" not in one.forms["text/plain"], name
+        alt = one.metadata[one.kind]["alt"]
+        assert alt.startswith(plain_text(one.widget.reading()[0])) and len(alt) <= 2000, name
 
 
-def test_the_widget_and_its_twin_show_the_same_picture(synthetic_run: Path) -> None:
-    for name, widget in make_all(synthetic_run).items():
-        live = [Image.open(io.BytesIO(content)).convert("L") for content in images_of(widget)]
-        with Image.open(io.BytesIO(twin_of(widget)[1])) as twin:
+def test_the_widget_and_its_twin_show_the_same_picture(each: dict[str, Shown]) -> None:
+    for name, one in each.items():
+        live = [Image.open(io.BytesIO(content)).convert("L") for content in images_of(one.widget)]
+        with Image.open(io.BytesIO(one.picture)) as twin:
             twin, top = twin.convert("L"), 0
         for picture in live:
             size = (round(picture.width / 1.5), round(picture.height / 1.5))  # 150 dots an inch, the twin has 100
@@ -149,25 +176,24 @@ def test_the_widget_and_its_twin_show_the_same_picture(synthetic_run: Path) -> N
             top += size[1]
 
 
-def test_the_alt_text_says_what_the_pictures_show(demo: show.RunRecord) -> None:
-    explorer = show.GroupExplorer(demo, iteration=1)
-    (kind, metadata), *_ = explorer._repr_mimebundle_()[1].items()
+def test_the_alt_text_says_what_the_pictures_show(each: dict[str, Shown]) -> None:
+    explorer, ((kind, metadata),) = each["GroupExplorer"].widget, each["GroupExplorer"].metadata.items()
     assert kind == "image/png"
     for row in explorer.group.head(3).to_dict("records"):
         assert f"reward {row['reward']:.3f}, advantage {signed(row['advantage'])}" in metadata["alt"]
         assert row["enhanced_prompt"] in metadata["alt"]
 
 
-def test_no_widget_uses_output(synthetic_run: Path) -> None:
-    for widget in make_all(synthetic_run).values():
-        assert not any(isinstance(part, ipywidgets.Output) for part in tree(widget))
+def test_no_widget_uses_output(each: dict[str, Shown]) -> None:
+    for one in each.values():
+        assert not any(isinstance(part, ipywidgets.Output) for part in tree(one.widget))
 
 
 @pytest.mark.parametrize("name", ["GroupExplorer", "EpisodeExplorer", "ImageCompare"])
 def test_stepping_moves_nothing_below(synthetic_run: Path, name: str) -> None:
-    widget = make_all(synthetic_run)[name]
+    widget = getattr(show, name)(with_turns(synthetic_run) if name == "EpisodeExplorer" else synthetic_run)
     before, sizes = images_of(widget), []
-    for _, prompt in widget.prompt.options:
+    for _, prompt in widget.prompt.options[:3]:
         widget.prompt.value = prompt
         sizes.append(Image.open(io.BytesIO(images_of(widget)[0])).size)
     assert images_of(widget) != before and len(set(sizes)) == 1
@@ -196,9 +222,9 @@ def test_a_picture_of_photographs_keeps_to_the_budget() -> None:
     assert encode([show.image_grid(pictures(3), ["flat"] * 3)])[0] == "image/png"
 
 
-def test_several_figures_stand_one_below_the_other(demo: show.RunRecord) -> None:
-    alone, both = show.LossPlayground(), show.LossPlayground(demo)
-    heights = [Image.open(io.BytesIO(twin_of(widget)[1])).height for widget in (alone, both)]
+def test_several_figures_stand_one_below_the_other(each: dict[str, Shown]) -> None:
+    alone, both = as_shown(show.LossPlayground()), each["LossPlayground"]
+    heights = [Image.open(io.BytesIO(one.picture)).height for one in (alone, both)]
     assert heights[1] > heights[0] + 300
 
 
@@ -213,30 +239,29 @@ def test_frames_grow_with_the_advantage_and_tell_its_sign_without_colour() -> No
 # --- where nothing runs ---------------------------------------------------------------------------------------------
 
 
-def executed(widget: PictureBox) -> nbformat.NotebookNode:
+def executed(one: Shown) -> nbformat.NotebookNode:
     """Return a notebook that shows a widget, as a run leaves it."""
-    forms, metadata = widget._repr_mimebundle_()
-    output = nbformat.v4.new_output("display_data", data=forms, metadata=metadata)
+    output = nbformat.v4.new_output("display_data", data=one.forms, metadata=one.metadata)
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("widget", outputs=[output], execution_count=1)])
 
 
-def test_nbconvert_shows_the_picture_without_the_state_and_the_widget_with_it() -> None:
-    widget = show.AdvantagePlayground()
-    without = executed(widget)
+def test_nbconvert_shows_the_picture_without_the_state_and_the_widget_with_it(each: dict[str, Shown]) -> None:
+    one = each["AdvantagePlayground"]
+    without = executed(one)
     page = HTMLExporter(template_name="lab").from_notebook_node(without)[0]
     assert "data:image/png;base64" in page and "jp-RenderedWidget" not in page and '"model_id"' not in page
-    held = executed(widget)
-    state = {"state": {widget.model_id: {"model_name": "VBoxModel"}}, "version_major": 2, "version_minor": 0}
+    held = executed(one)
+    state = {"state": {one.widget.model_id: {"model_name": "VBoxModel"}}, "version_major": 2, "version_minor": 0}
     held.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
     assert '"model_id"' in HTMLExporter(template_name="lab").from_notebook_node(held)[0]
 
 
-def test_the_pages_of_a_report_show_the_pictures(synthetic_run: Path) -> None:
-    folder = synthetic_run / "notebooks"
-    folder.mkdir()
-    for name, widget in make_all(synthetic_run).items():
-        nbformat.write(executed(widget), folder / f"{name}.ipynb")
-    for page in write_notebook_pages(folder):
+def test_the_pages_of_a_report_show_the_pictures(each: dict[str, Shown], tmp_path: Path) -> None:
+    for name, one in each.items():
+        nbformat.write(executed(one), tmp_path / f"{name}.ipynb")
+    pages = write_notebook_pages(tmp_path)
+    assert len(pages) == len(each)
+    for page in pages:
         text = page.file.read_text(encoding="utf-8")
         assert text.count('src="data:image/') == 1 and not active_nodes(text), page.file.name
         assert "model_id" not in text and text.count(' alt="') == 1, page.file.name
@@ -273,7 +298,7 @@ def test_a_headless_run_leaves_a_picture_for_each(synthetic_run: Path, monkeypat
         for text in HEADLESS.format(run=str(synthetic_run), turns=str(with_turns(synthetic_run))).split("---")
     ]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    options = {"resources": {"metadata": {"path": "/"}}, "kernel_manager_class": WarmKernel}
+    options = {"resources": {"metadata": {"path": "/"}}, "kernel_manager_class": OwnKernel}
     NotebookClient(notebook, timeout=600, startup_timeout=600, kernel_name="python3", **options).execute()
     for cell in notebook.cells:
         shown = [output for output in cell.outputs if "data" in output]
@@ -343,10 +368,19 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hostile_run(tmp_path_factory.mktemp("hostile") / "run")
 
 
+def undrawn(kind: type[PictureBox]) -> type[PictureBox]:
+    """The same widget with empty figures, for what it hands over as HTML: what is drawn has its own tests."""
+
+    class Undrawn(kind):
+        def figures(self) -> list[Drawing]:
+            return [Drawing(figsize=(1, 1)) for _ in self.pictures]
+
+    return Undrawn
+
+
 def check_explorer(run: Path) -> None:
     """Every payload, as prompt, rewrite and token, through the explorer's HTML."""
-    explorer = show.GroupExplorer(run, iteration=4)
-    explorer.figures = lambda: [show.image_grid(pictures(1))]  # what is drawn has its own test
+    explorer = undrawn(show.GroupExplorer)(run, iteration=4)
     for (_, group), tint in itertools.product(explorer.prompt.options, ("change", "ratio", "kl", None)):
         explorer.prompt.value, explorer.tint.value = group, tint
         assert_inert(markup(explorer), [plain_text(text) for text in explorer.group["enhanced_prompt"]])
@@ -370,12 +404,9 @@ def test_an_explorer_that_escapes_badly_is_caught(
         check_explorer(hostile)
 
 
-def test_the_others_show_hostile_texts_as_text(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_others_show_hostile_texts_as_text(hostile: Path, unrendered: None) -> None:
     assert_inert(markup(show.LiveTraining(hostile)), [])
-    quick = show.image_grid(pictures(1))
-    for room in ("image_compare", "be_the_reward"):  # what is drawn has its own test
-        monkeypatch.setattr(f"grpo_kit.show.widgets.{room}.card_sheet", lambda *_, **__: quick)
-    compare = show.ImageCompare(hostile)
+    compare = undrawn(show.ImageCompare)(hostile)
     for _, prompt_id in compare.prompt.options:
         compare.prompt.value = prompt_id
         assert_inert(markup(compare), [compare.rows["user_prompt"].iloc[0]])
@@ -385,15 +416,13 @@ def test_the_others_show_hostile_texts_as_text(hostile: Path, monkeypatch: pytes
     for start in range(0, 200, 20):
         texts = PAYLOADS[start : start + 20]
         for default in (None, [0.5] * 20):
-            assert_inert(markup(show.BeTheReward(pictures(20), texts, texts[0], default)), texts)
+            ranked = undrawn(show.BeTheReward)(pictures(20), texts, texts[0], default)
+            assert_inert(markup(ranked), texts)
 
 
 @pytest.mark.slow
 def test_hostile_texts_can_be_drawn_and_sent(hostile: Path) -> None:
     explorer = show.GroupExplorer(hostile, iteration=4)
-    for _, group in explorer.prompt.options[::8]:
-        explorer.prompt.value = group
-        assert explorer.figures()[0].to_png(40).startswith(b"\x89PNG")
     widgets = [explorer, show.ImageCompare(hostile), show.LossPlayground(hostile, iteration=4)]
     widgets.append(show.BeTheReward(pictures(20), PAYLOADS[-20:], PAYLOADS[-1]))
     for widget in widgets:
@@ -414,7 +443,7 @@ def test_escaped_text_is_whole_and_bounded() -> None:
 # --- the group explorer ---------------------------------------------------------------------------------------------
 
 
-def test_the_explorer_opens_the_last_iteration_at_its_widest_group(demo: show.RunRecord) -> None:
+def test_the_explorer_opens_the_last_iteration_at_its_widest_group(demo: show.RunRecord, unrendered: None) -> None:
     explorer = show.GroupExplorer(demo)
     last = demo.rollout(demo.rollout_iterations[-1])
     widest = (last.groupby("group_id")["reward"].max() - last.groupby("group_id")["reward"].min()).idxmax()
@@ -422,7 +451,7 @@ def test_the_explorer_opens_the_last_iteration_at_its_widest_group(demo: show.Ru
     assert list(explorer.group["reward"]) == sorted(last[last["group_id"] == widest]["reward"], reverse=True)
 
 
-def test_the_explorer_shows_every_sample_with_its_frame_and_numbers(demo: show.RunRecord) -> None:
+def test_the_explorer_shows_every_sample_with_its_frame_and_numbers(demo: show.RunRecord, unrendered: None) -> None:
     explorer = show.GroupExplorer(demo, iteration=1)
     page, framed = drawn(explorer), frames(explorer)
     assert shown_images(explorer) - 1 == len(explorer.group) == len(framed)  # and the scale of the tints
@@ -435,7 +464,7 @@ def test_the_explorer_shows_every_sample_with_its_frame_and_numbers(demo: show.R
         assert f"standard deviation {explorer.group['reward'].std():.3f}" in text
 
 
-def test_the_explorer_draws_each_rewrite_and_has_it_as_text(demo: show.RunRecord) -> None:
+def test_the_explorer_draws_each_rewrite_and_has_it_as_text(demo: show.RunRecord, unrendered: None) -> None:
     explorer = show.GroupExplorer(demo, iteration=1)
     page = "".join(drawn(explorer).split())
     for row in explorer.group.to_dict("records"):
@@ -445,7 +474,9 @@ def test_the_explorer_draws_each_rewrite_and_has_it_as_text(demo: show.RunRecord
     assert f"{explorer.group['tokens'][0][0]} ({value:.3f})" in markup(explorer)
 
 
-def test_a_rewrite_that_is_too_long_is_cut_with_an_ellipsis_and_whole_as_text(synthetic_run: Path) -> None:
+def test_a_rewrite_that_is_too_long_is_cut_with_an_ellipsis_and_whole_as_text(
+    synthetic_run: Path, unrendered: None
+) -> None:
     path = synthetic_run / "rollouts" / "iter_000024.parquet"
     rollout, long = pd.read_parquet(path), [f"word{i} " for i in range(60)]
     rollout["enhanced_prompt"] = "".join(long).strip()
@@ -479,9 +510,8 @@ def test_every_control_of_the_explorer_changes_the_page(demo: show.RunRecord) ->
 
 
 def test_previous_and_next_walk_through_every_group_of_every_iteration(demo: show.RunRecord) -> None:
-    explorer = show.GroupExplorer(demo, iteration=1)
+    explorer = undrawn(show.GroupExplorer)(demo, iteration=1)
     explorer.prompt.value = 0
-    explorer.figures = lambda: [show.image_grid(pictures(1))]  # quick
     buttons = {w.description: w for w in tree(explorer) if isinstance(w, ipywidgets.Button)}
     groups = [(i, g) for i in demo.rollout_iterations for g in sorted(demo.rollout(i)["group_id"].unique())]
     walked = []
@@ -518,7 +548,7 @@ def test_a_run_without_log_probabilities_is_shown_untinted(synthetic_run: Path) 
     pd.read_parquet(path).drop(columns=["tokens", "new_logprobs", "ref_logprobs"]).to_parquet(path)
     explorer = show.GroupExplorer(synthetic_run)
     assert [value for _, value in explorer.tint.options] == [None]
-    assert "rewrite 0 of" in markup(explorer) and twin_of(explorer)
+    assert "rewrite 0 of" in markup(explorer) and as_shown(explorer).picture
     with pytest.raises(KitError, match="found no ref_logprobs, new_logprobs"):
         show.LossPlayground(synthetic_run)
 
@@ -532,7 +562,7 @@ def test_unscored_samples_and_lost_pictures_are_said(synthetic_run: Path) -> Non
     explorer = show.GroupExplorer(synthetic_run)
     explorer.prompt.value = 0
     assert drawn(explorer).count("not scored") == 2 and drawn(explorer).count("no picture") == 1
-    assert twin_of(explorer)
+    assert as_shown(explorer).picture
 
 
 def test_what_a_run_does_not_have_is_one_clear_line(synthetic_run: Path) -> None:
@@ -552,15 +582,16 @@ def test_a_run_without_rollouts_or_evaluation_says_so(tmp_path: Path) -> None:
 # --- the advantage playground ---------------------------------------------------------------------------------------
 
 
-def playground_with(rewards: Sequence[float]) -> show.AdvantagePlayground:
-    """Return an advantage playground with these rewards."""
-    playground = show.AdvantagePlayground()
-    playground.rewards = rewards
-    return playground
+@pytest.fixture(scope="module")
+def playground() -> show.AdvantagePlayground:
+    """An advantage playground for tests that set its rewards first."""
+    return show.AdvantagePlayground()
 
 
 @pytest.mark.parametrize("rewards", [*advantage_playground.PRESETS.values(), (0.1, 0.95, 0.3, 0.3, 0.62)])
-def test_the_playground_has_the_advantages_of_their_definitions(rewards: tuple) -> None:
+def test_the_playground_has_the_advantages_of_their_definitions(
+    rewards: tuple, playground: show.AdvantagePlayground
+) -> None:
     values, second = np.array(rewards), np.array(advantage_playground.SECOND_GROUP)
     centred, other = values - values.mean(), second - second.mean()
     everyone = np.concatenate([values, second])
@@ -570,7 +601,8 @@ def test_the_playground_has_the_advantages_of_their_definitions(rewards: tuple) 
         "none": centred,
         "leave_one_out": np.array([r - np.delete(values, i).mean() for i, r in enumerate(values)]),
     }
-    found = advantage_playground.advantages_of(playground_with(rewards).rewards)
+    playground.rewards = rewards
+    found = advantage_playground.advantages_of(playground.rewards)
     for name, advantages in expected.items():
         assert np.allclose(found[name][: len(rewards)], advantages, atol=1e-9), name
     assert np.allclose(found["group"][len(rewards) :], other / (other.std(ddof=1) + 1e-4))
@@ -578,7 +610,7 @@ def test_the_playground_has_the_advantages_of_their_definitions(rewards: tuple) 
 
 def test_the_playground_computes_with_the_kits_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advantage_playground, "group_advantages", lambda r, g, **_: torch.full_like(r, 0.25))
-    assert set(advantage_playground.advantages_of(show.AdvantagePlayground().rewards)["group"]) == {0.25}
+    assert set(advantage_playground.advantages_of((0.8, 0.2))["group"]) == {0.25}
 
 
 def test_dragging_a_reward_or_changing_the_size_redraws() -> None:
@@ -592,12 +624,12 @@ def test_dragging_a_reward_or_changing_the_size_redraws() -> None:
     assert [slider.layout.display for slider in playground.sliders] == [None] * 6 + ["none"] * 2
 
 
-def test_two_threads_may_move_the_same_sliders() -> None:
-    playground, failures = show.AdvantagePlayground(), []
+def test_two_threads_may_move_the_same_sliders(playground: show.AdvantagePlayground) -> None:
+    playground.rewards, failures = advantage_playground.PRESETS["toy group"], []
 
     def drag(number: int) -> None:
         try:
-            for value in np.linspace(0.1, 0.9, 8):
+            for value in np.linspace(0.1, 0.9, 5):
                 playground.sliders[number].value = float(value)
         except Exception as error:  # of any kind: it is reported below
             failures.append(error)
@@ -608,7 +640,9 @@ def test_two_threads_may_move_the_same_sliders() -> None:
     for thread in threads:
         thread.join()
     assert not failures and playground.rewards[:2] == [0.9, 0.9]
-    assert images_of(playground) == images_of(playground_with(playground.rewards))
+    alone = show.AdvantagePlayground()
+    alone.rewards = playground.rewards
+    assert images_of(playground) == images_of(alone)
 
 
 def test_each_preset_sets_its_rewards_and_draws_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,9 +655,10 @@ def test_each_preset_sets_its_rewards_and_draws_once(monkeypatch: pytest.MonkeyP
     assert len(draws) == len(playground.presets)
 
 
-def test_the_words_say_what_is_surprising_in_numbers() -> None:
+def test_the_words_say_what_is_surprising_in_numbers(playground: show.AdvantagePlayground) -> None:
     def reading(rewards: tuple) -> str:
-        return playground_with(rewards).reading()[0]
+        playground.rewards = rewards
+        return playground.reading()[0]
 
     assert "the gap cancels" in reading((0.51, 0.50)) and "±0.71" in reading((0.51, 0.50))
     assert "may be noise" in reading((0.703, 0.702, 0.701, 0.700)) and "+1.08" in reading((0.703, 0.702, 0.701, 0.700))
@@ -634,7 +669,7 @@ def test_the_words_say_what_is_surprising_in_numbers() -> None:
 def test_bars_never_leave_their_axes() -> None:
     rng = np.random.default_rng(0)
     for size in range(2, 9):
-        for rewards in [rng.integers(0, 2, size).astype(float) for _ in range(40)]:
+        for rewards in [rng.integers(0, 2, size).astype(float) for _ in range(10)]:
             for values in advantage_playground.advantages_of(rewards).values():
                 assert max(map(abs, values)) < advantage_playground.HIGHEST
 
@@ -706,7 +741,7 @@ def settings(**changes: object) -> TrainingSettings:
     return TrainingSettings.model_construct(**changes)
 
 
-def test_recorded_settings_give_the_recorded_advantages(demo: show.RunRecord) -> None:
+def test_recorded_settings_give_the_recorded_advantages(demo: show.RunRecord, unrendered: None) -> None:
     recorded = show.LossPlayground(demo).what_if.recorded
     assert recorded.beta == 0.04
     for iteration in demo.rollout_iterations:
@@ -873,29 +908,20 @@ def test_a_run_that_does_not_exist_yet_is_waited_for_and_not_made(tmp_path: Path
     watch = show.LiveTraining(tmp_path / "later")
     assert not (tmp_path / "later").exists()
     assert "no iteration yet" in markup(watch) and "no iteration" in watch.reading()[0]
-    assert twin_of(watch)
+    assert as_shown(watch).picture
 
 
-def test_the_newest_kept_group_is_shown(synthetic_run: Path) -> None:
+def test_the_newest_kept_group_is_shown(synthetic_run: Path, unrendered: None) -> None:
     watch = show.LiveTraining(synthetic_run)
-    group = show.read_run(synthetic_run).widest_group(24)
+    group, page = show.read_run(synthetic_run).widest_group(24), drawn(watch)
     assert plain_text(group["user_prompt"].iloc[0]) in markup(watch) and "iteration 24" in markup(watch)
-    assert plain_text(group["user_prompt"].iloc[0]) in drawn(watch) and shown_images(watch) == len(group)
-    assert [signed(advantage) in drawn(watch) for advantage in group["advantage"]] == [True] * len(group)
+    assert plain_text(group["user_prompt"].iloc[0]) in page and shown_images(watch) == len(group)
+    assert [signed(advantage) in page for advantage in group["advantage"]] == [True] * len(group)
 
 
 @pytest.mark.slow
-def test_it_watches_a_real_training_that_stops_and_goes_on(own_kit: object, tmp_path: Path) -> None:
-    import dataclasses
-
-    import grpo_kit as gk
-
-    short = {"num_iterations": 4, "prompts_per_iteration": 1, "group_size": 2, "save_every": 1, "validate_every": 2}
-    changes = {f"training_settings.{name}": value for name, value in short.items()}
-    config = gk.load_config(
-        "tiny", {**changes, "evaluation_settings.validation_prompts": 1, "model_settings.device": "cpu"}
-    )
-    kit = dataclasses.replace(own_kit, config=config)
+def test_it_watches_a_real_training_that_stops_and_goes_on(kit: Experiment, tmp_path: Path) -> None:
+    kit = fresh(kit, prompts_per_iteration=1, group_size=2, save_every=1)
     watch = show.LiveTraining(tmp_path / "run")
 
     def stop_at_2(metrics: dict) -> None:
@@ -904,9 +930,9 @@ def test_it_watches_a_real_training_that_stops_and_goes_on(own_kit: object, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gk.train(kit, tmp_path / "run", progress=False, on_iteration=stop_at_2)
+        train(kit, tmp_path / "run", progress=False, on_iteration=stop_at_2)
     assert "iteration 2 of 4" in markup(watch)
-    gk.train(kit, tmp_path / "run", progress=False, on_iteration=watch.update)
+    train(kit, tmp_path / "run", progress=False, on_iteration=watch.update)
     assert "iteration 4 of 4" in markup(watch) and "iteration 4, the group whose rewards differ most" in drawn(watch)
 
 
@@ -934,7 +960,7 @@ def test_words_that_differ_are_marked(before: str, after: str, gone: list[str], 
     assert (marked(found[0]), marked(found[1])) == (gone, new)
 
 
-def test_it_opens_at_the_episodes_that_were_given_most_and_least(synthetic_run: Path) -> None:
+def test_it_opens_at_the_episodes_that_were_given_most_and_least(synthetic_run: Path, unrendered: None) -> None:
     explorer = show.EpisodeExplorer(with_turns(synthetic_run))
     for place, _ in enumerate(explorer.prompt.options):
         explorer.prompt.value = place
@@ -943,7 +969,9 @@ def test_it_opens_at_the_episodes_that_were_given_most_and_least(synthetic_run: 
 
 
 @pytest.mark.parametrize("turns", [2, 3])
-def test_each_turn_of_an_episode_has_its_picture_frame_and_numbers(synthetic_run: Path, turns: int) -> None:
+def test_each_turn_of_an_episode_has_its_picture_frame_and_numbers(
+    synthetic_run: Path, turns: int, unrendered: None
+) -> None:
     explorer = show.EpisodeExplorer(with_turns(synthetic_run, turns))
     explorer.prompt.value, explorer.left.value, explorer.right.value = 1, 2, 0
     page, words, framed = drawn(explorer), markup(explorer), frames(explorer)
@@ -957,7 +985,7 @@ def test_each_turn_of_an_episode_has_its_picture_frame_and_numbers(synthetic_run
 
 
 @pytest.mark.parametrize("branches", [False, True])
-def test_an_episode_of_a_rollout_is_what_its_rows_answer(kit: Experiment, branches: bool) -> None:
+def test_an_episode_of_a_rollout_is_what_its_rows_answer(kit: Experiment, branches: bool, unrendered: None) -> None:
     with kit.generator.steps(1):
         rollout = collect_rollout(
             kit.policy, kit.generator, kit.rewards, kit.train_prompts[:2], 4, turns=2, branches=branches
@@ -978,7 +1006,7 @@ def test_one_turn_is_no_episode(synthetic_run: Path) -> None:
         show.EpisodeExplorer(synthetic_run)
 
 
-def test_episodes_of_hostile_texts_are_shown_as_text(synthetic_run: Path, hostile: Path) -> None:
+def test_episodes_of_hostile_texts_are_shown_as_text(synthetic_run: Path, hostile: Path, unrendered: None) -> None:
     run = with_turns(synthetic_run)
     path = run / "rollouts" / "iter_000024.parquet"
     rollout, texts = pd.read_parquet(path), pd.read_parquet(hostile / "rollouts" / "iter_000004.parquet")["user_prompt"]
@@ -993,7 +1021,9 @@ def test_episodes_of_hostile_texts_are_shown_as_text(synthetic_run: Path, hostil
 # --- image compare --------------------------------------------------------------------------------------------------
 
 
-def test_image_compare_shows_every_variant_at_every_seed_that_has_pictures(synthetic_run: Path) -> None:
+def test_image_compare_shows_every_variant_at_every_seed_that_has_pictures(
+    synthetic_run: Path, unrendered: None
+) -> None:
     compare = show.ImageCompare(synthetic_run)
     compare.prompt.value = 2
     page, words = drawn(compare), markup(compare)
@@ -1006,7 +1036,7 @@ def test_image_compare_shows_every_variant_at_every_seed_that_has_pictures(synth
         assert places == sorted(places)
 
 
-def test_image_compare_walks_through_the_prompts(synthetic_run: Path) -> None:
+def test_image_compare_walks_through_the_prompts(synthetic_run: Path, unrendered: None) -> None:
     compare = show.ImageCompare(synthetic_run)
     buttons = {w.description: w for w in tree(compare) if isinstance(w, ipywidgets.Button)}
     buttons["‹ previous"].click()
@@ -1025,7 +1055,7 @@ def test_image_compare_takes_what_evaluate_returned(synthetic_run: Path) -> None
     assert markup(compared[0]) == markup(compared[1]) and images_of(compared[0]) == images_of(compared[1])
 
 
-def test_seeds_without_pictures_are_left_out_but_counted(demo: show.RunRecord) -> None:
+def test_seeds_without_pictures_are_left_out_but_counted(demo: show.RunRecord, unrendered: None) -> None:
     compare = show.ImageCompare(demo)
     assert compare.seeds == [0] and "no picture" not in drawn(compare)
     mean = compare.rows.query("variant == 'trained'")["reward"].mean()
@@ -1033,7 +1063,7 @@ def test_seeds_without_pictures_are_left_out_but_counted(demo: show.RunRecord) -
     assert f"trained policy {mean:.3f}" in markup(compare) and "of 4 seeds" in markup(compare)
 
 
-def test_a_comparison_without_an_oracle_keeps_its_columns(synthetic_run: Path) -> None:
+def test_a_comparison_without_an_oracle_keeps_its_columns(synthetic_run: Path, unrendered: None) -> None:
     record = show.read_run(synthetic_run)
 
     class Result:
@@ -1047,7 +1077,7 @@ def test_a_comparison_without_an_oracle_keeps_its_columns(synthetic_run: Path) -
 # --- be the reward --------------------------------------------------------------------------------------------------
 
 
-def test_the_order_of_the_clicks_is_the_reward() -> None:
+def test_the_order_of_the_clicks_is_the_reward(unrendered: None) -> None:
     reward = show.BeTheReward(pictures(5), list("abcde"), "a prompt")
     for number in (3, 0, 4, 1, 2):
         reward.buttons[number].click()
@@ -1066,7 +1096,7 @@ def test_clicks_draw_no_picture_so_that_quick_ones_keep_their_order() -> None:
     assert images_of(reward) == before and reward.order == [0, 1, 2, 3, 4]
 
 
-def test_a_second_click_takes_an_image_out_and_reset_all() -> None:
+def test_a_second_click_takes_an_image_out_and_reset_all(unrendered: None) -> None:
     reward = show.BeTheReward(pictures(3), list("abc"), "a prompt")
     for number in (2, 1, 2):
         reward.buttons[number].click()
@@ -1075,7 +1105,7 @@ def test_a_second_click_takes_an_image_out_and_reset_all() -> None:
     assert reward.order == [] and {button.description for button in reward.buttons} == {"choose"}
 
 
-def test_before_all_are_ranked_there_is_no_reward_unless_a_default_is_given() -> None:
+def test_before_all_are_ranked_there_is_no_reward_unless_a_default_is_given(unrendered: None) -> None:
     reward = show.BeTheReward(pictures(3), list("abc"), "a prompt")
     reward.buttons[0].click()
     with pytest.raises(KitError, match="found 1 of 3 images ranked") as caught:
@@ -1104,8 +1134,8 @@ def test_what_is_no_group_cannot_be_ranked(images: int, texts: int, default: lis
 
 def test_its_picture_shows_the_ranking_and_stands_a_missing_image() -> None:
     reward = show.BeTheReward([*pictures(3), None], list("abcd"), "a prompt")
-    unranked = twin_of(reward)[1]
+    unranked = as_shown(reward).picture
     assert drawn(reward).count("no picture") == 1 and "image 4" in drawn(reward)
     for number in range(4):
         reward.buttons[number].click()
-    assert twin_of(reward)[1] != unranked
+    assert as_shown(reward).picture != unranked
