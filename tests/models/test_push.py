@@ -2,22 +2,25 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import validate_repo_id
 from support.config_files import save_config
 
+from grpo_kit.cli import main
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.card import save_with_card
@@ -138,18 +141,43 @@ def run(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _push(run: Path, address: str, *options: str, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "grpo_kit.cli", "push", str(run), *(options or ("somebody/policy", "--yes"))]
-    own = {"HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HOME": str(run / "home")}
-    own |= {"HF_HUB_DISABLE_XET": "1"}  # large files by LFS, which a small server can speak
-    environment = {name: value for name, value in (os.environ | own | variables).items() if value}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, input="n\n")
+@dataclass(frozen=True)
+class Said:
+    """How a command ended, and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def one_line(self) -> str:
+        """The line that it failed with."""
+        assert self.returncode == 2 and self.stderr.count("\n") == 1 and "Traceback" not in self.stderr, self.stderr
+        assert TOKEN not in self.stdout + self.stderr
+        return self.stderr
 
 
-def _one_line(found: subprocess.CompletedProcess) -> str:
-    assert found.returncode == 2 and found.stderr.count("\n") == 1 and "Traceback" not in found.stderr, found.stderr
-    assert TOKEN not in found.stdout + found.stderr
-    return found.stderr
+@pytest.fixture
+def push(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> Callable[..., Said]:
+    """The command in this process, whose hub's client has what the variables of a new one would tell it."""
+
+    def pushed(address: str, *options: str, offline: bool = False, token: str = TOKEN, folder: Path = run) -> Said:
+        known = {"ENDPOINT": address, "HF_HUB_OFFLINE": offline, "HF_TOKEN_PATH": str(tmp_path / "no token")}
+        known |= {"HF_HUB_DISABLE_XET": True}  # large files by LFS, which a small server can speak
+        for name, value in known.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+        capsys.readouterr()
+        try:
+            main(["push", str(folder), *(options or ("somebody/policy", "--yes"))])
+        except SystemExit as ended:
+            return Said(int(ended.code or 0), *capsys.readouterr())
+        pytest.fail("the command line ends with an exit code")
+
+    return pushed
 
 
 def _content(folder: Path) -> dict[str, bytes]:
@@ -159,7 +187,10 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_arrives_is_the_policy_with_its_card_and_nothing_else(run: Path, hub: Hub):
-    found = _push(run, hub.address, "somebody/policy", "--private", "--yes")
+    command = [sys.executable, "-m", "grpo_kit.cli", "push", str(run), "somebody/policy", "--private", "--yes"]
+    own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HOME": str(run / "home")}
+    environment = os.environ | own | {"HF_HUB_DISABLE_XET": "1"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     said, uploaded = found.stdout.splitlines()
     content = _content(run / "best")
@@ -172,39 +203,41 @@ def test_what_arrives_is_the_policy_with_its_card_and_nothing_else(run: Path, hu
     assert hub.tokens == {f"Bearer {TOKEN}"} and TOKEN.encode() not in b"".join(hub.files.values())
 
 
-def test_a_checkpoints_policy_is_uploaded_without_its_optimizer(run: Path, hub: Hub):
-    found = _push(run, hub.address, "somebody/policy", "--checkpoint", "5", "--yes")
+def test_a_checkpoints_policy_is_uploaded_without_its_optimizer(run: Path, hub: Hub, push: Callable[..., Said]):
+    found = push(hub.address, "somebody/policy", "--checkpoint", "5", "--yes")
     assert found.returncode == 0, found.stderr
     assert hub.files == _content(run / "checkpoints" / "iter_000005" / "policy")
 
 
-def test_nothing_is_uploaded_before_somebody_says_yes(run: Path, hub: Hub):
-    found = _push(run, hub.address, "somebody/policy")
+def test_nothing_is_uploaded_before_somebody_says_yes(hub: Hub, push: Callable[..., Said]):
+    found = push(hub.address, "somebody/policy")
     assert found.returncode == 1 and "(public where it is new)" in found.stdout and "Upload?" in found.stdout
     assert not hub.created and not hub.files and not hub.tokens
 
 
 @pytest.mark.parametrize(
-    ("variables", "refusal", "said"),
+    ("changes", "refusal", "said"),
     [
-        ({"HF_HUB_OFFLINE": "1"}, 0, "HF_HUB_OFFLINE is set"),
-        ({"HF_TOKEN": ""}, 0, "no token on this machine"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, 0, "check the network, and that http://127.0.0.1:9 is the hub"),
+        ({"offline": True}, 0, "HF_HUB_OFFLINE is set"),
+        ({"token": ""}, 0, "no token on this machine"),
+        ({"address": "http://127.0.0.1:9"}, 0, "check the network, and that http://127.0.0.1:9 is the hub"),
         ({}, 403, "the hub answered 403 (No write access here); log in with a token that may write there"),
         ({}, 404, "the hub answered 404 (No write access here); check the owner's name"),
     ],
 )
-def test_each_failure_is_one_line(run: Path, hub: Hub, variables: dict[str, str], refusal: int, said: str):
+def test_each_failure_is_one_line(hub: Hub, push: Callable[..., Said], changes: dict, refusal: int, said: str):
     hub.refuse = refusal
-    assert said in _one_line(_push(run, hub.address, **variables))
+    assert said in push(**{"address": hub.address} | changes).one_line
     assert not hub.files
 
 
-def test_a_card_that_the_hub_refuses_is_one_line_that_says_why(run: Path, hub: Hub, tmp_path: Path):
+def test_a_card_that_the_hub_refuses_is_one_line_that_says_why(
+    run: Path, hub: Hub, push: Callable[..., Said], tmp_path: Path
+):
     own = Path(shutil.copytree(run, tmp_path / "own"))
     card = own / "best" / "README.md"
     card.write_text(card.read_text().replace("library_name:", "base_model: data/shapeworld/policy\nlibrary_name:"))
-    said = _one_line(_push(own, hub.address))
+    said = push(hub.address, folder=own).one_line
     assert (
         "the hub refuses the card" in said and '"base_model" with value "data/shapeworld/policy" is not valid' in said
     )

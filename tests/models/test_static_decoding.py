@@ -1,6 +1,7 @@
 """Decoding in fixed shapes, compiled or not: the same ids and log-probabilities as with a cache that grows."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,9 +36,10 @@ each_view = pytest.mark.parametrize(("family", "picture"), VIEWS, ids=IDS)
 
 @pytest.fixture(scope="session")
 def load(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Policy]:
-    """A family's policy, as its folder is loaded."""
+    """A family's policy, as its folder is loaded, once for each way; do not train it."""
     place = tmp_path_factory.mktemp("static")
 
+    @functools.cache
     def loaded(family: Family, **generation: object) -> Policy:
         if family.needs is not None:
             pytest.importorskip(family.needs, reason=f"the processor of {family.name} needs {family.needs}")
@@ -83,7 +85,8 @@ def _difference(one: Completions, other: Completions) -> float:
 def test_fixed_shapes_sample_what_the_plain_loop_does(family: Family, picture: bool, load: Callable):
     policy, images = load(family), PICTURES if picture else None
     assert _difference(*(_sampled(policy, way, images) for way in ("plain", "static"))) < CLOSE
-    assert _difference(*(_sampled(policy, way, images, greedy=True) for way in ("plain", "static"))) < CLOSE
+    if picture == family.sees:  # each family once
+        assert _difference(*(_sampled(policy, way, images, greedy=True) for way in ("plain", "static"))) < CLOSE
 
 
 @pytest.mark.slow

@@ -95,33 +95,34 @@ def test_sampling_is_planned_with_the_operations_and_the_memory_of_the_real_one(
         monkeypatch.setattr("grpo_kit.models.policy.reason_not_to_share", lambda model: "for this test")
     config = small_config(model_settings__use_image=use_image)
     planned = phase_cost(plan_policy(config, torch.float32), "sampling")
-    policy, sample = _sampling(config)
+    policy = load_policy(config)
+    sample = _sampling(config, policy)
     assert planned.flops == _flops(sample)
     with Trace(tensors_of(policy.model, policy.reference)) as real:
         sample()
     assert planned.peak == real.cost.peak
 
 
-def _updated(config: Config) -> int:
+def _updated(config: Config, policy: Policy) -> int:
     """Operations of a real update."""
-    policy = load_policy(config)
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), fused=True)
     return _flops(lambda: grpo_step(policy, optimizer, longest_rollout(config), config))
 
 
-def _sampling(config: Config) -> tuple[Policy, Callable[[], object]]:
-    """A real policy, and how an iteration is sampled from it."""
-    policy = load_policy(config)
+def _sampling(config: Config, policy: Policy) -> Callable[[], object]:
+    """How an iteration is sampled from a real policy."""
     policy.eos_token_ids = [10**6]  # no completion ends before the limit
     rollout = longest_rollout(config)
     group_size = config.training_settings.group_size
-    return policy, lambda: policy.sample(rollout.asked(), group_size, seed=0)
+    return lambda: policy.sample(rollout.asked(), group_size, seed=0)
 
 
 def as_they_take(family: Family, use_image: bool) -> object:
-    """One family with pictures and one without in every run; all others are slow."""
+    """One family with pictures and one without in every run; words for all others that see are long."""
     quick = (family.name, use_image) in (("Qwen2.5-VL", True), ("Qwen3", False))
-    return pytest.param(family, use_image, id=f"{family.name}-{use_image}", marks=() if quick else pytest.mark.slow)
+    long = family.sees and not use_image and family.name not in ("Qwen2.5-VL", "SmolVLM")
+    marks = [pytest.mark.slow] * (not quick) + [pytest.mark.long] * long
+    return pytest.param(family, use_image, id=f"{family.name}-{use_image}", marks=marks)
 
 
 @pytest.mark.parametrize(("family", "use_image"), [as_they_take(f, seen) for f in FAMILIES for seen in f.views])
@@ -134,9 +135,9 @@ def test_a_policy_of_each_family_is_planned_with_its_operations(family: Family, 
         model_settings__system_prompt="Be short." if family.system else "",
         model_settings__use_image=use_image,
     )
-    planned = plan_policy(config, torch.float32)
-    assert phase_cost(planned, "sampling").flops == _flops(_sampling(config)[1])
-    assert phase_cost(planned, "update").flops == _updated(config)
+    planned, policy = plan_policy(config, torch.float32), load_policy(config)
+    assert phase_cost(planned, "sampling").flops == _flops(_sampling(config, policy))
+    assert phase_cost(planned, "update").flops == _updated(config, policy)
 
 
 def _drawn(config: Config) -> int:
@@ -185,7 +186,7 @@ def test_rewards_are_planned_with_the_operations_of_the_real_ones():
 @pytest.mark.slow
 def test_a_part_of_many_micro_batches_costs_what_all_of_them_do():
     config = small_config(training_settings__micro_batch_size=1, training_settings__group_size=4)
-    planned = phase_cost(plan_policy(config, torch.float32), "update")
-    assert planned.flops == pytest.approx(_updated(config), rel=0.01)  # the two prompts are not quite as long
+    planned, real = phase_cost(plan_policy(config, torch.float32), "update"), _updated(config, load_policy(config))
+    assert planned.flops == pytest.approx(real, rel=0.01)  # the two prompts are not quite as long
     whole = phase_cost(policy_part(training_settings__group_size=4), "update")
     assert planned.peak < whole.peak

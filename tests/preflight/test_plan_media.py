@@ -69,8 +69,7 @@ def test_a_generator_of_each_family_is_planned_with_its_operations_parameters_an
     real = _flops(lambda: generator.generate_images(texts, seeds))
     if family.name not in INSTRUCTED:
         assert _planned(part) == pytest.approx(real, rel=0.01 if family.name in UNPADDED else 0)
-    once_more = plan_generator(_config(tmp_path, family, num_inference_steps=5), torch.float32)
-    assert abs(_planned(once_more) / real - 1) > 0.01  # a step more is seen
+    assert phase_cost(part, "denoising").flops / 4 > 0.01 * real  # a step more or less would be seen
     with Trace(tensors_of(*models)) as traced:
         generator.generate_images(texts[: generator.images_at_once], seeds[: generator.images_at_once])
     planned = max(phase_cost(part, name).peak for name in ("denoising", "decoding"))
