@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 KINDS = {"convolution": "conv", "scaled_dot_product": "attention", "mm": "matmul"}
 _CPU = torch.device("cpu")
-_SEEN: dict[tuple, tuple] = {}  # a function and the forms of its arguments → the form of what it gave
+_SEEN: dict[tuple, list[tuple]] = {}  # a function and the forms of its arguments → the forms of what it gave
 _LOOK_UP = ("embedding", "index", "gather", "scatter")  # these touch what they give, not the table they read from
 
 
@@ -201,21 +201,21 @@ def _on_meta(func, args: tuple, kwargs: dict) -> object:
     if not func.is_view and not func._schema.is_mutable:
         key = (func, tuple(kwargs), _form((*args, *kwargs.values())))
         if key in _SEEN:
-            shape, stride, dtype = _SEEN[key]
-            return Weightless(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
+            made = [Weightless(torch.empty_strided(*form, dtype=dtype, device="meta")) for *form, dtype in _SEEN[key]]
+            return made[0] if len(made) == 1 else tuple(made)
     there: dict[int, torch.Tensor] = {}
     args, kwargs = _lowered(args, there), {name: _lowered(value, there) for name, value in kwargs.items()}
     if "device" in kwargs:
         kwargs["device"] = torch.device("meta")
     result = func(*args, **kwargs)
-    if not isinstance(result, torch.Tensor):
-        return tree_map(lambda leaf: Weightless(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
     if isinstance(own := there.get(id(result)), Weightless):  # changed in its place
         return own
-    storages = {tensor.untyped_storage()._cdata for tensor in there.values()}
-    if key is not None and result.untyped_storage()._cdata not in storages:
-        _SEEN[key] = (result.shape, result.stride(), result.dtype)
-    return Weightless(result)
+    made = result if isinstance(result, tuple) and len(result) > 1 else (result,)
+    if key is not None and all(isinstance(one, torch.Tensor) for one in made):
+        before, after = ({one.untyped_storage()._cdata for one in some} for some in (there.values(), made))
+        if len(after) == len(made) and not before & after:
+            _SEEN[key] = [(one.shape, one.stride(), one.dtype) for one in made]
+    return tree_map(lambda leaf: Weightless(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
 
 
 def _form(value: object) -> object:

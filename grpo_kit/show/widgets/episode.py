@@ -4,6 +4,7 @@ import difflib
 import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -11,13 +12,15 @@ from grpo_kit.config import KitError
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.evaluation.table import format_metric
 from grpo_kit.grpo import group_advantages
-from grpo_kit.rollout import Rollout
 from grpo_kit.runs.record import RunRecord, read_run
 from grpo_kit.show.style import BLUE, VERMILION, Drawing, plain_text, signed
 from grpo_kit.show.widgets.cards import Card, card_sheet
 from grpo_kit.show.widgets.kept_groups import open_image, parts_text
 from grpo_kit.show.widgets.picture_box import PictureBox, dropdown, on_change, row, steps
 from grpo_kit.show.widgets.tokens import Token
+
+if TYPE_CHECKING:
+    from grpo_kit.rollout import Rollout  # here, since it loads every model's class
 
 LINES, NOTE_LINES = 3, 3
 NOTE = "episode, turn: its advantage · dashed: words that the next turn drops · underlined: words that are new"
@@ -34,7 +37,7 @@ class EpisodeExplorer(PictureBox):
         iteration: which of a run's kept rollouts; the last one if not given.
     """
 
-    def __init__(self, source: Rollout | RunRecord | Path | str, iteration: int | None = None) -> None:
+    def __init__(self, source: "Rollout | RunRecord | Path | str", iteration: int | None = None) -> None:
         self.rows, self.turns, self._branched = _read(source, iteration)
         if self.turns < 2:
             raise KitError("episodes: found a rollout of 1 turn, allowed: 2 or more. Set generation_settings.turns.")
@@ -96,17 +99,16 @@ class EpisodeExplorer(PictureBox):
         return texts
 
 
-def _read(source: Rollout | RunRecord | Path | str, iteration: int | None) -> tuple[pd.DataFrame, int, bool]:
+def _read(source: "Rollout | RunRecord | Path | str", iteration: int | None) -> tuple[pd.DataFrame, int, bool]:
     """A table as a run keeps it with the pictures opened, the number of turns, and whether they are branches."""
-    if isinstance(source, Rollout):
+    if not isinstance(source, RunRecord | Path | str):
         rewards, groups = source.rewards.float(), source.group_ids
+        advantages = group_advantages(rewards.where(rewards.isfinite(), math.nan), groups)
         columns = {"group_id": groups, "image_seed": source.image_seeds[:, 0], "reward": rewards}
-        columns |= {"advantage": group_advantages(rewards.where(rewards.isfinite(), math.nan), groups)}
-        columns |= {f"reward/{name}": values for name, values in source.reward_parts.items()}
+        columns |= {"advantage": advantages} | {f"reward/{key}": part for key, part in source.reward_parts.items()}
         rows = pd.DataFrame({name: values.tolist() for name, values in columns.items()})
         rows["user_prompt"] = [source.prompts[group - int(groups[0])].user_prompt for group in groups.tolist()]
-        rows["enhanced_prompt"] = source.enhanced_prompts
-        rows["sample"] = rows.groupby("group_id").cumcount()
+        rows = rows.assign(enhanced_prompt=source.enhanced_prompts, sample=rows.groupby("group_id").cumcount())
         return rows.assign(image=[images[0] for images in source.images]), source.turns, source.branched
     record = source if isinstance(source, RunRecord) else read_run(source)
     kept, settings = record.rollout_iterations, record.config.get("generation_settings", {})
@@ -122,9 +124,7 @@ def changed_words(before: str, after: str) -> tuple[list[Token], list[Token]]:
     for a, b, count in difflib.SequenceMatcher(None, *texts, autojunk=False).get_matching_blocks():
         same[0].update(range(a, a + count))
         same[1].update(range(b, b + count))
-    looks = (-1.0, VERMILION), (1.0, BLUE)
-    gone, new = (
+    return tuple(
         [Token(plain_text(word, 60), 0.0, False, 0.0 if i in kept else tint, colour) for i, word in enumerate(words)]
-        for words, kept, (tint, colour) in zip(texts, same, looks, strict=True)
+        for words, kept, (tint, colour) in zip(texts, same, ((-1.0, VERMILION), (1.0, BLUE)), strict=True)
     )
-    return gone, new
