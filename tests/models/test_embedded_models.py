@@ -22,13 +22,13 @@ SHIPPED = PROJECT_ROOT / "data" / "shapeworld"
 
 
 def test_generator_obeys_its_best_captions(kit: Experiment) -> None:
-    rates = measure.obedience(kit.generator, random_scenes(120, 77, held_out=True, style="clean"))
+    rates = measure.obedience(kit.generator, random_scenes(60, 77, held_out=True, style="clean"))
     assert min(rates[name] for name in ("colour", "count", "background", "size", "place")) > 0.92, rates
     assert rates["shape"] > 0.85 and rates["everything"] > 0.75, rates
 
 
 def test_reward_model_tells_right_from_nearly_right(kit: Experiment) -> None:
-    rates = measure.discernment(kit.rewards.parts["clip_similarity"], count=200, seed=78)
+    rates = measure.discernment(kit.rewards.parts["clip_similarity"], count=100, seed=78)
     assert min(rates.values()) >= 0.95, rates
 
 
@@ -39,7 +39,7 @@ def test_a_reward_model_without_training_does_not(kit: Experiment) -> None:
     clip = kit.rewards.parts["clip_similarity"]
     torch.manual_seed(0)
     untrained = new_reward_model(clip.model.vocab_size)
-    rates = measure.discernment(ClipSimilarity(untrained, clip.preprocess, clip.tokenizer, clip.device), 200, seed=78)
+    rates = measure.discernment(ClipSimilarity(untrained, clip.preprocess, clip.tokenizer, clip.device), 100, seed=78)
     assert min(rates.values()) < 0.8, rates
 
 
@@ -47,7 +47,7 @@ def test_a_reward_model_without_training_does_not(kit: Experiment) -> None:
 def test_the_recorded_policy_beats_where_it_started_and_the_users_own_words() -> None:
     run = PROJECT_ROOT / "data" / "demo_run"
     kit = gk.load_experiment(gk.load_config(run), trained=run / "best")
-    prompts = kit.val_prompts[40:70]
+    prompts = kit.val_prompts[40:60]
     result = gk.evaluate(kit, prompts, compare=("raw", "initial", "trained"), seeds_per_prompt=1).results
     for other in ("raw", "initial"):
         for metric in ("reward", "gold"):

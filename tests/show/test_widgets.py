@@ -346,7 +346,7 @@ def hostile_run(run: Path) -> Path:
     rollout = pd.read_parquet(path)
     rollout["enhanced_prompt"] = rollout["user_prompt"]
     rollout["tokens"] = [[text, "a", text[::-1]] for text in rollout["user_prompt"]]
-    rollout["group_id"] = np.arange(len(rollout)) // 40
+    rollout["group_id"] = np.arange(len(rollout)) // 20
     rollout.to_parquet(path)
     return run
 
@@ -414,17 +414,16 @@ def test_the_others_show_hostile_texts_as_text(hostile: Path, unrendered: None) 
     what_if.what_if.presets[1].click()
     assert_inert(markup(what_if), [])
     for start in range(0, 200, 20):
-        texts = PAYLOADS[start : start + 20]
-        for default in (None, [0.5] * 20):
-            ranked = undrawn(show.BeTheReward)(pictures(20), texts, texts[0], default)
-            assert_inert(markup(ranked), texts)
+        texts, default = PAYLOADS[start : start + 20], [0.5] * 20 if start % 40 else None
+        assert_inert(markup(undrawn(show.BeTheReward)(pictures(20), texts, texts[0], default)), texts)
 
 
 @pytest.mark.slow
 def test_hostile_texts_can_be_drawn_and_sent(hostile: Path) -> None:
     explorer = show.GroupExplorer(hostile, iteration=4)
+    explorer.prompt.value = 0  # the group of what breaks layouts
     widgets = [explorer, show.ImageCompare(hostile), show.LossPlayground(hostile, iteration=4)]
-    widgets.append(show.BeTheReward(pictures(20), PAYLOADS[-20:], PAYLOADS[-1]))
+    widgets.append(show.BeTheReward(pictures(8), PAYLOADS[-8:], PAYLOADS[-1]))
     for widget in widgets:
         json.dumps(widget._repr_mimebundle_(), ensure_ascii=False).encode("utf-8")
         for part in tree(widget):
@@ -796,10 +795,14 @@ def test_dr_grpo_with_this_step_is_compared_with_what_was_done(demo: show.RunRec
     recorded, other = what_if.pushes
     assert images_of(what_if) != before
     assert f"{other.total / recorded.total:.2f} times the recorded one" in markup(what_if)
-    for control in (*what_if.choices.values(), what_if.moment, what_if.iteration):
+    choices = [what_if.choices[name] for name in ("loss_type", "scale_rewards", "baseline")]
+    others = [control for control in what_if.choices.values() if control not in choices]  # may change no picture
+    for some in (*([choice] for choice in choices), others, [what_if.moment], [what_if.iteration]):
         seen = images_of(what_if)
-        control.value = next(v for v in reversed(options(control)) if v != control.value)
-        assert images_of(what_if) != seen or control.description in ("beta", "epsilon", "level")
+        with what_if.drawn_once():
+            for control in some:
+                control.value = next(v for v in reversed(options(control)) if v != control.value)
+        assert images_of(what_if) != seen or some is others
 
 
 def options(control: ipywidgets.Widget) -> list:
