@@ -185,8 +185,9 @@ def test_rewards_are_planned_with_the_operations_of_the_real_ones():
 
 @pytest.mark.slow
 def test_a_part_of_many_micro_batches_costs_what_all_of_them_do():
-    config = small_config(training_settings__micro_batch_size=1, training_settings__group_size=4)
+    of_one_prompt = {"training_settings__group_size": 4, "training_settings__prompts_per_iteration": 1}
+    config = small_config(training_settings__micro_batch_size=1, **of_one_prompt)
     planned, real = phase_cost(plan_policy(config, torch.float32), "update"), _updated(config, load_policy(config))
-    assert planned.flops == pytest.approx(real, rel=0.01)  # the two prompts are not quite as long
-    whole = phase_cost(policy_part(training_settings__group_size=4), "update")
+    assert planned.flops == pytest.approx(real, rel=0.01)
+    whole = phase_cost(policy_part(**of_one_prompt), "update")
     assert planned.peak < whole.peak

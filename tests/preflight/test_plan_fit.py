@@ -229,11 +229,11 @@ def test_what_a_policy_looks_at_is_planned_in_the_size_in_which_it_is_drawn():
     usual, larger = small_config(model_settings__use_image=True), {"generation_settings__height": 64}
     for config, size in ((usual, (32, 32)), (small_config(model_settings__use_image=True, **larger), (32, 64))):
         assert [one.images[0].size for one in longest_rollout(config).contexts] == [size] * 2
-    words, looking = (phase_cost(policy_part(model_settings__use_image=use), "sampling") for use in (False, True))
-    assert words.flops < looking.flops
-    drawn = [plan_generator(small_config(model_settings__use_image=use), torch.float32) for use in (False, True)]
-    assert [part.pictures for part in drawn] == [4 * 3 * 32 * 32, 6 * 3 * 32 * 32]
-    assert phase_cost(drawn[1], "denoising").flops == 1.5 * phase_cost(drawn[0], "denoising").flops
+    words, drawing, _ = _plan().parts  # of a policy that looks at nothing
+    looking, more = policy_part(model_settings__use_image=True), plan_generator(usual, torch.float32)
+    assert phase_cost(words, "sampling").flops < phase_cost(looking, "sampling").flops
+    assert [part.pictures for part in (drawing, more)] == [4 * 3 * 32 * 32, 6 * 3 * 32 * 32]
+    assert phase_cost(more, "denoising").flops == 1.5 * phase_cost(drawing, "denoising").flops
 
 
 def test_a_policy_that_looks_needs_its_processor_to_be_planned():
