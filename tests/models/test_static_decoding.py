@@ -56,7 +56,7 @@ def load(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.fixture
 def one_layer(own_policy: Policy) -> Policy:
-    """The embedded policy with one of its layers, which compiles in a third of the time."""
+    """The embedded policy with one of its three layers, which compiles sooner."""
     for model in (own_policy.model, own_policy.reference):
         text, settings = model.model.language_model, model.config.text_config
         text.layers = text.layers[:1]
