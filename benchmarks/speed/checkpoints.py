@@ -16,11 +16,11 @@ from grpo_kit.training import loop
 SKIPPED = 2  # first iterations, which allocate memory
 
 
-def checkpoints(settings: Settings) -> Result:
+def checkpoints(settings: Settings, profile: str = "tiny") -> Result:
     """A commit's share of the seconds of its iteration, and its seconds by those of torch.save for the same state."""
     count = 4 * settings.pairs + SKIPPED
     changes = {"num_iterations": count, "save_every": 1, "validate_every": 10 * count}
-    config = gk.load_config("tiny", {f"training_settings.{name}": value for name, value in changes.items()})
+    config = gk.load_config(profile, {f"training_settings.{name}": value for name, value in changes.items()})
     kit, commit, rows, begun = gk.load_experiment(config), loop.commit, [], [time.perf_counter()]
     with tempfile.TemporaryDirectory() as folder:
 

@@ -208,12 +208,11 @@ def seed_share(scores: np.ndarray, texts: np.ndarray, group_ids: np.ndarray) -> 
         scores, texts, group_ids: (N,); equal numbers in `texts` are the same user's prompt and rewrite.
     """
     frame = pd.DataFrame({"score": scores, "text": texts, "group": group_ids})[np.isfinite(scores)]
-    rows, column = [], frame["score"]
-    for _, scored in column.groupby(frame["group"]):  # of each prompt
-        each = scored.groupby(frame["text"])
-        sizes, between = each.size(), each.transform("mean") - scored.mean()
-        squares = ((scored - each.transform("mean")) ** 2).sum(), (between**2).sum()  # within texts and between them
-        count = len(scored)
+    rows, means = [], frame.groupby(["group", "text"])["score"].transform("mean").to_numpy()
+    for place in frame.groupby("group").indices.values():  # of each prompt
+        scored, mean, count = frame["score"].to_numpy()[place], means[place], len(place)
+        sizes = np.unique(frame["text"].to_numpy()[place], return_counts=True)[1]
+        squares = ((scored - mean) ** 2).sum(), ((mean - scored.mean()) ** 2).sum()  # within texts and between them
         rows.append((*squares, count - len(sizes), len(sizes) - 1, count - (sizes**2).sum() / count))
     drawn = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
 

@@ -1,22 +1,20 @@
 """What computes beside a measurement ends with it, also where the measurement is killed."""
 
-import subprocess
-import sys
+import multiprocessing
 import time
+from multiprocessing.synchronize import Event
 
 import psutil
 import pytest
 
 from benchmarks.speed import busy
-from grpo_kit.config import PROJECT_ROOT
 
-CODE = """import time
-from benchmarks.speed import busy
-busy.SETTLED = 0.0
-with busy.running([busy.LOOP]):
-    print("running", flush=True)
-    time.sleep(60)
-"""
+
+def measure(is_running: Event) -> None:
+    busy.SETTLED = 0.0
+    with busy.running([busy.LOOP]):
+        is_running.set()
+        time.sleep(60)
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -33,11 +31,15 @@ def test_programs_end_with_the_block(monkeypatch):
 
 @pytest.mark.slow
 def test_programs_end_where_the_measurement_is_killed():
-    measuring = subprocess.Popen([sys.executable, "-c", CODE], cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
-    assert measuring.stdout.readline() == "running\n"
-    time.sleep(1.0)
+    apart = multiprocessing.get_context("fork")
+    is_running = apart.Event()
+    measuring = apart.Process(target=measure, args=(is_running,))
+    measuring.start()
+    assert is_running.wait(60)
     children = psutil.Process(measuring.pid).children()
     assert len(children) == 1
+    while children[0].cpu_times().user < 0.2:  # until it computes
+        time.sleep(0.05)
     measuring.kill()
-    measuring.wait()
+    measuring.join()
     assert gone(children)

@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+from support.config_files import save_config
+from support.quick_runs import QUICK
 
 from benchmarks.speed import checkpoints, two_processes
 from benchmarks.speed.results import BenchmarkError, Settings
+from grpo_kit.config import load_config
 
 
 @pytest.mark.slow
-def test_a_commit_is_timed_apart_from_its_iteration():
-    found = checkpoints.checkpoints(Settings(pairs=1))
+def test_a_commit_is_timed_apart_from_its_iteration(tmp_path: Path):
+    profile = save_config(load_config("tiny", QUICK), tmp_path / "quick.json")
+    found = checkpoints.checkpoints(Settings(pairs=1), str(profile))
     rows = found.cases[0]["raw"]
     assert len(rows) == 4 + checkpoints.SKIPPED + 1  # and the last one, at the end of the run
     assert all(0 < row["commit"] < row["iteration"] for row in rows[:-1])

@@ -6,7 +6,6 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +28,20 @@ NBGRADER = {"grade", "grade_id", "locked", "schema_version", "solution", "task"}
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
     editions.write_students(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def solutions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("solutions")
+    editions.write_solutions(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    editions.write_teacher(folder)
     return folder
 
 
@@ -56,14 +69,14 @@ def test_a_learner_gets_every_file_of_the_series_without_solutions_and_outputs(s
             assert cell.source.count("raise NotImplementedError()") >= 1 and "source_hidden" not in str(cell.metadata)
 
 
-@pytest.mark.parametrize("write", [editions.write_students, editions.write_solutions])
-def test_no_link_leads_out_of_an_edition(write: Callable, tmp_path: Path):
-    write(tmp_path)
-    for path in tmp_path.rglob("*.ipynb"):
+@pytest.mark.parametrize("edition", ["student", "solutions"])
+def test_no_link_leads_out_of_an_edition(edition: str, request: pytest.FixtureRequest):
+    folder = request.getfixturevalue(edition)
+    for path in folder.rglob("*.ipynb"):
         text = "\n".join(cell.source for cell in _cells(path) if cell.cell_type == "markdown")
         for link in re.findall(r"\]\(([^)\s#]+)", text):
             assert ":" in link or (path.parent / link).exists(), (path.name, link)
-    assert "references (`docs/notation.md`)" in _cells(tmp_path / "index.ipynb")[0].source
+    assert "references (`docs/notation.md`)" in _cells(folder / "index.ipynb")[0].source
 
 
 def test_only_outputs_solutions_predictions_and_metadata_differ(student: Path):
@@ -129,16 +142,14 @@ def test_under_nbgrader_a_failed_check_is_an_error(monkeypatch: pytest.MonkeyPat
 # --- the others -------------------------------------------------------------------------------------------------------
 
 
-def test_the_solutions_are_open_and_executed(tmp_path: Path):
-    editions.write_solutions(tmp_path)
-    cells = _tagged(tmp_path / NOTEBOOK, "solution")
+def test_the_solutions_are_open_and_executed(solutions: Path):
+    cells = _tagged(solutions / NOTEBOOK, "solution")
     assert cells and all("### BEGIN SOLUTION" in cell.source and "jupyter" not in cell.metadata for cell in cells)
-    assert all(cell.outputs for cell in _tagged(tmp_path / NOTEBOOK, "check"))
+    assert all(cell.outputs for cell in _tagged(solutions / NOTEBOOK, "check"))
 
 
-def test_the_teachers_page_has_minutes_tasks_answers_and_misconceptions(tmp_path: Path):
-    editions.write_teacher(tmp_path)
-    page = (tmp_path / "00_start_here.md").read_text(encoding="utf-8")
+def test_the_teachers_page_has_minutes_tasks_answers_and_misconceptions(teacher: Path):
+    page = (teacher / "00_start_here.md").read_text(encoding="utf-8")
     assert page.startswith("# 00 · Start here\n\n**Minutes**")
     for text in (
         "### Exercise 00.1 ·",
@@ -151,16 +162,15 @@ def test_the_teachers_page_has_minutes_tasks_answers_and_misconceptions(tmp_path
         assert text in page, text
     assert "Hint 1" not in page and "BEGIN SOLUTION" not in page
     for place, heading in (("", "if you are late, skip"), ("ko", "늦어지면 건너뛸 것")):
-        plan = (tmp_path / place / "workshop.md").read_text(encoding="utf-8")
+        plan = (teacher / place / "workshop.md").read_text(encoding="utf-8")
         assert heading in plan and len(re.findall(r"^\d+\. \*", plan, flags=re.MULTILINE)) == 12
 
 
-def test_the_teachers_pages_in_korean_have_the_same_minutes_and_answers_and_nothing_in_english(tmp_path: Path):
-    editions.write_teacher(tmp_path)
-    names = {path.name for path in tmp_path.glob("*.md")}
-    assert names == {path.name for path in (tmp_path / "ko").glob("*.md")} and len(names) > 10
+def test_the_teachers_pages_in_korean_have_the_same_minutes_and_answers_and_nothing_in_english(teacher: Path):
+    names = {path.name for path in teacher.glob("*.md")}
+    assert names == {path.name for path in (teacher / "ko").glob("*.md")} and len(names) > 10
     for name in names - {"workshop.md"}:
-        english, korean = ((tmp_path / place / name).read_text(encoding="utf-8") for place in ("", "ko"))
+        english, korean = ((teacher / place / name).read_text(encoding="utf-8") for place in ("", "ko"))
         code = [re.findall(r"^```python\n.*?^```$", page, flags=re.DOTALL | re.MULTILINE) for page in (english, korean)]
         assert code[0] == code[1] and korean.count("\n* ") == english.count("\n* ")
         assert re.search(r"^# .+\n\n\*\*소요 시간\*\*", korean)
@@ -218,11 +228,17 @@ def test_the_misconceptions_of_a_check_are_found(name: str, sentence: str):
 # --- slides -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["plugin/notes/notes.js", "dist/plugin/notes.js"], ids=["reveal.js 5", "reveal.js 6"])
-def libraries(tmp_path: Path, request: pytest.FixtureRequest) -> list[Path]:
+NOTES = {"reveal.js 5": "plugin/notes/notes.js", "reveal.js 6": "dist/plugin/notes.js"}
+NAMES = {
+    f"js/{name}"
+    for name in "dist/reveal.js dist/reveal.css dist/theme/white.css plugin/notes/notes.js tex-svg.js".split()
+}
+
+
+def _libraries(tmp_path: Path, notes: str = NOTES["reveal.js 5"]) -> list[Path]:
     wheel, npm = tmp_path / "a.whl", tmp_path / "mathjax.tgz"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("dist/reveal.js", "dist/reveal.css", "dist/theme/white.css", request.param):
+        for name in ("dist/reveal.js", "dist/reveal.css", "dist/theme/white.css", notes):
             archive.writestr(f"some_package/static/{name}", f"/* {name} */")
         archive.writestr("some_package/static/dist/../../../escape.js", "no")
         archive.writestr("some_package-1.dist-info/METADATA", "no")
@@ -233,14 +249,25 @@ def libraries(tmp_path: Path, request: pytest.FixtureRequest) -> list[Path]:
     return [wheel, npm]
 
 
-def test_slides_need_no_network(tmp_path: Path, libraries: list[Path]):
+def _scripts(slides: Path) -> set[str]:
+    return {path.relative_to(slides).as_posix() for path in (slides / "js").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("version", NOTES)
+def test_what_slides_need_is_copied_from_either_reveal_js(
+    tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
+):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# 00")]), tmp_path / "00_title.ipynb")
+    monkeypatch.setattr(headless, "NOTEBOOK_FOLDER", tmp_path)
+    editions.write_slides(tmp_path / "slides", _libraries(tmp_path, NOTES[version]))
+    assert _scripts(tmp_path / "slides") == NAMES
+
+
+def test_slides_need_no_network(tmp_path: Path):
     folder = tmp_path / "slides"
-    editions.write_slides(folder, libraries)
-    names = {path.relative_to(folder).as_posix() for path in (folder / "js").rglob("*") if path.is_file()}
-    assert names == {
-        f"js/{name}"
-        for name in "dist/reveal.js dist/reveal.css dist/theme/white.css plugin/notes/notes.js tex-svg.js".split()
-    }
+    editions.write_slides(folder, _libraries(tmp_path))
+    names = _scripts(folder)
+    assert names == NAMES
     for language, place, task, hint in (
         ("en", "", "Exercise 00.1", "Hint 1"),
         ("ko", "ko/", "연습문제 00.1", "힌트 1"),
@@ -253,9 +280,9 @@ def test_slides_need_no_network(tmp_path: Path, libraries: list[Path]):
         assert task in page and hint not in page and "BEGIN" not in page and '.ipynb">' not in page[: page.find("<h2")]
 
 
-def test_without_reveal_js_one_line_says_how_to_get_it(tmp_path: Path, libraries: list[Path]):
+def test_without_reveal_js_one_line_says_how_to_get_it(tmp_path: Path):
     with pytest.raises(KitError, match=r"pip download --no-deps .*npm pack reveal\.js.*--js FILE"):
-        editions.write_slides(tmp_path / "slides", libraries[1:])
+        editions.write_slides(tmp_path / "slides", _libraries(tmp_path)[1:])
     with pytest.raises(KitError, match="no archive"):
         editions.write_slides(tmp_path / "slides", [tmp_path / "none.whl"])
 
@@ -326,7 +353,7 @@ def test_catching_up_defines_what_the_exercise_asks_for(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("edition", ["students", "solutions"])
+@pytest.mark.parametrize("edition", ["students", pytest.param("solutions", marks=pytest.mark.long)])
 def test_the_edition_runs_from_top_to_bottom(tmp_path: Path, edition: str):
     getattr(editions, f"write_{edition}")(tmp_path)
     places = (str(tmp_path / NOTEBOOK), str(tmp_path / "out.ipynb"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -64,15 +65,15 @@ def assert_agreement_is_right(measure: Callable[..., dict]) -> None:
 
 
 def test_agreement_of_rewards_that_are_right_wrong_blind_and_right_about_prompts_alone() -> None:
-    assert_agreement_is_right(agreement)
+    assert_agreement_is_right(partial(agreement, n_resamples=50))
 
 
 @pytest.mark.parametrize("twin", ["ignores the prompts", "forgets that a tie is no success"])
 def test_a_broken_agreement_is_caught(twin: str) -> None:
     def broken(scores: np.ndarray, gold: np.ndarray, ids: np.ndarray) -> dict:
         if twin == "ignores the prompts":
-            return agreement(scores, gold, np.zeros_like(ids))
-        return agreement(scores + 1e-9 * gold, gold, ids)
+            return agreement(scores, gold, np.zeros_like(ids), n_resamples=50)
+        return agreement(scores + 1e-9 * gold, gold, ids, n_resamples=50)
 
     with pytest.raises(AssertionError):
         assert_agreement_is_right(broken)

@@ -1,5 +1,6 @@
 """Training, evaluation, replay and turns with media that are no pictures: tiny genuine Wan and Stable Audio."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,9 +61,13 @@ def media_kit(request: pytest.FixtureRequest, kit: Experiment, tmp_path_factory:
 
 
 def trained(kit: Experiment, place: Path) -> Path:
-    own = dataclasses.replace(kit, policy=gk.load_experiment(gk.load_config("tiny")).policy)
-    train(own, place, progress=False)
+    train(_own(kit), place, progress=False)
     return place
+
+
+def _own(kit: Experiment) -> Experiment:
+    """With a policy that may be trained."""
+    return dataclasses.replace(kit, policy=copy.deepcopy(kit.policy))
 
 
 def test_a_run_is_kept_evaluated_replayed_and_shown(media_kit: Experiment, tmp_path: Path) -> None:
@@ -77,12 +82,10 @@ def test_a_run_is_kept_evaluated_replayed_and_shown(media_kit: Experiment, tmp_p
         assert np.abs(there - here).max() <= (1 if kind == "video" else 1e-4)  # alone or in a batch: by rounding
     assert all(record.medium(sample["thumbnail"]) for sample in record.validations[-1]["samples"])
 
-    own = dataclasses.replace(media_kit, policy=gk.load_experiment(gk.load_config("tiny")).policy)
-    assert replay(run, 2, kit=own, progress=False).equal
+    assert replay(run, 2, kit=_own(media_kit), progress=False).equal
     first = file_beside(record.file(rows["thumbnail"].iloc[0]))
     first.write_bytes(first.read_bytes() + b"\0")  # a replay that looked at thumbnails alone would find them equal
-    own = dataclasses.replace(media_kit, policy=gk.load_experiment(gk.load_config("tiny")).policy)
-    assert first.name in replay(run, 2, kit=own, progress=False).first_difference
+    assert first.name in replay(run, 2, kit=_own(media_kit), progress=False).first_difference
 
     result = gk.evaluate(media_kit, media_kit.val_prompts[:2], ("raw", "initial"), run_dir=run, seeds_per_prompt=1)
     assert np.isfinite(result.rows["reward"]).all() and len(result.rows) == 4

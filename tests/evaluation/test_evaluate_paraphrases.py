@@ -131,7 +131,9 @@ def test_paraphrases_share_latents_with_their_originals_and_are_judged_by_them(
 
 
 def test_the_comparison_itself_does_not_depend_on_paraphrases(quick: Experiment):
-    asked, not_asked = (evaluate(quick, quick.val_prompts[:2], paraphrases=wanted) for wanted in (True, False))
+    asked, not_asked = (
+        evaluate(quick, quick.val_prompts[:2], seeds_per_prompt=2, paraphrases=wanted) for wanted in (True, False)
+    )
     pd.testing.assert_frame_equal(asked.rows, not_asked.rows)
     assert asked.results["differences"] == not_asked.results["differences"]
     assert "paraphrases" not in not_asked.results and not_asked.paraphrases.empty

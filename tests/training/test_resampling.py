@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from support.quick_runs import fresh, left
 
-from grpo_kit.experiment import Experiment, load_experiment
+from grpo_kit.experiment import Experiment
 from grpo_kit.grpo.advantages import group_spread
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.shaping import Shaping
@@ -80,15 +80,18 @@ def test_a_run_with_groups_drawn_again_goes_on_and_is_replayed_bit_for_bit(kit: 
         "validate_every": 1,
     }  # which counts as none
     other = {"model_settings.use_image": seen}
-    config = fresh(kit, other, **changes, **floor).config
-    train(load_experiment(config), tmp_path / "whole", progress=False)
-    train(load_experiment(config), tmp_path / "parts", progress=False, until=1)
-    train(load_experiment(config), tmp_path / "parts", progress=False)
+
+    def own() -> Experiment:
+        return fresh(kit, other, **changes, **floor)
+
+    train(own(), tmp_path / "whole", progress=False)
+    train(own(), tmp_path / "parts", progress=False, until=1)
+    train(own(), tmp_path / "parts", progress=False)
     assert left(tmp_path / "parts") == left(tmp_path / "whole")
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     kept = pd.read_parquet(tmp_path / "whole" / "rollouts" / "iter_000002.parquet")
     assert rows[1]["resampled_groups"] == kept.groupby("group_id")["attempt"].first().sum() > 0
-    assert replay(tmp_path / "whole", 2, progress=False).equal
+    assert replay(tmp_path / "whole", 2, kit=own(), progress=False).equal
 
 
 def test_running_statistics_take_in_only_what_is_trained_on(kit: Experiment):

@@ -65,20 +65,28 @@ def _report(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def whole(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six iterations that game their reward and are not stopped; look, do not touch."""
-    folder = tmp_path_factory.mktemp("whole")
+def begun(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three iterations that game their reward; look, do not touch."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert train(_experiment(kit), folder, progress=False, until=3).stopped is None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(begun: Path, kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six iterations, which are not stopped for it; look, do not touch."""
+    folder = Path(shutil.copytree(begun, tmp_path_factory.mktemp("runs") / "whole"))
     result = _train(kit, folder)
     assert (result.iterations, result.stopped) == (6, None)
     return folder
 
 
 @pytest.fixture(scope="module")
-def stopped(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(begun: Path, kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, which is stopped for it; look, do not touch."""
-    folder = tmp_path_factory.mktemp("stopped")
+    folder = Path(shutil.copytree(begun, tmp_path_factory.mktemp("runs") / "stopped"))
     result = _train(kit, folder, training__stop_on_divergence=True)
-    assert result.iterations == result.metrics["iteration"] == 4 and result.started_from == 0
+    assert result.iterations == result.metrics["iteration"] == 4 and result.started_from == 3
     assert result.stopped == _report(folder)["divergence"]["text"]
     return folder
 
