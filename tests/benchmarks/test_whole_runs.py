@@ -7,13 +7,14 @@ import pytest
 from support.config_files import save_config
 from support.quick_runs import QUICK
 
-from benchmarks.speed import checkpoints, two_processes
+from benchmarks.speed import checkpoints, measure, two_processes
 from benchmarks.speed.results import BenchmarkError, Settings
 from grpo_kit.config import load_config
 
 
 @pytest.mark.slow
-def test_a_commit_is_timed_apart_from_its_iteration(tmp_path: Path):
+def test_a_commit_is_timed_apart_from_its_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "RESAMPLES", 99)
     profile = save_config(load_config("tiny", QUICK), tmp_path / "quick.json")
     found = checkpoints.checkpoints(Settings(pairs=1), str(profile))
     rows = found.cases[0]["raw"]

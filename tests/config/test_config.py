@@ -262,7 +262,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=20), JSON, max_size=4))
 def test_any_override_gives_a_configuration_or_one_line(overrides: dict):
     try:
@@ -273,7 +273,7 @@ def test_any_override_gives_a_configuration_or_one_line(overrides: dict):
         assert config.training_settings.group_size >= 2 and 0 < config.evaluation_settings.confidence < 1
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from([*Config.model_fields, "versions"]) | st.text(max_size=8), JSON, max_size=4))
 def test_any_json_file_gives_a_configuration_or_one_line(tmp_path: Path, data: dict):
     (tmp_path / "c.json").write_bytes(json.dumps(data).encode("utf-8", "surrogatepass"))

@@ -1,6 +1,6 @@
 """10,000 fuzzed configurations (R15) and 10,000 fuzzed prompt lines (R16): each is valid, or one clear line.
 
-A test run takes 2,000 of each; `make test ARGS="tests/config/test_fuzz.py -m slow"` takes all 10,000. The same seed
+A test run takes 1,000 of each; `make test ARGS="tests/config/test_fuzz.py -m slow"` takes all 10,000. The same seed
 makes the same cases, so a failure can be repeated by its number. What is elsewhere: single mistakes and their exact
 words (test_config.py, test_prompts.py), what hypothesis draws (there too), a line of 100 GB.
 """
@@ -34,7 +34,7 @@ from grpo_kit.config import prompts as prompts_module
 from grpo_kit.config.prompt_files import MAX_LINE_BYTES
 from grpo_kit.config.prompts import Prompt, load_prompts
 
-SOME, ALL = 2_000, 10_000
+SOME, ALL = 1_000, 10_000
 COUNTS = [SOME, pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.long])]
 PER_FILE = 20  # prompt lines in one file, so that the line in the error can be wrong
 

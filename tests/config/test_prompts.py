@@ -87,7 +87,7 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch:
         load_prompts(path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=40), max_size=4))
 def test_any_bytes_give_prompts_or_a_prompt_error(tmp_path: Path, lines: list[bytes]):
     try:
@@ -116,7 +116,7 @@ SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 
 
 @given(SIZES, st.integers(1, 12), st.integers(0, 2**62), st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_batch_repeats_no_prompt_while_there_are_others(sizes: list[int], size: int, seed: int, iteration: int):
     prompts = _prompts(**{f"c{index}": count for index, count in enumerate(sizes)})
     batch = balanced_batch(prompts, size, seed, iteration)

@@ -29,14 +29,14 @@ def painted(kit: Experiment) -> Experiment:
 
 @pytest.fixture(scope="module")
 def rows(painted: Experiment) -> pd.DataFrame:
-    return compare_looks(painted, painted.val_prompts[:4], seeds_per_prompt=2)
+    return compare_looks(painted, painted.val_prompts[:6], seeds_per_prompt=2)
 
 
 def test_every_arm_has_the_same_prompts_latents_and_painters(rows: pd.DataFrame):
     assert list(dict.fromkeys(rows["arm"])) == [FIRST, *LOOKS, BEST_OF, ORACLE, BLIND]
     assert set(ARM_NAMES) == set(rows["arm"])
     cells = {arm: part[["prompt_id", "seed", "painter"]].to_numpy().tolist() for arm, part in rows.groupby("arm")}
-    assert all(len(found) == 8 and sorted(found) == sorted(cells[FIRST]) for found in cells.values())
+    assert all(len(found) == 12 and sorted(found) == sorted(cells[FIRST]) for found in cells.values())
     assert set(rows["painter"]) == {0, 1}
 
 
@@ -57,13 +57,13 @@ def test_the_oracle_writes_for_the_painter_and_the_blind_one_for_a_single_one(ro
 def test_the_first_pictures_are_those_of_an_evaluation_without_turns(painted: Experiment, rows: pd.DataFrame):
     config = load_config(painted.config, {"generation_settings.turns": 1})
     once = dataclasses.replace(painted, config=config)
-    found = evaluate(once, once.val_prompts[:4], compare=("trained",), seeds_per_prompt=2).rows
+    found = evaluate(once, once.val_prompts[:6], compare=("trained",), seeds_per_prompt=2).rows
     assert found["text"].tolist() == rows[rows["arm"] == FIRST]["text"].tolist()
     np.testing.assert_allclose(found["gold"], rows[rows["arm"] == FIRST]["gold"])
 
 
 def test_an_evaluation_of_two_turns_ends_with_the_own_arms_pictures(painted: Experiment, rows: pd.DataFrame):
-    found = evaluate(painted, painted.val_prompts[:4], compare=("raw", "trained", "oracle"), seeds_per_prompt=2)
+    found = evaluate(painted, painted.val_prompts[:6], compare=("raw", "trained", "oracle"), seeds_per_prompt=2)
     last = found.rows[found.rows["variant"] == "trained"]
     assert last["text"].tolist() == rows[rows["arm"] == "own"]["text"].tolist()
     assert found.rows[found.rows["variant"] == "oracle"]["gold"].mean() > 0.9

@@ -149,7 +149,7 @@ def _rescored(kit: Experiment, parent: Path, folder: Path, scores: Mapping[int, 
 
 def test_best_is_the_parents_where_it_was_chosen_by_then(parent: Path, kit: Experiment, tmp_path: Path):
     run = _rescored(kit, parent, tmp_path / "run", {0: 0.1, 1: 5.0, 2: 0.2, 3: 5.0, 4: 0.3})
-    assert _branch(kit, run, 1, tmp_path / "new").best_from_parent
+    assert _branch(kit, run, 1, tmp_path / "new", {"training_settings.num_iterations": 2}).best_from_parent
     kept = (run / "best" / "model.safetensors").read_bytes()
     assert (tmp_path / "new" / "best" / "model.safetensors").read_bytes() == kept
     _go_on(kit, tmp_path / "new")
@@ -174,11 +174,11 @@ def test_running_statistics_end_where_the_branch_does_not_normalise_by_them(
 ):
     assert load_checkpoint(parent / "checkpoints" / "iter_000002").rewards
     _branch(kit, parent, 2, tmp_path / "kept")
-    _branch(kit, parent, 2, tmp_path / "new", {"reward_settings.shaping": {}})
+    _branch(kit, parent, 2, tmp_path / "new", {"reward_settings.shaping": {}, "training_settings.num_iterations": 3})
     kept, dropped = (load_checkpoint(tmp_path / name / "checkpoints" / "iter_000002") for name in ("kept", "new"))
     assert kept.rewards["clip_similarity"][0] == 8 and dropped.rewards == {}
     _go_on(kit, tmp_path / "new")  # would be refused with statistics that no reward has
-    assert len(_lines(tmp_path / "new")) == 4
+    assert len(_lines(tmp_path / "new")) == 3
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import quick_runs
 from support.config_files import save_config
 from support.grids import command, write_notebook
-from support.quick_runs import committed, fresh, left
+from support.quick_runs import committed, left
 
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
@@ -20,6 +21,12 @@ from grpo_kit.training.loop import train
 from tests.chaos import signals as r4
 
 pytestmark = pytest.mark.field("F4")
+SHORT = {"generation_settings.max_new_tokens": 12}
+
+
+def fresh(kit: Experiment, **training: object) -> Experiment:
+    """A small experiment with short rewrites."""
+    return quick_runs.fresh(kit, SHORT, **training)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,6 @@ def _interrupted_in_scoring(own: Experiment, call: int, stop: type[BaseException
 @pytest.mark.parametrize(
     ("call", "stop", "kept"),
     [
-        (3, KeyboardInterrupt, [0, 1]),
         (5, KeyboardInterrupt, [0, 2]),
         (6, SystemExit, [0, 3]),
         (4, SystemExit, [0]),  # in a validation: the weights are the second iteration's, whose files are not all there
@@ -158,10 +164,10 @@ def test_a_cell_s_time_limit_costs_no_iterations(
         [f"training_settings.{n}" for n in ("num_iterations", "save_every", "validate_every")], 999
     )
     profile = save_config(load_config("tiny", r4.SETTINGS | settings), tmp_path / "quick.json")
-    load = "import grpo_kit as gk\nkit = gk.load_experiment(gk.load_config(profile))"
-    write_notebook(tmp_path / "series" / "00_train.ipynb", load, "gk.train(kit, run_dir, progress=False)")
+    load = ("import grpo_kit as gk\nload = gk.load_experiment", "kit = load(gk.load_config(profile))")  # each is short
+    write_notebook(tmp_path / "series" / "00_train.ipynb", *load, "gk.train(kit, run_dir, progress=False)")
     monkeypatch.setattr(headless, "NOTEBOOK_FOLDER", tmp_path / "series")
-    run, minutes, lengths = tmp_path / "run", 0.1, [0]
+    run, minutes, lengths = tmp_path / "run", 0.05, [0]
     while len({*lengths}) < 3:  # until it has come further twice
         options = ["--run-dir", str(run), "--minutes-per-cell", str(minutes)]
         assert minutes < 4 and command("--profile", str(profile), *options) == 1

@@ -83,10 +83,20 @@ WEIGHTS = (
 
 
 @pytest.fixture(scope="module")
-def run(kit: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def told() -> list[tuple[float, int]]:
+    """What the run below told: an iteration, and how many lines its metrics had then."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(kit: Experiment, told: list[tuple[float, int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four iterations without a stop; look, do not touch."""
     folder = tmp_path_factory.mktemp("run") / "whole"
-    result = _train(kit, folder)
+
+    def on_iteration(metrics: dict[str, float]) -> None:
+        told.append((metrics["iteration"], len((folder / "metrics.jsonl").read_text().splitlines())))
+
+    result = train(_fresh(kit), folder, progress=False, on_iteration=on_iteration)
     assert (result.run_dir, result.iterations, result.started_from) == (folder, 4, 0)
     return folder
 
@@ -160,9 +170,11 @@ class Stop(Exception):
 @pytest.mark.trap("T24")
 @pytest.mark.parametrize("iteration", [1, 3, 4])
 def test_run_that_was_killed_goes_on_from_its_last_checkpoint(
-    run: Path, kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
+    run: Path, first_half: Path, kit: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
 ):
-    append = RunFolder.append_metrics
+    folder, append = tmp_path / "run", RunFolder.append_metrics
+    if iteration > 2:
+        shutil.copytree(first_half, folder)
 
     def pull_the_plug(self: RunFolder, metrics: dict[str, float]) -> None:
         append(self, metrics)
@@ -174,11 +186,11 @@ def test_run_that_was_killed_goes_on_from_its_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "append_metrics", pull_the_plug)
         with pytest.raises(Stop):
-            _train(kit, tmp_path)
-    result = _train(kit, tmp_path)
+            _train(kit, folder)
+    result = _train(kit, folder)
     assert result.started_from == (0 if iteration == 1 else 2)
-    assert _bytes(tmp_path, *WEIGHTS) == _bytes(run, *WEIGHTS)
-    assert _without_times(tmp_path) == _without_times(run)
+    assert _bytes(folder, *WEIGHTS) == _bytes(run, *WEIGHTS)
+    assert _without_times(folder) == _without_times(run)
 
 
 @pytest.mark.trap("T24")
@@ -224,13 +236,11 @@ def test_resume_that_forgets_something_would_be_noticed(
     assert _bytes(folder, WEIGHTS[0]) != _bytes(run, WEIGHTS[0])
 
 
-def test_finished_run_stays_as_it_is(kit: Experiment, tmp_path: Path):
-    _train(kit, tmp_path, num_iterations=1)
-    names = ("metrics.jsonl", "checkpoints/iter_000001/policy/model.safetensors", "validation_iter_000001.json")
-    before = _bytes(tmp_path, *names)
-    result = _train(kit, tmp_path, num_iterations=1)
-    assert (result.started_from, result.iterations) == (1, 1) and result.metrics["iteration"] == 1
-    assert _bytes(tmp_path, *names) == before
+def test_finished_run_stays_as_it_is(run: Path, kit: Experiment, tmp_path: Path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    result = _train(kit, folder)
+    assert (result.started_from, result.iterations) == (4, 4) and result.metrics["iteration"] == 4
+    assert _bytes(folder, *WEIGHTS, "metrics.jsonl") == _bytes(run, *WEIGHTS, "metrics.jsonl")
 
 
 def test_iteration_depends_on_seed_and_number_alone(kit: Experiment):
@@ -239,9 +249,10 @@ def test_iteration_depends_on_seed_and_number_alone(kit: Experiment):
         optimizer = torch.optim.SGD(own.policy.trainable_parameters(), lr=0.0)
         return run_iteration(own, optimizer, iteration)[0]
 
-    assert rollout(3).enhanced_prompts == rollout(3).enhanced_prompts
-    assert rollout(3).image_seeds.tolist() != rollout(4).image_seeds.tolist()
-    assert rollout(3).image_seeds.tolist() != rollout(3, seed=1).image_seeds.tolist()
+    third = rollout(3)
+    assert third.enhanced_prompts == rollout(3).enhanced_prompts
+    assert third.image_seeds.tolist() != rollout(4).image_seeds.tolist()
+    assert third.image_seeds.tolist() != rollout(3, seed=1).image_seeds.tolist()
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -303,14 +314,8 @@ def test_validation_shows_its_samples(run: Path):
         assert all((run / sample["thumbnail"]).is_file() for sample in found["samples"])
 
 
-def test_each_iteration_is_told_when_it_is_on_disk(kit: Experiment, tmp_path: Path):
-    told = []
-
-    def on_iteration(metrics: dict[str, float]) -> None:
-        told.append((metrics["iteration"], len((tmp_path / "metrics.jsonl").read_text().splitlines())))
-
-    train(_fresh(kit, num_iterations=2), tmp_path, progress=False, on_iteration=on_iteration)
-    assert told == [(1, 1), (2, 2)]
+def test_each_iteration_is_told_when_it_is_on_disk(run: Path, told: list[tuple[float, int]]):
+    assert told == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
 def test_config_in_the_folder_loads_and_names_versions(run: Path, kit: Experiment):
@@ -404,7 +409,8 @@ def test_training_on_a_reward_that_a_program_knows_raises_it(kit: Experiment, tm
     def sharp(images: list, prompts: list[str], enhanced_prompts: list[str]) -> list[float]:
         return [float("sharp" in text or "crisp" in text or "clean" in text) for text in enhanced_prompts]
 
-    learner = _fresh(kit, num_iterations=12, prompts_per_iteration=4, validate_every=12, save_every=12, beta=0.0)
+    often = {"validate_every": 8, "save_every": 8, "learning_rate": 2e-3}
+    learner = _fresh(kit, num_iterations=8, prompts_per_iteration=4, beta=0.0, **often)
     train(learner.with_rewards(Rewards({"sharp": sharp}, {"sharp": 1.0})), tmp_path, progress=False)
     rewards = [row["reward"] for row in _without_times(tmp_path)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2

@@ -29,6 +29,8 @@ from tests.chaos.nonfinite import PARTS, QUICK, STOPS, problems, spoilt_run
 
 NAN, INF = math.nan, math.inf
 ALWAYS = ("optimizer-momentum",)  # of the spoilt parts; `make chaos` in its short form has more, the slow tests all
+LONG = ("sampling-inf", "gradient-inf")  # NaN in the same part has a run, and infinity the parts below
+REPEATED = "scoring-nan"  # the one whose run is started again
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,12 @@ def _problems(kit: Experiment, name: str, folder: Path) -> list[str]:
 # --- a spoilt run -----------------------------------------------------------------------------------------------------
 
 
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (name not in ALWAYS) + [pytest.mark.long] * (name in LONG)
+
+
 @pytest.mark.trap("T25")
-@pytest.mark.parametrize(
-    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in PARTS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in PARTS if name != REPEATED])
 def test_spoilt_step_leaves_no_trace_and_several_end_the_run_with_a_diagnosis(
     quick: Experiment, tmp_path: Path, name: str
 ):
@@ -104,11 +108,14 @@ def test_check_that_is_missing_would_be_noticed(
     assert _problems(quick, break_it(monkeypatch), tmp_path / "run")
 
 
+@pytest.mark.trap("T25")
 def test_run_that_was_ended_says_the_same_again_and_can_be_looked_at(quick: Experiment, tmp_path: Path):
     from grpo_kit.show.report import write_report
 
-    first = spoilt_run(quick, PARTS["scoring-nan"], tmp_path / "run")
-    again = spoilt_run(quick, PARTS["scoring-nan"], tmp_path / "run", starts=STOPS)
+    spoilt = PARTS[REPEATED]
+    first = spoilt_run(quick, spoilt, tmp_path / "run")
+    assert not problems(first, spoilt.parts, updates=2)
+    again = spoilt_run(quick, spoilt, tmp_path / "run", starts=STOPS)
     assert again.error == first.error and again.rows == first.rows
     for part in (f"no update in {PATIENCE} iterations in a row", "since iteration 4", f"iteration {STOPS - 1} is comm"):
         assert part in first.error

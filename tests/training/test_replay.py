@@ -39,20 +39,25 @@ SETTINGS = {
     "training_settings.validate_every": 3,
     "training_settings.save_every": 2,  # iterations 1 and 2 have no checkpoint before them once 3 is committed
     "generation_settings.num_inference_steps": 1,
+    "generation_settings.max_new_tokens": 16,
     "evaluation_settings.validation_prompts": 2,
     "evaluation_settings.paraphrases": False,
 }
+ONE_PROMPT = {"training_settings.prompts_per_iteration": 1}
 FORMS = {
     "all weights": {},
-    "adapter that sees": {
+    "adapter that sees": ONE_PROMPT
+    | {
         "model_settings.lora": LORA,
         "model_settings.use_image": True,
         "training_settings.beta": 0.0,
         "training_settings.updates_per_rollout": 1,
         "training_settings.micro_batch_size": 3,
     },
-    "two turns": {"generation_settings.turns": 2, "model_settings.painters": [{}, {"red": "blue", "blue": "red"}]},
-    "branches": {
+    "two turns": ONE_PROMPT
+    | {"generation_settings.turns": 2, "model_settings.painters": [{}, {"red": "blue", "blue": "red"}]},
+    "branches": ONE_PROMPT
+    | {
         "generation_settings.turns": 3,
         "generation_settings.branches": True,
         "generation_settings.credit": "difference",
@@ -60,10 +65,16 @@ FORMS = {
         "model_settings.use_image": True,
         "model_settings.look_at": "grey",
     },
-    "running statistics": {"training_settings.advantage_eps": 1.0},  # an eps that does not cancel the reward's scale
+    "running statistics": ONE_PROMPT
+    | {"training_settings.advantage_eps": 1.0},  # an eps that does not cancel the reward's scale
 }
 
-_TURNS = {form: settings["generation_settings.turns"] for form, settings in FORMS.items() if "turns" in str(settings)}
+
+def _pictures(form: str) -> int:
+    """How many an iteration draws."""
+    settings = SETTINGS | FORMS[form]
+    rows = settings["training_settings.prompts_per_iteration"] * settings["training_settings.group_size"]
+    return rows * settings.get("generation_settings.turns", 1)
 
 
 def _config(kit: Experiment, form: str) -> Config:
@@ -74,6 +85,7 @@ def _fresh(kit: Experiment, form: str = "all weights") -> Experiment:
     """The experiment as a new process would load it."""
     config = _config(kit, form)
     policy = load_policy(config) if config.model_settings.lora else copy.deepcopy(kit.policy)
+    policy.max_new_tokens = config.generation_settings.max_new_tokens
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "batch_size": 24}
     generator = Generator(kit.generator.pipeline, **options, painters=config.model_settings.painters or ())
     own = dataclasses.replace(kit, config=config, policy=policy, generator=generator)
@@ -135,8 +147,7 @@ def _require_compared(found: Replay, kept: bool, checkpoint: str | None, form: s
             assert {"metrics: kl", "rollout: advantage", "rollout: ref_logprobs", "rollout: new_logprobs"} <= names
         if kept and part == WHOLE:
             columns = ("completion_ids", "tokens", "enhanced_prompt", "reward", "old_logprobs", "its file")
-            pictures = 8 * _TURNS.get(form, 1)
-            assert {f"pictures ({pictures} files)", *(f"rollout: {column}" for column in columns)} <= names
+            assert {f"pictures ({_pictures(form)} files)", *(f"rollout: {column}" for column in columns)} <= names
         if checkpoint:
             stated = {name for name in names if name.startswith(checkpoint)}
             expected = ["weights", "optimizer", "optimizer's settings"]
