@@ -26,12 +26,10 @@ QUICK = {
 def fresh(kit: Experiment, other: dict[str, object] | None = None, **training: object) -> Experiment:
     """The experiment with an untrained policy and few prompts; `training` and `other` change its settings."""
     changes = {f"training_settings.{name}": value for name, value in training.items()}
-    config, policy = load_config(kit.config, QUICK | changes | (other or {})), copy.deepcopy(kit.policy)
-    policy.max_new_tokens = config.generation_settings.max_new_tokens
     return dataclasses.replace(
         kit,
-        config=config,
-        policy=policy,
+        config=load_config(kit.config, QUICK | changes | (other or {})),
+        policy=copy.deepcopy(kit.policy),
         generator=Generator(kit.generator.pipeline, num_inference_steps=1, guidance_scale=1.0, batch_size=24),
         train_prompts=kit.train_prompts[:9],
     )

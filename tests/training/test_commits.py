@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import quick_runs
 from support.config_files import save_config
 from support.grids import command, write_notebook
-from support.quick_runs import committed, left
+from support.quick_runs import committed, fresh, left
 
 from grpo_kit.config import load_config
 from grpo_kit.experiment import Experiment
@@ -21,12 +20,6 @@ from grpo_kit.training.loop import train
 from tests.chaos import signals as r4
 
 pytestmark = pytest.mark.field("F4")
-SHORT = {"generation_settings.max_new_tokens": 12}
-
-
-def fresh(kit: Experiment, **training: object) -> Experiment:
-    """A small experiment with short rewrites."""
-    return quick_runs.fresh(kit, SHORT, **training)
 
 
 @pytest.fixture(scope="module")
