@@ -1,17 +1,13 @@
 """Exercises of 07: solutions pass, stubs say that nothing is written, mistakes are called by their names."""
 
-import copy
-import dataclasses
-
 import pandas as pd
 import pytest
 import torch
 
 import grpo_kit as gk
-from grpo_kit.config import PROJECT_ROOT, load_config
+from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.config.prompts import balanced_batch
 from grpo_kit.course import check, exercises_07
-from grpo_kit.experiment import load_experiment
 from grpo_kit.training.resampling import rollout_seed
 from tests.support.course import solution, stub
 from tools import diagnose_runs
@@ -51,12 +47,8 @@ WRONG = [
 
 @pytest.fixture(scope="module", autouse=True)
 def computed_once():
-    """What the check trains itself, right and wrong, comes out the same each time: it is trained once and kept.
-
-    So are the models that it loads.
-    """
+    """What the check trains itself, right and wrong, comes out the same each time: it is trained once and kept."""
     kept, trained = {}, exercises_07._as_trained
-    loaded = load_experiment(load_config("tiny", exercises_07.SMALL))
 
     def remembered(kit, *iterations, **mistake):
         key = (iterations, *mistake.items())
@@ -69,10 +61,6 @@ def computed_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exercises_07, "_as_trained", remembered)
-        patch.setattr(
-            "grpo_kit.experiment.load_experiment",
-            lambda config: dataclasses.replace(loaded, config=config, policy=copy.deepcopy(loaded.policy)),
-        )
         yield
 
 
