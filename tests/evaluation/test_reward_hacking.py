@@ -94,7 +94,7 @@ def test_gamed_reward_is_noticed_and_not_before_it_is_gamed(noise: str):
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("gold", [np.full(LOOKS, 0.6), LEARNT, np.full(25, 0.6)], ids=["flat", "learnt", "flat, long"])
 def test_fewer_than_two_runs_in_a_hundred_raise_a_false_alarm(gold: np.ndarray, noise: str):
-    runs = 100 if len(gold) == LOOKS else 50
+    runs = 300 if len(gold) == LOOKS else 100
     assert _rate(_alarms(gold, runs, noise)) <= 0.02
 
 
