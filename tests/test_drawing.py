@@ -27,7 +27,8 @@ from grpo_kit.models.generator import Generator
 from grpo_kit.rewards import RewardError, Rewards
 from grpo_kit.rewards.loading import load_rewards
 from grpo_kit.rollout import Rollout, collect_rollout, score
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 TEXTS = ["a red circle, sharp", "a blue square", "two green stars, blurry", "a ring", "a cross"]
 ALL_KINDS = ["contrast", "jpeg_size", "length", "gold", "clip_similarity", "diversity", "gain"]

@@ -231,7 +231,8 @@ def predicted(settings: Mapping[str, Any]) -> dict[str, float]:
 def measured(settings: Mapping[str, Any]) -> dict[str, float]:
     """MB and processor seconds of real iterations; the libraries are there before."""
     import grpo_kit as gk
-    from grpo_kit.training.loop import make_optimizer, run_iteration
+    from grpo_kit.training.iteration import run_iteration
+    from grpo_kit.training.loop import make_optimizer
 
     torch.set_num_threads(1)
     _touch_libraries()
@@ -256,7 +257,8 @@ def measured(settings: Mapping[str, Any]) -> dict[str, float]:
 def _touch_libraries() -> None:
     """One iteration of the shipped models, so that what growing is measured from has every library in it."""
     import grpo_kit as gk
-    from grpo_kit.training.loop import make_optimizer, run_iteration
+    from grpo_kit.training.iteration import run_iteration
+    from grpo_kit.training.loop import make_optimizer
 
     config = load_config("tiny", {k: v for k, v in COMMON.items()} | {"training_settings.group_size": 2})
     kit = gk.load_experiment(config)

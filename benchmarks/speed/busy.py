@@ -21,7 +21,7 @@ from benchmarks.speed.peer import make_optimizer
 from benchmarks.speed.results import Figure, Result, Settings
 from benchmarks.speed.whole_iteration import configured
 from grpo_kit.experiment import load_experiment
-from grpo_kit.training.loop import run_iteration
+from grpo_kit.training.iteration import run_iteration
 
 ENDS_WITH_US = """import os, signal, sys, threading
 def wait():

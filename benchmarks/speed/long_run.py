@@ -17,7 +17,8 @@ from benchmarks.speed.results import Figure, Result, Settings
 from benchmarks.speed.whole_iteration import configured
 from grpo_kit.config import load_config
 from grpo_kit.experiment import load_experiment
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 ITERATIONS = 300
 WARM_UP = 60

@@ -26,7 +26,7 @@ from benchmarks.speed.text_policy import Shape
 from benchmarks.speed.whole_iteration import configured
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.policy import Policy
-from grpo_kit.training.loop import run_iteration
+from grpo_kit.training.iteration import run_iteration
 
 Call = tuple[str, object, str]  # a name, what owns the call, its attribute
 

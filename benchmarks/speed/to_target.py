@@ -19,7 +19,8 @@ from benchmarks.studies.budget import keep
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.config.prompts import balanced_batch
 from grpo_kit.evaluation.intervals import Interval, t_interval
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 TARGET, EVERY, PROMPTS, SEEDS = 0.9, 4, 48, 10
 SIDES = {"all steps": {"generation_settings.rollout_steps": None}, "as the profile": {}}

@@ -10,7 +10,8 @@ import time
 import torch
 
 import grpo_kit as gk
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 CASES = {
     "one turn": {"generation_settings.turns": 1},

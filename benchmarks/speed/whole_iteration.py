@@ -25,7 +25,7 @@ from grpo_kit.config.prompts import Prompt, balanced_batch
 from grpo_kit.experiment import Experiment, load_experiment
 from grpo_kit.models.loading import load_language_model
 from grpo_kit.rollout import Rollout, collect_rollout, latent_seeds
-from grpo_kit.training.loop import run_iteration
+from grpo_kit.training.iteration import run_iteration
 
 STAGES = {"initial policy": None, "trained policy": PROJECT_ROOT / "data" / "demo_run" / "best"}
 GOALS = {"one call": (1.3, 1.5), "a call an image": (3.0, 4.0)}

@@ -21,7 +21,8 @@ from benchmarks.speed.measure import Seconds, timed
 from grpo_kit.config import PROJECT_ROOT, Config
 from grpo_kit.evaluation.intervals import pooled_interval
 from grpo_kit.experiment import Experiment
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 DEFAULT = "4x8x1"
 ARMS = ("4x8x1", "2x2x8", "4x8x1-own", "8x4x1", "16x2x1", "2x16x1", "2x4x4", "2x4x4-own")  # prompts, rewrites, images

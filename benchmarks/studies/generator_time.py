@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.experiment import Experiment
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 KINDS = {  # what an operation's name begins with → its kind; the others are "else"
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear"),

@@ -33,9 +33,9 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.rollout import Rollout, score_rows, with_encoded
 from grpo_kit.show.style import BLUE, GREEN, GREY, ORANGE, VERMILION, Drawing, new_figure, panel_grid, styled
 from grpo_kit.training.accumulation import set_rate
+from grpo_kit.training.iteration import collect
 from grpo_kit.training.loop import make_optimizer
 from grpo_kit.training.processes import ALONE
-from grpo_kit.training.resampling import collect
 from grpo_kit.training.step import grpo_step
 
 CHOICES = 8  # rewrites that best of n chooses from: as many as a group has

@@ -69,8 +69,8 @@ def _as_trained(
     """What `gk.train` computes in these iterations; or with other seeds, the same prompts, more steps or none."""
     from grpo_kit.config.prompts import balanced_batch
     from grpo_kit.rollout import collect_rollout
+    from grpo_kit.training.iteration import rollout_seed
     from grpo_kit.training.loop import make_optimizer
-    from grpo_kit.training.resampling import rollout_seed
     from grpo_kit.training.step import grpo_step
 
     settings, optimizer, found = kit.config.training_settings, make_optimizer(kit, kit.config), []

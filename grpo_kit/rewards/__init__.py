@@ -13,10 +13,11 @@ first used.
 from grpo_kit import lazy_names
 
 _MODULES = {
-    ("BadRewardError", "Rewards", "usable_rewards"): "composition",
+    ("Rewards",): "composition",
     ("Reward", "RewardError"): "protocol",
     ("Shaping",): "shaping",
     ("check_reward_settings", "load_rewards"): "loading",
+    ("BadRewardError", "usable_rewards"): "bad_rewards",
     ("in_threads", "with_time_limit"): "slow",
     ("ClipSimilarity",): "clip",
     ("Consistency", "Diversity", "ImageQuality", "MeaningKept", "Safety", "Style"): "embedding_scores",

@@ -1,4 +1,4 @@
-"""Several rewards as one: each part kept raw, their weighted sum, what training makes of them and of a NaN."""
+"""Several rewards as one: each part kept raw, their weighted sum, and what training makes of them."""
 
 import logging
 from collections import Counter
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from grpo_kit.config import KitError
 from grpo_kit.config.display import Shown
 from grpo_kit.config.own_code import origin
 from grpo_kit.config.quiet import quiet_libraries
@@ -32,10 +31,6 @@ from grpo_kit.rewards.shaping import RunningMoments, Shaping, within_groups
 
 logger = logging.getLogger(__name__)
 COMBINATIONS = ("sum_then_normalize", "normalize_then_sum")
-
-
-class BadRewardError(KitError):
-    """A sample without a usable reward, where the settings ask for an error."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -243,35 +238,6 @@ class Rewards(Shown):
     def calculate_reward(self, image: Image.Image, prompt: str, enhanced_prompt: str | None = None) -> float:
         """The total of one image for one user's prompt."""
         return float(self([image], [prompt], None if enhanced_prompt is None else [enhanced_prompt])[0])
-
-
-def usable_rewards(
-    rewards: torch.Tensor,
-    group_ids: torch.Tensor,
-    on_bad_reward: str = "drop_sample",
-    parts: Mapping[str, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """(N,) rewards with NaN where a sample is left out, because its reward (or one in its group) is not finite.
-
-    Args:
-        on_bad_reward: "drop_sample" leaves out the sample alone, "drop_group" all that answer the same prompt, "raise"
-            nothing: it raises `BadRewardError`.
-        parts: name → (N,) raw scores that the rewards came from, so that the error can name the one to blame.
-    """
-    bad = ~rewards.isfinite()
-    if on_bad_reward == "raise" and bad.any():
-        rows = bad.nonzero().flatten().tolist()
-        blamed = [name for name, values in (parts or {}).items() if values[rows[0]].isnan()]
-        source = f", from {', '.join(blamed)}" if blamed else ""
-        raise BadRewardError(
-            f"rewards: found {float(rewards[rows[0]])} in row {rows[0]} ({len(rows)} of {len(rewards)} rows are not "
-            f"finite){source}; mend the reward, or set training_settings.on_bad_reward to drop_sample or drop_group"
-        )
-    if on_bad_reward == "drop_group":
-        bad = torch.isin(group_ids, group_ids[bad])
-    elif on_bad_reward not in ("raise", "drop_sample"):
-        raise ValueError(f"on_bad_reward: found {on_bad_reward!r}, allowed: 'raise', 'drop_sample', 'drop_group'")
-    return rewards.masked_fill(bad, torch.nan)
 
 
 def _where_all_abstained(scores: Mapping[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo_kit.config import KitError, TrainingSettings
 from grpo_kit.grpo import group_advantages, grpo_loss, token_weights
-from grpo_kit.rewards.composition import usable_rewards
+from grpo_kit.rewards.bad_rewards import usable_rewards
 
 OLD_PROBABILITY = 0.25  # of a single token when it was sampled: so that a ratio of 3 is still a probability
 NEEDED = ("completion_ids", "old_logprobs", "ref_logprobs", "new_logprobs")

@@ -29,12 +29,12 @@ from grpo_kit.runs.log_file import log_from
 from grpo_kit.runs.record import first_own_validation, refuse_branch_without_checkpoint
 from grpo_kit.runs.tracking import Tracker
 from grpo_kit.training.accumulation import set_rate
+from grpo_kit.training.iteration import run_iteration
 from grpo_kit.training.launch import joined
 from grpo_kit.training.nonfinite import warn_or_end
 from grpo_kit.training.processes import ALONE, ProcessError, Processes, require_sharable
-from grpo_kit.training.resampling import collect
 from grpo_kit.training.rollout_table import keep_rollout
-from grpo_kit.training.step import StepStats, grpo_step
+from grpo_kit.training.step import StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -155,18 +155,6 @@ def restore(kit: Experiment, optimizer: torch.optim.Optimizer, checkpoint: Check
     if checkpoint is not None:
         kit.policy.load_pretrained(checkpoint.policy)
         optimizer.load_state_dict(checkpoint.optimizer)
-
-
-def run_iteration(
-    kit: Experiment, optimizer: torch.optim.Optimizer, iteration: int, processes: Processes = ALONE
-) -> tuple[Rollout, StepStats]:
-    """One iteration without any files: its prompts, its rollout and the step on it, all fixed by (seed, iteration)."""
-    with processes.whole_policy(), kit.generator.steps(kit.config.generation_settings.rollout_steps):
-        rollout = collect(kit, iteration, processes)
-    rates = scheduled_rates(kit.config.training_settings, iteration)
-    stats = grpo_step(kit.policy, optimizer, rollout, kit.config, processes, rates)
-    set_rate(optimizer, rates[-1])  # also where nothing was to be learned
-    return rollout, stats
 
 
 def log_line(kit: Experiment, iteration: int, rollout: Rollout, stats: StepStats) -> dict[str, float]:

@@ -24,7 +24,8 @@ from grpo_kit.runs.folder import RunFolder
 from grpo_kit.runs.iterations import iteration_name, rollouts_of
 from grpo_kit.runs.record import file_beside, metrics_lines
 from grpo_kit.training.difference import Comparison, compare, compare_each, compare_line, unreadable
-from grpo_kit.training.loop import log_line, make_optimizer, restore, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import log_line, make_optimizer, restore
 from grpo_kit.training.restore import (
     ReplayError,
     copied_state,

@@ -26,8 +26,8 @@ from grpo_kit.runs.folder import first_difference
 from grpo_kit.runs.own_rewards import changed_rewards
 from grpo_kit.runs.record import metrics_lines, read_origin, refuse_branch_without_checkpoint
 from grpo_kit.training.difference import Comparison, compare_line
-from grpo_kit.training.loop import log_line, restore, run_iteration
-from grpo_kit.training.resampling import prompts_of, rewarded, rollout_seed
+from grpo_kit.training.iteration import prompts_of, rewarded, rollout_seed, run_iteration
+from grpo_kit.training.loop import log_line, restore
 
 logger = logging.getLogger(__name__)
 # columns of a kept rollout that a step on it needs

@@ -18,7 +18,7 @@ from grpo_kit.grpo.advantages import group_advantages
 from grpo_kit.grpo.finite import NonFinite
 from grpo_kit.grpo.loss import grpo_loss
 from grpo_kit.models.policy import Policy
-from grpo_kit.rewards.composition import usable_rewards
+from grpo_kit.rewards.bad_rewards import usable_rewards
 from grpo_kit.rollout import Rollout, score_rows, with_encoded
 from grpo_kit.training.accumulation import Accumulation, is_idle, skip_metrics, why_unscored
 from grpo_kit.training.processes import ALONE, Processes

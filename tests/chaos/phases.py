@@ -15,7 +15,7 @@ PHASES = {
     "sampling": ("grpo_kit.models.policy", "Policy.sample"),
     "images": ("grpo_kit.models.generator", "Generator.generate_images"),
     "rewards": ("grpo_kit.rewards.composition", "Rewards.score"),
-    "step": ("grpo_kit.training.loop", "grpo_step"),
+    "step": ("grpo_kit.training.iteration", "grpo_step"),
     "validation": ("grpo_kit.training.loop", "validate"),
     "committing": ("grpo_kit.training.loop", "save_checkpoint"),
 }

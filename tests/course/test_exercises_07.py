@@ -8,7 +8,7 @@ import grpo_kit as gk
 from grpo_kit.config import PROJECT_ROOT
 from grpo_kit.config.prompts import balanced_batch
 from grpo_kit.course import check, exercises_07
-from grpo_kit.training.resampling import rollout_seed
+from grpo_kit.training.iteration import rollout_seed
 from tests.support.course import solution, stub
 from tools import diagnose_runs
 

@@ -13,7 +13,8 @@ from grpo_kit.config import threads
 from grpo_kit.config.threads import computes_best_alone, fitting_threads
 from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 TEXTS = [f"a red circle {number}" for number in range(7)]
 

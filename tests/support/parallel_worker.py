@@ -25,10 +25,10 @@ from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rollout import Rollout
 from grpo_kit.training import step as step_module
 from grpo_kit.training.accumulation import Accumulation, Part
+from grpo_kit.training.iteration import collect, collect_groups
 from grpo_kit.training.launch import joined
 from grpo_kit.training.loop import train
 from grpo_kit.training.processes import ALONE, ProcessError, Processes, full_tensor
-from grpo_kit.training.resampling import collect, collect_groups
 from grpo_kit.training.step import grpo_step
 
 SETTINGS = {

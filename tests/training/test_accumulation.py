@@ -15,7 +15,8 @@ from grpo_kit.models.policy import Policy
 from grpo_kit.models.prompt_format import PromptFormat
 from grpo_kit.rollout import Rollout, with_encoded
 from grpo_kit.training.accumulation import micro_batches
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(1, 20))

@@ -27,7 +27,8 @@ from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.rollout import Rollout
 from grpo_kit.runs.folder import RunError, RunFolder
-from grpo_kit.training.loop import TrainResult, run_iteration, train
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import TrainResult, train
 
 QUICK = {
     "training_settings.num_iterations": 4,

@@ -27,7 +27,8 @@ from grpo_kit.models.policy import load_policy
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.training.difference import ABSENT, Comparison, compare, compare_line
-from grpo_kit.training.loop import make_optimizer, run_iteration, train
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer, train
 from grpo_kit.training.replay import COMPUTED_BY_THE_STEP, STEP, WHOLE, Replay, _Record, replay
 from grpo_kit.training.restore import copied_state, put_back, read_rollout, recorded_rollout, restore_after
 

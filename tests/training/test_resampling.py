@@ -15,10 +15,10 @@ from grpo_kit.grpo.advantages import group_spread
 from grpo_kit.rewards.composition import Rewards
 from grpo_kit.rewards.shaping import Shaping
 from grpo_kit.rollout import Rollout
-from grpo_kit.training.loop import make_optimizer, run_iteration, train
+from grpo_kit.training.iteration import collect, run_iteration
+from grpo_kit.training.loop import make_optimizer, train
 from grpo_kit.training.processes import ALONE
 from grpo_kit.training.replay import replay
-from grpo_kit.training.resampling import collect
 from grpo_kit.training.step import grpo_step
 
 

@@ -13,7 +13,8 @@ from grpo_kit.experiment import Experiment
 from grpo_kit.models.generator import Generator
 from grpo_kit.rewards.loading import load_rewards
 from grpo_kit.runs.folder import RunFolder
-from grpo_kit.training.loop import make_optimizer, run_iteration
+from grpo_kit.training.iteration import run_iteration
+from grpo_kit.training.loop import make_optimizer
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""An iteration's rollout; groups without spread in their rewards are drawn again, up to a limit.
+"""One iteration: its prompts, its rollout and the step on it; groups without spread are drawn again, up to a limit.
 
 A group whose rewards are all alike has no advantage: its pictures teach nothing. Other prompts take its place, as in
 DAPO's dynamic sampling (arXiv 2503.14476), where there are others; else it is the same prompt from other seeds.
@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 
 from grpo_kit.config.prompts import Prompt, balanced_batch
+from grpo_kit.config.schedule import scheduled_rates
 from grpo_kit.config.seeds import derive_seed
 from grpo_kit.experiment import Experiment
 from grpo_kit.rollout import (
@@ -24,8 +25,21 @@ from grpo_kit.rollout import (
     joined,
     with_rewards,
 )
-from grpo_kit.training.processes import Processes
-from grpo_kit.training.step import rollout_advantages
+from grpo_kit.training.accumulation import set_rate
+from grpo_kit.training.processes import ALONE, Processes
+from grpo_kit.training.step import StepStats, grpo_step, rollout_advantages
+
+
+def run_iteration(
+    kit: Experiment, optimizer: torch.optim.Optimizer, iteration: int, processes: Processes = ALONE
+) -> tuple[Rollout, StepStats]:
+    """One iteration without any files: its prompts, its rollout and the step on it, all fixed by (seed, iteration)."""
+    with processes.whole_policy(), kit.generator.steps(kit.config.generation_settings.rollout_steps):
+        rollout = collect(kit, iteration, processes)
+    rates = scheduled_rates(kit.config.training_settings, iteration)
+    stats = grpo_step(kit.policy, optimizer, rollout, kit.config, processes, rates)
+    set_rate(optimizer, rates[-1])  # also where nothing was to be learned
+    return rollout, stats
 
 
 def collect(kit: Experiment, iteration: int, processes: Processes) -> Rollout:
