@@ -1,9 +1,7 @@
 """How many images fit into memory is predicted from one and two of them, and measured for real on the CPU."""
 
-import contextlib
 import ctypes
 import mmap
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from support.forked import Forked
 
 from grpo_kit.config import ConfigError, load_config
 from grpo_kit.config.hub import ModelError
@@ -134,33 +133,21 @@ def _auto(pipeline: StableDiffusion3Pipeline, memory: int | None) -> Generator:
     return Generator(pipeline, num_inference_steps=1, guidance_scale=1.0, memory=memory, **size)
 
 
-def _forked(work: Callable[[], tuple[int, ...]]) -> list[int]:
-    """What work gives in a fork, whose blocks come from the system itself, with no gaps of a heap between them."""
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
-        with contextlib.suppress(BaseException), os.fdopen(writing, "w") as out:
-            print(*work(), file=out)
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as told:
-        numbers = [int(word) for word in told.read().split()]
-    os.waitpid(child, 0)
-    return numbers
-
-
-def _memory_of_a_measured_batch(wide: StableDiffusion3Pipeline, stated: int) -> tuple[int, int]:
+def _print_memory_of_a_measured_batch(wide: StableDiffusion3Pipeline, stated: int) -> None:
     """How many images are found to fit, and the bytes that drawing them took."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: blocks come from the system, with no gaps between them
     generator = _auto(wide, stated)
     found = generator.images_at_once
     pairs = [("a red circle", seed) for seed in range(found)]
-    return found, memory_of(lambda: generator.generate_images(*zip(*pairs, strict=True)), CPU)
+    print(found, memory_of(lambda: generator.generate_images(*zip(*pairs, strict=True)), CPU))
 
 
 @pytest.mark.slow
-def test_measured_batch_keeps_to_the_memory_that_was_stated(wide: StableDiffusion3Pipeline):
+def test_measured_batch_keeps_to_the_memory_that_was_stated(wide: StableDiffusion3Pipeline, tmp_path: Path):
     stated = 96 * MB
-    found, took = _forked(lambda: _memory_of_a_measured_batch(wide, stated))
+    process = Forked(lambda: _print_memory_of_a_measured_batch(wide, stated), tmp_path / "said")
+    assert process.wait() == 0, process.said
+    found, took = map(int, process.said.splitlines()[-1].split())
     assert 1 < found < MOST and 0.5 * stated < took < stated
 
 
